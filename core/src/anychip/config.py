@@ -1,0 +1,113 @@
+"""Every setting, validated when it is made and frozen afterwards. The only reader of ANYCHIP_* variables.
+
+"auto" values are resolved once, into a new object, where what they depend on is known.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+from anychip.errors import ConfigError
+from anychip.types import DTYPES
+
+QUICKSTART = "quickstart"
+"""The model name that stands for the embedded checkpoint."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine runs and how. Sizes are in tokens, sequences or bytes; None means that anychip chooses.
+
+    Raises ConfigError at construction when a value, or a pair of values, cannot be.
+    """
+
+    model: str = QUICKSTART
+    served_model_name: str | None = None
+    tokenizer: str | None = None
+    skip_tokenizer: bool = False
+    device: str = "auto"
+    device_options: dict[str, str] = {}
+    dtype: str = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    max_model_len: int | None = None
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    block_size: int | None = None
+    num_kv_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    memory_fraction: float = 0.9
+    prefix_caching: bool = True
+    overlap: bool = True
+    tensor_parallel_size: int = 1
+    executor: Literal["auto", "inline", "multiprocess"] = "auto"
+    policy: str = "fcfs"
+    max_waiting: int = 4096
+    seed: int = 0
+    require_native: bool = False
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "max_num_seqs": 1, "max_num_batched_tokens": 1, "tensor_parallel_size": 1, "max_model_len": 2,
+            "block_size": 1, "num_kv_blocks": 2, "kv_cache_bytes": 1, "max_waiting": 1,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; expected {least} or more")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction is {self.memory_fraction}; expected above 0, up to 1")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; expected auto or one of {', '.join(DTYPES)}")
+        if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
+            raise ConfigError("num_kv_blocks and kv_cache_bytes both size the KV cache; give one")
+        if self.executor == "inline" and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"executor inline drives one worker, tensor_parallel_size is {self.tensor_parallel_size}; "
+                "use executor multiprocess"
+            )
+
+    @property
+    def public_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps between launch and result: 2 lets scheduling run under the device's work."""
+        return 2 if self.overlap else 1
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's place: its rank, the devices that its process drives, where ranks meet."""
+
+    config: EngineConfig
+    device: str
+    device_indexes: tuple[int, ...]
+    rank: int
+    world_size: int
+    store: str
+    folder: str
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """The ANYCHIP_* variables. An unknown one is an error, so that a misspelling is not silence."""
+
+    log_level: str = "info"
+    device: str = "auto"
+    api_key: str | None = None
+
+    @classmethod
+    def read(cls) -> Environment:
+        known = {f"ANYCHIP_{name.upper()}": name for name in cls.__struct_fields__}
+        found = {key: value for key, value in os.environ.items() if key.startswith("ANYCHIP_")}
+        if unknown := sorted(set(found) - set(known)):
+            raise ConfigError(f"unknown variable {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**{known[key]: value for key, value in found.items()})
+
+
+def child_environment(extra: dict[str, str]) -> dict[str, str]:
+    """The environment of a child process: this one's, with a platform's additions."""
+    return {**os.environ, **extra}

@@ -1,0 +1,134 @@
+"""The API process's side of the engine: requests out, outputs in, and what happens when the engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from anychip.engine.input_processor import InputProcessor
+from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
+from anychip.engine.output_processor import OutputProcessor
+from anychip.engine.outputs import RequestOutput
+from anychip.errors import AnychipError, EngineDead, InvalidRequest, RequestAborted, rebuild
+from anychip.messages import Abort, AddRequest, EngineFailed, EngineReady, Outputs, Shutdown, ToEngine, WorkerReady
+
+
+class AsyncEngine:
+    """`connect` binds the sockets; the engine process connects to them and reports itself ready."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = zmq.asyncio.Context()
+        self._queues: dict[str, asyncio.Queue[RequestOutput | AnychipError]] = {}
+        self._ready: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
+        self._reader: asyncio.Task[None] | None = None
+        self.dead: AnychipError | None = None
+        self.inputs: InputProcessor | None = None
+        self.outputs: OutputProcessor | None = None
+
+    def bind(self) -> None:
+        """Opens the sockets, before the engine process starts."""
+        self._to_engine = self._context.socket(zmq.PUSH)
+        self._to_engine.bind(request_endpoint(self._folder))
+        self._from_engine = self._context.socket(zmq.PULL)
+        self._from_engine.bind(output_endpoint(self._folder))
+        self._reader = asyncio.create_task(self._read())
+
+    async def ready(self) -> WorkerReady:
+        """Waits for the engine. Raises what kept it from starting."""
+        return await self._ready
+
+    def attach(self, inputs: InputProcessor, outputs: OutputProcessor) -> None:
+        """Gives the engine its processors, whose limits are known once it is ready."""
+        self.inputs, self.outputs = inputs, outputs
+
+    async def generate(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
+        """Streams a request's outputs until it is finished. Leaving the loop early aborts it.
+
+        Raises EngineDead when the engine is gone, RequestAborted when the request was aborted elsewhere.
+        """
+        assert self.outputs is not None, "attach first"
+        if self.dead is not None:
+            raise self.dead
+        if request.request_id in self._queues:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        queue: asyncio.Queue[RequestOutput | AnychipError] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        self.outputs.add(request)
+        finished = False
+        try:
+            await self._send(request)
+            while not finished:
+                item = await queue.get()
+                if isinstance(item, AnychipError):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            del self._queues[request.request_id]
+            if not finished:
+                self.outputs.drop(request.request_id)
+                self._abort_soon(Abort(request.request_id))
+
+    def fail(self, error: AnychipError) -> None:
+        """The engine is gone: every open request learns why, and so does every later one."""
+        if self.dead is None:
+            self.dead = error
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        for queue in self._queues.values():
+            queue.put_nowait(self.dead)
+
+    async def close(self) -> None:
+        """Asks the engine to stop and closes the sockets."""
+        with contextlib.suppress(zmq.ZMQError):
+            await self._to_engine.send(encoder.encode(Shutdown()), zmq.NOBLOCK)
+        if self._reader is not None:
+            self._reader.cancel()
+        self._context.destroy(linger=200)
+
+    async def _send(self, message: ToEngine) -> None:
+        await self._to_engine.send(encoder.encode(message))
+
+    def _abort_soon(self, message: Abort) -> None:
+        # An async generator that is being closed must not wait.
+        if self.dead is None:
+            with contextlib.suppress(zmq.ZMQError):
+                task = asyncio.ensure_future(self._send(message))
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _read(self) -> None:
+        while True:
+            message = from_engine_decoder.decode(await self._from_engine.recv())
+            if isinstance(message, EngineReady):
+                self._ready.set_result(message.worker)
+            elif isinstance(message, EngineFailed):
+                error = rebuild(message.kind, message.message)
+                self.fail(error if not self._ready.done() else EngineDead(f"the engine stopped: {error}"))
+            else:
+                await self._deliver(message)
+
+    async def _deliver(self, message: Outputs) -> None:
+        assert self.outputs is not None
+        for delta in message.deltas:
+            queue = self._queues.get(delta.request_id)
+            if queue is None:
+                continue
+            if delta.error is not None:
+                self.outputs.drop(delta.request_id)
+                queue.put_nowait(InvalidRequest(delta.error))
+                continue
+            output, ended_here = self.outputs.process(delta)
+            if ended_here:
+                await self._send(Abort(delta.request_id, delta.index))
+            if output is not None:
+                if delta.finish_reason == "abort":
+                    queue.put_nowait(RequestAborted(f"request {delta.request_id} was aborted"))
+                else:
+                    queue.put_nowait(output)

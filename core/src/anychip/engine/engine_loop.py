@@ -1,0 +1,65 @@
+"""The engine process's loop: messages in, steps, messages out. Every accepted request gets an end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import zmq
+
+from anychip.engine.engine_core import EngineCore
+from anychip.engine.ipc import encoder, output_endpoint, request_endpoint, to_engine_decoder
+from anychip.errors import UserError
+from anychip.messages import Abort, AddRequest, EngineFailed, EngineReady, FromEngine, Outputs, SequenceDelta, Shutdown
+
+_IDLE_POLL_MS = 1000
+
+
+class EngineLoop:
+    def __init__(self, folder: Path) -> None:
+        self._context = zmq.Context()
+        self._requests = self._context.socket(zmq.PULL)
+        self._requests.connect(request_endpoint(folder))
+        self._outputs = self._context.socket(zmq.PUSH)
+        self._outputs.connect(output_endpoint(folder))
+        self._stopping = False
+
+    def send(self, message: FromEngine) -> None:
+        self._outputs.send(encoder.encode(message))
+
+    def fail(self, error: BaseException) -> None:
+        """The engine's last words."""
+        self.send(EngineFailed(type(error).__name__, str(error)))
+
+    def run(self, core: EngineCore) -> None:
+        """Serves until Shutdown."""
+        self.send(EngineReady(core.executor.ready))
+        while not self._stopping:
+            deltas = self._take_messages(core, wait=not core.has_work)
+            if core.has_work:
+                deltas += core.step()
+            if deltas:
+                self.send(Outputs(deltas))
+        core.drain()
+
+    def close(self) -> None:
+        self._context.destroy(linger=1000)
+
+    def _take_messages(self, core: EngineCore, *, wait: bool) -> list[SequenceDelta]:
+        deltas: list[SequenceDelta] = []
+        if wait:
+            self._requests.poll(_IDLE_POLL_MS)
+        while self._requests.poll(0):
+            message = to_engine_decoder.decode(self._requests.recv())
+            if isinstance(message, AddRequest):
+                try:
+                    core.add(message)
+                except UserError as error:
+                    deltas += [
+                        SequenceDelta(message.request_id, index, [], finish_reason="abort", error=str(error))
+                        for index in range(message.sampling.n)
+                    ]
+            elif isinstance(message, Abort):
+                deltas += core.abort(message.request_id, message.index)
+            elif isinstance(message, Shutdown):
+                self._stopping = True
+        return deltas

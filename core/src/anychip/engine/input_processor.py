@@ -1,0 +1,91 @@
+"""Turns a prompt into a request that the engine can run, or says why it cannot. Nothing is allocated here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anychip.errors import ContextTooLong, InvalidRequest
+from anychip.messages import AddRequest
+from anychip.sampling_params import SamplingParams
+from anychip.tokenizer.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class InputProcessor:
+    """`tokenizer` None: prompts are token ids only, and nothing is detokenized."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    def process(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> AddRequest:
+        """Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextTooLong when prompt
+        and max_tokens exceed the model's length."""
+        ids = self.tokenize(prompt, add_special_tokens)
+        room = self.max_model_len - len(ids)
+        asked = sampling.max_tokens
+        if room < 1 or (asked or 1) > room:
+            wants = "at least 1" if asked is None else str(asked)
+            raise ContextTooLong(
+                f"the prompt has {len(ids)} tokens and {wants} more are asked for; the model's context holds "
+                f"{self.max_model_len}; " + (f"max_tokens may be {room} at most" if room > 0 else "shorten the prompt"),
+                param="max_tokens" if room > 0 else "prompt",
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need the tokenizer, which is off", param="stop")
+        bad_stop = next((t for t in sampling.stop_token_ids if t >= self.vocab_size), None)
+        if bad_stop is not None:
+            raise InvalidRequest(
+                f"stop_token_ids holds {bad_stop}, the vocabulary has {self.vocab_size}", param="stop_token_ids"
+            )
+        stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self.eos_token_ids)
+        return AddRequest(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            sampling=sampling,
+            max_output=room if asked is None else asked,
+            stop_ids=stop_ids,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("a text prompt needs the tokenizer, which is off; send token ids", param="prompt")
+            # Every token covers at least one byte of text, and few tokens cover more than 64.
+            if len(prompt) > 64 * self.max_model_len:
+                raise ContextTooLong(
+                    f"the prompt has {len(prompt)} characters, far beyond a context of {self.max_model_len} tokens",
+                    param="prompt",
+                )
+            ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        bad = next((t for t in ids if not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(
+                f"the prompt holds token id {bad}; the vocabulary has {self.vocab_size}", param="prompt"
+            )
+        return ids

@@ -1,0 +1,160 @@
+"""Every exception that anychip raises on purpose.
+
+    AnychipError
+    ├── UserError                  the caller can mend it: HTTP 4xx, exit status 2
+    │   ├── InvalidRequest         400, names the parameter
+    │   │   └── ContextTooLong
+    │   ├── UnknownModel           404
+    │   ├── ConfigError            a setting, before anything is loaded
+    │   ├── CheckpointError        names the tensor and the file
+    │   ├── KVCacheTooSmall        says what would fit
+    │   ├── DeviceUnavailable      a named device that cannot start
+    │   └── PortInUse
+    ├── PluginError                the vendor can mend it
+    │   ├── PluginImportFailed
+    │   ├── IncompatiblePlugin     interface version out of range
+    │   ├── InvalidOverride        an op with the wrong name or signature
+    │   └── Unsupported            a factory refuses a spec, with every reason
+    ├── DeviceFault                the device failed: kind, fatal or not, ranks
+    ├── EngineDead                 503, carries the root cause
+    └── RequestAborted
+
+A message gives the cause, the numbers and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AnychipError(Exception):
+    """Root of the tree."""
+
+
+class UserError(AnychipError):
+    """The caller asked for something that cannot be; nothing was changed."""
+
+    status = 400
+    code = "invalid_request"
+    param: str | None = None
+
+
+class InvalidRequest(UserError):
+    """A request's value is out of range, of the wrong type or unknown."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and requested tokens do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(UserError):
+    """No model of this name is served."""
+
+    status = 404
+    code = "model_not_found"
+    param = "model"
+
+
+class ConfigError(UserError):
+    """A setting, or a pair of settings, is invalid."""
+
+    code = "invalid_config"
+
+
+class CheckpointError(UserError):
+    """A checkpoint's file or tensor does not fit the model."""
+
+    code = "invalid_checkpoint"
+
+
+class KVCacheTooSmall(UserError):
+    """The KV cache cannot hold one request of the maximum length."""
+
+    code = "kv_cache_too_small"
+
+
+class DeviceUnavailable(UserError):
+    """The named device cannot start; says why and what to do."""
+
+    code = "device_unavailable"
+
+
+class PortInUse(UserError):
+    """Another process listens on the address."""
+
+    code = "port_in_use"
+
+
+class PluginError(AnychipError):
+    """A plugin package breaks the interface's rules."""
+
+
+class PluginImportFailed(PluginError):
+    """An entry point, a probe or a platform module raised at import."""
+
+
+class IncompatiblePlugin(PluginError):
+    """The plugin was built against an interface version that this core does not speak."""
+
+
+class InvalidOverride(PluginError):
+    """An op override has an unknown name, or a signature that the op's version does not allow."""
+
+
+class Unsupported(PluginError):
+    """A factory cannot serve a spec. `reasons` holds every reason, not only the first."""
+
+    def __init__(self, who: str, reasons: Sequence[str]) -> None:
+        self.who = who
+        self.reasons = tuple(reasons)
+        super().__init__(f"{who}: " + "; ".join(self.reasons))
+
+
+class DeviceFault(AnychipError):
+    """The device or its runtime failed.
+
+    `kind` is a word such as "out_of_memory", "illegal_access" or "timeout"; `fatal` says that the process
+    cannot go on using the device; `ranks` are those known to be affected.
+    """
+
+    def __init__(
+        self, message: str, *, kind: str, fatal: bool, ranks: Sequence[int] = (), remedy: str = ""
+    ) -> None:
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.kind = kind
+        self.fatal = fatal
+        self.ranks = tuple(ranks)
+        self.remedy = remedy
+
+
+class EngineDead(AnychipError):
+    """The engine stopped; the message carries the root cause."""
+
+
+class RequestAborted(AnychipError):
+    """The request was aborted before it finished."""
+
+
+_BY_NAME: dict[str, type[AnychipError]] = {
+    cls.__name__: cls
+    for cls in (
+        InvalidRequest, ContextTooLong, UnknownModel, ConfigError, CheckpointError, KVCacheTooSmall,
+        DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
+    )
+}  # fmt: skip
+
+
+def rebuild(kind: str, message: str) -> AnychipError:
+    """The error that another process reported by class name and message; EngineDead if the name is unknown."""
+    if kind in _BY_NAME:
+        return _BY_NAME[kind](message)
+    if kind == "Unsupported":
+        who, _, reasons = message.partition(": ")
+        return Unsupported(who, [reasons])
+    return EngineDead(message if kind == "EngineDead" else f"{kind}: {message}")

@@ -1,0 +1,45 @@
+"""What the engine asks of an executor, and what an executor asks of a worker."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from anychip.messages import LateInputs, StepDecision, StepResult, WorkerReady
+
+
+class Executor(Protocol):
+    """Steps are launched, sampled and collected in one order: first launched, first collected."""
+
+    ready: WorkerReady
+
+    def launch(self, decision: StepDecision) -> None:
+        """Starts a step's forward pass."""
+        ...
+
+    def sample(self, late: LateInputs) -> None:
+        """Starts the sampling of the step that was launched last."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest step. Raises EngineDead when a worker is gone."""
+        ...
+
+    def close(self, reason: str) -> None: ...
+
+
+class StepWorker(Protocol):
+    """A worker as the inline executor and the worker process drive it."""
+
+    ready: WorkerReady
+
+    def launch(self, decision: StepDecision) -> None: ...
+    def sample(self, late: LateInputs) -> PendingResult: ...
+    def close(self, reason: str) -> None: ...
+
+
+class PendingResult(Protocol):
+    """A sampled step on its way to the host."""
+
+    def fetch(self) -> StepResult:
+        """Waits for this step, and for no later one."""
+        ...

@@ -1,0 +1,110 @@
+"""Builds an engine from a configuration: chooses the device, starts its workers, sizes what depends on them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import msgspec
+
+from anychip.config import EngineConfig, WorkerSpec
+from anychip.engine.engine_core import EngineCore
+from anychip.executor.inline import InlineExecutor
+from anychip.executor.multiprocess import MultiprocessExecutor
+from anychip.executor.protocol import Executor, StepWorker
+from anychip.kv_cache.manager import KVCacheManager
+from anychip.launch.child import Child
+from anychip.launch.spec import check_fits, encode_spec, longest_that_fits
+from anychip.messages import WorkerReady
+from anychip.model_config import ModelConfig
+from anychip.plugin_api.manifest import Placement
+from anychip.registry.devices import ChosenDevice, choose_device
+from anychip.registry.plugins import Plugins
+from anychip.scheduler.policy import make_policy
+from anychip.scheduler.scheduler import Scheduler
+
+WORKER = "anychip.worker.worker:Worker"
+"""Loaded by name, in the process that will run it: nothing that imports this module reaches torch."""
+
+
+def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, folder: Path) -> EngineCore:
+    """`folder` is private to this engine and holds its sockets. Raises UserError for what the user can mend."""
+    policy = make_policy(config.policy, plugins.policies)
+    chosen = choose_device(config, plugins)
+    config = msgspec.structs.replace(config, **_unset(config, chosen))
+    executor = _start_executor(config, chosen, folder)
+    try:
+        max_model_len = resolve_max_model_len(config, model, executor.ready)
+        check_fits(executor.ready, max_model_len, config.max_num_batched_tokens)
+        scheduler = Scheduler(
+            kv=KVCacheManager(executor.ready.kv, prefix_caching=config.prefix_caching),
+            policy=policy,
+            rules=executor.ready.rules,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+    except BaseException:
+        executor.close("refused")
+        raise
+    return EngineCore(
+        scheduler=scheduler,
+        executor=executor,
+        vocab_size=model.vocab_size,
+        max_in_flight=config.max_in_flight,
+        max_waiting=config.max_waiting,
+        seed=config.seed,
+    )
+
+
+def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: WorkerReady) -> int:
+    """The given length; or, where none is given, the model's own, as far as the KV cache holds it."""
+    if config.max_model_len is not None:
+        return config.max_model_len
+    fits = longest_that_fits(ready.kv, config.max_num_batched_tokens)
+    return max(2, min(model.max_positions, fits))
+
+
+def _unset(config: EngineConfig, chosen: ChosenDevice) -> dict[str, object]:
+    """What the platform's negotiation fills: fields that the user left unset, and no others."""
+    fill = chosen.manifest.negotiate(config, chosen.candidate.probe).fill
+    defaults = EngineConfig()
+    return {key: value for key, value in fill.items() if getattr(config, key) == getattr(defaults, key)}
+
+
+def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) -> Executor:
+    one_process = chosen.manifest.topology == "process_per_host" or len(chosen.indexes) == 1
+    multiprocess = config.executor == "multiprocess" or not one_process
+    if not multiprocess:
+        return InlineExecutor(load_worker(_spec(config, chosen, folder, 0, 1)))
+    world_size = 1 if chosen.manifest.topology == "process_per_host" else len(chosen.indexes)
+
+    def start(rank: int) -> Child:
+        spec = _spec(config, chosen, folder, rank, world_size)
+        placement = Placement(rank=rank, world_size=world_size, device_indexes=spec.device_indexes)
+        return Child(
+            "anychip.launch.worker_main", encode_spec(spec), chosen.manifest.worker_env(config, placement)
+        )
+
+    return MultiprocessExecutor(
+        folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s
+    )
+
+
+def _spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int, world_size: int) -> WorkerSpec:
+    per_host = chosen.manifest.topology == "process_per_host"
+    return WorkerSpec(
+        config=config,
+        device=chosen.manifest.name,
+        device_indexes=chosen.indexes if per_host else (chosen.indexes[rank],),
+        rank=rank,
+        world_size=world_size,
+        store=f"file://{folder}/store",
+        folder=str(folder),
+    )
+
+
+def load_worker(spec: WorkerSpec) -> StepWorker:
+    """Loads the worker class by name and starts it in this process."""
+    module, _, name = WORKER.partition(":")
+    worker: StepWorker = getattr(import_module(module), name)(spec)
+    return worker

@@ -1,0 +1,70 @@
+"""Child processes: started without pickle, gone when their parent is.
+
+A child reads its spec as one line of standard input. The pipe stays open: when it closes, the parent is gone, and
+the child ends itself however busy its main thread is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+
+from anychip.config import child_environment
+
+
+class Child:
+    """`python -m module`, given `spec` on standard input."""
+
+    def __init__(self, module: str, spec: bytes, extra_env: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            env=child_environment(dict(extra_env or {})),
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops its children in order
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(spec)
+        self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit status, or None after the timeout."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
+
+    def stop(self, deadline_s: float) -> None:
+        """Waits for the child to end by itself, then ends it."""
+        if self.wait(deadline_s) is None:
+            self._process.terminate()
+            if self.wait(2.0) is None:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+
+def read_spec() -> bytes:
+    """In the child: the spec, and from now on a watch over the parent."""
+    line = sys.stdin.buffer.readline()
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    return line
+
+
+def _end_with_parent() -> None:
+    # os.read, not the buffered reader: a daemon thread inside the buffer's lock would abort the interpreter's end.
+    while os.read(0, 4096):
+        pass
+    os._exit(0)

@@ -1,0 +1,42 @@
+"""The engine process: builds the engine, serves the API process, says what it died of."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from anychip.engine.engine_core import EngineCore
+from anychip.engine.engine_loop import EngineLoop
+from anychip.launch.build import build_engine
+from anychip.launch.child import read_spec
+from anychip.launch.spec import EngineSpec
+from anychip.model_config import load_model_config
+from anychip.registry.plugins import load_plugins
+
+log = logging.getLogger("anychip.engine")
+
+
+def main(spec: EngineSpec) -> int:
+    """The exit status."""
+    folder = Path(spec.folder)
+    loop = EngineLoop(folder)
+    core: EngineCore | None = None
+    try:
+        core = build_engine(spec.config, load_model_config(spec.config.model), load_plugins(), folder)
+        loop.run(core)
+    except Exception as error:
+        log.exception("the engine stopped")
+        loop.fail(error)
+        return 1
+    finally:
+        if core is not None:
+            core.close("engine process ends")
+        loop.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(msgspec.json.decode(read_spec(), type=EngineSpec)))

@@ -1,0 +1,142 @@
+"""LLM: the engine in the caller's own process, for programs that embed it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from anychip.config import EngineConfig
+from anychip.engine.input_processor import InputProcessor, Prompt
+from anychip.engine.output_processor import OutputProcessor, merge
+from anychip.engine.outputs import RequestOutput
+from anychip.errors import InvalidRequest
+from anychip.launch.build import build_engine, resolve_max_model_len
+from anychip.messages import WorkerReady
+from anychip.model_config import load_model_config
+from anychip.registry.plugins import load_plugins
+from anychip.sampling_params import SamplingParams
+from anychip.tokenizer.tokenizer import Tokenizer
+
+
+class LLM:
+    """Keyword arguments are EngineConfig's. Close it, or use it as a context manager.
+
+    Example:
+        with LLM("path/to/model", device="cpu") as llm:
+            for output in llm.generate(["Hello", "Bonjour"], SamplingParams(max_tokens=32)):
+                print(output.outputs[0].text)
+    """
+
+    def __init__(self, model: str = "quickstart", **settings: Any) -> None:
+        self.config = EngineConfig(model=model, **settings)
+        model_config = load_model_config(model)
+        self.tokenizer = None if self.config.skip_tokenizer else Tokenizer.load(self.config.tokenizer or model)
+        self._folder = tempfile.TemporaryDirectory(prefix="anychip-")
+        try:
+            self._core = build_engine(self.config, model_config, load_plugins(), Path(self._folder.name))
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        self._inputs = InputProcessor(
+            tokenizer=self.tokenizer,
+            vocab_size=model_config.vocab_size,
+            max_model_len=resolve_max_model_len(self.config, model_config, self.worker),
+            eos_token_ids=model_config.eos_token_ids,
+        )
+        self._outputs = OutputProcessor(self.tokenizer)
+        self._count = 0
+
+    @property
+    def worker(self) -> WorkerReady:
+        """The workers' report: device, KV cache, memory."""
+        return self._core.executor.ready
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all."""
+        several = _as_list(prompts)
+        params = [sampling or SamplingParams()] * len(several) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(params) != len(several):
+            raise InvalidRequest(f"{len(several)} prompts and {len(params)} SamplingParams", param="sampling")
+        pieces: dict[str, list[RequestOutput]] = {}
+        for output in self._run(several, params):
+            pieces.setdefault(output.request_id, []).append(output)
+        return [merge(pieces[request_id]) for request_id in sorted(pieces, key=int)]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None
+    ) -> RequestOutput:
+        """One assistant turn."""
+        return self.generate(self._chat_prompt(messages), sampling)[0]
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """One prompt's outputs as they come. Leaving the loop early aborts it."""
+        with contextlib.closing(self._run([prompt], [sampling or SamplingParams()])) as run:
+            yield from run
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """One assistant turn as it comes."""
+        return self.stream(self._chat_prompt(messages), sampling)
+
+    def close(self) -> None:
+        """Ends the workers and gives their memory back."""
+        self._core.drain()
+        self._core.close("closed by its owner")
+        self._folder.cleanup()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if self.tokenizer is None:
+            raise InvalidRequest("chat needs the tokenizer, which is off", param="messages")
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[RequestOutput]:
+        # Every prompt is checked before the first is accepted.
+        requests = []
+        for prompt, sampling in zip(prompts, params, strict=True):
+            requests.append(self._inputs.process(str(self._count), prompt, sampling))
+            self._count += 1
+        open_ids = {request.request_id for request in requests}
+        try:
+            for request in requests:
+                self._core.add(request)
+                self._outputs.add(request)
+            while open_ids:
+                for delta in self._core.step():
+                    output, ended_here = self._outputs.process(delta)
+                    if ended_here:
+                        self._core.abort(delta.request_id, delta.index)
+                    if output is not None:
+                        if output.finished:
+                            open_ids.discard(output.request_id)
+                        yield output
+        finally:
+            for request_id in open_ids:
+                self._core.abort(request_id)
+                self._outputs.drop(request_id)
+            if open_ids:
+                self._core.drain()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [msgspec.convert(list(prompts), list[int])]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,45 @@
+"""What a child process is told when it starts: one JSON document on its standard input."""
+
+from __future__ import annotations
+
+import msgspec
+
+from anychip.config import EngineConfig, WorkerSpec
+from anychip.errors import KVCacheTooSmall
+from anychip.kv_cache.manager import blocks_per_request
+from anychip.messages import KVCacheConfig, WorkerReady
+from anychip.types import cdiv
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    config: EngineConfig
+    folder: str
+
+
+def check_fits(ready: WorkerReady, max_model_len: int, max_step_tokens: int) -> None:
+    """Raises KVCacheTooSmall when the cache cannot hold one request of the model's length."""
+    need = blocks_per_request(ready.kv.groups, max_model_len, max_step_tokens)
+    have = ready.kv.num_blocks - 1
+    if need > have:
+        fits = longest_that_fits(ready.kv, max_step_tokens)
+        raise KVCacheTooSmall(
+            f"one request of {max_model_len} tokens needs {need} KV blocks, {have} fit; lower --max-model-len to "
+            f"{fits}, or give the cache {cdiv(need * ready.memory.kv_cache, max(1, have))} bytes with "
+            "--kv-cache-bytes (now " + str(ready.memory.kv_cache) + ")"
+        )
+
+
+def longest_that_fits(kv: KVCacheConfig, max_step_tokens: int) -> int:
+    """The longest request, in tokens, whose blocks the cache holds."""
+    low, high = 0, max(group.block_size for group in kv.groups) * kv.num_blocks
+    while low < high:
+        middle = (low + high + 1) // 2
+        if blocks_per_request(kv.groups, middle, max_step_tokens) <= kv.num_blocks - 1:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def encode_spec(spec: WorkerSpec | EngineSpec) -> bytes:
+    return msgspec.json.encode(spec) + b"\n"

@@ -1,0 +1,1 @@
+"""Layers: weights in their kernels' packed layout, and how each is split over ranks. No layer knows a device."""

@@ -1,0 +1,194 @@
+"""What crosses process boundaries: msgspec structs without tensors, encoded as MessagePack.
+
+API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, EngineFailed.
+Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerReady, StepResult, WorkerFailed.
+
+Index arrays travel as little-endian int32 bytes: one pass each way, however many rows run.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from anychip.sampling_params import SamplingParams
+from anychip.types import FinishReason
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """One request, already tokenized and checked. `sampling.n` sequences come of it, indexed from 0."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    max_output: int
+    stop_ids: tuple[int, ...]
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Ends requests; `index` ends one sequence of a request only."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the chosen token, and of the most likely ones in descending order."""
+
+    chosen: float
+    top_ids: list[int]
+    top: list[float]
+
+
+class SequenceDelta(msgspec.Struct, array_like=True):
+    """New tokens of one sequence, and its end."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    deltas: list[SequenceDelta]
+
+
+class MemoryPlan(msgspec.Struct, frozen=True):
+    """Bytes by purpose on one device, and what the KV cache holds."""
+
+    weights: int
+    activations: int
+    graphs: int
+    kv_cache: int
+    num_blocks: int
+    kv_tokens: int
+    max_concurrency: float
+    """Requests of the maximum length that fit at once."""
+
+
+class KVGroup(msgspec.Struct, frozen=True):
+    """Layers whose blocks are handed out together. `window` None: every earlier token is kept."""
+
+    block_size: int
+    window: int | None = None
+    layers: tuple[int, ...] = ()
+
+
+class KVCacheConfig(msgspec.Struct, frozen=True):
+    """`num_blocks` counts block 0, which no request owns."""
+
+    num_blocks: int
+    groups: tuple[KVGroup, ...]
+
+
+class DeviceRules(msgspec.Struct, frozen=True):
+    """A device's limits on one step, which every policy obeys (plugin_api.StepRules, as it crosses processes)."""
+
+    mix_prefill_decode: bool = True
+    max_prefills: int | None = None
+    chunk_multiple: int = 1
+    max_tokens: int | None = None
+    max_rows: int | None = None
+    max_padded_tokens: int | None = None
+    exact_host_lengths: bool = False
+    zero_new_blocks: bool = False
+    max_slots: int | None = None
+
+
+class WorkerReady(msgspec.Struct, frozen=True, tag=True):
+    """What the engine must know of the workers before it can schedule."""
+
+    kv: KVCacheConfig
+    rules: DeviceRules
+    memory: MemoryPlan
+    device: str
+    notes: tuple[str, ...] = ()
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag=True):
+    rank: int
+    kind: str
+    message: str
+    trace: str = ""
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True):
+    worker: WorkerReady
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    kind: str
+    message: str
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A request entering a slot: everything a worker will ever need of it, told once.
+
+    `token_ids` are int32 bytes: the prompt, and after a preemption the output so far.
+    """
+
+    slot: int
+    token_ids: bytes
+    num_prompt: int
+    num_computed: int
+    block_ids: list[list[int]]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sample_index: int
+    logprobs: int
+    """-1: none; otherwise how many of the most likely tokens to report."""
+
+
+class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """One step for the workers, as a delta to the state they keep.
+
+    `slots` and `num_tokens` are int32 bytes [num_rows]. `new_blocks` are int32 bytes [k, 4]: slot, group,
+    index in the row's table, block id. A row samples when this step computes its last known token.
+    Order of effects: finished, new rows, new blocks, copies, zeros, forward.
+    """
+
+    step_id: int
+    slots: bytes
+    num_tokens: bytes
+    new_rows: list[NewRow]
+    new_blocks: bytes
+    finished_slots: list[int]
+    copies: list[tuple[int, int]]
+    zeros: list[int]
+
+
+class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What sampling needs that was not known when the step was launched.
+
+    `masks` maps a position among the step's sampling rows to a packed bitmask of allowed tokens: bit i of word
+    i // 32, little-endian.
+    """
+
+    step_id: int
+    masks: dict[int, bytes]
+
+
+class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """`token_ids` are int32 bytes, one per sampling row in the order of the decision's rows."""
+
+    step_id: int
+    token_ids: bytes
+    logprobs: dict[int, TokenLogprobs]
+    """By position among the sampling rows; only rows that asked."""
+
+
+ToEngine = AddRequest | Abort | Shutdown
+FromEngine = EngineReady | Outputs | EngineFailed
+ToWorker = StepDecision | LateInputs | Shutdown
+FromWorker = WorkerReady | StepResult | WorkerFailed

@@ -1,0 +1,113 @@
+"""What a checkpoint's config.json says, in our terms. Reads JSON only; builds no layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from anychip.config import QUICKSTART
+from anychip.errors import CheckpointError, ConfigError
+
+_QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`raw` is config.json itself: what only one family reads stays there."""
+
+    folder: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    raw: dict[str, Any]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A family's own key."""
+        return self.raw.get(key, default)
+
+
+def resolve_folder(model: str) -> Path:
+    """The folder of a model's files. Raises ConfigError where there is none."""
+    if model == QUICKSTART:
+        return _QUICKSTART_FOLDER
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model {model!r} is not a folder; give the path of a Hugging Face checkpoint, "
+            f"or {QUICKSTART!r} for the embedded one"
+        )
+    return folder
+
+
+def load_model_config(model: str) -> ModelConfig:
+    """Reads config.json and generation_config.json. Raises ConfigError or CheckpointError."""
+    folder = resolve_folder(model)
+    raw = _read_json(folder / "config.json", required=True)
+    generation = _read_json(folder / "generation_config.json", required=False)
+    architectures = raw.get("architectures") or []
+    if not architectures:
+        raise CheckpointError(f"{folder / 'config.json'} names no architecture; add \"architectures\": [...]")
+    try:
+        num_heads = int(raw["num_attention_heads"])
+        return ModelConfig(
+            folder=str(folder),
+            architecture=architectures[0],
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=int(raw["hidden_size"]),
+            num_layers=int(raw["num_hidden_layers"]),
+            num_heads=num_heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
+            intermediate_size=int(raw["intermediate_size"]),
+            max_positions=int(raw["max_position_embeddings"]),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(_rope_parameters(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", architectures[0].startswith("Gemma"))),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+            eos_token_ids=_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
+            raw=raw,
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"{folder / 'config.json'} has no {missing}") from missing
+
+
+def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings: `rope_parameters` since transformers 5, `rope_scaling` before."""
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+
+
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """The checkpoint's rotary settings; {} for plain rotary embeddings."""
+    return _rope_parameters(config.raw)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{path} is missing; a checkpoint needs its config.json")
+        return {}
+    try:
+        content = msgspec.json.decode(path.read_bytes())
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content

@@ -1,0 +1,127 @@
+"""The frame that decoder-only families share: embedding, layers, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from anychip.layers.attention import Attention
+from anychip.layers.build import Builder
+from anychip.layers.embedding import LMHead, VocabParallelEmbedding
+from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.norm import RMSNorm
+from anychip.layers.rotary import make_rope
+from anychip.model_config import ModelConfig, rope_parameters
+from anychip.plugin_api import AttentionBackend, AttentionSpec, ForwardContext, Rope
+from anychip.types import DType
+
+
+class DecoderLayer(Protocol):
+    attention: Attention
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """(this layer's output before its residual sum, the residual) -> the same of the next."""
+        ...
+
+
+class Decoder:
+    """A family overrides `layer`, and `attention_specs` where its layers differ."""
+
+    embedding_scale: float | None = None
+    unit_offset_norm = False
+    final_softcap: float | None = None
+
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
+        self.config = config
+        self.ops = builder.ops
+        self.vocab_size = config.vocab_size
+        self.num_layers = config.num_layers
+        builder.weights.ignored += ("rotary_emb.inv_freq",)
+        self.embedding = VocabParallelEmbedding(
+            builder, name="model.embed_tokens", vocab_size=config.vocab_size, hidden_size=config.hidden_size
+        )
+        rope = self.rope(builder)
+        self.layers = [self.layer(builder, index, specs[index], rope) for index in range(config.num_layers)]
+        self.norm = RMSNorm(
+            builder,
+            name="model.norm",
+            size=config.hidden_size,
+            eps=config.norm_eps,
+            unit_offset=self.unit_offset_norm,
+        )
+        self.head = LMHead(
+            builder,
+            name="lm_head",
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            tied=self.embedding if config.tie_word_embeddings else None,
+        )
+
+    @classmethod
+    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType) -> list[AttentionSpec]:
+        """By layer, for one of `size` ranks."""
+        return [full_attention(config, size, dtype)] * config.num_layers
+
+    @property
+    def attention(self) -> list[AttentionBackend]:
+        return [layer.attention.backend for layer in self.layers]
+
+    def rope(self, builder: Builder) -> Rope:
+        config = self.config
+        return make_rope(
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            max_positions=config.max_positions,
+            parameters=rope_parameters(config),
+            device=builder.platform.default_device,
+        )
+
+    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> DecoderLayer:
+        raise TypeError(f"{type(self).__name__} does not say what its layers are")
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        hidden = self.embedding(input_ids)  # [num_tokens, hidden_size]
+        if self.embedding_scale is not None:
+            # Rounded to the model's dtype first, as the checkpoint was trained.
+            hidden = hidden * hidden.new_tensor(self.embedding_scale)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, context)
+        return self.norm.with_residual(hidden, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden)
+        return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
+
+
+def full_attention(config: ModelConfig, size: int, dtype: DType) -> AttentionSpec:
+    """One rank's share of plain causal attention."""
+    return AttentionSpec(
+        num_heads=config.num_heads // size,
+        num_kv_heads=max(1, config.num_kv_heads // size),
+        head_dim=config.head_dim,
+        dtype=dtype,
+        kv_dtype=dtype,
+    )
+
+
+class PreNormLayer:
+    """norm, attention, norm, feed-forward, each pair around a residual sum."""
+
+    def __init__(
+        self, builder: Builder, config: ModelConfig, index: int, attention: Attention, mlp: GatedMLP | SparseMoE
+    ) -> None:
+        name = f"model.layers.{index}"
+        size, eps = config.hidden_size, config.norm_eps
+        self.input_norm = RMSNorm(builder, name=f"{name}.input_layernorm", size=size, eps=eps)
+        self.mlp_norm = RMSNorm(builder, name=f"{name}.post_attention_layernorm", size=size, eps=eps)
+        self.attention = attention
+        self.mlp = mlp
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_norm.with_residual(hidden, residual, self.attention.accepts)
+        hidden = self.attention(hidden, context)
+        hidden, residual = self.mlp_norm.with_residual(hidden, residual, self.mlp.accepts)
+        return self.mlp(hidden), residual

@@ -1,0 +1,83 @@
+"""Gemma 2: softcapped attention, windows on every other layer, norms on both sides of each block
+(config.json: Gemma2ForCausalLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from anychip.layers.attention import Attention
+from anychip.layers.build import Builder
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.norm import RMSNorm
+from anychip.model_config import ModelConfig
+from anychip.models.decoder import Decoder, full_attention
+from anychip.plugin_api import AttentionSpec, ForwardContext, Rope
+from anychip.types import DType
+
+
+class Gemma2(Decoder):
+    unit_offset_norm = True
+
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
+        self.embedding_scale = config.hidden_size**0.5
+        self.final_softcap = config.get("final_logit_softcapping")
+        super().__init__(config, builder, specs)
+
+    @classmethod
+    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType) -> list[AttentionSpec]:
+        full = replace(full_attention(config, size, dtype), softcap=config.get("attn_logit_softcapping"))
+        windowed = replace(full, window=int(config.get("sliding_window", 4096)))
+        kinds = config.get("layer_types") or [
+            "full_attention" if index % 2 else "sliding_attention" for index in range(config.num_layers)
+        ]
+        return [windowed if kind == "sliding_attention" else full for kind in kinds]
+
+    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> Gemma2Layer:
+        return Gemma2Layer(builder, self.config, index, spec, rope)
+
+
+class Gemma2Layer:
+    """The residual is summed after the second norm of each block, so it cannot fuse with the first one's input."""
+
+    def __init__(
+        self, builder: Builder, config: ModelConfig, index: int, spec: AttentionSpec, rope: Rope
+    ) -> None:
+        name = f"model.layers.{index}"
+        self.attention = Attention(
+            builder,
+            name=f"{name}.self_attn",
+            index=index,
+            spec=spec,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            scale=float(config.get("query_pre_attn_scalar", config.head_dim)) ** -0.5,
+            rope=rope,
+            bias=bool(config.get("attention_bias", False)),
+        )
+        self.mlp = GatedMLP(
+            builder,
+            name=f"{name}.mlp",
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            activation="gelu_tanh",
+        )
+
+        def norm(which: str) -> RMSNorm:
+            return RMSNorm(
+                builder, name=f"{name}.{which}", size=config.hidden_size, eps=config.norm_eps, unit_offset=True
+            )
+
+        self.before_attention = norm("input_layernorm")
+        self.after_attention = norm("post_attention_layernorm")
+        self.before_mlp = norm("pre_feedforward_layernorm")
+        self.after_mlp = norm("post_feedforward_layernorm")
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.before_attention.with_residual(hidden, residual, self.attention.accepts)
+        hidden = self.after_attention(self.attention(hidden, context))
+        hidden, residual = self.before_mlp.with_residual(hidden, residual, self.mlp.accepts)
+        return self.after_mlp(self.mlp(hidden)), residual

@@ -1,0 +1,28 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in its sparse layers (config.json: Qwen3MoeForCausalLM)."""
+
+from __future__ import annotations
+
+from anychip.layers.build import Builder
+from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.models.qwen3 import Qwen3
+from anychip.plugin_api import MoESpec
+
+
+class Qwen3MoE(Qwen3):
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        config = self.config
+        sparse_step = int(config.get("decoder_sparse_step", 1))
+        if index in (config.get("mlp_only_layers") or []) or (index + 1) % sparse_step:
+            return super().feed_forward(builder, index)
+        intermediate_size = int(config.raw["moe_intermediate_size"])
+        spec = MoESpec(
+            num_experts=int(config.raw["num_experts"]),
+            top_k=int(config.raw["num_experts_per_tok"]),
+            hidden_size=config.hidden_size,
+            intermediate_size=builder.split(intermediate_size, "expert features").count,
+            dtype=builder.dtype,
+            renormalize=bool(config.get("norm_topk_prob", False)),
+        )
+        return SparseMoE(
+            builder, name=f"model.layers.{index}.mlp", spec=spec, intermediate_size=intermediate_size
+        )

@@ -1,0 +1,59 @@
+"""The reference implementations: plain PyTorch, correct on any torch device, slow on most.
+
+Core hands REFERENCE to every platform it opens. A plugin may import from here to build on a reference
+(`DenseCacheAttention`, for one) and in its tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anychip.ops.reference import functional, sampling
+from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row
+from anychip.ops.reference.linear import DenseWeights, ReferenceLinear
+from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
+from anychip.plugin_api import OP_VERSIONS, AttentionBackend, AttentionSpec, FusedMoE, LinearKernel, LinearSpec
+from anychip.plugin_api import MoESpec as MoESpec
+from anychip.plugin_api.platform import Platform
+
+__all__ = [
+    "REFERENCE", "REFERENCE_OPS", "DenseCacheAttention", "DenseWeights", "ExpertWeights", "ReferenceAttention",
+    "ReferenceLinear", "ReferenceMoE", "attend_row", "functional", "sampling",
+]  # fmt: skip
+
+
+class _ReferenceKernels:
+    """plugin_api.ReferenceKernels, implemented."""
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return ReferenceAttention(spec)
+
+    def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel:
+        return ReferenceLinear(spec, platform)
+
+    def moe(self, spec: MoESpec, platform: Platform) -> FusedMoE:
+        return ReferenceMoE(spec, platform)
+
+    def empty(self, shape: Sequence[int], dtype: str, device: str, *, pinned: bool = False) -> Tensor:
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=device, pin_memory=pinned)
+
+    def seed(self, n: int) -> None:
+        torch.manual_seed(n)
+
+
+REFERENCE = _ReferenceKernels()
+
+
+def _reference_ops() -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    for name in OP_VERSIONS:
+        found[name] = getattr(functional, name, None) or getattr(sampling, name)
+    return found
+
+
+REFERENCE_OPS = _reference_ops()
+"""By op name: the function that runs where a platform brings none."""

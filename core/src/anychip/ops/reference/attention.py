@@ -1,0 +1,115 @@
+"""Reference paged attention: one row at a time, in the plainest order. Correct on any torch device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    BatchView,
+    KVLayout,
+    Unsupported,
+    dense_page_bytes,
+)
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+class DenseCacheAttention(AttentionBackend):
+    """Storage shared by backends that keep [num_blocks, 2, block_size, num_kv_heads, head_dim]: keys, values."""
+
+    block_sizes: tuple[int, ...] = BLOCK_SIZES
+
+    def kv_layout(self) -> KVLayout:
+        return KVLayout(block_sizes=self.block_sizes, page_bytes=dense_page_bytes(self.spec))
+
+    def make_cache(self, raw: Tensor, num_blocks: int, block_size: int) -> Tensor:
+        dtype = getattr(torch, self.spec.kv_dtype)
+        return raw.view(dtype).view(num_blocks, 2, block_size, self.spec.num_kv_heads, self.spec.head_dim)
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, plan: BatchView, layer: AttentionLayer) -> Tensor:
+        written = (plan.slot_mapping >= 0).nonzero().squeeze(-1)
+        slots = plan.slot_mapping[written]
+        block, offset = slots // plan.block_size, slots % plan.block_size
+        cache[block, 0, offset] = k[written].to(cache.dtype)
+        cache[block, 1, offset] = v[written].to(cache.dtype)
+        return cache
+
+    def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
+        cache[list(dst)] = cache[list(src)]
+        return cache
+
+    def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
+        cache[list(ids)] = 0
+        return cache
+
+    def export_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
+        return cache[list(ids)]
+
+    def import_blocks(self, cache: Tensor, ids: Sequence[int], data: Tensor) -> Tensor:
+        cache[list(ids)] = data
+        return cache
+
+
+class ReferenceAttention(DenseCacheAttention):
+    """Softmax in float32, GQA by repetition."""
+
+    name = "reference"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        reasons = []
+        if spec.kind != "decoder":
+            reasons.append(f"attention of kind {spec.kind} has no reference yet")
+        if spec.kv_dtype != spec.dtype:
+            reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries has no reference yet")
+        if spec.alibi or spec.sinks:
+            reasons.append("ALiBi and sinks have no reference yet")
+        if reasons:
+            raise Unsupported("reference attention", reasons)
+        super().__init__(spec)
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        plan: BatchView,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        result = torch.zeros_like(q) if out is None else out.zero_()
+        starts = plan.query_start.tolist()
+        for row, length in enumerate(plan.seq_lens.tolist()):
+            begin, end = starts[row], starts[row + 1]
+            if end > begin:
+                blocks = plan.block_table[row, : -(-length // plan.block_size)].long()
+                pages = cache[blocks]  # [pages, 2, block_size, num_kv_heads, head_dim]
+                k = pages[:, 0].flatten(0, 1)[:length]
+                v = pages[:, 1].flatten(0, 1)[:length]
+                result[begin:end] = attend_row(q[begin:end], k, v, self.spec, layer.scale)
+        return result
+
+
+def attend_row(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float) -> Tensor:
+    """The last len(q) tokens of a sequence over all its keys: q [queries, num_heads, head_dim], k and v
+    [length, num_kv_heads, head_dim]."""
+    repeat = spec.num_heads // spec.num_kv_heads
+    k, v = k.repeat_interleave(repeat, dim=1).float(), v.repeat_interleave(repeat, dim=1).float()
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    keys = torch.arange(k.shape[0], device=q.device)
+    queries = keys[k.shape[0] - q.shape[0] :].unsqueeze(-1)
+    hidden = keys > queries
+    if spec.window is not None:
+        hidden |= keys <= queries - spec.window
+        # Blocks that a window has left behind are the null block, whose bytes may be anything.
+        v = v.masked_fill(hidden.all(dim=0)[:, None, None], 0)
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)

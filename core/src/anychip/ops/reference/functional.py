@@ -1,0 +1,92 @@
+"""Reference of every single and composite op that a model calls. Contracts: plugin_api/ops.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anychip.plugin_api import ActFormat, Communicator, LinearKernel, QKNorm, Rope
+
+
+def embedding(*, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    rows = weight.shape[0]
+    local = ids - first
+    held = (local >= 0) & (local < rows)
+    picked = F.embedding(local.clamp(0, rows - 1), weight)
+    return picked.masked_fill(~held.unsqueeze(-1), 0)
+
+
+def rms_norm(*, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (normed * (1.0 + weight.float())).to(x.dtype)
+    return normed.to(x.dtype) * weight
+
+
+def rotary(*, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    cos = rope.cos[positions].unsqueeze(1)  # [num_tokens, 1, rotary_dim / 2]
+    sin = rope.sin[positions].unsqueeze(1)
+    turned, rest = x[..., : rope.rotary_dim].float(), x[..., rope.rotary_dim :]
+    if rope.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1) if rest.shape[-1] else rotated.to(x.dtype)
+
+
+def gated_activation(*, gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    raise ValueError(f"activation {activation!r}; expected silu or gelu_tanh")
+
+
+def softcap(*, x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+def qkv_norm_rope(
+    *, q: Tensor, k: Tensor | None, positions: Tensor, rope: Rope | None, qk_norm: QKNorm | None
+) -> tuple[Tensor, Tensor | None]:
+    if qk_norm is not None:
+        q = rms_norm(x=q, weight=qk_norm.q_weight, eps=qk_norm.eps, unit_offset=qk_norm.unit_offset)
+        if k is not None:
+            k = rms_norm(x=k, weight=qk_norm.k_weight, eps=qk_norm.eps, unit_offset=qk_norm.unit_offset)
+    if rope is not None:
+        q = rotary(x=q, positions=positions, rope=rope)
+        if k is not None:
+            k = rotary(x=k, positions=positions, rope=rope)
+    return q, k
+
+
+def residual_norm_quant(
+    *,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    unit_offset: bool = False,
+    out_format: ActFormat | None = None,
+) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    return _in_format(rms_norm(x=total, weight=weight, eps=eps, unit_offset=unit_offset), out_format), total
+
+
+def gate_up_act_quant(*, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
+    return _in_format(gated_activation(gate_up=gate_up, activation=activation), out_format)
+
+
+def matmul_reduce(*, x: Tensor, kernel: LinearKernel, packed: object, communicator: Communicator) -> Tensor:
+    return communicator.all_reduce(kernel.apply(x, packed))
+
+
+def _in_format(x: Tensor, out_format: ActFormat | None) -> Tensor:
+    if out_format is not None and out_format.scheme is not None:
+        raise ValueError(f"the reference produces no activations of scheme {out_format.scheme!r}")
+    return x

@@ -1,0 +1,65 @@
+"""Reference of the sampling ops: masks, the seeded draw, log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anychip.ops.reference.philox import PURPOSE_TOKEN, uniform
+
+
+def apply_token_masks(*, logits: Tensor, masks: Tensor) -> Tensor:
+    token = torch.arange(logits.shape[-1], device=logits.device)
+    allowed = (masks[:, token // 32] >> (token % 32)) & 1
+    return logits.masked_fill(allowed == 0, -torch.inf)
+
+
+def sample(
+    *,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed_low: Tensor,
+    seed_high: Tensor,
+    sample_index: Tensor,
+    position: Tensor,
+    all_greedy: bool = False,
+) -> Tensor:
+    greedy_ids = logits.argmax(dim=-1)
+    if all_greedy:
+        return greedy_ids.to(torch.int32)
+    greedy = temperature == 0
+    scaled = logits.double() / torch.where(greedy, 1.0, temperature.double()).unsqueeze(-1)
+    weights = truncate(torch.softmax(scaled, dim=-1), top_k=top_k, top_p=top_p, min_p=min_p)
+    cumulative = weights.cumsum(dim=-1)
+    target = uniform(seed_low, seed_high, sample_index, position, PURPOSE_TOKEN) * cumulative[:, -1]
+    drawn = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+    # A target that rounding put at the total falls on the last token that has weight.
+    last = logits.shape[-1] - 1 - weights.flip(-1).gt(0).to(torch.int8).argmax(dim=-1)
+    drawn = torch.minimum(drawn, last)
+    return torch.where(greedy, greedy_ids, drawn).to(torch.int32)
+
+
+def truncate(probs: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities [rows, vocab_size] with what top-k, top-p and min-p exclude set to zero; not renormalised.
+
+    Tokens are ranked by probability, the lower id first among equals. top-k keeps the first k; top-p keeps, of
+    those renormalised, the shortest run whose sum reaches p; min-p keeps what is at least min_p times the best.
+    """
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    ranked = ranked.masked_fill((top_k.unsqueeze(-1) > 0) & (rank >= top_k.unsqueeze(-1)), 0)
+    total = ranked.sum(dim=-1, keepdim=True)
+    before = ranked.cumsum(dim=-1) - ranked
+    ranked = ranked.masked_fill(before >= top_p.double().unsqueeze(-1) * total, 0)
+    ranked = ranked.masked_fill(ranked < min_p.double().unsqueeze(-1) * ranked[:, :1], 0)
+    return torch.zeros_like(probs).scatter(-1, order, ranked)
+
+
+def logprobs(*, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = log_probs.gather(-1, token_ids.long().unsqueeze(-1)).squeeze(-1)
+    top, top_ids = log_probs.topk(min(num_top, logits.shape[-1]), dim=-1)
+    return chosen, top_ids.to(torch.int32), top

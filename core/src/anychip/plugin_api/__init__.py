@@ -1,0 +1,65 @@
+"""The vendor's whole world: what a plugin implements and what it may import. Importing it needs no torch.
+
+Start at PlatformManifest and Platform; docs/writing-a-plugin.md walks through them.
+"""
+
+from anychip.errors import DeviceFault, Unsupported
+from anychip.plugin_api.attention import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    BatchView,
+    KVLayout,
+    QKNorm,
+    Rope,
+    dense_page_bytes,
+)
+from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
+from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.graph import FEATURES, GraphCapture, Recorder, RegionCompiler, ShapeKey, ShapePolicy
+from anychip.plugin_api.hooks import hookimpl
+from anychip.plugin_api.linear import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
+from anychip.plugin_api.manifest import (
+    Decision,
+    DeviceInfo,
+    ModelManifest,
+    Placement,
+    PlatformManifest,
+    PluginOptions,
+    PolicyManifest,
+    ProbeResult,
+    Requirement,
+)
+from anychip.plugin_api.memory import MemoryInfo, PeakMemory
+from anychip.plugin_api.moe import ExpertParallel, FusedMoE, MoESpec, Routing
+from anychip.plugin_api.ops import OP_VERSIONS, Ops, op_override
+from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
+from anychip.plugin_api.step import (
+    MAX_LOGPROBS,
+    CompileReport,
+    ForwardContext,
+    HostOutputs,
+    KVPlan,
+    ModelSource,
+    SamplingInputs,
+    Section,
+    Shard,
+    StepInputs,
+    StepModel,
+    StepOutputs,
+    StepProgram,
+)
+from anychip.plugin_api.version import API_VERSION
+from anychip.types import NULL_BLOCK, PADDING_SLOT
+
+__all__ = [
+    "API_VERSION", "FEATURES", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "ActFormat",
+    "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "Communicator",
+    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "Event", "ExpertParallel", "ForwardContext",
+    "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel",
+    "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory",
+    "Placement", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest",
+    "ProbeResult", "QKNorm", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
+    "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
+    "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl", "op_override",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""Paged attention: the spec that core asks for, the batch it hands over, and the backend's contract.
+
+Dimension names are those of docs/glossary.md. A backend owns its cache's layout; core owns which block is whose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from anychip.errors import Unsupported
+from anychip.types import DType, itemsize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from anychip.plugin_api.graph import Recorder, ShapeKey
+    from anychip.plugin_api.ops import Ops
+
+Cache = Any
+"""A backend's KV storage for one layer: opaque to core."""
+
+Plan = Any
+"""What a backend prepares once a step for one KV group: opaque to core."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What one KV group's layers need. Head counts are those of this rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: DType
+    kv_dtype: DType
+    window: int | None = None
+    """A query at position p sees keys at p - window + 1 to p."""
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    kind: Literal["decoder", "encoder", "mla"] = "decoder"
+    invariant: bool = False
+    """Asks for kernels whose result for a row does not depend on the rest of the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """How a backend stores one layer's keys and values.
+
+    `page_bytes(block_size)` is the size of one block of one layer; groups share a pool when these match.
+    """
+
+    block_sizes: tuple[int, ...]
+    page_bytes: Callable[[int], int]
+    alignment: int = 64
+    opaque: bool = False
+    """Whether core may only move blocks through export_blocks and import_blocks."""
+
+
+def dense_page_bytes(spec: AttentionSpec) -> Callable[[int], int]:
+    """Page size of the plain layout: keys and values of every token, nothing else."""
+    per_token = 2 * spec.num_kv_heads * spec.head_dim * itemsize(spec.kv_dtype)
+    return lambda block_size: per_token * block_size
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchView:
+    """One step's rows as one KV group sees them. Device tensors, padded to the step's ShapeKey; the host
+    arrays are unpadded and present as `host_lengths` was declared.
+
+    A row r owns query tokens query_start[r] .. query_start[r + 1]; its keys are the first seq_lens[r] tokens
+    of its sequence, the last of them its own.
+    """
+
+    query_start: Tensor  # [num_reqs + 1]
+    seq_lens: Tensor  # [num_reqs]
+    block_table: Tensor  # [num_reqs, num_pages]
+    slot_mapping: Tensor  # [num_tokens]; PADDING_SLOT is not written
+    positions: Tensor  # [num_tokens]
+    num_reqs: int
+    num_tokens: int
+    max_query_len: int
+    block_size: int
+    host_query_lens: np.ndarray  # [unpadded rows], always exact
+    host_seq_lens: np.ndarray | None  # [unpadded rows]
+    host_exact: bool
+    host_slot_mapping: np.ndarray | None = None  # [unpadded tokens], where host_lengths is "exact"
+    num_accepted: Tensor | None = None  # [num_reqs], drafts accepted by the step before
+
+
+@dataclass(slots=True, kw_only=True)
+class Rope:
+    """Rotary embedding of a layer: cos and sin by position, [max_positions, rotary_dim / 2] each, float32."""
+
+    cos: Tensor
+    sin: Tensor
+    rotary_dim: int
+    interleaved: bool = False
+    """False: halves are rotated (neox); True: neighbours are (gpt-j)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class QKNorm:
+    """RMS norm over head_dim of queries and keys, before rotary."""
+
+    q_weight: Tensor  # [head_dim]
+    k_weight: Tensor  # [head_dim]
+    eps: float
+    unit_offset: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionLayer:
+    """What is fixed for one layer: `scale` multiplies q.k; k_scale and v_scale belong to a quantized cache."""
+
+    index: int
+    scale: float
+    ops: Ops
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    sinks: Tensor | None = None  # [num_heads]
+    alibi_slopes: Tensor | None = None  # [num_heads]
+
+
+class AttentionBackend:
+    """A subclass writes kv_layout, make_cache, plan, write_kv, attend, copy_blocks and zero_blocks; or
+    overrides forward whole, when its kernel fuses them or its cache is functional."""
+
+    name = "unnamed"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+
+    def kv_layout(self) -> KVLayout:
+        """Allowed block sizes and bytes per block."""
+        raise Unsupported(self.name, ["kv_layout is not implemented"])
+
+    def make_cache(self, raw: Tensor, num_blocks: int, block_size: int) -> Cache:
+        """A cache over `raw`, uint8 [num_blocks * page_bytes(block_size)], which it must not copy: groups
+        share it, block by block."""
+        raise Unsupported(self.name, ["make_cache is not implemented"])
+
+    def plan(
+        self,
+        batch: BatchView,
+        shape: ShapeKey,
+        *,
+        group: int,
+        into: Plan | None = None,
+        recorder: Recorder | None = None,
+    ) -> Plan:
+        """Prepares a step for one KV group.
+
+        `into` rewrites a captured plan's arrays in place on the stream: its static fields follow from `shape`
+        alone. `recorder` is given at capture: host arguments that change per replay are registered with it.
+        """
+        return batch
+
+    def forward(
+        self,
+        q: Tensor,  # [num_tokens, num_heads, head_dim]
+        k: Tensor | None,  # [num_tokens, num_kv_heads, head_dim]; None: another layer's cache is read
+        v: Tensor | None,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        *,
+        rope: Rope | None = None,
+        qk_norm: QKNorm | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """Attention output [num_tokens, num_heads, head_dim] and the cache after the write.
+
+        Padded rows come back as zeros. The default norms and rotates, writes keys and values, then attends.
+        """
+        if rope is not None or qk_norm is not None:
+            q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=self.positions(plan), rope=rope, qk_norm=qk_norm)
+        if k is not None and v is not None:
+            cache = self.write_kv(k, v, cache, plan, layer)
+        return self.attend(q, cache, plan, layer, out=out, lse=lse), cache
+
+    def positions(self, plan: Plan) -> Tensor:
+        """Token positions [num_tokens] of a plan, for the default forward."""
+        positions: Tensor = plan.positions
+        return positions
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: Cache, plan: Plan, layer: AttentionLayer) -> Cache:
+        """Writes each token at its slot; a token of slot PADDING_SLOT is not written."""
+        raise Unsupported(self.name, ["write_kv is not implemented"])
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of every query over the keys of its row, causal, within the window."""
+        raise Unsupported(self.name, ["attend is not implemented"])
+
+    def copy_blocks(self, cache: Cache, src: Sequence[int], dst: Sequence[int]) -> Cache:
+        """Block dst[i] becomes a copy of block src[i]."""
+        raise Unsupported(self.name, ["copy_blocks is not implemented"])
+
+    def zero_blocks(self, cache: Cache, ids: Sequence[int]) -> Cache:
+        """Fills blocks with zeros."""
+        raise Unsupported(self.name, ["zero_blocks is not implemented"])
+
+    def export_blocks(self, cache: Cache, ids: Sequence[int]) -> Tensor:
+        """Blocks in canonical form [len(ids), 2, block_size, num_kv_heads, head_dim]: keys, then values."""
+        raise Unsupported(self.name, ["export_blocks is not implemented"])
+
+    def import_blocks(self, cache: Cache, ids: Sequence[int], data: Tensor) -> Cache:
+        """The inverse of export_blocks."""
+        raise Unsupported(self.name, ["import_blocks is not implemented"])

@@ -1,0 +1,105 @@
+"""What a device can do, declared once and typed. Core asks these and never a name.
+
+A declared capability that fails a conformance case is a failure; an undeclared one is refused by its factory.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from anychip.messages import DeviceRules
+from anychip.types import DType
+
+
+class GraphLevel(enum.IntEnum):
+    """NONE: eager. PIECEWISE: what lies between attention calls is captured. FULL: a whole step."""
+
+    NONE = 0
+    PIECEWISE = 1
+    FULL = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """Defaults describe the reference ops on a host CPU, which every platform starts from."""
+
+    dtypes: frozenset[DType] = frozenset({"float32", "bfloat16"})
+    index_dtype: Literal["int32", "int64"] = "int32"
+    slot_dtype: Literal["int32", "int64"] = "int64"
+    table_dtype: Literal["int32", "int64"] = "int32"
+    max_slots: int | None = None
+    """Most token slots (blocks x block size) that one cache may address; None: as many as memory holds."""
+    head_dims: frozenset[int] | None = None
+    """None: any."""
+    block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Block sizes the attention kernels take, the preferred one first."""
+    kv_dtypes: frozenset[DType] = frozenset({"float32", "bfloat16"})
+    quantization: frozenset[str] = frozenset()
+    sliding_window: bool = True
+    softcap: bool = True
+    alibi: bool = False
+    sinks: bool = False
+    mla: bool = False
+    kv_write: Literal["separate", "fused", "functional"] = "separate"
+    host_lengths: Literal["none", "upper_bound", "exact"] = "none"
+    """What the attention plan needs of sequence lengths on the host."""
+    padding: Literal["zero_rows", "dummy_request"] = "zero_rows"
+    """Whether a padded row has no query, or one query token of its own on the null block."""
+    stale_kv: Literal["any", "must_be_finite"] = "any"
+    """must_be_finite: blocks are zeroed before reuse, since masked values still enter products."""
+    sampling: Literal["device", "host"] = "device"
+    seeded_sampling: bool = True
+    reload: Literal["inplace", "repack", "none"] = "inplace"
+    graph_level: GraphLevel = GraphLevel.NONE
+    collectives: Literal["runtime", "compiler", "none"] = "none"
+    streams: bool = False
+    batch_invariant: bool = False
+    lora: bool = False
+    triton: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRules:
+    """Limits of one step that no policy may break. None: no limit beyond the configuration's.
+
+    `chunk_multiple`: a prefill chunk that is not the prompt's last has a multiple of this many tokens.
+    `max_padded_tokens`: num_rows x longest row, for devices that compute a rectangle.
+    """
+
+    mix_prefill_decode: bool = True
+    max_prefills: int | None = None
+    chunk_multiple: int = 1
+    max_tokens: int | None = None
+    max_rows: int | None = None
+    max_padded_tokens: int | None = None
+    decode_steps_per_launch: int = 1
+    """Only 1 in interface 0.1: several steps per launch need the sampler inside the loop."""
+
+    def for_device(self, capabilities: Capabilities) -> DeviceRules:
+        """The same limits in the form that crosses processes."""
+        return DeviceRules(
+            mix_prefill_decode=self.mix_prefill_decode,
+            max_prefills=self.max_prefills,
+            chunk_multiple=self.chunk_multiple,
+            max_tokens=self.max_tokens,
+            max_rows=self.max_rows,
+            max_padded_tokens=self.max_padded_tokens,
+            exact_host_lengths=capabilities.host_lengths == "exact",
+            zero_new_blocks=capabilities.stale_kv == "must_be_finite",
+            max_slots=capabilities.max_slots,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """What the configuration asks of a step program or a shape policy."""
+
+    max_num_tokens: int
+    max_num_reqs: int
+    max_model_len: int
+    max_slots: int
+    """Rows of the persistent batch: the highest slot id is max_slots - 1."""
+    max_pages: tuple[int, ...] = field(default=())
+    """By KV group: blocks of the longest request."""

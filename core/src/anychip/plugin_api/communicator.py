@@ -1,0 +1,107 @@
+"""Collectives within one group of ranks, made for one purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anychip.errors import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSpec:
+    """`ranks` are world ranks in group order; `purpose` names the traffic ("tp", "ep", "pp").
+
+    `store` is where ranks meet: "file:///path" for one host, "tcp://host:port" across hosts.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    """This process's world rank, one of `ranks`."""
+    purpose: str
+    max_message_bytes: int
+    store: str
+    timeout_s: float
+    invariant: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def group_rank(self) -> int:
+        return self.ranks.index(self.rank)
+
+
+class Communicator:
+    """The base class is the group of one: every collective returns its input. A plugin overrides them all."""
+
+    name = "single"
+
+    def __init__(self, spec: GroupSpec) -> None:
+        if spec.size > 1 and type(self) is Communicator:
+            raise Unsupported("communicator", [f"a group of {spec.size} ranks needs the platform's communicator"])
+        self.spec = spec
+
+    @property
+    def rank(self) -> int:
+        return self.spec.group_rank
+
+    @property
+    def size(self) -> int:
+        return self.spec.size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, on every rank. May reuse x's storage."""
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Ranks' tensors, all of one shape, concatenated along dim in group order."""
+        return x
+
+    def all_gather_v(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """As all_gather, where rank i brings sizes[i] along dim."""
+        return x
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Sum over ranks; this rank keeps its equal share along dim."""
+        return x
+
+    def reduce_scatter_v(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        return x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Equal shares along dim 0: share j goes to rank j."""
+        return x
+
+    def all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """send[j] rows go to rank j, receive[j] rows come from it."""
+        return x
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        """root counts within the group."""
+        return x
+
+    def send(self, x: Tensor, to: int) -> None:
+        raise Unsupported(self.name, ["a group of one has nobody to send to"])
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        raise Unsupported(self.name, ["a group of one has nobody to receive from"])
+
+    def barrier(self) -> None:
+        return None
+
+    def register(self, graph_pool: Any) -> None:
+        """Called before capture, for communicators whose buffers a graph must know."""
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def restore(self) -> None:
+        """Opens the group again after close, as when a sleeping worker wakes."""
+        return None

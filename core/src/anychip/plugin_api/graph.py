@@ -1,0 +1,98 @@
+"""Shapes of a step, graphs captured for them, and compilers that are asked for a region."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from anychip.errors import Unsupported
+from anychip.plugin_api.capabilities import GraphLevel
+
+if TYPE_CHECKING:
+    from anychip.plugin_api.attention import Plan
+    from anychip.plugin_api.communicator import Communicator
+
+FEATURES = ("logprobs", "masks")
+"""What a step's sampling may need beyond the plain draw, in the order that ShapeKey.features lists them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeKey:
+    """The padded sizes of a step. Steps of one key run the same program. 0 pages or query length: unbounded."""
+
+    num_tokens: int
+    num_reqs: int
+    max_query_len: int
+    num_pages: int
+    features: tuple[str, ...] = ()
+
+
+class ShapePolicy:
+    """Which shapes a device runs. This one is `dynamic`: every step keeps its own sizes."""
+
+    def keys(self) -> Sequence[ShapeKey]:
+        """Shapes to prepare before the first request; empty: none."""
+        return ()
+
+    def bucket(
+        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+    ) -> ShapeKey:
+        """The smallest shape that holds a step. Steps obey StepRules, so there always is one."""
+        return ShapeKey(
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            max_query_len=max_query_len,
+            num_pages=num_pages,
+            features=features,
+        )
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Collects at capture what must be renewed per replay: a backend registers `renew(plan)`, and
+    GraphCapture.run calls it with the replay's plan, before or after the launch as the platform needs."""
+
+    renewals: list[tuple[int, Callable[[Plan], None]]] = field(default_factory=list)
+    """(KV group, function of that group's new plan)"""
+
+    def on_replay(self, group: int, renew: Callable[[Plan], None]) -> None:
+        self.renewals.append((group, renew))
+
+
+class GraphCapture:
+    """Captures a callable over fixed storage and replays it. The base class captures nothing."""
+
+    level = GraphLevel.NONE
+
+    def reserve(self, keys: Sequence[ShapeKey]) -> int:
+        """Bytes that capturing `keys` will need."""
+        return 0
+
+    def affordable(self, keys: Sequence[ShapeKey], budget: int) -> Sequence[ShapeKey]:
+        """The keys worth capturing within a budget of bytes, in order of use."""
+        return keys
+
+    def capture(
+        self,
+        fn: Callable[[], Any],
+        key: ShapeKey,
+        *,
+        pool: Any = None,
+        recorder: Recorder | None = None,
+        communicators: Sequence[Communicator] = (),
+    ) -> Any:
+        """Runs fn once, recording; returns a handle. fn reads and writes storage that outlives the call."""
+        raise Unsupported("graph capture", ["the platform captures no graphs"])
+
+    def run(self, handle: Any, plans: Sequence[Plan]) -> Any:
+        """Replays: owns order and streams, and renews the arguments that the recorder lists. Returns what fn
+        returned at capture, rewritten in place."""
+        raise Unsupported("graph capture", ["the platform captures no graphs"])
+
+
+class RegionCompiler:
+    """A compiler for a callable region, as an option; kept where it measures faster than hand-fused kernels."""
+
+    def compile(self, fn: Callable[..., Any], *, name: str) -> Callable[..., Any]:
+        return fn

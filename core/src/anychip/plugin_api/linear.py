@@ -1,0 +1,116 @@
+"""Matrix products: packing on load, streamed from the mapped file, and applying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anychip.errors import Unsupported
+from anychip.types import DType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anychip.plugin_api.platform import Platform
+
+Packed = Any
+"""A kernel's weights in its own layout: opaque to core."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActFormat:
+    """The form in which a kernel takes activations. norm and activation ops are asked for it as out_format, so
+    that quantization fuses there. `scheme` None: plain values of `dtype`."""
+
+    dtype: DType
+    scheme: str | None = None
+    group_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPart:
+    """One checkpoint tensor of a packed projection: its rows stand at `offset` in the packed output."""
+
+    name: str
+    offset: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSpec:
+    """y = x W^T + b on this rank: x [num_tokens, in_features], W [out_features, in_features].
+
+    `scheme` None is a dense product in `dtype`. `parts` are the checkpoint tensors stacked along out_features.
+    """
+
+    in_features: int
+    out_features: int
+    parts: tuple[LinearPart, ...]
+    dtype: DType
+    bias: bool = False
+    scheme: str | None = None
+    group_size: int | None = None
+    invariant: bool = False
+    epilogue: str | None = None
+
+
+class WeightView(Protocol):
+    """A tensor in a mapped checkpoint file: shape and dtype are free, values are read as they are sliced."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def source(self) -> str:
+        """Tensor and file, for messages."""
+        ...
+
+    def read(self, *bounds: tuple[int, int]) -> Tensor:
+        """The values within (start, stop) of each leading dimension; later dimensions whole."""
+        ...
+
+
+class LinearKernel:
+    """Dense, or one quantization scheme. begin, load for every part, finish; then apply.
+
+    `accepts` tells the op before it what to produce. `update` rewrites a part in place: graphs captured over
+    the storage stay valid.
+    """
+
+    name = "unnamed"
+
+    def __init__(self, spec: LinearSpec, platform: Platform) -> None:
+        self.spec = spec
+        self.platform = platform
+
+    @property
+    def accepts(self) -> ActFormat:
+        return ActFormat(dtype=self.spec.dtype)
+
+    def begin(self) -> Packed:
+        """Allocates the packed weights through the platform."""
+        raise Unsupported(self.name, ["begin is not implemented"])
+
+    def load(self, packed: Packed, part: str, tensor: Tensor) -> None:
+        """Copies one part's rows of this rank, [rows, in_features], or its bias [rows] as part + ".bias"."""
+        raise Unsupported(self.name, ["load is not implemented"])
+
+    def finish(self, packed: Packed) -> Packed:
+        """Called once when every part is loaded; may repack."""
+        return packed
+
+    def adopt(self, weight: Tensor) -> Packed:
+        """Packs a finished plain weight [out_features, in_features] on the device, sharing its storage where
+        the layout allows: tied embeddings are never held twice without need."""
+        packed = self.begin()
+        for part in self.spec.parts:
+            self.load(packed, part.name, weight[part.offset : part.offset + part.rows])
+        return self.finish(packed)
+
+    def update(self, packed: Packed, part: str, tensor: Tensor) -> None:
+        """Rewrites a part of finished weights, keeping their storage."""
+        self.load(packed, part, tensor)
+
+    def apply(self, x: Tensor, packed: Packed, *, out: Tensor | None = None) -> Tensor:
+        """[num_tokens, out_features]."""
+        raise Unsupported(self.name, ["apply is not implemented"])

@@ -1,0 +1,21 @@
+"""Memory as a platform reports it. All sizes in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryInfo:
+    """None where the runtime does not say; then Platform.kv_budget answers for the KV cache."""
+
+    free: int | None
+    total: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakMemory:
+    """The most that a call held beyond what was held before it; `exact` False for an estimate."""
+
+    nbytes: int
+    exact: bool

@@ -1,0 +1,128 @@
+"""Single and composite ops: their names, versions and signatures, and the table that dispatches them.
+
+An op is called by keyword. Each has a version; its signature here is the contract. An override declares the
+arguments it knows: one that lacks an argument added later (its default keeps the old meaning) is not called,
+the reference runs, and `doctor` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anychip.plugin_api.attention import QKNorm, Rope
+    from anychip.plugin_api.communicator import Communicator
+    from anychip.plugin_api.linear import ActFormat, LinearKernel, Packed
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OP_VERSIONS = {
+    "embedding": 1,
+    "rms_norm": 1,
+    "rotary": 1,
+    "gated_activation": 1,
+    "softcap": 1,
+    "apply_token_masks": 1,
+    "sample": 1,
+    "logprobs": 1,
+    "qkv_norm_rope": 1,
+    "residual_norm_quant": 1,
+    "gate_up_act_quant": 1,
+    "matmul_reduce": 1,
+}
+"""Every op that a platform may override; the last four are composite."""
+
+COMPOSITE_OPS = frozenset({"qkv_norm_rope", "residual_norm_quant", "gate_up_act_quant", "matmul_reduce"})
+
+
+def op_override(name: str, *, version: int) -> Callable[[F], F]:
+    """Marks a function as an override of an op at the version that it was written against."""
+
+    def mark(fn: F) -> F:
+        fn.__anychip_op__ = (name, version)  # type: ignore[attr-defined]
+        return fn
+
+    return mark
+
+
+class Ops(Protocol):
+    """The ops as models call them. Shapes use docs/glossary.md; all arguments go by keyword."""
+
+    def embedding(self, *, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+        """Rows of weight [rows, hidden_size] for ids [num_tokens]; weight holds ids from `first` on, and an id
+        it does not hold gives zeros."""
+        ...
+
+    def rms_norm(self, *, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+        """x / rms(x) * weight over the last dimension, computed in float32. unit_offset: weight + 1."""
+        ...
+
+    def rotary(self, *, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+        """Rotates x [num_tokens, heads, head_dim] by its position; dimensions past rotary_dim pass through."""
+        ...
+
+    def gated_activation(self, *, gate_up: Tensor, activation: str) -> Tensor:
+        """act(gate) * up for gate_up [num_tokens, 2 * intermediate_size]; "silu" or "gelu_tanh"."""
+        ...
+
+    def softcap(self, *, x: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap)."""
+        ...
+
+    def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
+        """Minus infinity where a packed bitmask [rows, words] int32 has a 0 bit."""
+        ...
+
+    def sample(
+        self,
+        *,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed_low: Tensor,
+        seed_high: Tensor,
+        sample_index: Tensor,
+        position: Tensor,
+        all_greedy: bool = False,
+    ) -> Tensor:
+        """Token ids [rows] int32 drawn as docs/reference/randomness.md specifies. `all_greedy` is a promise."""
+        ...
+
+    def logprobs(self, *, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of token_ids [rows], then the num_top likeliest ids and their log-probabilities."""
+        ...
+
+    def qkv_norm_rope(
+        self, *, q: Tensor, k: Tensor | None, positions: Tensor, rope: Rope | None, qk_norm: QKNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """rms_norm of queries and keys over head_dim, then rotary; each where given."""
+        ...
+
+    def residual_norm_quant(
+        self,
+        *,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        unit_offset: bool = False,
+        out_format: ActFormat | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual) in out_format, x + residual); residual None: x itself."""
+        ...
+
+    def gate_up_act_quant(self, *, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
+        """gated_activation in out_format."""
+        ...
+
+    def matmul_reduce(
+        self, *, x: Tensor, kernel: LinearKernel, packed: Packed, communicator: Communicator
+    ) -> Tensor:
+        """kernel.apply, then all_reduce."""
+        ...

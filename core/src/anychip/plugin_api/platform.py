@@ -1,0 +1,193 @@
+"""Platform: one opened device family. Made once per process, passed down, never global.
+
+Its factories answer with the reference implementation unless overridden, so a platform that names a torch device
+and nothing else already runs every model; a vendor then replaces kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anychip.errors import DeviceFault
+from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
+from anychip.plugin_api.capabilities import Capabilities, StepLimits, StepRules
+from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.graph import GraphCapture, RegionCompiler, ShapePolicy
+from anychip.plugin_api.linear import LinearKernel, LinearSpec
+from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
+from anychip.plugin_api.memory import MemoryInfo, PeakMemory
+from anychip.plugin_api.moe import FusedMoE, MoESpec
+from anychip.plugin_api.step import KVPlan, ModelSource, StepProgram
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ReferenceKernels(Protocol):
+    """Core's pure-PyTorch implementations (anychip.ops.reference), handed to the platform when it is opened so
+    that this package needs no torch."""
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend: ...
+    def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel: ...
+    def moe(self, spec: MoESpec, platform: Platform) -> FusedMoE: ...
+    def empty(self, shape: Sequence[int], dtype: str, device: str, *, pinned: bool = False) -> Tensor: ...
+    def seed(self, n: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformContext:
+    """What a platform is opened with. `device_indexes` are those that this process drives."""
+
+    manifest: PlatformManifest
+    device_indexes: tuple[int, ...]
+    options: PluginOptions
+    probe: ProbeResult
+    reference: ReferenceKernels
+
+
+class Platform:
+    """Subclasses set `capabilities` and `step_rules` (as attributes or properties) and override what they do
+    better than the reference."""
+
+    capabilities: Capabilities = Capabilities()
+    step_rules: StepRules = StepRules()
+
+    def __init__(self, context: PlatformContext) -> None:
+        self.context = context
+        self.reference = context.reference
+
+    @property
+    def name(self) -> str:
+        return self.context.manifest.name
+
+    # -- devices and streams ------------------------------------------------------------------------------
+
+    def device(self, index: int) -> str:
+        """torch's name of a device."""
+        return "cpu"
+
+    @property
+    def default_device(self) -> str:
+        """The first device that this process drives."""
+        return self.device(self.context.device_indexes[0])
+
+    def seed(self, n: int) -> None:
+        """Seeds torch's generators; sampling does not use them."""
+        self.reference.seed(n)
+
+    def synchronize(self) -> None:
+        """Waits for all work on this process's devices."""
+
+    def stream(self) -> contextlib.AbstractContextManager[Any]:
+        """A side stream; the default has none and runs in order."""
+        return contextlib.nullcontext()
+
+    def event(self) -> Event:
+        """Marks the work issued so far; on a device without streams it has already happened."""
+        return Event()
+
+    # -- memory -------------------------------------------------------------------------------------------
+
+    def memory(self, device: int) -> MemoryInfo:
+        return MemoryInfo(free=None, total=None)
+
+    def kv_budget(self, profile: PeakMemory) -> int | None:
+        """Bytes for the KV cache where memory() cannot say; None: the configuration must."""
+        return None
+
+    def allocate(self, nbytes: int, tag: str) -> Tensor:
+        """uint8 [nbytes] on the default device. Tags ("weights", "kv", "graphs") are what sleep and wake name."""
+        return self.reference.empty((nbytes,), "uint8", self.default_device)
+
+    def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
+        """An uninitialised tensor on the default device."""
+        return self.reference.empty(shape, dtype, self.default_device)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] host memory that copies to the device without staging, where the device has such."""
+        return self.reference.empty((nbytes,), "uint8", "cpu")
+
+    def measure(self, fn: Callable[[], Any]) -> PeakMemory:
+        """Runs fn and reports the most it held. The default cannot see and says 0, inexactly."""
+        fn()
+        return PeakMemory(nbytes=0, exact=False)
+
+    def sleep(self, tags: Sequence[str]) -> None:
+        """Gives memory back, by tag; contents may be lost."""
+
+    def wake(self, tags: Sequence[str]) -> None:
+        """Takes memory again, at the same addresses."""
+
+    # -- kernels: factories raise Unsupported with every reason, hot calls never do ------------------------
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return self.reference.attention(spec)
+
+    def moe(self, spec: MoESpec) -> FusedMoE:
+        return self.reference.moe(spec, self)
+
+    def linear(self, spec: LinearSpec) -> LinearKernel:
+        return self.reference.linear(spec, self)
+
+    def ops(self) -> Mapping[str, Callable[..., Any]]:
+        """Overrides by op name, each marked with @op_override. Checked when the platform is opened."""
+        return {}
+
+    def communicator(self, group: GroupSpec) -> Communicator:
+        return Communicator(group)
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    def graph_capture(self) -> GraphCapture:
+        return GraphCapture()
+
+    def shape_policy(self, limits: StepLimits) -> ShapePolicy:
+        return ShapePolicy()
+
+    def compiler(self) -> RegionCompiler | None:
+        return None
+
+    def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram | None:
+        """The step seam. None: core runs the model through the factories above."""
+        return None
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    def profiler(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def health(self, deadline_s: float) -> None:
+        """Raises DeviceFault when the device does not answer within the deadline."""
+
+    def explain(self, exc: BaseException) -> DeviceFault | None:
+        """A vendor's exception in anychip's words; None: not the device's."""
+        return None
+
+    def close(self, reason: str) -> None:
+        """Called by the process that owns the devices, whatever ended it."""
+        gc.collect()
+
+
+class Event:
+    """A point in the device's work. The base class is the point that has passed."""
+
+    def wait(self) -> None:
+        """Blocks the host until the point has passed."""
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def opened(platform: Platform) -> Iterator[Platform]:
+    """Closes the platform at the end of the block, with the exception's name as the reason."""
+    try:
+        yield platform
+    except BaseException as error:
+        platform.close(type(error).__name__)
+        raise
+    platform.close("done")

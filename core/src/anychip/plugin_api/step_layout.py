@@ -1,0 +1,150 @@
+"""Where a step's arrays lie in their arena, and blank inputs of a shape, for capturing and compiling ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from math import prod
+
+import numpy as np
+
+from anychip.plugin_api.graph import ShapeKey
+from anychip.plugin_api.step import SamplingInputs, Section, StepInputs
+from anychip.types import NULL_BLOCK, PADDING_SLOT
+
+SAMPLING_FLOATS = ("temperature", "top_p", "min_p")
+SAMPLING_INTS = ("top_k", "seed_low", "seed_high", "sample_index", "position")
+_ALIGN = 64
+
+Layout = Mapping[str, Section]
+_Fields = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+@cache
+def step_layout(key: ShapeKey, num_groups: int, slot_dtype: str) -> Layout:
+    """The arrays of StepInputs, by name."""
+    tokens, rows = (key.num_tokens,), (key.num_reqs,)
+    fields: _Fields = (
+        ("input_ids", tokens, "int32"),
+        ("positions", tokens, "int32"),
+        ("token_slots", tokens, "int32"),
+        ("query_start", (key.num_reqs + 1,), "int32"),
+        ("seq_lens", rows, "int32"),
+        ("logits_indices", rows, "int32"),
+        ("sample_slots", rows, "int32"),
+    )
+    for group in range(num_groups):
+        fields += ((f"block_table_{group}", (key.num_reqs, key.num_pages), "int32"),)
+        fields += ((f"slot_mapping_{group}", tokens, slot_dtype),)
+    return _place(fields)
+
+
+@cache
+def sampling_layout(num_rows: int, mask_words: int) -> Layout:
+    """The arrays of SamplingInputs, by name; mask_words 0: no masks."""
+    fields: _Fields = tuple((name, (num_rows,), "float32") for name in SAMPLING_FLOATS)
+    fields += tuple((name, (num_rows,), "int32") for name in SAMPLING_INTS)
+    if mask_words:
+        fields += (("masks", (num_rows, mask_words), "int32"),)
+    return _place(fields)
+
+
+def arena_size(layout: Layout) -> int:
+    """Bytes of an arena that holds a layout."""
+    last = list(layout.values())[-1]
+    return last.offset + last.nbytes
+
+
+def array_views(arena: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    """The arrays that lie in an arena on the host."""
+    return {
+        name: arena[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape) for name, s in layout.items()
+    }
+
+
+def mask_words(vocab_size: int) -> int:
+    """32-bit words of one row's token mask."""
+    return -(-vocab_size // 32)
+
+
+def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> StepInputs:
+    """A step of this shape whose every row and token is padding."""
+    layout = step_layout(key, num_groups, slot_dtype)
+    arena = np.zeros(arena_size(layout), dtype=np.uint8)
+    views = array_views(arena, layout)
+    views["token_slots"].fill(max_slots)
+    views["sample_slots"].fill(max_slots)
+    for group in range(num_groups):
+        views[f"block_table_{group}"].fill(NULL_BLOCK)
+        views[f"slot_mapping_{group}"].fill(PADDING_SLOT)
+    return step_inputs(key, arena, layout, views, num_rows=0, num_tokens=0, num_samples=0, max_query_len=0)
+
+
+def step_inputs(
+    key: ShapeKey,
+    arena: np.ndarray,
+    layout: Layout,
+    views: Mapping[str, np.ndarray],
+    *,
+    num_rows: int,
+    num_tokens: int,
+    num_samples: int,
+    max_query_len: int,
+) -> StepInputs:
+    """StepInputs over an arena's views."""
+    groups = range(sum(name.startswith("block_table_") for name in layout))
+    return StepInputs(
+        key=key,
+        arena=arena,
+        sections=layout,
+        input_ids=views["input_ids"],
+        positions=views["positions"],
+        token_slots=views["token_slots"],
+        query_start=views["query_start"],
+        seq_lens=views["seq_lens"],
+        logits_indices=views["logits_indices"],
+        sample_slots=views["sample_slots"],
+        block_tables=tuple(views[f"block_table_{group}"] for group in groups),
+        slot_mappings=tuple(views[f"slot_mapping_{group}"] for group in groups),
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_samples=num_samples,
+        max_query_len=max_query_len,
+    )
+
+
+def blank_sampling_inputs(key: ShapeKey, vocab_size: int) -> SamplingInputs:
+    """Sampling of padding alone; key.features says whether masks are there."""
+    layout = sampling_layout(key.num_reqs, mask_words(vocab_size) if "masks" in key.features else 0)
+    arena = np.zeros(arena_size(layout), dtype=np.uint8)
+    return sampling_inputs(key, arena, layout, array_views(arena, layout), num_samples=0, all_greedy=False)
+
+
+def sampling_inputs(
+    key: ShapeKey,
+    arena: np.ndarray,
+    layout: Layout,
+    views: Mapping[str, np.ndarray],
+    *,
+    num_samples: int,
+    all_greedy: bool,
+) -> SamplingInputs:
+    """SamplingInputs over an arena's views."""
+    return SamplingInputs(
+        key=key,
+        arena=arena,
+        sections=layout,
+        masks=views.get("masks"),
+        num_samples=num_samples,
+        all_greedy=all_greedy,
+        **{name: views[name] for name in (*SAMPLING_FLOATS, *SAMPLING_INTS)},
+    )
+
+
+def _place(fields: _Fields) -> Layout:
+    placed, offset = {}, 0
+    for name, shape, dtype in fields:
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        placed[name] = Section(offset=offset, nbytes=nbytes, shape=shape, dtype=dtype)
+        offset += -(-nbytes // _ALIGN) * _ALIGN
+    return placed

@@ -1,0 +1,151 @@
+"""Probes every platform and chooses the one that runs. Says why each other one was not chosen.
+
+Nothing falls back silently: a device that the user named either starts or ends the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from anychip.config import EngineConfig
+from anychip.errors import ConfigError, DeviceUnavailable
+from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
+from anychip.registry.plugins import Plugins
+from anychip.registry.requirements import CheckedRequirement, check_requirements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One platform as it stands on this machine."""
+
+    manifest: PlatformManifest
+    probe: ProbeResult
+    requirements: Sequence[CheckedRequirement]
+
+    @property
+    def problems(self) -> list[str]:
+        """Why it cannot run; empty when it can."""
+        problems = [f"requires {r.describe()}" for r in self.requirements if not r.met and not r.requirement.optional]
+        if not self.probe.devices:
+            problems.append(self.probe.reason or "no device found")
+        return problems
+
+    @property
+    def remedy(self) -> str:
+        return self.probe.remedy if not self.probe.devices else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenDevice:
+    """What runs: a platform, the device indexes in rank order, its options, and how it was chosen."""
+
+    candidate: Candidate
+    indexes: tuple[int, ...]
+    options: PluginOptions
+    reason: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def manifest(self) -> PlatformManifest:
+        return self.candidate.manifest
+
+
+def probe(manifest: PlatformManifest) -> ProbeResult:
+    """Asks a plugin for its devices. What a probe should not do, raise, becomes a reason."""
+    module, _, name = manifest.probe.partition(":")
+    try:
+        result: ProbeResult = getattr(import_module(module), name)()
+    except Exception as error:  # noqa: BLE001 - a stranger's probe may raise anything
+        return ProbeResult(
+            reason=f"its probe raised {type(error).__name__}: {error}",
+            remedy=f"reinstall {manifest.package}, or report this to its authors",
+        )
+    return result
+
+
+def candidates(plugins: Plugins) -> list[Candidate]:
+    """Every installed platform, those preferred by --device auto first."""
+    manifests = sorted(plugins.platforms.values(), key=lambda m: (not m.auto_select, -m.priority, m.name))
+    return [candidate(manifest) for manifest in manifests]
+
+
+def candidate(manifest: PlatformManifest) -> Candidate:
+    return Candidate(
+        manifest=manifest, probe=probe(manifest), requirements=check_requirements(manifest.requirements)
+    )
+
+
+def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
+    """Resolves `config.device`: "auto", "NAME" or "NAME:INDEX". Raises DeviceUnavailable with cause and remedy."""
+    name, _, index_text = config.device.partition(":")
+    if name == "auto":
+        chosen, reason = _choose_auto(plugins)
+    else:
+        chosen, reason = _choose_named(name, plugins), "named by --device"
+    manifest = chosen.manifest
+    indexes = _indexes(config, chosen, index_text)
+    decision = manifest.negotiate(config, chosen.probe)
+    if decision.refuse:
+        raise ConfigError(f"{manifest.package} refuses this configuration: " + "; ".join(decision.refuse))
+    options = manifest.options.parse(manifest.package, config.device_options)
+    return ChosenDevice(candidate=chosen, indexes=indexes, options=options, reason=reason, notes=decision.notes)
+
+
+def _choose_auto(plugins: Plugins) -> tuple[Candidate, str]:
+    passed_over: list[str] = []
+    for option in candidates(plugins):
+        if not option.manifest.auto_select:
+            continue
+        if not option.problems:
+            reason = "first by --device auto"
+            return option, reason + (f" (not {'; not '.join(passed_over)})" if passed_over else "")
+        passed_over.append(f"{option.manifest.name}: {option.problems[0]}")
+    broken = [f"{b.package}: {b.error}" for b in plugins.broken]
+    raise DeviceUnavailable(
+        "no device can run: " + ("; ".join(passed_over + broken) or "no plugin is installed")
+        + '; install one, for example pip install "anychip[cpu]"'
+    )  # fmt: skip
+
+
+def _choose_named(name: str, plugins: Plugins) -> Candidate:
+    manifest = plugins.platforms.get(name)
+    if manifest is None:
+        for broken in plugins.broken:
+            if broken.package.removeprefix("anychip-") == name:
+                raise DeviceUnavailable(f"device {name!r}: {broken.error}") from broken.error
+        raise DeviceUnavailable(
+            f"device {name!r} is unknown; installed are {', '.join(sorted(plugins.platforms)) or 'none'}; "
+            f'try pip install "anychip[{name}]"'
+        )
+    chosen = candidate(manifest)
+    if chosen.problems:
+        remedy = f"; {chosen.remedy}" if chosen.remedy else ""
+        raise DeviceUnavailable(f"device {name!r} cannot start: {'; '.join(chosen.problems)}{remedy}")
+    return chosen
+
+
+def _indexes(config: EngineConfig, chosen: Candidate, index_text: str) -> tuple[int, ...]:
+    """Devices in rank order: as many as tensor parallelism wants, from the named one on."""
+    manifest = chosen.manifest
+    available = [device.index for device in chosen.probe.devices]
+    if index_text:
+        if not index_text.isdigit() or int(index_text) not in available:
+            raise DeviceUnavailable(
+                f"device {config.device!r}: {manifest.name} has devices {', '.join(map(str, available))}"
+            )
+        available = available[available.index(int(index_text)) :]
+    if manifest.topology == "process_per_host":
+        if config.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"{manifest.name} drives its {len(available)} devices from one process; "
+                "leave tensor_parallel_size at 1"
+            )
+        return tuple(available)
+    wanted = config.tensor_parallel_size
+    if len(available) < wanted:
+        raise DeviceUnavailable(
+            f"tensor_parallel_size {wanted} needs as many {manifest.name} devices, {len(available)} are there"
+        )
+    return tuple(available[:wanted])

@@ -1,0 +1,124 @@
+"""One sequence as the engine sees it: its tokens, how far it is computed, its transitions.
+
+Does not hold text (engine/output_processor does) or decide anything (scheduler/ does).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+import numpy as np
+
+from anychip.sampling_params import SamplingParams
+from anychip.types import BlockId, FinishReason, RequestId, Slot
+
+
+class LogitsProcessor(Protocol):
+    """Restricts the next token of one sequence. Grammars, bad words and logit biases plug in here."""
+
+    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
+        """Clears bits of `mask` for the token at `position`, where all earlier ids of the request are known.
+
+        mask: [ceil(vocab_size / 32)] uint32; bit i of word i // 32 set means that token i is allowed.
+        """
+        ...
+
+    def applies(self, position: int) -> bool:
+        """Whether the token at `position` is restricted at all; False costs nothing."""
+        ...
+
+
+class RequestStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED = enum.auto()
+
+
+_NEXT = {
+    RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.PREEMPTED, RequestStatus.FINISHED},
+    RequestStatus.PREEMPTED: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.FINISHED: set(),
+}
+
+
+class Request:
+    """Counters: `num_known` ids are on the host; `num_promised` more will be sampled by steps in flight;
+    `num_computed` tokens have their KV written, or will by steps already launched. The request is behind,
+    and wants to be scheduled, while num_computed < num_known + num_promised.
+
+    `epoch` grows whenever steps in flight lose their meaning (preemption, end): a result that was launched
+    under another epoch is dropped.
+    """
+
+    __slots__ = (
+        "arrival", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "epoch", "finish_reason", "fork_of",
+        "index", "max_output", "num_cached_blocks", "num_computed", "num_promised", "num_prompt",
+        "priority", "processors", "request_id", "sampling", "seed", "slot", "status", "stop_ids", "token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        request_id: RequestId,
+        index: int,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        max_output: int,
+        stop_ids: frozenset[int],
+        seed: int,
+        arrival: int,
+        priority: int = 0,
+        cache_salt: str = "",
+        fork_of: Request | None = None,
+        processors: tuple[LogitsProcessor, ...] = (),
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.token_ids = prompt_token_ids  # prompt, then output; owned by this request
+        self.num_prompt = len(prompt_token_ids)
+        self.sampling = sampling
+        self.max_output = max_output
+        self.stop_ids = stop_ids
+        self.seed = seed
+        self.arrival = arrival
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.fork_of = fork_of
+        self.processors = processors
+
+        self.status = RequestStatus.WAITING
+        self.epoch = 0
+        self.slot: Slot | None = None
+        self.num_computed = 0
+        self.num_promised = 0
+        self.cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.block_ids: list[list[BlockId]] = []  # by KV group; the KV cache manager alone mutates it
+        self.block_hashes: list[bytes] = []
+        self.num_cached_blocks: list[int] = []  # by KV group: leading blocks already offered to the prefix cache
+
+    @property
+    def num_known(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    def become(self, status: RequestStatus) -> None:
+        """Moves along the transition table."""
+        assert status in _NEXT[self.status], f"{self.request_id}: {self.status} -> {status}"
+        self.status = status
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}/{self.index} {self.status.name} computed={self.num_computed}"
+            f" known={self.num_known}+{self.num_promised})"
+        )

@@ -1,0 +1,291 @@
+"""Decides each step and takes in its result. Owns requests, slots and their order; blocks are the KV manager's.
+
+There is no prefill phase and no decode phase: a request is behind by some tokens, and a step computes some of
+them. Ids that steps in flight will sample count as promised, so the next step is scheduled before they are known.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from anychip.kv_cache.manager import KVCacheManager
+from anychip.messages import DeviceRules, NewRow, SequenceDelta, StepDecision, StepResult
+from anychip.request import Request, RequestStatus
+from anychip.scheduler.policy import SchedulingPolicy
+from anychip.scheduler.step_room import StepRoom
+from anychip.types import FinishReason, RequestId, Slot
+
+assert sys.byteorder == "little", "messages carry little-endian arrays"
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """A decision, and who will receive its samples: a result counts only under the epoch it was launched in."""
+
+    decision: StepDecision
+    sampling: list[Request]
+    epochs: list[int]
+
+
+class Scheduler:
+    def __init__(
+        self,
+        *,
+        kv: KVCacheManager,
+        policy: SchedulingPolicy,
+        rules: DeviceRules,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.kv = kv
+        self.policy = policy
+        self.rules = rules
+        self.max_rows = max_num_seqs
+        self.max_tokens = max_num_batched_tokens
+        self.waiting: list[Request] = []  # by policy key
+        self.running: list[Request] = []  # by policy key
+        self.requests: dict[tuple[RequestId, int], Request] = {}
+        self.num_preemptions = 0
+        self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
+        self._finished_slots: list[int] = []
+        self._next_step = 1
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        self.requests[request.request_id, request.index] = request
+        insort(self.waiting, request, key=self.policy.key)
+
+    def abort(self, request_id: RequestId, index: int) -> bool:
+        """Ends a request in any state; steps in flight for it are dropped when they return."""
+        request = self.requests.get((request_id, index))
+        if request is None:
+            return False
+        if request.status is RequestStatus.RUNNING:
+            self._drop_from(self.running, request)
+            self._give_up_slot(request)
+            self.kv.free(request)
+        else:
+            self._drop_from(self.waiting, request)
+        self._finish(request, "abort")
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # -- a step out ---------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledStep | None:
+        """The next step, or None when nobody is behind or nobody fits."""
+        room = StepRoom(self.rules, self.max_tokens, self.max_rows)
+        rows: list[Request] = []
+        counts: list[int] = []
+        new_rows: list[NewRow] = []
+        if self.rules.mix_prefill_decode:
+            preempted = self._grow_running(room, rows, counts, None)
+        else:
+            preempted = self._grow_running(room, rows, counts, True)
+        if not preempted and self.waiting:
+            self._admit_waiting(room, rows, counts, new_rows)
+        if not rows and not self.rules.mix_prefill_decode:
+            self._grow_running(room, rows, counts, False)
+        if not rows:
+            return None
+        return self._step(rows, counts, new_rows)
+
+    def _grow_running(self, room: StepRoom, rows: list[Request], counts: list[int], only: bool | None) -> bool:
+        """Gives running requests their tokens, preempting from the end when blocks are short. `only` restricts
+        to prefills (True) or decodes (False). Returns whether anybody was preempted."""
+        running, allocate, preempted = self.running, self.kv.allocate, False
+        position = 0
+        while position < len(running):
+            request = running[position]
+            position += 1
+            known = len(request.token_ids)
+            behind = min(known + request.num_promised, request.num_prompt + request.max_output - 1)
+            behind -= request.num_computed
+            if behind <= 0:
+                continue
+            prefill = behind > 1
+            if only is not None and prefill != only:
+                continue
+            granted = room.grant(behind, prefill=prefill)
+            if granted <= 0:
+                continue
+            while not allocate(request, granted):
+                # Blocks that steps in flight still touch return soon: waiting beats recomputing.
+                if self.kv.pool.num_deferred:
+                    granted = 0
+                    break
+                victim = running[-1]
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    granted = 0
+                    break
+            if granted:
+                room.take(granted, prefill=prefill)
+                rows.append(request)
+                counts.append(granted)
+        return preempted
+
+    def _admit_waiting(
+        self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow]
+    ) -> None:
+        admitted: list[Request] = []
+        for request in self.waiting:
+            if not self._free_slots or room.tokens_left <= 0 or room.rows_left <= 0:
+                break
+            if self._waits_for_parent(request):
+                continue
+            resumed = request.status is RequestStatus.PREEMPTED
+            cached = self.kv.start(request)
+            behind = request.num_known - request.num_computed
+            granted = room.grant(behind, prefill=behind > 1)
+            if granted <= 0 or not self.kv.allocate(request, granted):
+                self.kv.cancel_start(request)
+                break
+            if not resumed:
+                request.cached_tokens = cached
+            request.slot = self._free_slots.pop()
+            request.become(RequestStatus.RUNNING)
+            room.take(granted, prefill=behind > 1)
+            admitted.append(request)
+            rows.append(request)
+            counts.append(granted)
+            new_rows.append(_new_row(request))
+        if admitted:
+            gone = set(map(id, admitted))
+            self.waiting = [request for request in self.waiting if id(request) not in gone]
+            for request in admitted:
+                insort(self.running, request, key=self.policy.key)
+
+    @staticmethod
+    def _waits_for_parent(request: Request) -> bool:
+        """A fork waits while its parent's prompt is about to be computed, then shares it."""
+        parent = request.fork_of
+        if parent is None or request.status is RequestStatus.PREEMPTED:
+            return False
+        if parent.status is RequestStatus.WAITING:
+            return True
+        return parent.status is RequestStatus.RUNNING and parent.num_computed < parent.num_prompt
+
+    def _step(self, rows: list[Request], counts: list[int], new_rows: list[NewRow]) -> ScheduledStep:
+        sampling: list[Request] = []
+        epochs: list[int] = []
+        for request, count in zip(rows, counts, strict=True):
+            computed = request.num_computed + count
+            request.num_computed = computed
+            if computed == len(request.token_ids) + request.num_promised:
+                request.num_promised += 1
+                sampling.append(request)
+                epochs.append(request.epoch)
+        changes = self.kv.drain_changes()
+        finished, self._finished_slots = self._finished_slots, []
+        decision = StepDecision(
+            step_id=self._next_step,
+            slots=array("i", [request.slot for request in rows]).tobytes(),  # type: ignore[list-item]
+            num_tokens=array("i", counts).tobytes(),
+            new_rows=new_rows,
+            new_blocks=array("i", changes.new_blocks).tobytes(),
+            finished_slots=finished,
+            copies=changes.copies,
+            zeros=changes.fresh if self.rules.zero_new_blocks else [],
+        )
+        self.kv.pool.launched(self._next_step)
+        self._next_step += 1
+        return ScheduledStep(decision, sampling, epochs)
+
+    # -- a result in --------------------------------------------------------------------------------------
+
+    def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
+        """Takes in a step's sampled ids: new tokens for the clients, ends, blocks for the prefix cache."""
+        self.kv.pool.retired(result.step_id)
+        tokens = array("i")
+        tokens.frombytes(result.token_ids)
+        deltas: list[SequenceDelta] = []
+        offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
+        for position, (request, epoch, token) in enumerate(zip(step.sampling, step.epochs, tokens, strict=True)):
+            if request.epoch != epoch:
+                continue
+            request.num_promised -= 1
+            token_ids = request.token_ids
+            token_ids.append(token)
+            known = len(token_ids)
+            num_output = known - request.num_prompt
+            delta = SequenceDelta(request.request_id, request.index, [token])
+            if num_output == 1:
+                delta.cached_tokens = request.cached_tokens
+            if position in result.logprobs:
+                delta.logprobs = [result.logprobs[position]]
+            deltas.append(delta)
+            if offers and ((known - 1) % block_size == 0 or num_output == 1):
+                self.kv.offer(request)
+            if token in request.stop_ids and num_output >= request.sampling.min_tokens:
+                delta.finish_reason = self._end(request, "stop")
+            elif num_output >= request.max_output:
+                delta.finish_reason = self._end(request, "length")
+        return deltas
+
+    def _end(self, request: Request, reason: FinishReason) -> FinishReason:
+        self.kv.offer(request)
+        self._drop_from(self.running, request)
+        self._give_up_slot(request)
+        self.kv.free(request)
+        self._finish(request, reason)
+        return reason
+
+    # -- transitions --------------------------------------------------------------------------------------
+
+    def _preempt(self, request: Request) -> None:
+        """Takes blocks and slot; the request computes its tokens again later, from the prefix cache if it can."""
+        self._drop_from(self.running, request)
+        self._give_up_slot(request)
+        self.kv.offer(request)
+        self.kv.free(request)
+        request.epoch += 1
+        request.num_promised = 0
+        request.num_computed = 0
+        request.become(RequestStatus.PREEMPTED)
+        insort(self.waiting, request, key=self.policy.key)
+        self.num_preemptions += 1
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.epoch += 1
+        request.finish_reason = reason
+        request.become(RequestStatus.FINISHED)
+        del self.requests[request.request_id, request.index]
+
+    def _give_up_slot(self, request: Request) -> None:
+        assert request.slot is not None
+        self._free_slots.append(request.slot)
+        self._finished_slots.append(request.slot)
+        request.slot = None
+
+    def _drop_from(self, ordered: list[Request], request: Request) -> None:
+        position = bisect_left(ordered, self.policy.key(request), key=self.policy.key)
+        while ordered[position] is not request:  # equal keys stand together
+            position += 1
+        del ordered[position]
+
+
+def _new_row(request: Request) -> NewRow:
+    sampling = request.sampling
+    return NewRow(
+        slot=request.slot if request.slot is not None else -1,
+        token_ids=array("i", request.token_ids).tobytes(),
+        num_prompt=request.num_prompt,
+        num_computed=request.num_computed,
+        block_ids=[list(table) for table in request.block_ids],
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=request.seed,
+        sample_index=request.index,
+        logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
+    )

@@ -1,0 +1,1 @@
+"""Text to ids and back, and chat templates, without transformers: tokenizer.json is read by `tokenizers`."""

@@ -1,0 +1,195 @@
+"""The worker's memory of its requests, by slot, kept in step with the engine by deltas; builds each step's inputs.
+
+Everything is numpy on the host. Ids that only the device knows are left as -1 in the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from anychip.messages import LateInputs, NewRow, StepDecision
+from anychip.plugin_api import NULL_BLOCK, PADDING_SLOT, SamplingInputs, ShapeKey, ShapePolicy, StepInputs, StepLimits
+from anychip.plugin_api.step_layout import mask_words, sampling_inputs, sampling_layout, step_inputs, step_layout
+from anychip.worker.staging import StagingRing
+
+_FLOATS = ("temperature", "top_p", "min_p")
+_INTS = ("top_k", "seed_low", "seed_high", "sample_index")
+
+
+@dataclass(slots=True)
+class StepRows:
+    """A step's rows on the host, before padding."""
+
+    step_id: int
+    slots: np.ndarray  # [num_rows]
+    counts: np.ndarray  # [num_rows] tokens computed
+    starts: np.ndarray  # [num_rows] position of each row's first token
+    sampling: np.ndarray  # indexes of the rows that sample
+
+
+class InputBatch:
+    def __init__(
+        self,
+        *,
+        limits: StepLimits,
+        block_sizes: Sequence[int],
+        slot_dtype: str,
+        dummy_padding: bool,
+        vocab_size: int,
+        policy: ShapePolicy,
+        ring: StagingRing,
+    ) -> None:
+        slots = limits.max_slots
+        self.limits = limits
+        self.block_sizes = tuple(block_sizes)
+        self.policy = policy
+        self._ring = ring
+        self._slot_dtype = slot_dtype
+        self._dummy_padding = dummy_padding
+        self._mask_words = mask_words(vocab_size)
+        self._tokens = np.zeros((slots, limits.max_model_len + 1), dtype=np.int32)
+        self._num_host = np.zeros(slots, dtype=np.int32)  # ids that the host has
+        self._num_known = np.zeros(slots, dtype=np.int32)  # ids that the host or the device has
+        self._num_computed = np.zeros(slots, dtype=np.int32)
+        self._tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
+        self._floats = {name: np.zeros(slots, dtype=np.float32) for name in _FLOATS}
+        self._ints = {name: np.zeros(slots, dtype=np.int32) for name in _INTS}
+        self.num_logprobs = np.full(slots, -1, dtype=np.int32)
+
+    # -- deltas -------------------------------------------------------------------------------------------
+
+    def apply(self, decision: StepDecision) -> StepRows:
+        """Takes in a decision: afterwards every row stands where the step will leave it."""
+        for row in decision.new_rows:
+            self._enter(row)
+        if decision.new_blocks:
+            changes = np.frombuffer(decision.new_blocks, dtype=np.int32).reshape(-1, 4)
+            for group, table in enumerate(self._tables):
+                mine = changes[changes[:, 1] == group]
+                table[mine[:, 0], mine[:, 2]] = mine[:, 3]
+        slots = np.frombuffer(decision.slots, dtype=np.int32)
+        counts = np.frombuffer(decision.num_tokens, dtype=np.int32)
+        starts = self._num_computed[slots]
+        ends = starts + counts
+        self._num_computed[slots] = ends
+        sampling = np.flatnonzero(ends == self._num_known[slots])
+        self._num_known[slots[sampling]] += 1
+        return StepRows(decision.step_id, slots, counts, starts, sampling)
+
+    def _enter(self, row: NewRow) -> None:
+        slot, ids = row.slot, np.frombuffer(row.token_ids, dtype=np.int32)
+        self._tokens[slot, : len(ids)] = ids
+        self._num_host[slot] = self._num_known[slot] = len(ids)
+        self._num_computed[slot] = row.num_computed
+        for table, blocks in zip(self._tables, row.block_ids, strict=True):
+            table[slot, : len(blocks)] = blocks
+            table[slot, len(blocks) :] = NULL_BLOCK
+        for name, floats in self._floats.items():
+            floats[slot] = getattr(row, name)
+        seed = row.seed & 0xFFFFFFFFFFFFFFFF
+        words = np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32).view(np.int32)
+        self._ints["seed_low"][slot], self._ints["seed_high"][slot] = words
+        self._ints["top_k"][slot] = min(row.top_k, 2**31 - 1)
+        self._ints["sample_index"][slot] = row.sample_index
+        self.num_logprobs[slot] = row.logprobs
+
+    # -- a step's inputs ----------------------------------------------------------------------------------
+
+    def step_inputs(self, rows: StepRows) -> StepInputs:
+        """The step, padded to the shape that the device's policy gives it."""
+        num_rows, num_tokens = len(rows.slots), int(rows.counts.sum())
+        ends = rows.starts + rows.counts
+        longest, max_query = int(ends.max()), int(rows.counts.max())
+        key = self.policy.bucket(
+            num_tokens=num_tokens,
+            num_reqs=num_rows,
+            max_query_len=max_query,
+            num_pages=max(-(-longest // size) for size in self.block_sizes),
+            features=(),
+        )
+        layout = step_layout(key, len(self._tables), self._slot_dtype)
+        arena, views = self._ring.take(layout)
+        self._fill_tokens(views, rows, num_tokens)
+        _fill(views["query_start"], np.concatenate(([0], np.cumsum(rows.counts))), num_tokens)
+        _fill(views["seq_lens"], ends, 0)
+        _fill(views["logits_indices"], (np.cumsum(rows.counts) - 1)[rows.sampling], 0)
+        _fill(views["sample_slots"], rows.slots[rows.sampling], self.limits.max_slots)
+        for group, table in enumerate(self._tables):
+            target = views[f"block_table_{group}"]
+            pages = min(target.shape[1], table.shape[1])
+            target[:num_rows, :pages] = table[rows.slots, :pages]
+            target[:num_rows, pages:] = NULL_BLOCK
+            target[num_rows:] = NULL_BLOCK
+        if self._dummy_padding and num_rows < key.num_reqs:
+            self._dummy_rows(views, num_rows, num_tokens)
+        return step_inputs(
+            key,
+            arena,
+            layout,
+            views,
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+            num_samples=len(rows.sampling),
+            max_query_len=max_query,
+        )
+
+    def _fill_tokens(self, views: dict[str, np.ndarray], rows: StepRows, num_tokens: int) -> None:
+        if num_tokens == len(rows.slots):  # one token a row
+            token_slots, positions = rows.slots, rows.starts
+        else:
+            token_slots = np.repeat(rows.slots, rows.counts)
+            before = np.repeat(np.cumsum(rows.counts) - rows.counts - rows.starts, rows.counts)
+            positions = np.arange(num_tokens, dtype=np.int32) - before
+        ids = np.where(positions < self._num_host[token_slots], self._tokens[token_slots, positions], -1)
+        _fill(views["input_ids"], ids, 0)
+        _fill(views["positions"], positions, 0)
+        _fill(views["token_slots"], token_slots, self.limits.max_slots)
+        for group, (table, size) in enumerate(zip(self._tables, self.block_sizes, strict=True)):
+            mapping = table[token_slots, positions // size].astype(self._slot_dtype) * size + positions % size
+            _fill(views[f"slot_mapping_{group}"], mapping, PADDING_SLOT)
+
+    @staticmethod
+    def _dummy_rows(views: dict[str, np.ndarray], num_rows: int, num_tokens: int) -> None:
+        """Gives each padded row one padded token on the null block, as far as there are padded tokens."""
+        starts = views["query_start"]
+        total = len(views["input_ids"])
+        starts[num_rows:] = np.minimum(num_tokens + np.arange(len(starts) - num_rows), total)
+        views["seq_lens"][num_rows:] = np.diff(starts[num_rows:])
+
+    # -- sampling -----------------------------------------------------------------------------------------
+
+    def sampling_inputs(self, rows: StepRows, key: ShapeKey, late: LateInputs) -> SamplingInputs:
+        """What drawing this step's tokens needs, padded to the step's rows."""
+        slots = rows.slots[rows.sampling]
+        features = []
+        if len(slots) and int(self.num_logprobs[slots].max()) >= 0:
+            features.append("logprobs")
+        if late.masks:
+            features.append("masks")
+        layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0)
+        arena, views = self._ring.take(layout)
+        for name, by_slot in self._floats.items():
+            _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
+        for name, by_slot in self._ints.items():
+            _fill(views[name], by_slot[slots], 0)
+        _fill(views["position"], (rows.starts + rows.counts)[rows.sampling], 0)
+        if late.masks:
+            views["masks"].fill(-1)
+            for position, mask in late.masks.items():
+                views["masks"][position] = np.frombuffer(mask, dtype=np.int32)
+        return sampling_inputs(
+            replace(key, features=tuple(features)),
+            arena,
+            layout,
+            views,
+            num_samples=len(slots),
+            all_greedy=not self._floats["temperature"][slots].any(),
+        )
+
+
+def _fill(target: np.ndarray, values: np.ndarray, padding: int | float) -> None:
+    target[: len(values)] = values
+    target[len(values) :] = padding

@@ -1,0 +1,66 @@
+"""Runs steps on a StepProgram, whichever seam it comes from: deltas in, tokens out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anychip.messages import LateInputs, StepDecision, StepResult, TokenLogprobs
+from anychip.plugin_api import HostOutputs, ShapeKey, StepOutputs, StepProgram
+from anychip.worker.input_batch import InputBatch, StepRows
+
+
+class ModelRunner:
+    """One step is launched at a time and sampled before the next is launched; results are fetched later."""
+
+    def __init__(self, program: StepProgram, batch: InputBatch, state: object) -> None:
+        self.program = program
+        self.batch = batch
+        self._state = state
+        self._launched: tuple[StepRows, ShapeKey, object] | None = None
+
+    def launch(self, decision: StepDecision) -> None:
+        """Applies the deltas and starts the forward pass."""
+        assert self._launched is None, "a step was launched and not sampled"
+        rows = self.batch.apply(decision)
+        if decision.copies or decision.zeros:
+            self._state = self.program.edit(self._state, decision.copies, decision.zeros)
+        inputs = self.batch.step_inputs(rows)
+        self._state, hidden = self.program.forward(self._state, inputs)
+        self._launched = (rows, inputs.key, hidden)
+
+    def sample(self, late: LateInputs) -> RunnerResult:
+        """Starts the sampling of the launched step."""
+        assert self._launched is not None, "no step was launched"
+        rows, key, hidden = self._launched
+        self._launched = None
+        inputs = self.batch.sampling_inputs(rows, key, late)
+        self._state, outputs = self.program.sample(self._state, hidden, inputs)
+        wanted = self.batch.num_logprobs[rows.slots[rows.sampling]]
+        return RunnerResult(rows.step_id, outputs, wanted)
+
+
+class RunnerResult:
+    """executor.PendingResult over a program's outputs. `num_logprobs` [num_samples]: -1 for rows without."""
+
+    def __init__(self, step_id: int, outputs: StepOutputs, num_logprobs: np.ndarray) -> None:
+        self._step_id = step_id
+        self._outputs = outputs
+        self._num_logprobs = num_logprobs
+
+    def fetch(self) -> StepResult:
+        host = self._outputs.fetch()
+        ids = np.ascontiguousarray(host.token_ids[:, 0], dtype=np.int32)
+        return StepResult(self._step_id, ids.tobytes(), self._logprobs(host))
+
+    def _logprobs(self, host: HostOutputs) -> dict[int, TokenLogprobs]:
+        if host.chosen_logprobs is None or host.top_ids is None or host.top_logprobs is None:
+            return {}
+        found: dict[int, TokenLogprobs] = {}
+        for row in np.flatnonzero(self._num_logprobs >= 0).tolist():
+            count = int(self._num_logprobs[row])
+            found[row] = TokenLogprobs(
+                float(host.chosen_logprobs[row]),
+                host.top_ids[row, :count].tolist(),
+                host.top_logprobs[row, :count].tolist(),
+            )
+        return found

@@ -1,0 +1,230 @@
+"""The torch seam as a StepProgram: core runs the model, the platform's kernels do the work, graphs where it has any."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import (
+    MAX_LOGPROBS,
+    BatchView,
+    CompileReport,
+    Event,
+    ForwardContext,
+    GraphLevel,
+    HostOutputs,
+    KVPlan,
+    Ops,
+    Platform,
+    Recorder,
+    SamplingInputs,
+    Section,
+    ShapeKey,
+    StepInputs,
+    StepLimits,
+    StepModel,
+    StepOutputs,
+    StepProgram,
+)
+from anychip.plugin_api.step_layout import blank_step_inputs
+
+
+@dataclass(slots=True)
+class TorchState:
+    caches: list[object]  # by layer
+    last_ids: Tensor  # [max_slots + 1] int32; the extra one takes what padded rows sample
+
+
+@dataclass(slots=True)
+class TorchHidden:
+    logits: Tensor | None  # [rows, vocab_size]; None when no row samples
+    sample_slots: Tensor  # [rows]
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    handle: object
+    arena: Tensor
+    plans: list[object]
+
+
+class TorchStepProgram(StepProgram):
+    def __init__(
+        self, *, platform: Platform, model: StepModel, ops: Ops, kv: KVPlan, limits: StepLimits
+    ) -> None:
+        self.platform = platform
+        self.model = model
+        self.ops = ops
+        self.kv = kv
+        self.limits = limits
+        self.device = platform.default_device
+        self.graphs = platform.graph_capture()
+        self._captured: dict[ShapeKey, CapturedStep] = {}
+        self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
+
+    # -- preparation --------------------------------------------------------------------------------------
+
+    def initial_state(self, num_blocks: int) -> TorchState:
+        buffers = [
+            self.platform.allocate(num_blocks * self.kv.page_bytes, "kv") for _ in range(self.kv.num_buffers)
+        ]
+        caches: list[object] = []
+        for layer, backend in enumerate(self.model.attention):
+            size = self.kv.block_sizes[self.kv.layer_groups[layer]]
+            caches.append(backend.make_cache(buffers[self.kv.layer_buffers[layer]], num_blocks, size))
+        last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
+        self._state = TorchState(caches, last_ids)
+        return self._state
+
+    @torch.inference_mode()
+    def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
+        """Captures a graph for each key, largest first so that later ones fit in its memory."""
+        if self.graphs.level < GraphLevel.FULL:
+            return CompileReport(num_programs=0, seconds=0.0)
+        start = time.perf_counter()
+        for key in sorted(keys, key=lambda k: -k.num_tokens):
+            self._capture(key)
+        return CompileReport(num_programs=len(self._captured), seconds=time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def edit(
+        self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]
+    ) -> TorchState:
+        for layer, backend in enumerate(self.model.attention):
+            cache = state.caches[layer]
+            if zeros:
+                cache = backend.zero_blocks(cache, zeros)
+            # In order: a copy's destination may be a later copy's source.
+            for source, destination in copies:
+                cache = backend.copy_blocks(cache, [source], [destination])
+            state.caches[layer] = cache
+        return state
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
+        captured = self._captured.get(inputs.key)
+        if captured is not None:
+            captured.arena.copy_(torch.from_numpy(inputs.arena), non_blocking=True)
+            fields = views(captured.arena, inputs.sections)
+            plans = self._plans(inputs, fields, into=captured.plans)
+            logits = self.graphs.run(captured.handle, plans)
+            return state, TorchHidden(logits, fields["sample_slots"])
+        arena = torch.from_numpy(inputs.arena).to(self.device, non_blocking=True)
+        fields = views(arena, inputs.sections)
+        plans = self._plans(inputs, fields)
+        rows = fields["logits_indices"][: inputs.num_samples]
+        logits = self._run(state, fields, plans, rows)
+        return state, TorchHidden(logits, fields["sample_slots"][: inputs.num_samples])
+
+    def _run(
+        self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object], rows: Tensor
+    ) -> Tensor | None:
+        ids = fields["input_ids"]
+        ids = torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
+        context = ForwardContext(plans, state.caches, self.kv.layer_groups)
+        hidden = self.model.forward(ids, fields["positions"], context)
+        return self.model.logits(hidden[rows]) if len(rows) else None
+
+    def _plans(
+        self,
+        inputs: StepInputs,
+        fields: Mapping[str, Tensor],
+        *,
+        into: Sequence[object] | None = None,
+        recorder: Recorder | None = None,
+    ) -> list[object]:
+        num_rows, num_tokens = inputs.num_rows, inputs.num_tokens
+        query_lens = np.diff(inputs.query_start[: num_rows + 1])
+        exact = self.platform.capabilities.host_lengths == "exact"
+        knows_lengths = self.platform.capabilities.host_lengths != "none"
+        plans: list[object] = []
+        for group, size in enumerate(self.kv.block_sizes):
+            batch = BatchView(
+                query_start=fields["query_start"],
+                seq_lens=fields["seq_lens"],
+                block_table=fields[f"block_table_{group}"],
+                slot_mapping=fields[f"slot_mapping_{group}"],
+                positions=fields["positions"],
+                num_reqs=inputs.key.num_reqs,
+                num_tokens=inputs.key.num_tokens,
+                max_query_len=inputs.max_query_len,
+                block_size=size,
+                host_query_lens=query_lens,
+                host_seq_lens=inputs.seq_lens[:num_rows] if knows_lengths else None,
+                host_exact=exact,
+                host_slot_mapping=inputs.slot_mappings[group][:num_tokens] if exact else None,
+            )
+            backend = self.model.attention[self._first_layer[group]]
+            plan = into[group] if into is not None else None
+            plans.append(backend.plan(batch, inputs.key, group=group, into=plan, recorder=recorder))
+        return plans
+
+    @torch.inference_mode()
+    def sample(
+        self, state: TorchState, hidden: TorchHidden, late: SamplingInputs
+    ) -> tuple[TorchState, StepOutputs]:
+        count = late.num_samples
+        if hidden.logits is None or count == 0:
+            return state, TorchOutputs({"token_ids": torch.empty((0, 1), dtype=torch.int32)}, self.platform.event())
+        arena = torch.from_numpy(late.arena).to(self.device, non_blocking=True)
+        fields = {name: view[:count] for name, view in views(arena, late.sections).items()}
+        logits = hidden.logits[:count].float()
+        scored = logits
+        if "masks" in fields:
+            scored = self.ops.apply_token_masks(logits=logits, masks=fields.pop("masks"))
+        ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
+        state.last_ids[hidden.sample_slots[:count]] = ids
+        results = {"token_ids": ids.unsqueeze(-1)}
+        if "logprobs" in late.key.features:
+            names = ("chosen_logprobs", "top_ids", "top_logprobs")
+            found = self.ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
+            results |= dict(zip(names, found, strict=True))
+        host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
+        return state, TorchOutputs(host, self.platform.event())
+
+    # -- graphs -------------------------------------------------------------------------------------------
+
+    def _capture(self, key: ShapeKey) -> None:
+        inputs = blank_step_inputs(
+            key,
+            num_groups=len(self.kv.block_sizes),
+            slot_dtype=self.platform.capabilities.slot_dtype,
+            max_slots=self.limits.max_slots,
+        )
+        arena = torch.from_numpy(inputs.arena).to(self.device).clone()
+        fields = views(arena, inputs.sections)
+        recorder = Recorder()
+        plans = self._plans(inputs, fields, recorder=recorder)
+
+        def step() -> Tensor | None:
+            return self._run(self._state, fields, plans, fields["logits_indices"])
+
+        handle = self.graphs.capture(step, key, recorder=recorder)
+        self._captured[key] = CapturedStep(handle, arena, plans)
+
+
+def views(arena: Tensor, sections: Mapping[str, Section]) -> dict[str, Tensor]:
+    """The arrays that lie in an arena on the device."""
+    return {
+        name: arena[s.offset : s.offset + s.nbytes].view(getattr(torch, s.dtype)).view(s.shape)
+        for name, s in sections.items()
+    }
+
+
+class TorchOutputs:
+    """plugin_api.StepOutputs: host tensors that are being filled, and the event after which they are."""
+
+    def __init__(self, host: dict[str, Tensor], event: Event) -> None:
+        self._host = host
+        self._event = event
+
+    def fetch(self) -> HostOutputs:
+        self._event.wait()
+        return HostOutputs(**{name: tensor.numpy() for name, tensor in self._host.items()})

@@ -1,0 +1,187 @@
+"""Paged attention through torch's scaled_dot_product_attention. Correct first: blocks are gathered before use.
+
+Decode rows go through one batched call without a loop over requests; each prefill row is a call of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anychip.ops.reference import DenseCacheAttention
+from anychip.plugin_api import AttentionLayer, AttentionSpec, BatchView, Recorder, ShapeKey, Unsupported
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """Rows with one query each."""
+
+    tokens: Tensor  # [rows] index of each row's query
+    table: Tensor  # [rows, pages]
+    visible: Tensor  # [rows, 1, 1, pages * block_size]
+
+
+@dataclass(slots=True)
+class PrefillRow:
+    begin: int
+    end: int
+    blocks: Tensor  # [pages]
+    length: int
+    first: int
+    """Position of the first key that any query sees, at a block's beginning."""
+    visible: Tensor | None  # [1, 1, queries, keys]; None: plain causal from position 0
+
+
+@dataclass(slots=True)
+class SdpaPlan:
+    positions: Tensor
+    written: Tensor  # [tokens] the tokens that have a slot
+    write_blocks: Tensor
+    write_offsets: Tensor
+    decode: DecodeRows | None
+    prefills: list[PrefillRow]
+
+
+class SdpaPagedAttention(DenseCacheAttention):
+    name = "cpu-sdpa"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        reasons = []
+        if spec.kind != "decoder":
+            reasons.append(f"attention of kind {spec.kind} is not implemented")
+        if spec.kv_dtype != spec.dtype:
+            reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
+        if spec.alibi or spec.sinks:
+            reasons.append("ALiBi and sinks are not implemented")
+        if reasons:
+            raise Unsupported("anychip-cpu attention", reasons)
+        super().__init__(spec)
+
+    # -- planning -----------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        batch: BatchView,
+        shape: ShapeKey,
+        *,
+        group: int,
+        into: object | None = None,
+        recorder: Recorder | None = None,
+    ) -> SdpaPlan:
+        # The device is the host: reading lengths here waits for nothing.
+        size = batch.block_size
+        starts, lengths = batch.query_start.numpy(), batch.seq_lens.numpy()
+        queries = np.diff(starts)
+        single = np.flatnonzero(queries == 1)
+        prefills = [
+            self._prefill(batch, int(starts[row]), int(starts[row + 1]), int(lengths[row]), row)
+            for row in np.flatnonzero(queries > 1).tolist()
+        ]
+        written = (batch.slot_mapping >= 0).nonzero().squeeze(-1)
+        slots = batch.slot_mapping[written]
+        return SdpaPlan(
+            positions=batch.positions,
+            written=written,
+            write_blocks=slots // size,
+            write_offsets=slots % size,
+            decode=self._decode(batch, starts, lengths, single) if len(single) else None,
+            prefills=prefills,
+        )
+
+    def _decode(
+        self, batch: BatchView, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray
+    ) -> DecodeRows:
+        size, window = batch.block_size, self.spec.window
+        mine = lengths[rows]
+        last_page = -(-int(mine.max()) // size)
+        first_page = 0 if window is None else max(0, int(mine.min()) - window) // size
+        keys = np.arange(first_page * size, last_page * size)
+        visible = keys < mine[:, None]
+        if window is not None:
+            visible &= keys >= mine[:, None] - window
+        return DecodeRows(
+            tokens=torch.from_numpy(starts[rows].astype(np.int64)),
+            table=batch.block_table[torch.from_numpy(rows), first_page:last_page].long(),
+            visible=torch.from_numpy(visible)[:, None, None, :],
+        )
+
+    def _prefill(self, batch: BatchView, begin: int, end: int, length: int, row: int) -> PrefillRow:
+        size, window = batch.block_size, self.spec.window
+        start = length - (end - begin)
+        first_page = 0 if window is None else max(0, start + 1 - window) // size
+        first = first_page * size
+        visible = None
+        if start or window is not None or self.spec.softcap is not None:
+            keys = torch.arange(first, length)
+            query = torch.arange(start, length).unsqueeze(-1)
+            visible = keys <= query
+            if window is not None:
+                visible &= keys > query - window
+            visible = visible[None, None]
+        blocks = batch.block_table[row, first_page : -(-length // size)].long()
+        return PrefillRow(begin, end, blocks, length, first, visible)
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, plan: SdpaPlan, layer: AttentionLayer) -> Tensor:
+        if len(plan.written) != len(k):
+            k, v = k[plan.written], v[plan.written]
+        cache[plan.write_blocks, 0, plan.write_offsets] = k
+        cache[plan.write_blocks, 1, plan.write_offsets] = v
+        return cache
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        plan: SdpaPlan,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        result = torch.zeros_like(q) if out is None else out.zero_()
+        if plan.decode is not None:
+            result[plan.decode.tokens] = self._attend_decode(q, cache, plan.decode, layer.scale)
+        for row in plan.prefills:
+            result[row.begin : row.end] = self._attend_prefill(q[row.begin : row.end], cache, row, layer.scale)
+        return result
+
+    def _attend_decode(self, q: Tensor, cache: Tensor, rows: DecodeRows, scale: float) -> Tensor:
+        kv_heads, dim = self.spec.num_kv_heads, self.spec.head_dim
+        pages = cache[rows.table]  # [rows, pages, 2, block_size, kv_heads, dim]
+        k = pages[:, :, 0].flatten(1, 2).transpose(1, 2)  # [rows, kv_heads, keys, dim]
+        v = pages[:, :, 1].flatten(1, 2).transpose(1, 2)
+        # A weight of zero times whatever a free block holds must be zero.
+        v = v.masked_fill(~rows.visible.transpose(-1, -2), 0)
+        # The query heads of one KV head stand as queries of their own: keys are never repeated.
+        queries = q[rows.tokens].view(-1, kv_heads, self.spec.num_heads // kv_heads, dim)
+        return self._product(queries, k, v, rows.visible, scale).reshape(-1, self.spec.num_heads, dim)
+
+    def _attend_prefill(self, q: Tensor, cache: Tensor, row: PrefillRow, scale: float) -> Tensor:
+        pages = cache[row.blocks]  # [pages, 2, block_size, kv_heads, dim]
+        keys = row.length - row.first
+        k = pages[:, 0].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)  # [1, kv_heads, keys, dim]
+        v = pages[:, 1].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)
+        if row.first or self.spec.window is not None:
+            seen = row.visible.any(dim=-2) if row.visible is not None else None
+            v = v if seen is None else v.masked_fill(~seen.unsqueeze(-1), 0)
+        repeat = self.spec.num_heads // self.spec.num_kv_heads
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        queries = q.transpose(0, 1).unsqueeze(0)  # [1, heads, queries, dim]
+        return self._product(queries, k, v, row.visible, scale)[0].transpose(0, 1)
+
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+        cap = self.spec.softcap
+        if cap is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale
+            )
+        assert visible is not None
+        scores = cap * torch.tanh((q.float() @ k.float().transpose(-1, -2)) * (scale / cap))
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        return (weights @ v.float()).to(q.dtype)

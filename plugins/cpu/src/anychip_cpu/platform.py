@@ -1,0 +1,73 @@
+"""CpuPlatform: the host as a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from anychip.plugin_api import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    Communicator,
+    FusedMoE,
+    GroupSpec,
+    MemoryInfo,
+    MoESpec,
+    PeakMemory,
+    Platform,
+    PlatformContext,
+)
+from anychip_cpu import CpuOptions
+from anychip_cpu.attention import SdpaPagedAttention
+from anychip_cpu.communicator import GlooCommunicator
+from anychip_cpu.memory import peak_resident
+from anychip_cpu.moe import GroupedMoE
+from anychip_cpu.probe import meminfo
+
+_SHARE_OF_FREE_MEMORY = 0.5
+
+
+class CpuPlatform(Platform):
+    capabilities = Capabilities(
+        dtypes=frozenset({"float32", "bfloat16"}),
+        kv_dtypes=frozenset({"float32", "bfloat16"}),
+        collectives="runtime",
+    )
+
+    def __init__(self, context: PlatformContext) -> None:
+        super().__init__(context)
+        options = context.options
+        assert isinstance(options, CpuOptions)
+        self.cpu_options = options
+        if options.threads:
+            torch.set_num_threads(options.threads)
+
+    def memory(self, device: int) -> MemoryInfo:
+        info = meminfo()
+        return MemoryInfo(free=info.get("MemAvailable"), total=info.get("MemTotal"))
+
+    def kv_budget(self, profile: PeakMemory) -> int | None:
+        """The host's memory is not ours alone: half of what is free, up to the option's limit."""
+        most = int(self.cpu_options.kv_cache_gib * 2**30)
+        free = meminfo().get("MemAvailable")
+        return most if free is None else min(most, int((free - profile.nbytes) * _SHARE_OF_FREE_MEMORY))
+
+    def measure(self, fn: Callable[[], Any]) -> PeakMemory:
+        return peak_resident(fn)
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return SdpaPagedAttention(spec)
+
+    def moe(self, spec: MoESpec) -> FusedMoE:
+        return GroupedMoE(spec, self)
+
+    def communicator(self, group: GroupSpec) -> Communicator:
+        if group.size == 1:
+            return Communicator(group)
+        if not self.cpu_options.threads:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // group.size))
+        return GlooCommunicator(group)

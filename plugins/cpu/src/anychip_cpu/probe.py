@@ -1,0 +1,49 @@
+"""Which CPUs are here. A host has one CPU device per tensor-parallel rank that asks for it: see platform.py."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from anychip.plugin_api import DeviceInfo, ProbeResult
+
+MAX_RANKS = 16
+"""Worker processes that may share the host, each a device to the core."""
+
+
+def probe() -> ProbeResult:
+    """Always finds the host. Each index is the same processor, with its share of the cores."""
+    name = _processor_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = total_memory()
+    devices = tuple(
+        DeviceInfo(index=index, name=name, total_memory=memory, detail=f"{cores} cores, shared by all ranks")
+        for index in range(MAX_RANKS)
+    )
+    return ProbeResult(devices=devices, versions={"kernel": platform.release()})
+
+
+def total_memory() -> int | None:
+    """Bytes of the host's memory."""
+    return meminfo().get("MemTotal")
+
+
+def meminfo() -> dict[str, int]:
+    """/proc/meminfo in bytes; {} where there is none."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = (line.split(":") for line in lines)
+            return {name: int(value.split()[0]) * 1024 for name, value in fields}
+    except OSError:
+        return {}
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
