@@ -103,7 +103,7 @@ class DeviceRules(msgspec.Struct, frozen=True):
     max_slots: int | None = None
 
 
-class WorkerReady(msgspec.Struct, frozen=True, tag=True):
+class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the engine must know of the workers before it can schedule."""
 
     kv: KVCacheConfig
@@ -113,18 +113,18 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True):
     notes: tuple[str, ...] = ()
 
 
-class WorkerFailed(msgspec.Struct, frozen=True, tag=True):
+class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     rank: int
     kind: str
     message: str
     trace: str = ""
 
 
-class EngineReady(msgspec.Struct, frozen=True, tag=True):
+class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     worker: WorkerReady
 
 
-class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     kind: str
     message: str
 

@@ -39,7 +39,7 @@ class LLM:
         self.tokenizer = None if self.config.skip_tokenizer else Tokenizer.load(self.config.tokenizer or model)
         self._folder = tempfile.TemporaryDirectory(prefix="anychip-")
         try:
-            self._core = build_engine(self.config, model_config, load_plugins(), Path(self._folder.name))
+            self.engine = build_engine(self.config, model_config, load_plugins(), Path(self._folder.name))
         except BaseException:
             self._folder.cleanup()
             raise
@@ -55,7 +55,7 @@ class LLM:
     @property
     def worker(self) -> WorkerReady:
         """The workers' report: device, KV cache, memory."""
-        return self._core.executor.ready
+        return self.engine.executor.ready
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
@@ -89,8 +89,8 @@ class LLM:
 
     def close(self) -> None:
         """Ends the workers and gives their memory back."""
-        self._core.drain()
-        self._core.close("closed by its owner")
+        self.engine.drain()
+        self.engine.close("closed by its owner")
         self._folder.cleanup()
 
     def __enter__(self) -> LLM:
@@ -115,23 +115,23 @@ class LLM:
         open_ids = {request.request_id for request in requests}
         try:
             for request in requests:
-                self._core.add(request)
+                self.engine.add(request)
                 self._outputs.add(request)
             while open_ids:
-                for delta in self._core.step():
+                for delta in self.engine.step():
                     output, ended_here = self._outputs.process(delta)
                     if ended_here:
-                        self._core.abort(delta.request_id, delta.index)
+                        self.engine.abort(delta.request_id, delta.index)
                     if output is not None:
                         if output.finished:
                             open_ids.discard(output.request_id)
                         yield output
         finally:
             for request_id in open_ids:
-                self._core.abort(request_id)
+                self.engine.abort(request_id)
                 self._outputs.drop(request_id)
             if open_ids:
-                self._core.drain()
+                self.engine.drain()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -16,7 +16,7 @@ class Qwen3MoE(Qwen3):
             return super().feed_forward(builder, index)
         intermediate_size = int(config.raw["moe_intermediate_size"])
         spec = MoESpec(
-            num_experts=int(config.raw["num_experts"]),
+            num_experts=int(config.get("num_local_experts") or config.raw["num_experts"]),  # since transformers 5
             top_k=int(config.raw["num_experts_per_tok"]),
             hidden_size=config.hidden_size,
             intermediate_size=builder.split(intermediate_size, "expert features").count,

@@ -73,6 +73,19 @@ class Scheduler:
         self._finish(request, "abort")
         return True
 
+    def preempt(self, request: Request) -> None:
+        """Takes a running request's blocks and slot; it computes its tokens again later, from the prefix cache if it can."""
+        self._drop_from(self.running, request)
+        self._give_up_slot(request)
+        self.kv.offer(request)
+        self.kv.free(request)
+        request.epoch += 1
+        request.num_promised = 0
+        request.num_computed = 0
+        request.become(RequestStatus.PREEMPTED)
+        insort(self.waiting, request, key=self.policy.key)
+        self.num_preemptions += 1
+
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
@@ -122,7 +135,7 @@ class Scheduler:
                     granted = 0
                     break
                 victim = running[-1]
-                self._preempt(victim)
+                self.preempt(victim)
                 preempted = True
                 if victim is request:
                     granted = 0
@@ -240,19 +253,6 @@ class Scheduler:
         return reason
 
     # -- transitions --------------------------------------------------------------------------------------
-
-    def _preempt(self, request: Request) -> None:
-        """Takes blocks and slot; the request computes its tokens again later, from the prefix cache if it can."""
-        self._drop_from(self.running, request)
-        self._give_up_slot(request)
-        self.kv.offer(request)
-        self.kv.free(request)
-        request.epoch += 1
-        request.num_promised = 0
-        request.num_computed = 0
-        request.become(RequestStatus.PREEMPTED)
-        insort(self.waiting, request, key=self.policy.key)
-        self.num_preemptions += 1
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.epoch += 1

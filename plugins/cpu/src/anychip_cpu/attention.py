@@ -23,6 +23,7 @@ class DecodeRows:
     tokens: Tensor  # [rows] index of each row's query
     table: Tensor  # [rows, pages]
     visible: Tensor  # [rows, 1, 1, pages * block_size]
+    unwritten: Tensor  # [rows, pages, 1, block_size, 1, 1]
 
 
 @dataclass(slots=True)
@@ -107,6 +108,7 @@ class SdpaPagedAttention(DenseCacheAttention):
             tokens=torch.from_numpy(starts[rows].astype(np.int64)),
             table=batch.block_table[torch.from_numpy(rows), first_page:last_page].long(),
             visible=torch.from_numpy(visible)[:, None, None, :],
+            unwritten=torch.from_numpy(~visible).view(len(rows), -1, 1, size, 1, 1),
         )
 
     def _prefill(self, batch: BatchView, begin: int, end: int, length: int, row: int) -> PrefillRow:
@@ -153,11 +155,11 @@ class SdpaPagedAttention(DenseCacheAttention):
 
     def _attend_decode(self, q: Tensor, cache: Tensor, rows: DecodeRows, scale: float) -> Tensor:
         kv_heads, dim = self.spec.num_kv_heads, self.spec.head_dim
-        pages = cache[rows.table]  # [rows, pages, 2, block_size, kv_heads, dim]
+        # A mask is added to the scores and a weight of zero multiplies a value, so what free blocks hold, which
+        # may be anything, must become zeros first.
+        pages = cache[rows.table].masked_fill(rows.unwritten, 0)  # [rows, pages, 2, block_size, kv_heads, dim]
         k = pages[:, :, 0].flatten(1, 2).transpose(1, 2)  # [rows, kv_heads, keys, dim]
         v = pages[:, :, 1].flatten(1, 2).transpose(1, 2)
-        # A weight of zero times whatever a free block holds must be zero.
-        v = v.masked_fill(~rows.visible.transpose(-1, -2), 0)
         # The query heads of one KV head stand as queries of their own: keys are never repeated.
         queries = q[rows.tokens].view(-1, kv_heads, self.spec.num_heads // kv_heads, dim)
         return self._product(queries, k, v, rows.visible, scale).reshape(-1, self.spec.num_heads, dim)
@@ -167,9 +169,10 @@ class SdpaPagedAttention(DenseCacheAttention):
         keys = row.length - row.first
         k = pages[:, 0].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)  # [1, kv_heads, keys, dim]
         v = pages[:, 1].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)
-        if row.first or self.spec.window is not None:
-            seen = row.visible.any(dim=-2) if row.visible is not None else None
-            v = v if seen is None else v.masked_fill(~seen.unsqueeze(-1), 0)
+        if self.spec.window is not None and row.visible is not None:
+            # The first page may begin before the window, in a block that holds another request's bytes by now.
+            passed = ~row.visible.any(dim=-2).unsqueeze(-1)
+            k, v = k.masked_fill(passed, 0), v.masked_fill(passed, 0)
         repeat = self.spec.num_heads // self.spec.num_kv_heads
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
         queries = q.transpose(0, 1).unsqueeze(0)  # [1, heads, queries, dim]

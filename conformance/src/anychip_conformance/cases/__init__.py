@@ -1,0 +1,1 @@
+"""The suite's cases, collected by `pytest --pyargs anychip_conformance.cases --device NAME`."""

@@ -1,0 +1,1 @@
+"""Greedy tokens against transformers: tiny seeded checkpoints, a ragged workload, and when a difference is excused."""

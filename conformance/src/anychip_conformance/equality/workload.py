@@ -1,0 +1,134 @@
+"""The equality workload: sixteen ragged requests at once, under every way the engine can be run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anychip import LLM, SamplingParams
+from anychip.scheduler.scheduler import ScheduledStep, Scheduler
+from anychip_conformance.equality.tiny_models import FAMILIES, VOCAB_SIZE
+
+NUM_TOKENS = 12
+_STEPS_BETWEEN_PREEMPTIONS = 5
+_FORCED_PREEMPTIONS = 20
+MAX_MODEL_LEN = 160
+LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 48, 64, 65, 100, 120, 125, 127)
+"""Around the block sizes 16 and 128, and the window of 32."""
+
+DEVICES: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "cpu-tp2": {"device": "cpu", "tensor_parallel_size": 2},
+    "fake-static": {"device": "fake-static"},
+    "fake-hostlen": {"device": "fake-hostlen"},
+    "fake-spmd": {"device": "fake-spmd"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    family: str
+    budget: int
+    prefix_caching: bool
+    preemption: bool
+    overlap: bool
+    device: str
+
+    def __str__(self) -> str:
+        flags = [
+            "prefix" if self.prefix_caching else "noprefix",
+            "preempt" if self.preemption else "roomy",
+            "overlap" if self.overlap else "inorder",
+        ]
+        return "-".join([self.device, self.family, str(self.budget), *flags])
+
+
+_VALUES: tuple[Sequence[Any], ...] = (
+    tuple(FAMILIES),
+    (7, 64, 4096),
+    (True, False),
+    (True, False),
+    (True, False),
+    tuple(DEVICES),
+)
+
+
+def full_product() -> list[Case]:
+    return [Case(*values) for values in itertools.product(*_VALUES)]
+
+
+def pairwise() -> list[Case]:
+    """A covering array: every pair of two settings' values stands together in some case. Greedy, and always
+    the same."""
+    cases = full_product()
+    missing = {pair for case in cases for pair in _pairs(case)}
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(missing & _pairs(case)))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[int, Any, int, Any]]:
+    values = (case.family, case.budget, case.prefix_caching, case.preemption, case.overlap, case.device)
+    return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(values)), 2)}
+
+
+def prompts() -> list[list[int]]:
+    """Half of them are beginnings of one text, so that a prefix cache has something to share."""
+    rng = random.Random(0)
+    shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(max(LENGTHS))]
+    return [
+        shared[:length] if index % 2 else [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+        for index, length in enumerate(LENGTHS)
+    ]
+
+
+def open_llm(case: Case, checkpoint: Path) -> LLM:
+    """The engine as the case wants it. Preemption is forced: by a KV cache that holds a few requests only, and by
+    taking the youngest request's blocks every few steps, whatever is in flight for it."""
+    block_size = 128 if case.device == "fake-hostlen" else 16
+    groups = 2 if case.family == "gemma2" else 1
+    longest = groups * -(-MAX_MODEL_LEN // block_size)
+    blocks = longest + groups * (2 if block_size == 128 else 4) if case.preemption else 16 * longest
+    llm = LLM(
+        str(checkpoint),
+        skip_tokenizer=True,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=16,
+        max_num_batched_tokens=case.budget,
+        num_kv_blocks=1 + blocks,
+        block_size=block_size,
+        prefix_caching=case.prefix_caching,
+        overlap=case.overlap,
+        **DEVICES[case.device],
+    )
+    if case.preemption:
+        _preempt_often(llm.engine.scheduler)
+    return llm
+
+
+def _preempt_often(scheduler: Scheduler) -> None:
+    schedule, calls = scheduler.schedule, itertools.count(1)
+    last = _FORCED_PREEMPTIONS * _STEPS_BETWEEN_PREEMPTIONS  # or a long prompt in short chunks would never end
+
+    def schedule_after_preemption() -> ScheduledStep | None:
+        call = next(calls)
+        if call <= last and call % _STEPS_BETWEEN_PREEMPTIONS == 0 and scheduler.running:
+            scheduler.preempt(scheduler.running[-1])
+        return schedule()
+
+    scheduler.schedule = schedule_after_preemption  # type: ignore[method-assign]
+
+
+def generate(llm: LLM) -> Iterator[list[int]]:
+    """Greedy tokens of every request, in order."""
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    for output in llm.generate(prompts(), sampling):
+        yield output.outputs[0].token_ids

@@ -1,0 +1,164 @@
+"""What the step-seam fakes share: attention over a functional cache with static shapes, dense experts, and the body
+of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceMoE
+from anychip.ops.reference.functional import gated_activation
+from anychip.plugin_api import (
+    MAX_LOGPROBS,
+    AttentionLayer,
+    ForwardContext,
+    HostOutputs,
+    KVPlan,
+    Ops,
+    QKNorm,
+    Rope,
+    Routing,
+    Section,
+    StepModel,
+)
+
+OUTPUT_NAMES = ("token_ids", "chosen_logprobs", "top_ids", "top_logprobs")
+
+
+@dataclass(slots=True)
+class FunctionalPlan:
+    positions: Tensor  # [num_tokens]
+    slot_mapping: Tensor  # [num_tokens]
+    tables: Tensor  # [num_tokens, pages], each token's row of the block table
+    valid: Tensor  # [num_tokens]
+
+
+class FunctionalAttention(DenseCacheAttention):
+    """Writes by making a new cache, attends without a look at the host. Every shape follows from the inputs'."""
+
+    name = "functional"
+    block_sizes = (16, 32)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: Tensor,
+        plan: FunctionalPlan,
+        layer: AttentionLayer,
+        *,
+        rope: Rope | None = None,
+        qk_norm: QKNorm | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=plan.positions, rope=rope, qk_norm=qk_norm)
+        if k is not None and v is not None:
+            cache = self._written(cache, k, v, plan.slot_mapping)
+        return self._attended(q, cache, plan, layer.scale), cache
+
+    def _written(self, cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        size = cache.shape[2]
+        # Padding goes to one row past the end, which is cut off again.
+        flat = cache.transpose(1, 2).flatten(0, 1)  # [blocks * size, 2, kv_heads, dim]
+        extended = torch.cat((flat, flat[:1]))
+        target = torch.where(slots >= 0, slots, flat.shape[0])
+        written = extended.index_copy(0, target, torch.stack((k, v), dim=1))[:-1]
+        return written.unflatten(0, (-1, size)).transpose(1, 2)
+
+    def _attended(self, q: Tensor, cache: Tensor, plan: FunctionalPlan, scale: float) -> Tensor:
+        size, spec = cache.shape[2], self.spec
+        pages = cache[plan.tables]  # [num_tokens, pages, 2, size, kv_heads, dim]
+        k, v = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
+        keys = torch.arange(plan.tables.shape[1] * size, device=q.device)
+        visible = keys <= plan.positions.unsqueeze(-1)  # [num_tokens, keys]
+        if spec.window is not None:
+            visible = visible & (keys > plan.positions.unsqueeze(-1) - spec.window)
+        visible = visible & plan.valid.unsqueeze(-1)
+        grouped = q.unflatten(1, (spec.num_kv_heads, -1)).float()  # [num_tokens, kv_heads, share, dim]
+        scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * scale
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+        weights = torch.softmax(scores, dim=-1).masked_fill(~visible[:, None, None], 0)
+        v = v.float().masked_fill(~visible[:, :, None, None], 0)
+        return torch.einsum("tgsk,tkgd->tgsd", weights, v).flatten(1, 2).to(q.dtype)
+
+
+class DenseMoE(ReferenceMoE):
+    """Every expert on every token, weighted by zero where it was not picked: no shape depends on the routing."""
+
+    name = "dense"
+
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
+        hidden = torch.einsum("th,efh->tef", x, packed.gate_up)
+        hidden = gated_activation(gate_up=hidden, activation=self.spec.activation)
+        outputs = torch.einsum("tef,ehf->teh", hidden, packed.down).float()
+        share = torch.zeros(outputs.shape[:2]).scatter_add(1, routing.expert_ids, routing.weights)
+        return (outputs * share.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def tensors(arena: np.ndarray, sections: Mapping[str, Section]) -> dict[str, Tensor]:
+    """An arena's arrays, copied to the device's memory."""
+    whole = torch.from_numpy(arena.copy())
+    return {
+        name: whole[s.offset : s.offset + s.nbytes].view(getattr(torch, s.dtype)).view(s.shape)
+        for name, s in sections.items()
+    }
+
+
+def forward_body(
+    model: StepModel, kv: KVPlan, caches: Sequence[Tensor], last_ids: Tensor, fields: Mapping[str, Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """One forward pass: the new caches by layer, and logits for every row, padded ones included."""
+    ids = fields["input_ids"]
+    ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
+    tokens = torch.arange(ids.shape[0], device=ids.device)
+    starts = fields["query_start"]
+    row = torch.searchsorted(starts[1:].contiguous(), tokens.int(), right=True).clamp(max=starts.shape[0] - 2)
+    plans = []
+    for group in range(len(kv.block_sizes)):
+        slots = fields[f"slot_mapping_{group}"]
+        table = fields[f"block_table_{group}"][row].long()
+        plans.append(FunctionalPlan(fields["positions"], slots.long(), table, slots >= 0))
+    context = ForwardContext(plans, list(caches), kv.layer_groups)
+    hidden = model.forward(ids, fields["positions"], context)
+    return context.caches, model.logits(hidden[fields["logits_indices"]])
+
+
+def sample_body(
+    ops: Ops, last_ids: Tensor, logits: Tensor, slots: Tensor, fields: Mapping[str, Tensor], *, with_logprobs: bool
+) -> tuple[Tensor, ...]:
+    """One draw for every row, padded ones included: the new last ids, then what OUTPUT_NAMES lists."""
+    given = dict(fields)
+    logits = logits.float()
+    masks = given.pop("masks", None)
+    scored = logits if masks is None else ops.apply_token_masks(logits=logits, masks=masks)
+    ids = ops.sample(logits=scored, all_greedy=False, **given)
+    last_ids = last_ids.index_copy(0, slots.long(), ids)
+    if not with_logprobs:
+        return last_ids, ids
+    return last_ids, ids, *ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
+
+
+@dataclass(slots=True)
+class FetchedOutputs:
+    """plugin_api.StepOutputs over results that are on the host already."""
+
+    results: Sequence[Tensor]
+    num_samples: int
+
+    def fetch(self) -> HostOutputs:
+        host = {
+            name: value[: self.num_samples].numpy()
+            for name, value in zip(OUTPUT_NAMES, self.results, strict=False)
+        }
+        host["token_ids"] = host["token_ids"].reshape(-1, 1)
+        return HostOutputs(**host)

@@ -1,0 +1,203 @@
+"""fake-spmd: four devices driven by one process. Each holds a shard of the weights and of the KV cache; a thread
+stands for each, and they meet in collectives, as the devices of one partitioned program do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    Communicator,
+    FusedMoE,
+    GroupSpec,
+    KVPlan,
+    ModelSource,
+    MoESpec,
+    Platform,
+    SamplingInputs,
+    Shard,
+    StepInputs,
+    StepLimits,
+    StepProgram,
+)
+from anychip_conformance.fakes.functional import (
+    DenseMoE,
+    FetchedOutputs,
+    FunctionalAttention,
+    forward_body,
+    sample_body,
+    tensors,
+)
+
+R = TypeVar("R")
+
+
+class Meeting:
+    """Where the threads of one program exchange tensors: each puts its own, all see everybody's."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self._barrier = threading.Barrier(size, timeout=timeout_s)
+        self._slots: list[Tensor | None] = [None] * size
+
+    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+        self._slots[rank] = x
+        self._barrier.wait()
+        everybody = [slot for slot in self._slots if slot is not None]
+        self._barrier.wait()  # nobody writes the next exchange before all have read this one
+        return everybody
+
+    def abort(self) -> None:
+        """Wakes the others when one has failed."""
+        self._barrier.abort()
+
+
+class MeetingCommunicator(Communicator):
+    name = "fake-spmd"
+
+    def __init__(self, spec: GroupSpec, meeting: Meeting) -> None:
+        super().__init__(spec)
+        self._meeting = meeting
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        # The same order on every device gives the same bits.
+        return torch.stack(self._meeting.exchange(self.rank, x)).sum(dim=0)
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return torch.cat(self._meeting.exchange(self.rank, x), dim=dim)
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        return self._meeting.exchange(self.rank, x)[root]
+
+    def barrier(self) -> None:
+        self._meeting.exchange(self.rank, torch.empty(0))
+
+
+class SpmdPlatform(Platform):
+    capabilities = Capabilities(
+        dtypes=frozenset({"float32", "bfloat16"}),
+        block_sizes=FunctionalAttention.block_sizes,
+        kv_write="functional",
+        collectives="compiler",
+        stale_kv="must_be_finite",
+    )
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return FunctionalAttention(spec)
+
+    def moe(self, spec: MoESpec) -> FusedMoE:
+        return DenseMoE(spec, self)
+
+    def kv_budget(self, profile: object) -> int:
+        return 2**26
+
+    def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
+        return SpmdStepProgram(model, kv, limits, num_devices=len(self.context.device_indexes))
+
+
+@dataclass(slots=True)
+class SpmdState:
+    """By device, then by layer; last ids are replicated."""
+
+    caches: list[list[Tensor]]
+    last_ids: list[Tensor]
+
+
+@dataclass(slots=True)
+class SpmdHidden:
+    logits: list[Tensor]
+    slots: Tensor
+
+
+class SpmdStepProgram(StepProgram):
+    def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits, *, num_devices: int) -> None:
+        ranks = tuple(range(num_devices))
+        self._meeting = Meeting(num_devices, timeout_s=60.0)
+        self._pool = ThreadPoolExecutor(num_devices, thread_name_prefix="fake-spmd")
+        self._ranks = ranks
+        self.kv = kv
+        self.limits = limits
+        self.ops = source.ops
+        self.models = []
+        for rank in ranks:
+            spec = GroupSpec(ranks=ranks, rank=rank, purpose="tp", max_message_bytes=0, store="", timeout_s=60.0)
+            communicator = MeetingCommunicator(spec, self._meeting)
+            self.models.append(source.build(Shard(rank=rank, size=num_devices, communicator=communicator)))
+
+    def initial_state(self, num_blocks: int) -> SpmdState:
+        def caches(rank: int) -> list[Tensor]:
+            return [
+                backend.make_cache(
+                    torch.zeros(num_blocks * self.kv.page_bytes, dtype=torch.uint8),
+                    num_blocks,
+                    self.kv.block_sizes[self.kv.layer_groups[layer]],
+                )
+                for layer, backend in enumerate(self.models[rank].attention)
+            ]
+
+        last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
+        return SpmdState([caches(rank) for rank in self._ranks], [last_ids.clone() for _ in self._ranks])
+
+    def edit(self, state: SpmdState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> SpmdState:
+        def one(rank: int) -> None:
+            for layer, backend in enumerate(self.models[rank].attention):
+                cache = state.caches[rank][layer].clone()
+                if zeros:
+                    cache = backend.zero_blocks(cache, zeros)
+                for source, destination in copies:
+                    cache = backend.copy_blocks(cache, [source], [destination])
+                state.caches[rank][layer] = cache
+
+        self._on_every_device(one)
+        return state
+
+    def forward(self, state: SpmdState, inputs: StepInputs) -> tuple[SpmdState, SpmdHidden]:
+        fields = tensors(inputs.arena, inputs.sections)
+
+        def one(rank: int) -> tuple[list[Tensor], Tensor]:
+            return forward_body(self.models[rank], self.kv, state.caches[rank], state.last_ids[rank], fields)
+
+        results = self._on_every_device(one)
+        caches = [caches for caches, _ in results]
+        return SpmdState(caches, state.last_ids), SpmdHidden([logits for _, logits in results], fields["sample_slots"])
+
+    def sample(
+        self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs
+    ) -> tuple[SpmdState, FetchedOutputs]:
+        fields = tensors(late.arena, late.sections)
+
+        def one(rank: int) -> tuple[Tensor, ...]:
+            return sample_body(
+                self.ops,
+                state.last_ids[rank],
+                hidden.logits[rank],
+                hidden.slots,
+                fields,
+                with_logprobs="logprobs" in late.key.features,
+            )
+
+        results = self._on_every_device(one)
+        last_ids = [result[0] for result in results]
+        return SpmdState(state.caches, last_ids), FetchedOutputs(results[0][1:], late.num_samples)
+
+    def _on_every_device(self, fn: Callable[[int], R]) -> list[R]:
+        def guarded(rank: int) -> R:
+            try:
+                with torch.inference_mode():
+                    return fn(rank)
+            except BaseException:
+                self._meeting.abort()
+                raise
+
+        return [future.result() for future in [self._pool.submit(guarded, rank) for rank in self._ranks]]
+
+    def close(self) -> None:
+        self._pool.shutdown()

@@ -1,0 +1,271 @@
+"""fake-static: a device that runs compiled steps only.
+
+A compiled step is an FX graph traced for one ShapeKey: it refuses any other shape, cannot read a value on the host,
+and takes its state by donation. Compilations are counted; after warm_up there must be none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from anychip.plugin_api import (
+    FEATURES,
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    Communicator,
+    CompileReport,
+    FusedMoE,
+    GroupSpec,
+    KVPlan,
+    ModelSource,
+    MoESpec,
+    Platform,
+    SamplingInputs,
+    ShapeKey,
+    ShapePolicy,
+    Shard,
+    StepInputs,
+    StepLimits,
+    StepProgram,
+    StepRules,
+)
+from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
+from anychip_conformance.fakes.functional import (
+    DenseMoE,
+    FetchedOutputs,
+    FunctionalAttention,
+    forward_body,
+    sample_body,
+    tensors,
+)
+
+_MAX_TOKENS = 64
+_MAX_ROWS = 16
+_SHAPES = ((4, 4), (16, 16), (_MAX_TOKENS, 16))
+"""(tokens, rows) of the compiled steps."""
+
+
+class UncompiledShape(RuntimeError):
+    """A step of a shape that was not compiled for."""
+
+
+class DonatedTwice(RuntimeError):
+    """A state was used after it had been given away."""
+
+
+class DonatedState:
+    """Tensors that one call may take."""
+
+    def __init__(self, caches: list[Tensor], last_ids: Tensor) -> None:
+        self._held: tuple[list[Tensor], Tensor] | None = (caches, last_ids)
+
+    def take(self) -> tuple[list[Tensor], Tensor]:
+        if self._held is None:
+            raise DonatedTwice("this state was donated to an earlier step")
+        held, self._held = self._held, None
+        return held
+
+
+@dataclass(slots=True)
+class StaticHidden:
+    logits: Tensor
+    slots: Tensor
+    num_samples: int
+
+
+class StaticShapes(ShapePolicy):
+    def __init__(self, limits: StepLimits) -> None:
+        self._pages = max(limits.max_pages)
+        self._keys = [
+            ShapeKey(num_tokens=tokens, num_reqs=rows, max_query_len=tokens, num_pages=self._pages)
+            for tokens, rows in _SHAPES
+        ]
+
+    def keys(self) -> Sequence[ShapeKey]:
+        return self._keys
+
+    def bucket(
+        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+    ) -> ShapeKey:
+        for key in self._keys:
+            if num_tokens <= key.num_tokens and num_reqs <= key.num_reqs:
+                return replace(key, features=features)
+        raise UncompiledShape(f"{num_tokens} tokens in {num_reqs} rows; the largest step is {self._keys[-1]}")
+
+
+class StaticPlatform(Platform):
+    capabilities = Capabilities(
+        dtypes=frozenset({"float32", "bfloat16"}),
+        block_sizes=FunctionalAttention.block_sizes,
+        kv_write="functional",
+        stale_kv="must_be_finite",
+    )
+    step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return FunctionalAttention(spec)
+
+    def moe(self, spec: MoESpec) -> FusedMoE:
+        return DenseMoE(spec, self)
+
+    def kv_budget(self, profile: object) -> int:
+        return 2**26
+
+    def shape_policy(self, limits: StepLimits) -> ShapePolicy:
+        return StaticShapes(replace(limits))
+
+    def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
+        return StaticStepProgram(model, kv, limits)
+
+
+class StaticStepProgram(StepProgram):
+    def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits) -> None:
+        group = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
+        self.model = source.build(Shard(rank=0, size=1, communicator=Communicator(group)))
+        self.ops = source.ops
+        self.vocab_size = source.vocab_size
+        self.kv = kv
+        self.limits = limits
+        self.num_compilations = 0
+        self._steps: dict[ShapeKey, CompiledCall] = {}
+        self._samplers: dict[tuple[int, tuple[str, ...]], CompiledCall] = {}
+        self._warm = False
+
+    def initial_state(self, num_blocks: int) -> DonatedState:
+        self._num_blocks = num_blocks
+        return DonatedState(self._new_caches(), torch.zeros(self.limits.max_slots + 1, dtype=torch.int32))
+
+    def _new_caches(self) -> list[Tensor]:
+        # Functional caches cannot share a buffer between groups: each layer has its own.
+        caches = []
+        for layer, backend in enumerate(self.model.attention):
+            size = self.kv.block_sizes[self.kv.layer_groups[layer]]
+            raw = torch.zeros(self._num_blocks * self.kv.page_bytes, dtype=torch.uint8)
+            caches.append(backend.make_cache(raw, self._num_blocks, size))
+        return caches
+
+    def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
+        start = time.perf_counter()
+        for key in keys:
+            self._compile_step(key)
+            for features in _feature_sets():
+                if (key.num_reqs, features) not in self._samplers:
+                    self._compile_sampler(replace(key, features=features))
+        self._warm = True
+        return CompileReport(num_programs=self.num_compilations, seconds=time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def _compile_step(self, key: ShapeKey) -> None:
+        blank = blank_step_inputs(
+            key, num_groups=len(self.kv.block_sizes), slot_dtype="int64", max_slots=self.limits.max_slots
+        )
+        fields = tensors(blank.arena, blank.sections)
+        names = list(fields)
+
+        def step(caches: list[Tensor], last_ids: Tensor, *values: Tensor) -> tuple[list[Tensor], Tensor]:
+            return forward_body(self.model, self.kv, caches, last_ids, dict(zip(names, values, strict=True)))
+
+        caches, last_ids = self.initial_state(self._num_blocks).take()
+        self._steps[key] = self._compile(step, (caches, last_ids, *fields.values()))
+
+    @torch.inference_mode()
+    def _compile_sampler(self, key: ShapeKey) -> None:
+        blank = blank_sampling_inputs(key, self.vocab_size)
+        fields = tensors(blank.arena, blank.sections)
+        names = list(fields)
+
+        def draw(last_ids: Tensor, logits: Tensor, slots: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            given = dict(zip(names, values, strict=True))
+            return sample_body(
+                self.ops, last_ids, logits, slots, given, with_logprobs="logprobs" in key.features
+            )
+
+        rows = key.num_reqs
+        example = (
+            torch.zeros(self.limits.max_slots + 1, dtype=torch.int32),
+            torch.zeros(rows, self.vocab_size, dtype=torch.float32),
+            torch.zeros(rows, dtype=torch.int32),
+            *fields.values(),
+        )
+        self._samplers[rows, key.features] = self._compile(draw, example)
+
+    def _compile(self, fn: Callable[..., object], example: tuple[object, ...]) -> CompiledCall:
+        self.num_compilations += 1
+        return CompiledCall(fn, example)
+
+    @torch.inference_mode()
+    def edit(
+        self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]
+    ) -> DonatedState:
+        caches, last_ids = state.take()
+        for layer, backend in enumerate(self.model.attention):
+            cache = caches[layer].clone()
+            if zeros:
+                cache = backend.zero_blocks(cache, zeros)
+            for source, destination in copies:
+                cache = backend.copy_blocks(cache, [source], [destination])
+            caches[layer] = cache
+        return DonatedState(caches, last_ids)
+
+    @torch.inference_mode()
+    def forward(self, state: DonatedState, inputs: StepInputs) -> tuple[DonatedState, StaticHidden]:
+        step = self._steps.get(inputs.key)
+        if step is None:
+            raise UncompiledShape(f"no compiled step for {inputs.key}")
+        caches, last_ids = state.take()
+        fields = tensors(inputs.arena, inputs.sections)
+        caches, logits = step(caches, last_ids, *fields.values())
+        hidden = StaticHidden(logits, fields["sample_slots"], inputs.num_samples)
+        return DonatedState(caches, last_ids), hidden
+
+    @torch.inference_mode()
+    def sample(
+        self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs
+    ) -> tuple[DonatedState, FetchedOutputs]:
+        draw = self._samplers.get((late.key.num_reqs, late.key.features))
+        if draw is None:
+            raise UncompiledShape(f"no compiled sampler for {late.key}")
+        caches, last_ids = state.take()
+        fields = tensors(late.arena, late.sections)
+        last_ids, *results = draw(last_ids, hidden.logits.float(), hidden.slots, *fields.values())
+        return DonatedState(caches, last_ids), FetchedOutputs(results, late.num_samples)
+
+
+class CompiledCall:
+    """A traced graph that takes exactly the shapes and dtypes that it was traced with."""
+
+    def __init__(self, fn: Callable[..., object], example: tuple[object, ...]) -> None:
+        self._graph = make_fx(fn)(*example)
+        self._signature = _signature(example)
+
+    def __call__(self, *arguments: object) -> tuple[object, ...]:
+        given = _signature(arguments)
+        if given != self._signature:
+            wrong = next(pair for pair in zip(given, self._signature, strict=False) if pair[0] != pair[1])
+            raise UncompiledShape(f"compiled for {wrong[1]}, called with {wrong[0]}")
+        result: tuple[object, ...] = self._graph(*arguments)
+        return result
+
+
+def _signature(arguments: object) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    if isinstance(arguments, Tensor):
+        return [(tuple(arguments.shape), arguments.dtype)]
+    if isinstance(arguments, Mapping):
+        arguments = list(arguments.values())
+    assert isinstance(arguments, list | tuple)
+    return [entry for argument in arguments for entry in _signature(argument)]
+
+
+def _feature_sets() -> list[tuple[str, ...]]:
+    """Every subset of FEATURES, in their order."""
+    sets: list[tuple[str, ...]] = [()]
+    for feature in FEATURES:
+        sets += [(*chosen, feature) for chosen in sets]
+    return sets

@@ -1,0 +1,1 @@
+"""The `anychip` command: serve, generate, chat, devices, doctor."""

@@ -1,0 +1,55 @@
+"""`anychip generate`: the engine in this process, tokens to the terminal as they come."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from anychip.config import Environment
+from anychip.engine.outputs import RequestOutput
+from anychip.entrypoints.cli.options import add_engine_options, engine_config
+from anychip.launch.llm import LLM
+from anychip.sampling_params import SamplingParams
+
+
+def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
+    add_engine_options(parser, environment)
+    add_sampling_options(parser)
+    parser.add_argument("--prompt", help="the text (default: standard input)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, default=256)
+    sampling.add_argument("--temperature", type=float, default=0.7)
+    sampling.add_argument("--top-p", type=float, default=0.9)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
+    with open_llm(arguments) as llm:
+        print_outputs(llm.stream(prompt, sampling_params(arguments)))
+    return 0
+
+
+def open_llm(arguments: argparse.Namespace) -> LLM:
+    config = engine_config(arguments)
+    return LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p
+    )
+
+
+def print_outputs(outputs: Iterator[RequestOutput]) -> str:
+    """Prints pieces as they come; returns the whole text."""
+    text = ""
+    for output in outputs:
+        for piece in output.outputs:
+            print(piece.text, end="", flush=True)
+            text += piece.text
+    print()
+    return text

@@ -1,0 +1,28 @@
+"""anychip's plugin for AMD GPUs. This module announces the platform and imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anychip.plugin_api import API_VERSION, PlatformManifest, Requirement, hookimpl
+
+MANIFEST = PlatformManifest(
+    name="rocm",
+    package="anychip-rocm",
+    api_version=API_VERSION,
+    summary="AMD GPUs: found, not implemented yet",
+    probe="anychip_rocm.probe:probe",
+    platform="anychip_rocm.platform:RocmPlatform",
+    seam="torch",
+    topology="process_per_device",
+    requirements=(
+        Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),
+    ),
+    visible_devices_env="HIP_VISIBLE_DEVICES",
+    auto_select=False,  # until its kernels exist, only who names it meets its refusal
+)
+
+
+@hookimpl
+def anychip_platforms() -> Sequence[PlatformManifest]:
+    return [MANIFEST]
