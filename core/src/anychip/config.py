@@ -11,10 +11,7 @@ from typing import Literal
 import msgspec
 
 from anychip.errors import ConfigError
-from anychip.types import DTYPES
-
-QUICKSTART = "quickstart"
-"""The model name that stands for the embedded checkpoint."""
+from anychip.types import DTYPES, QUICKSTART
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

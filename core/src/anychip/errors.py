@@ -123,9 +123,7 @@ class DeviceFault(AnychipError):
     cannot go on using the device; `ranks` are those known to be affected.
     """
 
-    def __init__(
-        self, message: str, *, kind: str, fatal: bool, ranks: Sequence[int] = (), remedy: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, kind: str, fatal: bool, ranks: Sequence[int] = (), remedy: str = "") -> None:
         super().__init__(f"{message}; {remedy}" if remedy else message)
         self.kind = kind
         self.fatal = fatal

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from anychip.config import QUICKSTART
 from anychip.errors import CheckpointError, ConfigError
+from anychip.types import QUICKSTART
 
 _QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
 
@@ -58,7 +58,7 @@ def load_model_config(model: str) -> ModelConfig:
     generation = _read_json(folder / "generation_config.json", required=False)
     architectures = raw.get("architectures") or []
     if not architectures:
-        raise CheckpointError(f"{folder / 'config.json'} names no architecture; add \"architectures\": [...]")
+        raise CheckpointError(f'{folder / "config.json"} names no architecture; add "architectures": [...]')
     try:
         num_heads = int(raw["num_attention_heads"])
         return ModelConfig(

@@ -62,7 +62,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for text in self.stop:
             if not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise InvalidRequest(
-                    f"a stop string has {len(text)} characters, 1 to {MAX_STOP_LENGTH} are allowed", param="stop"
+                    f"a stop string has {len(text)} characters, 1 to {MAX_STOP_LENGTH} are allowed",
+                    param="stop",
                 )
         for token in self.stop_token_ids:
             _check("stop_token_ids", token, lambda v: 0 <= v < 2**31, "token ids")

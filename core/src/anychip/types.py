@@ -14,13 +14,23 @@ DTYPES: tuple[str, ...] = get_args(DType)
 
 FinishReason = Literal["stop", "length", "abort"]
 
+QUICKSTART = "quickstart"
+"""The model name that stands for the embedded checkpoint."""
+
 NULL_BLOCK = BlockId(0)
 """The block that no request owns: what a block table holds where a window has passed, or a row is padding."""
 
 PADDING_SLOT = -1
 """What a slot mapping holds for a token whose key and value must not be written."""
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1}
+_ITEMSIZE = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+}
 
 
 def itemsize(dtype: DType) -> int:

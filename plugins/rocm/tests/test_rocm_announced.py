@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from anychip.plugin_api import AttentionSpec, PlatformContext, ProbeResult, Unsupported
 from anychip.ops.reference import REFERENCE
+from anychip.plugin_api import AttentionSpec, PlatformContext, ProbeResult, Unsupported
 from anychip_rocm import MANIFEST
 from anychip_rocm.platform import RocmPlatform
 from anychip_rocm.probe import probe
@@ -19,7 +19,11 @@ def test_probe_without_the_device_gives_reason_and_remedy():
 def test_attention_is_refused_by_name():
     platform = RocmPlatform(
         PlatformContext(
-            manifest=MANIFEST, device_indexes=(0,), options=MANIFEST.options(), probe=ProbeResult(), reference=REFERENCE
+            manifest=MANIFEST,
+            device_indexes=(0,),
+            options=MANIFEST.options(),
+            probe=ProbeResult(),
+            reference=REFERENCE,
         )
     )
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16", kv_dtype="bfloat16")

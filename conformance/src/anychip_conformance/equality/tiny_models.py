@@ -57,10 +57,13 @@ def _qwen3() -> PreTrainedModel:
 
 
 def _qwen3_moe() -> PreTrainedModel:
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**_COMMON, **experts, mlp_only_layers=[1], tie_word_embeddings=False)
-    )
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_COMMON, **experts, mlp_only_layers=[1], tie_word_embeddings=False))
 
 
 def _gemma2() -> PreTrainedModel:

@@ -134,7 +134,13 @@ def forward_body(
 
 
 def sample_body(
-    ops: Ops, last_ids: Tensor, logits: Tensor, slots: Tensor, fields: Mapping[str, Tensor], *, with_logprobs: bool
+    ops: Ops,
+    last_ids: Tensor,
+    logits: Tensor,
+    slots: Tensor,
+    fields: Mapping[str, Tensor],
+    *,
+    with_logprobs: bool,
 ) -> tuple[Tensor, ...]:
     """One draw for every row, padded ones included: the new last ids, then what OUTPUT_NAMES lists."""
     given = dict(fields)
@@ -157,8 +163,7 @@ class FetchedOutputs:
 
     def fetch(self) -> HostOutputs:
         host = {
-            name: value[: self.num_samples].numpy()
-            for name, value in zip(OUTPUT_NAMES, self.results, strict=False)
+            name: value[: self.num_samples].numpy() for name, value in zip(OUTPUT_NAMES, self.results, strict=False)
         }
         host["token_ids"] = host["token_ids"].reshape(-1, 1)
         return HostOutputs(**host)

@@ -211,7 +211,13 @@ class HostlenAttention(DenseCacheAttention):
             into.query_lens, into.seq_lens = query_lens, seq_lens
             return into
         return HostlenPlan(
-            group, batch.positions, batch.block_table, torch.from_numpy(source), query_lens, seq_lens, recorder
+            group,
+            batch.positions,
+            batch.block_table,
+            torch.from_numpy(source),
+            query_lens,
+            seq_lens,
+            recorder,
         )
 
     def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, plan: HostlenPlan, layer: AttentionLayer) -> Tensor:

@@ -169,9 +169,7 @@ class SpmdStepProgram(StepProgram):
         caches = [caches for caches, _ in results]
         return SpmdState(caches, state.last_ids), SpmdHidden([logits for _, logits in results], fields["sample_slots"])
 
-    def sample(
-        self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs
-    ) -> tuple[SpmdState, FetchedOutputs]:
+    def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, FetchedOutputs]:
         fields = tensors(late.arena, late.sections)
 
         def one(rank: int) -> tuple[Tensor, ...]:

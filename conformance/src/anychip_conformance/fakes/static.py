@@ -183,9 +183,7 @@ class StaticStepProgram(StepProgram):
 
         def draw(last_ids: Tensor, logits: Tensor, slots: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(names, values, strict=True))
-            return sample_body(
-                self.ops, last_ids, logits, slots, given, with_logprobs="logprobs" in key.features
-            )
+            return sample_body(self.ops, last_ids, logits, slots, given, with_logprobs="logprobs" in key.features)
 
         rows = key.num_reqs
         example = (
@@ -201,9 +199,7 @@ class StaticStepProgram(StepProgram):
         return CompiledCall(fn, example)
 
     @torch.inference_mode()
-    def edit(
-        self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]
-    ) -> DonatedState:
+    def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
         caches, last_ids = state.take()
         for layer, backend in enumerate(self.model.attention):
             cache = caches[layer].clone()

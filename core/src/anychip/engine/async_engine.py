@@ -15,7 +15,16 @@ from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, re
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import AnychipError, EngineDead, InvalidRequest, RequestAborted, rebuild
-from anychip.messages import Abort, AddRequest, EngineFailed, EngineReady, Outputs, Shutdown, ToEngine, WorkerReady
+from anychip.messages import (
+    Abort,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    Outputs,
+    Shutdown,
+    ToEngine,
+    WorkerReady,
+)
 
 
 class AsyncEngine:

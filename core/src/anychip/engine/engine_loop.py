@@ -9,7 +9,16 @@ import zmq
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.ipc import encoder, output_endpoint, request_endpoint, to_engine_decoder
 from anychip.errors import UserError
-from anychip.messages import Abort, AddRequest, EngineFailed, EngineReady, FromEngine, Outputs, SequenceDelta, Shutdown
+from anychip.messages import (
+    Abort,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    FromEngine,
+    Outputs,
+    SequenceDelta,
+    Shutdown,
+)
 
 _IDLE_POLL_MS = 1000
 

@@ -55,7 +55,8 @@ class InputProcessor:
         bad_stop = next((t for t in sampling.stop_token_ids if t >= self.vocab_size), None)
         if bad_stop is not None:
             raise InvalidRequest(
-                f"stop_token_ids holds {bad_stop}, the vocabulary has {self.vocab_size}", param="stop_token_ids"
+                f"stop_token_ids holds {bad_stop}, the vocabulary has {self.vocab_size}",
+                param="stop_token_ids",
             )
         stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self.eos_token_ids)
         return AddRequest(

@@ -13,9 +13,11 @@ class _Sequence:
 
     def __init__(self, request: AddRequest, tokenizer: Tokenizer | None) -> None:
         sampling = request.sampling
-        self.detokenizer = tokenizer and Detokenizer(
-            tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
-        )
+        self.detokenizer: Detokenizer | None = None
+        if tokenizer is not None:
+            self.detokenizer = Detokenizer(
+                tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+            )
         self.stops = sampling.stop
         self.min_tokens = sampling.min_tokens
         self.longest_stop = max(map(len, self.stops), default=0)
@@ -86,7 +88,9 @@ class OutputProcessor:
         request = self._requests.get(delta.request_id)
         if request is None or request.sequences[delta.index].done:
             return None, False
-        request.cached_tokens = request.cached_tokens if delta.index else max(request.cached_tokens, delta.cached_tokens)
+        request.cached_tokens = (
+            request.cached_tokens if delta.index else max(request.cached_tokens, delta.cached_tokens)
+        )
         output = request.sequences[delta.index].add(delta)
         finished = all(sequence.done for sequence in request.sequences)
         if finished:

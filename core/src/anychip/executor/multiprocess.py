@@ -14,7 +14,15 @@ import msgspec
 import zmq
 
 from anychip.errors import EngineDead, rebuild
-from anychip.messages import FromWorker, LateInputs, Shutdown, StepDecision, StepResult, WorkerFailed, WorkerReady
+from anychip.messages import (
+    FromWorker,
+    LateInputs,
+    Shutdown,
+    StepDecision,
+    StepResult,
+    WorkerFailed,
+    WorkerReady,
+)
 
 _POLL_MS = 200
 
@@ -103,7 +111,7 @@ class MultiprocessExecutor:
                 if code is not None and not self._results.poll(0):
                     raise EngineDead(f"worker {rank} exited with status {code} and left no message")
             return None
-        message = self._decoder.decode(self._results.recv())
+        message: FromWorker = self._decoder.decode(self._results.recv())
         if isinstance(message, WorkerFailed):
             raise rebuild(message.kind, f"worker {message.rank}: {message.message}")
         return message

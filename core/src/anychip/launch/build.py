@@ -81,13 +81,9 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) ->
     def start(rank: int) -> Child:
         spec = _spec(config, chosen, folder, rank, world_size)
         placement = Placement(rank=rank, world_size=world_size, device_indexes=spec.device_indexes)
-        return Child(
-            "anychip.launch.worker_main", encode_spec(spec), chosen.manifest.worker_env(config, placement)
-        )
+        return Child("anychip.launch.worker_main", encode_spec(spec), chosen.manifest.worker_env(config, placement))
 
-    return MultiprocessExecutor(
-        folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s
-    )
+    return MultiprocessExecutor(folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s)
 
 
 def _spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int, world_size: int) -> WorkerSpec:

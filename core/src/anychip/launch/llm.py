@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,7 +58,9 @@ class LLM:
         return self.engine.executor.ready
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all."""
         several = _as_list(prompts)
@@ -70,9 +72,7 @@ class LLM:
             pieces.setdefault(output.request_id, []).append(output)
         return [merge(pieces[request_id]) for request_id in sorted(pieces, key=int)]
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None
-    ) -> RequestOutput:
+    def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None) -> RequestOutput:
         """One assistant turn."""
         return self.generate(self._chat_prompt(messages), sampling)[0]
 
@@ -106,7 +106,7 @@ class LLM:
             raise InvalidRequest("chat needs the tokenizer, which is off", param="messages")
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
-    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[RequestOutput]:
+    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Generator[RequestOutput, None, None]:
         # Every prompt is checked before the first is accepted.
         requests = []
         for prompt, sampling in zip(prompts, params, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
@@ -65,7 +66,7 @@ class Attention:
         return self.qkv.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in torch.split(self.qkv(x), self.sizes, dim=-1))
         index = self.layer.index
         attended, context.caches[index] = self.backend.forward(
             q,

@@ -31,9 +31,7 @@ class VocabParallelEmbedding:
         builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), load)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return self.communicator.all_reduce(
-            self.ops.embedding(ids=ids, weight=self.weight, first=self.share.start)
-        )
+        return self.communicator.all_reduce(self.ops.embedding(ids=ids, weight=self.weight, first=self.share.start))
 
 
 def read_share(share: Span, vocab_size: int, hidden_size: int, view: WeightView) -> Tensor:
@@ -50,7 +48,13 @@ class LMHead:
     """
 
     def __init__(
-        self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int, tied: VocabParallelEmbedding | None
+        self,
+        builder: Builder,
+        *,
+        name: str,
+        vocab_size: int,
+        hidden_size: int,
+        tied: VocabParallelEmbedding | None,
     ) -> None:
         self.vocab_size = vocab_size
         self.communicator = builder.shard.communicator

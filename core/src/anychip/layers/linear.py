@@ -68,7 +68,14 @@ class RowParallelLinear:
     """Input features are split over ranks; the partial products are summed over them."""
 
     def __init__(
-        self, builder: Builder, *, name: str, in_features: int, span: Span, out_features: int, bias: bool = False
+        self,
+        builder: Builder,
+        *,
+        name: str,
+        in_features: int,
+        span: Span,
+        out_features: int,
+        bias: bool = False,
     ) -> None:
         bias_here = bias and builder.shard.rank == 0  # the sum over ranks must hold it once
         spec = LinearSpec(
@@ -103,6 +110,4 @@ class RowParallelLinear:
         return self.kernel.accepts
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.matmul_reduce(
-            x=x, kernel=self.kernel, packed=self.packed, communicator=self.communicator
-        )
+        return self.ops.matmul_reduce(x=x, kernel=self.kernel, packed=self.packed, communicator=self.communicator)

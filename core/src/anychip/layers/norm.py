@@ -9,9 +9,7 @@ from anychip.plugin_api import ActFormat, WeightView
 
 
 class RMSNorm:
-    def __init__(
-        self, builder: Builder, *, name: str, size: int, eps: float, unit_offset: bool = False
-    ) -> None:
+    def __init__(self, builder: Builder, *, name: str, size: int, eps: float, unit_offset: bool = False) -> None:
         self.ops = builder.ops
         self.eps = eps
         self.unit_offset = unit_offset

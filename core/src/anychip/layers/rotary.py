@@ -16,9 +16,7 @@ from anychip.errors import Unsupported
 from anychip.plugin_api import Rope
 
 
-def make_rope(
-    *, head_dim: int, theta: float, max_positions: int, parameters: dict[str, Any], device: str
-) -> Rope:
+def make_rope(*, head_dim: int, theta: float, max_positions: int, parameters: dict[str, Any], device: str) -> Rope:
     """cos and sin for every position, float32. Raises Unsupported for a scaling that is not known."""
     rotary_dim = int(head_dim * float(parameters.get("partial_rotary_factor", 1.0)))
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim

@@ -111,7 +111,12 @@ class PreNormLayer:
     """norm, attention, norm, feed-forward, each pair around a residual sum."""
 
     def __init__(
-        self, builder: Builder, config: ModelConfig, index: int, attention: Attention, mlp: GatedMLP | SparseMoE
+        self,
+        builder: Builder,
+        config: ModelConfig,
+        index: int,
+        attention: Attention,
+        mlp: GatedMLP | SparseMoE,
     ) -> None:
         name = f"model.layers.{index}"
         size, eps = config.hidden_size, config.norm_eps

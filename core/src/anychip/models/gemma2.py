@@ -42,9 +42,7 @@ class Gemma2(Decoder):
 class Gemma2Layer:
     """The residual is summed after the second norm of each block, so it cannot fuse with the first one's input."""
 
-    def __init__(
-        self, builder: Builder, config: ModelConfig, index: int, spec: AttentionSpec, rope: Rope
-    ) -> None:
+    def __init__(self, builder: Builder, config: ModelConfig, index: int, spec: AttentionSpec, rope: Rope) -> None:
         name = f"model.layers.{index}"
         self.attention = Attention(
             builder,
@@ -68,7 +66,11 @@ class Gemma2Layer:
 
         def norm(which: str) -> RMSNorm:
             return RMSNorm(
-                builder, name=f"{name}.{which}", size=config.hidden_size, eps=config.norm_eps, unit_offset=True
+                builder,
+                name=f"{name}.{which}",
+                size=config.hidden_size,
+                eps=config.norm_eps,
+                unit_offset=True,
             )
 
         self.before_attention = norm("input_layernorm")

@@ -23,6 +23,4 @@ class Qwen3MoE(Qwen3):
             dtype=builder.dtype,
             renormalize=bool(config.get("norm_topk_prob", False)),
         )
-        return SparseMoE(
-            builder, name=f"model.layers.{index}.mlp", spec=spec, intermediate_size=intermediate_size
-        )
+        return SparseMoE(builder, name=f"model.layers.{index}.mlp", spec=spec, intermediate_size=intermediate_size)

@@ -28,9 +28,7 @@ class OpTable:
         return tuple(sorted(names, key=lambda name: (name in COMPOSITE_OPS, name)))
 
 
-def resolve_ops(
-    platform: str, overrides: Mapping[str, Callable[..., Any]], *, require_native: bool = False
-) -> OpTable:
+def resolve_ops(platform: str, overrides: Mapping[str, Callable[..., Any]], *, require_native: bool = False) -> OpTable:
     """Raises InvalidOverride for an unknown op, a newer version or a wrong signature; Unsupported when
     require_native is set and a single op has no override."""
     chosen = SimpleNamespace(**REFERENCE_OPS)

@@ -60,6 +60,6 @@ __all__ = [
     "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory",
     "Placement", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest",
     "ProbeResult", "QKNorm", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
-    "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
-    "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl", "op_override",
+    "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel",
+    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl", "op_override",
 ]  # fmt: skip

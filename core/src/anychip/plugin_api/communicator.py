@@ -97,11 +97,11 @@ class Communicator:
 
     def register(self, graph_pool: Any) -> None:
         """Called before capture, for communicators whose buffers a graph must know."""
-        return None
+        return
 
     def close(self) -> None:
         return None
 
     def restore(self) -> None:
         """Opens the group again after close, as when a sleeping worker wakes."""
-        return None
+        return

@@ -1,10 +1,10 @@
 """The pluggy hooks of entry-point group "anychip". Implementing one needs no torch.
 
-    from anychip.plugin_api import hookimpl, PlatformManifest
+from anychip.plugin_api import hookimpl, PlatformManifest
 
-    @hookimpl
-    def anychip_platforms():
-        return [PlatformManifest(name="acme", ...)]
+@hookimpl
+def anychip_platforms():
+    return [PlatformManifest(name="acme", ...)]
 """
 
 from __future__ import annotations

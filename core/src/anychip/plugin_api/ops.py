@@ -8,7 +8,6 @@ the reference runs, and `doctor` says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -121,8 +120,6 @@ class Ops(Protocol):
         """gated_activation in out_format."""
         ...
 
-    def matmul_reduce(
-        self, *, x: Tensor, kernel: LinearKernel, packed: Packed, communicator: Communicator
-    ) -> Tensor:
+    def matmul_reduce(self, *, x: Tensor, kernel: LinearKernel, packed: Packed, communicator: Communicator) -> Tensor:
         """kernel.apply, then all_reduce."""
         ...

@@ -128,8 +128,11 @@ class StepModel(Protocol):
 
     num_layers: int
     vocab_size: int
-    attention: Sequence[AttentionBackend]
-    """By layer."""
+
+    @property
+    def attention(self) -> Sequence[AttentionBackend]:
+        """By layer."""
+        ...
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """Hidden states [num_tokens, hidden_size]."""

@@ -72,9 +72,7 @@ def candidates(plugins: Plugins) -> list[Candidate]:
 
 
 def candidate(manifest: PlatformManifest) -> Candidate:
-    return Candidate(
-        manifest=manifest, probe=probe(manifest), requirements=check_requirements(manifest.requirements)
-    )
+    return Candidate(manifest=manifest, probe=probe(manifest), requirements=check_requirements(manifest.requirements))
 
 
 def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
@@ -139,8 +137,7 @@ def _indexes(config: EngineConfig, chosen: Candidate, index_text: str) -> tuple[
     if manifest.topology == "process_per_host":
         if config.tensor_parallel_size > 1:
             raise ConfigError(
-                f"{manifest.name} drives its {len(available)} devices from one process; "
-                "leave tensor_parallel_size at 1"
+                f"{manifest.name} drives its {len(available)} devices from one process; leave tensor_parallel_size at 1"
             )
         return tuple(available)
     wanted = config.tensor_parallel_size

@@ -74,7 +74,7 @@ class Scheduler:
         return True
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's blocks and slot; it computes its tokens again later, from the prefix cache if it can."""
+        """Takes a running request's blocks and slot; it recomputes its tokens later, as far as the prefix cache lets go."""
         self._drop_from(self.running, request)
         self._give_up_slot(request)
         self.kv.offer(request)
@@ -146,9 +146,7 @@ class Scheduler:
                 counts.append(granted)
         return preempted
 
-    def _admit_waiting(
-        self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow]
-    ) -> None:
+    def _admit_waiting(self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow]) -> None:
         admitted: list[Request] = []
         for request in self.waiting:
             if not self._free_slots or room.tokens_left <= 0 or room.rows_left <= 0:
@@ -201,7 +199,7 @@ class Scheduler:
         finished, self._finished_slots = self._finished_slots, []
         decision = StepDecision(
             step_id=self._next_step,
-            slots=array("i", [request.slot for request in rows]).tobytes(),  # type: ignore[list-item]
+            slots=array("i", [request.slot or 0 for request in rows]).tobytes(),
             num_tokens=array("i", counts).tobytes(),
             new_rows=new_rows,
             new_blocks=array("i", changes.new_blocks).tobytes(),

@@ -17,9 +17,7 @@ class Detokenizer:
         self._raw = tokenizer.raw
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(
-            ids=list(prompt_token_ids[-_CONTEXT:]), skip_special_tokens=skip_special_tokens
-        )
+        self._stream = DecodeStream(ids=list(prompt_token_ids[-_CONTEXT:]), skip_special_tokens=skip_special_tokens)
         self._held: list[int] = []
 
     def add(self, token_ids: Sequence[int]) -> str:

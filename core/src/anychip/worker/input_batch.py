@@ -11,8 +11,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anychip.messages import LateInputs, NewRow, StepDecision
-from anychip.plugin_api import NULL_BLOCK, PADDING_SLOT, SamplingInputs, ShapeKey, ShapePolicy, StepInputs, StepLimits
-from anychip.plugin_api.step_layout import mask_words, sampling_inputs, sampling_layout, step_inputs, step_layout
+from anychip.plugin_api import (
+    NULL_BLOCK,
+    PADDING_SLOT,
+    SamplingInputs,
+    ShapeKey,
+    ShapePolicy,
+    StepInputs,
+    StepLimits,
+)
+from anychip.plugin_api.step_layout import (
+    mask_words,
+    sampling_inputs,
+    sampling_layout,
+    step_inputs,
+    step_layout,
+)
 from anychip.worker.staging import StagingRing
 
 _FLOATS = ("temperature", "top_p", "min_p")
@@ -173,8 +187,8 @@ class InputBatch:
         arena, views = self._ring.take(layout)
         for name, by_slot in self._floats.items():
             _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
-        for name, by_slot in self._ints.items():
-            _fill(views[name], by_slot[slots], 0)
+        for name, integers in self._ints.items():
+            _fill(views[name], integers[slots], 0)
         _fill(views["position"], (rows.starts + rows.counts)[rows.sampling], 0)
         if late.masks:
             views["masks"].fill(-1)

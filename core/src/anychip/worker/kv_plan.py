@@ -12,7 +12,9 @@ from anychip.types import cdiv
 
 
 def plan_kv(
-    specs: Sequence[AttentionSpec], backend_for: Callable[[AttentionSpec], AttentionBackend], block_size: int | None
+    specs: Sequence[AttentionSpec],
+    backend_for: Callable[[AttentionSpec], AttentionBackend],
+    block_size: int | None,
 ) -> KVPlan:
     """`specs` by layer. Layers of one spec form groups of equally many layers; a group's n-th layer lies in the
     pool's n-th buffer, so a block id means the same bytes in every group and belongs to one at a time."""
@@ -42,7 +44,9 @@ def plan_kv(
 
 
 def _block_sizes(
-    specs: Sequence[AttentionSpec], backend_for: Callable[[AttentionSpec], AttentionBackend], asked: int | None
+    specs: Sequence[AttentionSpec],
+    backend_for: Callable[[AttentionSpec], AttentionBackend],
+    asked: int | None,
 ) -> dict[AttentionSpec, int]:
     layouts = [backend_for(spec).kv_layout() for spec in specs]
     first = layouts[0]

@@ -45,9 +45,7 @@ class CheckpointSource:
 
     def build(self, shard: Shard) -> StepModel:
         register = WeightRegister()
-        builder = Builder(
-            platform=self.platform, ops=self.ops, shard=shard, dtype=self.dtype, weights=register
-        )
+        builder = Builder(platform=self.platform, ops=self.ops, shard=shard, dtype=self.dtype, weights=register)
         model = self.family(self.model, builder, self.attention_specs(shard.size))
         if self.config.load_format == "dummy":
             views = dummy_views(register, self.dtype)

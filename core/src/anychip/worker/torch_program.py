@@ -54,9 +54,7 @@ class CapturedStep:
 
 
 class TorchStepProgram(StepProgram):
-    def __init__(
-        self, *, platform: Platform, model: StepModel, ops: Ops, kv: KVPlan, limits: StepLimits
-    ) -> None:
+    def __init__(self, *, platform: Platform, model: StepModel, ops: Ops, kv: KVPlan, limits: StepLimits) -> None:
         self.platform = platform
         self.model = model
         self.ops = ops
@@ -70,9 +68,7 @@ class TorchStepProgram(StepProgram):
     # -- preparation --------------------------------------------------------------------------------------
 
     def initial_state(self, num_blocks: int) -> TorchState:
-        buffers = [
-            self.platform.allocate(num_blocks * self.kv.page_bytes, "kv") for _ in range(self.kv.num_buffers)
-        ]
+        buffers = [self.platform.allocate(num_blocks * self.kv.page_bytes, "kv") for _ in range(self.kv.num_buffers)]
         caches: list[object] = []
         for layer, backend in enumerate(self.model.attention):
             size = self.kv.block_sizes[self.kv.layer_groups[layer]]
@@ -92,9 +88,7 @@ class TorchStepProgram(StepProgram):
         return CompileReport(num_programs=len(self._captured), seconds=time.perf_counter() - start)
 
     @torch.inference_mode()
-    def edit(
-        self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]
-    ) -> TorchState:
+    def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
         for layer, backend in enumerate(self.model.attention):
             cache = state.caches[layer]
             if zeros:
@@ -167,9 +161,7 @@ class TorchStepProgram(StepProgram):
         return plans
 
     @torch.inference_mode()
-    def sample(
-        self, state: TorchState, hidden: TorchHidden, late: SamplingInputs
-    ) -> tuple[TorchState, StepOutputs]:
+    def sample(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs) -> tuple[TorchState, StepOutputs]:
         count = late.num_samples
         if hidden.logits is None or count == 0:
             return state, TorchOutputs({"token_ids": torch.empty((0, 1), dtype=torch.int32)}, self.platform.event())

@@ -55,9 +55,7 @@ class Worker:
         )
         try:
             self.platform.seed(config.seed)
-            self.ops = resolve_ops(
-                self.platform.name, self.platform.ops(), require_native=config.require_native
-            )
+            self.ops = resolve_ops(self.platform.name, self.platform.ops(), require_native=config.require_native)
             self._start(config, model, plugins.models, manifest.topology == "process_per_host")
         except BaseException as error:
             fault = self.platform.explain(error)
@@ -66,13 +64,9 @@ class Worker:
                 raise fault from error
             raise
 
-    def _start(
-        self, config: EngineConfig, model: ModelConfig, contributed: dict[str, str], per_host: bool
-    ) -> None:
+    def _start(self, config: EngineConfig, model: ModelConfig, contributed: dict[str, str], per_host: bool) -> None:
         platform, spec = self.platform, self.spec
-        source = CheckpointSource(
-            config=config, model=model, platform=platform, ops=self.ops, contributed=contributed
-        )
+        source = CheckpointSource(config=config, model=model, platform=platform, ops=self.ops, contributed=contributed)
         size = len(spec.device_indexes) if per_host else spec.world_size
         backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
         kv = plan_kv(source.attention_specs(size), backend_for, config.block_size)

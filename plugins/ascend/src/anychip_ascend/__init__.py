@@ -17,7 +17,12 @@ MANIFEST = PlatformManifest(
     topology="process_per_device",
     requirements=(
         Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),
-        Requirement(kind="package", name="torch_npu", range=">=2.9", remedy="pip install torch_npu, of torch's version"),
+        Requirement(
+            kind="package",
+            name="torch_npu",
+            range=">=2.9",
+            remedy="pip install torch_npu, of torch's version",
+        ),
     ),
     visible_devices_env="ASCEND_RT_VISIBLE_DEVICES",
     auto_select=False,  # until its kernels exist, only who names it meets its refusal

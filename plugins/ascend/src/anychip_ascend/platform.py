@@ -1,4 +1,4 @@
-"""AscendPlatform: every factory refuses until its kernels exist. Nothing falls back to the reference ops on the host."""
+"""AscendPlatform: every factory refuses until its kernels exist. Nothing falls back to reference ops on the host."""
 
 from __future__ import annotations
 

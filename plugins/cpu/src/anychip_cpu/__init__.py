@@ -22,9 +22,7 @@ MANIFEST = PlatformManifest(
     probe="anychip_cpu.probe:probe",
     platform="anychip_cpu.platform:CpuPlatform",
     options=CpuOptions,
-    requirements=(
-        Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),
-    ),
+    requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),),
     priority=0,
 )
 

@@ -93,9 +93,7 @@ class SdpaPagedAttention(DenseCacheAttention):
             prefills=prefills,
         )
 
-    def _decode(
-        self, batch: BatchView, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray
-    ) -> DecodeRows:
+    def _decode(self, batch: BatchView, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> DecodeRows:
         size, window = batch.block_size, self.spec.window
         mine = lengths[rows]
         last_page = -(-int(mine.max()) // size)
@@ -181,9 +179,7 @@ class SdpaPagedAttention(DenseCacheAttention):
     def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
         cap = self.spec.softcap
         if cap is None:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale
-            )
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
         assert visible is not None
         scores = cap * torch.tanh((q.float() @ k.float().transpose(-1, -2)) * (scale / cap))
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)

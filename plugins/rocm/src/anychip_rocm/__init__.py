@@ -15,9 +15,7 @@ MANIFEST = PlatformManifest(
     platform="anychip_rocm.platform:RocmPlatform",
     seam="torch",
     topology="process_per_device",
-    requirements=(
-        Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),
-    ),
+    requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),),
     visible_devices_env="HIP_VISIBLE_DEVICES",
     auto_select=False,  # until its kernels exist, only who names it meets its refusal
 )

@@ -1,4 +1,4 @@
-"""RocmPlatform: every factory refuses until its kernels exist. Nothing falls back to the reference ops on the host."""
+"""RocmPlatform: every factory refuses until its kernels exist. Nothing falls back to reference ops on the host."""
 
 from __future__ import annotations
 

@@ -17,7 +17,12 @@ MANIFEST = PlatformManifest(
     topology="process_per_host",
     requirements=(
         Requirement(kind="package", name="torch", range=">=2.9,<2.10", remedy="pip install 'torch>=2.9,<2.10'"),
-        Requirement(kind="package", name="torch_xla", range=">=2.9", remedy="use an environment of its own: torch_xla 2.9.0 needs torch 2.9.0"),
+        Requirement(
+            kind="package",
+            name="torch_xla",
+            range=">=2.9",
+            remedy="use an environment of its own: torch_xla 2.9.0 needs torch 2.9.0",
+        ),
     ),
     visible_devices_env="TPU_VISIBLE_CHIPS",
     auto_select=False,  # until its kernels exist, only who names it meets its refusal

@@ -71,7 +71,13 @@ def _print_plugin(console: Console, option: Candidate, chosen: ChosenDevice | No
         why = "another device comes first" if manifest.auto_select else "only by name, with --device"
         console.print(f"    not chosen: {why}")
     for requirement in option.requirements:
-        tick = "[green]ok[/]" if requirement.met else "[yellow]absent[/]" if requirement.requirement.optional else "[red]unmet[/]"
+        tick = (
+            "[green]ok[/]"
+            if requirement.met
+            else "[yellow]absent[/]"
+            if requirement.requirement.optional
+            else "[red]unmet[/]"
+        )
         console.print(f"    {tick} {escape(requirement.describe())}")
     for name, value in option.probe.versions.items():
         console.print(f"    {escape(name)} {escape(value)}")

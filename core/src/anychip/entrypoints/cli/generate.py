@@ -39,9 +39,7 @@ def open_llm(arguments: argparse.Namespace) -> LLM:
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p
-    )
+    return SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p)
 
 
 def print_outputs(outputs: Iterator[RequestOutput]) -> str:

@@ -25,9 +25,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for the user's errors, 1 for others."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="anychip", description="Serve large language models on any accelerator."
-    )
+    parser = argparse.ArgumentParser(prog="anychip", description="Serve large language models on any accelerator.")
     parser.add_argument("--version", action="version", version=f"anychip {anychip.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     try:
@@ -39,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module.add_options(command, environment)
                 command.set_defaults(run=module.run)
         logging.basicConfig(
-            level=environment.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+            level=environment.log_level.upper(),
+            format="%(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
         )
         arguments = parser.parse_args(argv)
         status: int = arguments.run(arguments)

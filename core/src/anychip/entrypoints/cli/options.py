@@ -6,8 +6,9 @@ import argparse
 import re
 from typing import Any
 
-from anychip.config import QUICKSTART, EngineConfig, Environment
+from anychip.config import EngineConfig, Environment
 from anychip.errors import ConfigError
+from anychip.types import QUICKSTART
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -37,9 +38,7 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     memory.add_argument("--kv-cache-bytes", type=parse_count, default=unset, metavar="BYTES", help="such as 4G")
     memory.add_argument("--num-kv-blocks", type=int, default=unset)
     memory.add_argument("--block-size", type=int, default=unset)
-    memory.add_argument(
-        "--no-prefix-caching", dest="prefix_caching", action="store_false", default=unset
-    )
+    memory.add_argument("--no-prefix-caching", dest="prefix_caching", action="store_false", default=unset)
     schedule = parser.add_argument_group("scheduling")
     schedule.add_argument("--max-num-seqs", type=int, default=unset)
     schedule.add_argument("--max-num-batched-tokens", type=parse_count, default=unset)

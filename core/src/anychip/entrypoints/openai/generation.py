@@ -134,7 +134,7 @@ async def _gather(streams: Streams) -> list[RequestOutput]:
 
 async def _interleave(streams: Streams) -> AsyncIterator[tuple[int, RequestOutput]]:
     """Pieces of all streams as they come, each with its stream's number."""
-    queue: asyncio.Queue[tuple[int, RequestOutput] | None | AnychipError] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, RequestOutput] | AnychipError | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncIterator[RequestOutput]) -> None:
         try:

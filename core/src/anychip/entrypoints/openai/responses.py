@@ -70,7 +70,10 @@ class Reply:
 
     def _chat_entry(self, token: int, entry: TokenLogprobs) -> dict[str, Any]:
         top = zip(entry.top_ids, entry.top, strict=True)
-        return {**self._named(token, entry.chosen), "top_logprobs": [self._named(i, value) for i, value in top]}
+        return {
+            **self._named(token, entry.chosen),
+            "top_logprobs": [self._named(i, value) for i, value in top],
+        }
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)

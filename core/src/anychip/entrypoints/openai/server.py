@@ -75,7 +75,12 @@ async def _serve(
             lifespan="off",
         )
         server = uvicorn.Server(settings)
-        announce(llm, worker, f"http://{'localhost' if host == '0.0.0.0' else host}:{port}", time.perf_counter() - began)
+        announce(
+            llm,
+            worker,
+            f"http://{'localhost' if host == '0.0.0.0' else host}:{port}",
+            time.perf_counter() - began,
+        )
         await server.serve(sockets=[listener])
     except asyncio.CancelledError:
         pass

@@ -16,7 +16,14 @@ from anychip.ops.reference import functional, sampling
 from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
-from anychip.plugin_api import OP_VERSIONS, AttentionBackend, AttentionSpec, FusedMoE, LinearKernel, LinearSpec
+from anychip.plugin_api import (
+    OP_VERSIONS,
+    AttentionBackend,
+    AttentionSpec,
+    FusedMoE,
+    LinearKernel,
+    LinearSpec,
+)
 from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 

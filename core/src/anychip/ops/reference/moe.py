@@ -29,9 +29,7 @@ class ReferenceMoE(FusedMoE):
     def begin(self) -> ExpertWeights:
         s = self.spec
         return ExpertWeights(
-            gate_up=self.platform.empty(
-                (s.num_experts, 2 * s.intermediate_size, s.hidden_size), s.dtype, "weights"
-            ),
+            gate_up=self.platform.empty((s.num_experts, 2 * s.intermediate_size, s.hidden_size), s.dtype, "weights"),
             down=self.platform.empty((s.num_experts, s.hidden_size, s.intermediate_size), s.dtype, "weights"),
         )
 
@@ -55,7 +53,7 @@ class ReferenceMoE(FusedMoE):
         scores = logits.softmax(dim=-1) if s.scoring == "softmax" else logits.sigmoid()
         picking = scores if bias is None else scores + bias
         if s.num_groups > 1:
-            grouped = picking.unflatten(-1, (s.num_groups, -1))
+            grouped = picking.view(*picking.shape[:-1], s.num_groups, -1)
             best = grouped.amax(dim=-1) if bias is None else grouped.topk(2, dim=-1).values.sum(dim=-1)
             kept = torch.zeros_like(best).scatter(-1, best.topk(s.top_groups, dim=-1).indices, 1.0)
             picking = grouped.masked_fill(kept.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
