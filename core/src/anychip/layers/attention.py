@@ -66,7 +66,8 @@ class Attention:
         return self.qkv.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in torch.split(self.qkv(x), self.sizes, dim=-1))
+        parts = torch.split(self.qkv(x), self.sizes, dim=-1)
+        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
         index = self.layer.index
         attended, context.caches[index] = self.backend.forward(
             q,

@@ -61,5 +61,6 @@ __all__ = [
     "Placement", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest",
     "ProbeResult", "QKNorm", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
     "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel",
-    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl", "op_override",
+    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl",
+    "op_override",
 ]  # fmt: skip

@@ -74,7 +74,7 @@ class Scheduler:
         return True
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's blocks and slot; it recomputes its tokens later, as far as the prefix cache lets go."""
+        """Takes a running request's blocks and slot; it computes its tokens again when it resumes."""
         self._drop_from(self.running, request)
         self._give_up_slot(request)
         self.kv.offer(request)

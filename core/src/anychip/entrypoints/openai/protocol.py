@@ -79,9 +79,9 @@ class CompletionBody(SamplingBody):
         """One or several, as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if not self.prompt or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        several = [item for item in self.prompt if not isinstance(item, int)]
+        return [*several] if several else [ids]
 
 
 class TextPart(Strict):

@@ -1,0 +1,52 @@
+# The commands of README and CI. Each sets up .venv by itself, with plain pip; nothing else is needed but Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := core plugins/cpu plugins/cuda plugins/rocm plugins/tpu plugins/ascend conformance
+MODEL ?= quickstart
+PORT ?= 8000
+WORKERS ?= auto
+
+.PHONY: serve test lint equality check-full bench docs clean
+
+serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
+	$(BIN)/anychip serve $(MODEL) --port $(PORT)
+
+test: $(VENV)/dev.done  ## every test but the full products
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not full" core plugins conformance
+
+lint: $(VENV)/dev.done  ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy core/src/anychip
+	$(BIN)/lint-imports --no-cache
+
+equality: $(VENV)/dev.done  ## greedy tokens against transformers, the full product
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m full core/tests/test_equality.py
+
+check-full: lint test equality docs
+
+bench: $(VENV)/dev.done
+	$(BIN)/python benchmarks/engine_overhead.py
+
+docs: $(VENV)/docs.done
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site
+
+# setuptools and wheel may be older than the packages need; the build backends bring their own.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve.done: $(VENV)/bin/python constraints.txt core/pyproject.toml plugins/cpu/pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e core -e plugins/cpu
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/serve.done requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt $(PACKAGES:%=-e %)
+	touch $@
+
+$(VENV)/docs.done: $(VENV)/dev.done
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs mkdocs-material
+	touch $@

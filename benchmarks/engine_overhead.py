@@ -1,0 +1,151 @@
+"""What a step costs beside the device: schedule, delta encoding, the workers' apply, and the update with results.
+
+The executor is a fake that answers at once with one token per row; every request decodes. The median step time is
+fitted as fixed + slope x running requests over 16 to 1,024 requests.
+
+    python benchmarks/engine_overhead.py [--output benchmarks/results/engine_overhead.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from anychip.kv_cache.manager import KVCacheManager
+from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepDecision, StepResult
+from anychip.plugin_api import ShapePolicy, StepLimits
+from anychip.request import Request
+from anychip.sampling_params import SamplingParams
+from anychip.scheduler.policy import SchedulingPolicy
+from anychip.scheduler.scheduler import Scheduler
+from anychip.types import RequestId
+from anychip.worker.input_batch import InputBatch
+
+BLOCK_SIZE = 16
+PROMPT = 64
+STEPS = 400
+COUNTS = (16, 64, 128, 256, 512, 768, 1024)
+TARGET_SLOPE_US, TARGET_FIXED_US = 3.0, 100.0
+
+
+class FakeWorker:
+    """Applies deltas as a worker does, and answers every sampling row with a token."""
+
+    def __init__(self, num_seqs: int, max_len: int) -> None:
+        pages = -(-max_len // BLOCK_SIZE)
+        limits = StepLimits(
+            max_num_tokens=num_seqs * PROMPT,
+            max_num_reqs=num_seqs,
+            max_model_len=max_len,
+            max_slots=num_seqs,
+            max_pages=(pages,),
+        )
+        self.batch = InputBatch(
+            limits=limits,
+            block_sizes=(BLOCK_SIZE,),
+            slot_dtype="int64",
+            dummy_padding=False,
+            vocab_size=32000,
+            policy=ShapePolicy(),
+            ring=None,  # type: ignore[arg-type]  # no inputs are built here
+        )
+        self._decoder = msgspec.msgpack.Decoder(StepDecision)
+
+    def step(self, encoded: bytes) -> StepResult:
+        rows = self.batch.apply(self._decoder.decode(encoded))
+        return StepResult(rows.step_id, np.full(len(rows.sampling), 7, dtype=np.int32).tobytes(), {})
+
+
+def measure(num_seqs: int) -> dict[str, float]:
+    """Median microseconds of one step with `num_seqs` decoding requests, by part."""
+    max_len = PROMPT + STEPS + 64
+    blocks = 1 + num_seqs * -(-max_len // BLOCK_SIZE)
+    scheduler = Scheduler(
+        kv=KVCacheManager(KVCacheConfig(blocks, (KVGroup(BLOCK_SIZE),)), prefix_caching=True),
+        policy=SchedulingPolicy(),
+        rules=DeviceRules(),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_seqs * PROMPT,
+    )
+    worker, encoder = FakeWorker(num_seqs, max_len), msgspec.msgpack.Encoder()
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(max_tokens=STEPS + 32)
+    for index in range(num_seqs):
+        scheduler.add(
+            Request(
+                request_id=RequestId(str(index)),
+                index=0,
+                prompt_token_ids=rng.integers(0, 32000, PROMPT + index % BLOCK_SIZE).tolist(),
+                sampling=sampling,
+                max_output=STEPS + 32,
+                stop_ids=frozenset({2}),
+                seed=index,
+                arrival=index,
+            )
+        )
+    parts: dict[str, list[float]] = {"schedule": [], "encode": [], "apply": [], "update": [], "total": []}
+    gc.collect()
+    gc.freeze()
+    for number in range(STEPS):
+        t0 = time.perf_counter()
+        step = scheduler.schedule()
+        assert step is not None
+        t1 = time.perf_counter()
+        encoded = encoder.encode(step.decision)
+        t2 = time.perf_counter()
+        result = worker.step(encoded)
+        t3 = time.perf_counter()
+        scheduler.update(step, result)
+        t4 = time.perf_counter()
+        if number >= 20 and len(step.sampling) == num_seqs:
+            for name, seconds in zip(parts, (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t4 - t0), strict=True):
+                parts[name].append(seconds * 1e6)
+    gc.unfreeze()
+    return {name: statistics.median(values) for name, values in parts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    runs = [{count: measure(count) for count in COUNTS} for _ in range(arguments.repeats)]
+    medians = {
+        count: {part: statistics.median(run[count][part] for run in runs) for part in runs[0][count]}
+        for count in COUNTS
+    }
+    slope, fixed = np.polyfit(COUNTS, [medians[count]["total"] for count in COUNTS], 1)
+    print(f"{'requests':>9} {'schedule':>9} {'encode':>9} {'apply':>9} {'update':>9} {'total us':>9}")
+    for count, row in medians.items():
+        print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
+    print(f"slope {slope:.2f} us per request (goal {TARGET_SLOPE_US}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
+    if arguments.output:
+        document = {
+            "benchmark": "engine_overhead",
+            "command": "python benchmarks/engine_overhead.py",
+            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+            "slope_us_per_request": round(float(slope), 3),
+            "fixed_us_per_step": round(float(fixed), 1),
+            "median_us": {str(count): {k: round(v, 1) for k, v in row.items()} for count, row in medians.items()},
+        }
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A scheduler without a device: requests in a line, results made up, steps late on purpose."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+
+from anychip.engine.engine_core import EngineCore
+from anychip.kv_cache.manager import KVCacheManager
+from anychip.messages import (
+    AddRequest,
+    DeviceRules,
+    KVCacheConfig,
+    KVGroup,
+    LateInputs,
+    MemoryPlan,
+    StepDecision,
+    StepResult,
+    WorkerReady,
+)
+from anychip.request import Request
+from anychip.sampling_params import SamplingParams
+from anychip.scheduler.policy import SchedulingPolicy
+from anychip.scheduler.scheduler import Scheduler
+from anychip.types import RequestId
+
+VOCAB_SIZE = 1000
+TOKEN = 7
+
+
+def make_scheduler(
+    *,
+    num_blocks: int = 64,
+    groups: tuple[KVGroup, ...] = (KVGroup(block_size=4),),
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    prefix_caching: bool = True,
+    rules: DeviceRules | None = None,
+    policy: SchedulingPolicy | None = None,
+) -> Scheduler:
+    return Scheduler(
+        kv=KVCacheManager(KVCacheConfig(num_blocks, groups), prefix_caching=prefix_caching),
+        policy=policy or SchedulingPolicy(),
+        rules=rules or DeviceRules(),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+    )
+
+
+def make_request(name: str, prompt: list[int], *, max_output: int = 4, arrival: int = 0, **more: object) -> Request:
+    return Request(
+        request_id=RequestId(name),
+        index=0,
+        prompt_token_ids=list(prompt),
+        sampling=SamplingParams(max_tokens=max_output),
+        max_output=max_output,
+        stop_ids=frozenset({2}),
+        seed=0,
+        arrival=arrival,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def answer(scheduler: Scheduler, step, token: int = TOKEN):
+    """The step's result, every sampling row the same token, taken in."""
+    ids = array("i", [token] * len(step.sampling)).tobytes()
+    return scheduler.update(step, StepResult(step.decision.step_id, ids, {}))
+
+
+def run_to_end(scheduler: Scheduler, *, limit: int = 1000) -> list:
+    """Steps in order until nobody is left; every delta."""
+    deltas = []
+    for _ in range(limit):
+        step = scheduler.schedule()
+        if step is None:
+            assert not scheduler.has_work, "requests are left and nothing is scheduled"
+            return deltas
+        deltas += answer(scheduler, step)
+    raise AssertionError("the workload did not end")
+
+
+def counts(decision: StepDecision) -> list[int]:
+    found = array("i")
+    found.frombytes(decision.num_tokens)
+    return list(found)
+
+
+class FakeExecutor:
+    """Answers each step when it is collected; remembers the order of calls."""
+
+    def __init__(self, kv: KVCacheConfig, *, token_of=lambda step_id, row: TOKEN) -> None:
+        memory = MemoryPlan(0, 0, 0, 0, kv.num_blocks, 0, 0.0)
+        self.ready = WorkerReady(kv, DeviceRules(), memory, "fake:0")
+        self.calls: list[str] = []
+        self.late: list[LateInputs] = []
+        self._sampling: dict[int, int] = {}
+        self._pending: deque[int] = deque()
+        self._token_of = token_of
+
+    def expect(self, step_id: int, rows: int) -> None:
+        self._sampling[step_id] = rows
+
+    def launch(self, decision: StepDecision) -> None:
+        self.calls.append(f"launch {decision.step_id}")
+        self._pending.append(decision.step_id)
+
+    def sample(self, late: LateInputs) -> None:
+        self.calls.append(f"sample {late.step_id}")
+        self.late.append(late)
+
+    def collect(self) -> StepResult:
+        step_id = self._pending.popleft()
+        self.calls.append(f"collect {step_id}")
+        ids = [self._token_of(step_id, row) for row in range(self._sampling[step_id])]
+        return StepResult(step_id, array("i", ids).tobytes(), {})
+
+    def close(self, reason: str) -> None:
+        self.calls.append("close")
+
+
+def make_core(scheduler: Scheduler, *, max_in_flight: int = 1, seed: int = 0, **executor: object) -> EngineCore:
+    kv = KVCacheConfig(scheduler.kv.pool.num_blocks, scheduler.kv.groups)
+    fake = FakeExecutor(kv, **executor)  # type: ignore[arg-type]
+    schedule = scheduler.schedule
+
+    def watched():
+        step = schedule()
+        if step is not None:
+            fake.expect(step.decision.step_id, len(step.sampling))
+        return step
+
+    scheduler.schedule = watched  # type: ignore[method-assign]
+    return EngineCore(
+        scheduler=scheduler,
+        executor=fake,
+        vocab_size=VOCAB_SIZE,
+        max_in_flight=max_in_flight,
+        max_waiting=64,
+        seed=seed,
+    )
+
+
+def add_message(name: str, prompt: list[int], *, max_output: int = 4, **sampling: object) -> AddRequest:
+    return AddRequest(
+        name,
+        list(prompt),
+        SamplingParams(max_tokens=max_output, **sampling),
+        max_output,
+        (2,),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,108 @@
+"""The engine's loop over a fake executor: order of calls, overlap, several sequences, masks, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine_kit import TOKEN, VOCAB_SIZE, add_message, make_core, make_scheduler
+
+from anychip.errors import InvalidRequest
+
+
+def run(core, *, limit: int = 500):
+    deltas = []
+    for _ in range(limit):
+        if not core.has_work:
+            return deltas
+        deltas += core.step()
+    raise AssertionError("the engine did not come to an end")
+
+
+def test_in_order_every_step_is_collected_before_the_next_is_launched():
+    core = make_core(make_scheduler(), max_in_flight=1)
+    core.add(add_message("a", [5, 6], max_output=2))
+    run(core)
+    assert core.executor.calls == ["launch 1", "sample 1", "collect 1", "launch 2", "sample 2", "collect 2"]
+
+
+def test_with_overlap_a_step_is_launched_before_the_one_before_is_collected():
+    core = make_core(make_scheduler(), max_in_flight=2)
+    core.add(add_message("a", [5, 6], max_output=3))
+    run(core)
+    assert core.executor.calls == [
+        "launch 1", "sample 1", "launch 2", "collect 1", "sample 2", "launch 3", "collect 2", "sample 3", "collect 3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3])
+def test_every_request_gets_its_tokens_at_any_depth(max_in_flight):
+    core = make_core(make_scheduler(num_blocks=20, max_num_seqs=3), max_in_flight=max_in_flight)
+    for index in range(6):
+        core.add(add_message(str(index), list(range(3, 6 + index)), max_output=5))
+    tokens: dict[str, list[int]] = {}
+    for delta in run(core):
+        tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    assert tokens == {str(index): [TOKEN] * 5 for index in range(6)}
+
+
+def test_n_sequences_share_the_seed_and_differ_by_index():
+    core = make_core(make_scheduler())
+    core.add(add_message("a", list(range(5, 15)), n=4))
+    requests = [core.scheduler.requests["a", index] for index in range(4)]
+    assert len({request.seed for request in requests}) == 1
+    assert [request.index for request in requests] == [0, 1, 2, 3]
+    ends = [delta for delta in run(core) if delta.finish_reason]
+    assert sorted(delta.index for delta in ends) == [0, 1, 2, 3]
+
+
+def test_requests_without_a_seed_get_reproducible_ones():
+    seeds = []
+    for _ in range(2):
+        core = make_core(make_scheduler(), seed=3)
+        core.add(add_message("a", [5]))
+        core.add(add_message("b", [5]))
+        seeds.append([core.scheduler.requests[name, 0].seed for name in "ab"])
+    assert seeds[0] == seeds[1]
+    assert seeds[0][0] != seeds[0][1]
+
+
+def test_min_tokens_masks_the_stop_ids_until_enough_tokens_are_there():
+    core = make_core(make_scheduler(), max_in_flight=2)
+    core.add(add_message("a", [5, 6], max_output=4, min_tokens=2))
+    run(core)
+    masked = [late.masks for late in core.executor.late]
+    assert [bool(masks) for masks in masked] == [True, True, False, False]
+    words = np.frombuffer(masked[0][0], dtype=np.uint32)
+    allowed = [(int(words[token // 32]) >> (token % 32)) & 1 for token in range(VOCAB_SIZE)]
+    assert [token for token, bit in enumerate(allowed) if not bit] == [2]
+
+
+@pytest.mark.parametrize("steps_before", range(6))
+def test_an_abort_in_any_state_ends_the_request_and_frees_its_blocks(steps_before):
+    core = make_core(make_scheduler(budget=4), max_in_flight=2)
+    core.add(add_message("a", list(range(5, 15)), n=2, max_output=6))
+    for _ in range(steps_before):
+        core.step()
+    ends = core.abort("a")
+    assert [end.finish_reason for end in ends] == ["abort"] * len(ends)
+    core.drain()
+    assert not core.has_work
+    assert core.scheduler.kv.pool.num_free == core.scheduler.kv.pool.num_usable
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (add_message("b", []), "the prompt is empty"),
+        (add_message("b", [5, VOCAB_SIZE]), f"token id {VOCAB_SIZE}, the vocabulary has {VOCAB_SIZE}"),
+        (add_message("b", [-1]), "token id -1"),
+        (add_message("a", [5]), "is in use"),
+        (add_message("b", [5], n=64), "requests wait, at most 64"),
+    ],
+)
+def test_a_refused_request_leaves_nothing_behind(message, expected):
+    core = make_core(make_scheduler())
+    core.add(add_message("a", [5]))
+    with pytest.raises(InvalidRequest, match=expected):
+        core.add(message)
+    assert list(core.scheduler.requests) == [("a", 0)]
