@@ -1,0 +1,206 @@
+"""LLM on the embedded model and on the test platforms: prefix cache, several sequences, sampling, compiled shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from anychip import LLM, SamplingParams
+from anychip.errors import ContextTooLong, DeviceUnavailable, EngineDead, InvalidRequest
+from anychip_conformance.equality.tiny_models import make_checkpoint
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(device="cpu", num_kv_blocks=512, max_num_seqs=16) as quickstart:
+        yield quickstart
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_checkpoint("qwen3", folder)
+    return str(folder)
+
+
+def pool(llm: LLM):
+    return llm.engine.scheduler.kv.pool
+
+
+def test_the_embedded_model_writes_python(llm):
+    (output,) = llm.generate("import numpy as", SamplingParams(temperature=0, max_tokens=2))
+    assert output.outputs[0].text.strip().startswith("np")
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_chat_ends_its_turn(llm):
+    output = llm.chat(
+        [{"role": "user", "content": "What does len return?"}], SamplingParams(temperature=0, max_tokens=200)
+    )
+    assert output.outputs[0].finish_reason == "stop"
+    assert "<|im_end|>" not in output.outputs[0].text
+
+
+def test_a_second_identical_prompt_of_512_tokens_computes_one_block(llm):
+    prompt = [3 + (7 * i) % 8000 for i in range(512)]
+    (first,) = llm.generate([prompt], GREEDY)
+    (second,) = llm.generate([prompt], GREEDY)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 496)
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+
+
+def test_four_sequences_share_the_prompts_blocks_and_differ(llm):
+    prompt = [3 + (11 * i) % 8000 for i in range(320)]
+    lowest = pool(llm).num_usable
+    pieces = []
+    for piece in llm.stream(prompt, SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=12)):
+        lowest = min(lowest, pool(llm).num_free)
+        pieces.append(piece)
+    texts = {}
+    for piece in pieces:
+        for output in piece.outputs:
+            texts.setdefault(output.index, []).extend(output.token_ids)
+    assert len({tuple(ids) for ids in texts.values()}) == 4
+    held = pool(llm).num_usable - lowest
+    # The prompt's 20 blocks once, and for each sequence the copy that it writes and a block of its own.
+    assert held <= 20 + 4 * 2
+    assert pool(llm).num_free == pool(llm).num_usable
+
+
+def test_a_seed_gives_the_same_tokens_whoever_shares_the_batch(llm):
+    seeded = SamplingParams(temperature=0.9, top_p=0.95, seed=42, max_tokens=10)
+    alone = llm.generate("def f(", seeded)[0].outputs[0].token_ids
+    others = SamplingParams(temperature=1.0, max_tokens=10)
+    among = llm.generate(["x", "def f(", "class A"], [others, seeded, others])[1].outputs[0].token_ids
+    assert among == alone
+
+
+def test_logprobs_come_with_every_token(llm):
+    (output,) = llm.generate("import", SamplingParams(temperature=0, max_tokens=4, logprobs=3))
+    found = output.outputs[0].logprobs
+    assert len(found) == 4
+    for token, entry in zip(output.outputs[0].token_ids, found, strict=True):
+        assert entry.top_ids[0] == token
+        assert entry.chosen == pytest.approx(entry.top[0])
+        assert len(entry.top) == 3
+
+
+def test_a_stop_string_ends_the_request_in_the_engine_too(llm):
+    (output,) = llm.generate("import numpy as np\n", SamplingParams(temperature=0, max_tokens=50, stop=("\n",)))
+    assert "\n" not in output.outputs[0].text
+    assert output.outputs[0].stop_reason == "\n"
+    assert not llm.engine.scheduler.has_work
+
+
+def test_min_tokens_outlives_the_end_token(llm):
+    turn = [{"role": "user", "content": "What does len return?"}]
+    short = llm.chat(turn, SamplingParams(temperature=0, max_tokens=100))
+    length = len(short.outputs[0].token_ids)
+    longer = llm.chat(turn, SamplingParams(temperature=0, max_tokens=100, min_tokens=length + 5))
+    assert len(longer.outputs[0].token_ids) > length + 5
+
+
+def test_leaving_a_stream_early_frees_its_blocks(llm):
+    for _ in llm.stream("import os\n", SamplingParams(max_tokens=100, ignore_eos=True)):
+        break
+    assert not llm.engine.has_work
+    assert pool(llm).num_free == pool(llm).num_usable
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "expected"),
+    [
+        ("", GREEDY, InvalidRequest, "the prompt is empty"),
+        ([], GREEDY, InvalidRequest, "the prompt is empty"),
+        ([9000], GREEDY, InvalidRequest, "token id 9000; the vocabulary has 8192"),
+        ([5] * 2048, GREEDY, ContextTooLong, "shorten the prompt"),
+        ([5] * 2000, SamplingParams(max_tokens=100), ContextTooLong, "max_tokens may be 48 at most"),
+        ([5], SamplingParams(stop_token_ids=(9000,)), InvalidRequest, "stop_token_ids holds 9000"),
+    ],
+)
+def test_a_bad_request_is_refused_and_nothing_allocated(llm, prompt, sampling, error, expected):
+    with pytest.raises(error, match=expected):
+        llm.generate([prompt], sampling)
+    assert not llm.engine.has_work
+    assert pool(llm).num_free == pool(llm).num_usable
+
+
+def test_one_bad_prompt_of_several_keeps_the_others_from_starting(llm):
+    with pytest.raises(InvalidRequest):
+        llm.generate(["fine", ""], GREEDY)
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("device", ["fake-static", "fake-hostlen", "fake-spmd"])
+def test_mixed_requests_give_the_same_answers_on_every_test_platform(tiny, device):
+    def answers(where):
+        with LLM(tiny, skip_tokenizer=True, device=where, dtype="float32", max_model_len=128, max_num_seqs=8) as llm:
+            outputs = llm.generate(PROMPTS, MIX)
+            return [output.outputs[0].token_ids for output in outputs]
+
+    assert answers(device) == answers("cpu")
+
+
+PROMPTS = [[3 + i, 4, 5 + i] * (i + 1) for i in range(8)]
+MIX = [
+    SamplingParams(temperature=0, max_tokens=9),
+    SamplingParams(temperature=1.0, seed=5, max_tokens=9),
+    SamplingParams(temperature=0.7, top_p=0.8, seed=6, max_tokens=9),
+    SamplingParams(temperature=1.2, top_k=5, seed=7, max_tokens=9, logprobs=5),
+    SamplingParams(temperature=0, max_tokens=9, logprobs=0),
+    SamplingParams(temperature=1.0, min_p=0.2, seed=8, max_tokens=9, stop_token_ids=(9, 10, 11)),
+    SamplingParams(temperature=0, min_tokens=4, max_tokens=9, stop_token_ids=tuple(range(100))),
+    SamplingParams(temperature=1.0, seed=-1, max_tokens=9),
+]
+
+
+def test_a_compiled_platform_compiles_nothing_after_warm_up(llm):
+    with LLM(device="fake-static", max_model_len=128, max_num_seqs=12, dtype="float32") as static:
+        program = static.engine.executor.worker.program
+        compiled = program.num_compilations
+        texts = ["import os", "def f(x):", "class A:\n", "x"]
+        static.generate(texts, GREEDY)
+        static.generate(texts, SamplingParams(temperature=1.0, seed=3, max_tokens=9, logprobs=4))
+        static.generate(texts, SamplingParams(temperature=0.5, max_tokens=9, stop=("\n", "import"), min_tokens=3))
+        static.generate("x" * 200, SamplingParams(n=3, max_tokens=5, logprobs=0, min_tokens=2))
+        assert compiled == 3 + 2 * 4
+        assert program.num_compilations == compiled
+
+
+def test_recorded_graphs_are_replayed_with_renewed_lengths(tiny):
+    with LLM(
+        tiny, skip_tokenizer=True, device="fake-hostlen", dtype="float32", max_model_len=256, max_num_seqs=4
+    ) as one:
+        one.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        captured = one.engine.executor.worker.program._captured
+        assert sorted(key.num_reqs for key in captured) == [1, 2, 4]
+        assert sum(step.handle.num_replays for step in captured.values()) >= 19
+
+
+def test_the_worker_process_answers_as_the_inline_one(tiny):
+    settings = {"skip_tokenizer": True, "device": "cpu", "dtype": "float32", "num_kv_blocks": 64}
+    sampling = SamplingParams(temperature=1.0, seed=4, max_tokens=8, logprobs=1, min_tokens=2)
+    answers = []
+    for executor in ("inline", "multiprocess"):
+        with LLM(tiny, executor=executor, **settings) as llm:
+            answers.append([o.outputs[0].token_ids for o in llm.generate(PROMPTS, sampling)])
+    assert answers[0] == answers[1]
+
+
+def test_a_dead_worker_process_is_reported_with_its_cause(tiny):
+    llm = LLM(tiny, executor="multiprocess", skip_tokenizer=True, device="cpu", num_kv_blocks=64)
+    try:
+        llm.engine.executor._children[0]._process.kill()
+        with pytest.raises(EngineDead, match="worker 0 exited with status -9"):
+            llm.generate([[5, 6]], GREEDY)
+        llm.engine.in_flight.clear()
+        llm.engine.scheduler.abort("0", 0)
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("device", ["cuda", "rocm", "tpu", "ascend"])
+def test_a_named_device_that_is_not_here_aborts(device):
+    with pytest.raises(DeviceUnavailable, match=f"device '{device}' cannot start: .*; "):
+        LLM(device=device)

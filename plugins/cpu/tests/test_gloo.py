@@ -1,0 +1,67 @@
+"""Collectives over two and three real processes, with numbers that name the rank they come from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+import torch
+from anychip.plugin_api import GroupSpec
+from anychip_cpu.communicator import GlooCommunicator
+
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+spec = GroupSpec(ranks=tuple(range(size)), rank=rank, purpose="test", max_message_bytes=1 << 20,
+                 store=f"file://{store}", timeout_s=60)
+c = GlooCommunicator(spec)
+for dtype in (torch.float32, torch.bfloat16):
+    for n in (0, 1, 7, 64):
+        mine = torch.full((n, 3), float(rank + 1), dtype=dtype)
+        assert c.all_reduce(mine.clone()).eq(sum(range(1, size + 1))).all(), "all_reduce"
+        gathered = c.all_gather(mine, dim=1)
+        assert gathered.shape == (n, 3 * size)
+        for r in range(size):
+            assert gathered[:, 3 * r : 3 * r + 3].eq(r + 1).all(), "all_gather"
+sizes = [2 * r + 1 for r in range(size)]
+uneven = c.all_gather_v(torch.full((sizes[rank], 2), float(rank)), sizes)
+assert uneven[:, 0].tolist() == [float(r) for r in range(size) for _ in range(sizes[r])], "all_gather_v"
+shares = torch.arange(float(size)).repeat_interleave(2) + 10 * rank
+assert c.reduce_scatter(shares).tolist() == [size * rank + 10 * sum(range(size))] * 2, "reduce_scatter"
+scattered = c.reduce_scatter_v(torch.ones(sum(sizes)), sizes)
+assert scattered.tolist() == [float(size)] * sizes[rank], "reduce_scatter_v"
+exchanged = c.all_to_all(torch.tensor([10.0 * rank + j for j in range(size)]))
+assert exchanged.tolist() == [10.0 * j + rank for j in range(size)], "all_to_all"
+send = [rank + 1] * size
+receive = [j + 1 for j in range(size)]
+ragged = c.all_to_all_v(torch.full((sum(send),), float(rank)), send, receive)
+assert ragged.tolist() == [float(j) for j in range(size) for _ in range(j + 1)], "all_to_all_v"
+root = size - 1
+assert c.broadcast(torch.tensor([float(rank)]), root).item() == root, "broadcast"
+if rank == 0:
+    c.send(torch.tensor([5.0]), 1)
+elif rank == 1:
+    assert c.recv(torch.empty(1), 0).item() == 5.0, "recv"
+c.barrier()
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_collective_brings_each_ranks_numbers_to_the_right_place(size: int, tmp_path: Path) -> None:
+    arguments = [str(size), str(tmp_path / "store")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    for process in processes:
+        out, error = process.communicate(timeout=120)
+        assert out.strip() == "fine", error[-1500:]
