@@ -13,7 +13,7 @@ serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:800
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
 
 test: $(VENV)/dev.done  ## every test but the full products
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not full" core plugins conformance
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not full" core/tests plugins conformance/tests
 
 lint: $(VENV)/dev.done  ## style, types, import directions
 	$(BIN)/ruff check .

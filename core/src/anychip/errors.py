@@ -5,6 +5,7 @@
     │   ├── InvalidRequest         400, names the parameter
     │   │   └── ContextTooLong
     │   ├── UnknownModel           404
+    │   ├── QueueFull              429
     │   ├── ConfigError            a setting, before anything is loaded
     │   ├── CheckpointError        names the tensor and the file
     │   ├── KVCacheTooSmall        says what would fit
@@ -59,6 +60,13 @@ class UnknownModel(UserError):
     status = 404
     code = "model_not_found"
     param = "model"
+
+
+class QueueFull(UserError):
+    """As many requests wait as may."""
+
+    status = 429
+    code = "queue_full"
 
 
 class ConfigError(UserError):
@@ -142,7 +150,7 @@ class RequestAborted(AnychipError):
 _BY_NAME: dict[str, type[AnychipError]] = {
     cls.__name__: cls
     for cls in (
-        InvalidRequest, ContextTooLong, UnknownModel, ConfigError, CheckpointError, KVCacheTooSmall,
+        InvalidRequest, ContextTooLong, UnknownModel, QueueFull, ConfigError, CheckpointError, KVCacheTooSmall,
         DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
     )
 }  # fmt: skip

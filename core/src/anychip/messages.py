@@ -54,7 +54,8 @@ class SequenceDelta(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
-    error: str | None = None
+    error: tuple[str, str] | None = None
+    """Class name and message of what refused the request."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engine_kit import TOKEN, VOCAB_SIZE, add_message, make_core, make_scheduler
 
-from anychip.errors import InvalidRequest
+from anychip.errors import UserError
 
 
 def run(core, *, limit: int = 500):
@@ -103,6 +103,6 @@ def test_an_abort_in_any_state_ends_the_request_and_frees_its_blocks(steps_befor
 def test_a_refused_request_leaves_nothing_behind(message, expected):
     core = make_core(make_scheduler())
     core.add(add_message("a", [5]))
-    with pytest.raises(InvalidRequest, match=expected):
+    with pytest.raises(UserError, match=expected):
         core.add(message)
     assert list(core.scheduler.requests) == [("a", 0)]

@@ -131,7 +131,7 @@ class AsyncEngine:
                 continue
             if delta.error is not None:
                 self.outputs.drop(delta.request_id)
-                queue.put_nowait(InvalidRequest(delta.error))
+                queue.put_nowait(rebuild(*delta.error))
                 continue
             output, ended_here = self.outputs.process(delta)
             if ended_here:

@@ -10,7 +10,7 @@ import random
 from collections import deque
 
 from anychip.engine.logits_processors import late_inputs, make_processors
-from anychip.errors import InvalidRequest
+from anychip.errors import InvalidRequest, QueueFull
 from anychip.executor.protocol import Executor
 from anychip.messages import AddRequest, SequenceDelta
 from anychip.request import Request
@@ -41,12 +41,14 @@ class EngineCore:
         self._arrivals = 0
 
     def add(self, message: AddRequest) -> None:
-        """Accepts a request of `n` sequences. Raises InvalidRequest, with nothing kept, when it cannot be."""
+        """Accepts a request of `n` sequences. Raises UserError, with nothing kept, when it cannot be."""
         sampling, request_id = message.sampling, RequestId(message.request_id)
         if (request_id, 0) in self.scheduler.requests:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
         if len(self.scheduler.waiting) + sampling.n > self.max_waiting:
-            raise InvalidRequest(f"{len(self.scheduler.waiting)} requests wait, at most {self.max_waiting} may")
+            raise QueueFull(
+                f"{len(self.scheduler.waiting)} requests wait, at most {self.max_waiting} may; try again later"
+            )
         bad = next((t for t in message.prompt_token_ids if not 0 <= t < self.vocab_size), None)
         if bad is not None or not message.prompt_token_ids:
             what = "is empty" if bad is None else f"holds token id {bad}, the vocabulary has {self.vocab_size}"

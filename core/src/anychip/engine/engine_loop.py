@@ -63,10 +63,8 @@ class EngineLoop:
                 try:
                     core.add(message)
                 except UserError as error:
-                    deltas += [
-                        SequenceDelta(message.request_id, index, [], finish_reason="abort", error=str(error))
-                        for index in range(message.sampling.n)
-                    ]
+                    refusal = (type(error).__name__, str(error))
+                    deltas.append(SequenceDelta(message.request_id, 0, [], finish_reason="abort", error=refusal))
             elif isinstance(message, Abort):
                 deltas += core.abort(message.request_id, message.index)
             elif isinstance(message, Shutdown):

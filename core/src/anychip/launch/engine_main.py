@@ -10,6 +10,7 @@ import msgspec
 
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.engine_loop import EngineLoop
+from anychip.errors import AnychipError
 from anychip.launch.build import build_engine
 from anychip.launch.child import read_spec
 from anychip.launch.spec import EngineSpec
@@ -27,6 +28,9 @@ def main(spec: EngineSpec) -> int:
     try:
         core = build_engine(spec.config, load_model_config(spec.config.model), load_plugins(), folder)
         loop.run(core)
+    except AnychipError as error:  # expected kinds: the API process prints them, without a trace
+        loop.fail(error)
+        return 1
     except Exception as error:
         log.exception("the engine stopped")
         loop.fail(error)

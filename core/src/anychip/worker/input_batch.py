@@ -60,7 +60,7 @@ class InputBatch:
         self.limits = limits
         self.block_sizes = tuple(block_sizes)
         self.policy = policy
-        self._ring = ring
+        self.ring = ring
         self._slot_dtype = slot_dtype
         self._dummy_padding = dummy_padding
         self._mask_words = mask_words(vocab_size)
@@ -125,7 +125,7 @@ class InputBatch:
             features=(),
         )
         layout = step_layout(key, len(self._tables), self._slot_dtype)
-        arena, views = self._ring.take(layout)
+        arena, views = self.ring.take(layout)
         self._fill_tokens(views, rows, num_tokens)
         _fill(views["query_start"], np.concatenate(([0], np.cumsum(rows.counts))), num_tokens)
         _fill(views["seq_lens"], ends, 0)
@@ -184,7 +184,7 @@ class InputBatch:
         if late.masks:
             features.append("masks")
         layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0)
-        arena, views = self._ring.take(layout)
+        arena, views = self.ring.take(layout)
         for name, by_slot in self._floats.items():
             _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
         for name, integers in self._ints.items():

@@ -26,6 +26,7 @@ class ModelRunner:
             self._state = self.program.edit(self._state, decision.copies, decision.zeros)
         inputs = self.batch.step_inputs(rows)
         self._state, hidden = self.program.forward(self._state, inputs)
+        self.batch.ring.used()
         self._launched = (rows, inputs.key, hidden)
 
     def sample(self, late: LateInputs) -> RunnerResult:
@@ -35,6 +36,7 @@ class ModelRunner:
         self._launched = None
         inputs = self.batch.sampling_inputs(rows, key, late)
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
+        self.batch.ring.used()
         wanted = self.batch.num_logprobs[rows.slots[rows.sampling]]
         return RunnerResult(rows.step_id, outputs, wanted)
 

@@ -146,23 +146,30 @@ class SdpaPagedAttention(DenseCacheAttention):
     ) -> Tensor:
         result = torch.zeros_like(q) if out is None else out.zero_()
         if plan.decode is not None:
-            result[plan.decode.tokens] = self._attend_decode(q, cache, plan.decode, layer.scale)
+            rows = plan.decode
+            k, v = self._decode_keys(cache, rows)
+            # The query heads of one KV head stand as queries of their own: keys are never repeated.
+            queries = q[rows.tokens].view(len(rows.tokens), self.spec.num_kv_heads, -1, self.spec.head_dim)
+            result[rows.tokens] = self._product(queries, k, v, rows.visible, layer.scale).reshape(-1, *q.shape[1:])
         for row in plan.prefills:
-            result[row.begin : row.end] = self._attend_prefill(q[row.begin : row.end], cache, row, layer.scale)
+            k, v = self._prefill_keys(cache, row)
+            queries = q[row.begin : row.end].transpose(0, 1).unsqueeze(0)  # [1, heads, queries, dim]
+            attended = self._product(queries, k, v, row.visible, layer.scale)
+            result[row.begin : row.end] = attended[0].transpose(0, 1)
         return result
 
-    def _attend_decode(self, q: Tensor, cache: Tensor, rows: DecodeRows, scale: float) -> Tensor:
-        kv_heads, dim = self.spec.num_kv_heads, self.spec.head_dim
+    @staticmethod
+    def _decode_keys(cache: Tensor, rows: DecodeRows) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, kv_heads, keys, dim] of rows with one query each."""
         # A mask is added to the scores and a weight of zero multiplies a value, so what free blocks hold, which
         # may be anything, must become zeros first.
         pages = cache[rows.table].masked_fill(rows.unwritten, 0)  # [rows, pages, 2, block_size, kv_heads, dim]
         k = pages[:, :, 0].flatten(1, 2).transpose(1, 2)  # [rows, kv_heads, keys, dim]
         v = pages[:, :, 1].flatten(1, 2).transpose(1, 2)
-        # The query heads of one KV head stand as queries of their own: keys are never repeated.
-        queries = q[rows.tokens].view(-1, kv_heads, self.spec.num_heads // kv_heads, dim)
-        return self._product(queries, k, v, rows.visible, scale).reshape(-1, self.spec.num_heads, dim)
+        return k, v
 
-    def _attend_prefill(self, q: Tensor, cache: Tensor, row: PrefillRow, scale: float) -> Tensor:
+    def _prefill_keys(self, cache: Tensor, row: PrefillRow) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, heads, keys, dim] of one row."""
         pages = cache[row.blocks]  # [pages, 2, block_size, kv_heads, dim]
         keys = row.length - row.first
         k = pages[:, 0].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)  # [1, kv_heads, keys, dim]
@@ -172,9 +179,7 @@ class SdpaPagedAttention(DenseCacheAttention):
             passed = ~row.visible.any(dim=-2).unsqueeze(-1)
             k, v = k.masked_fill(passed, 0), v.masked_fill(passed, 0)
         repeat = self.spec.num_heads // self.spec.num_kv_heads
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        queries = q.transpose(0, 1).unsqueeze(0)  # [1, heads, queries, dim]
-        return self._product(queries, k, v, row.visible, scale)[0].transpose(0, 1)
+        return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
         cap = self.spec.softcap

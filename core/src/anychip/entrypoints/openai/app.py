@@ -24,7 +24,9 @@ CLIENT_CLOSED = 499
 
 def make_app(llm: AsyncLLM, *, api_key: str | None = None) -> FastAPI:
     """`llm` has been started. With an API key, every /v1 route asks for it."""
-    app = FastAPI(title="anychip", version=anychip.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="anychip", version=anychip.__version__, docs_url=None, redoc_url=None, strict_content_type=False
+    )
     created = 0
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -156,6 +158,8 @@ def _describe(error: RequestValidationError) -> tuple[str, str | None]:
         return f"unknown parameter {name!r}", name
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
+    if not first["loc"][1:]:
+        return "the body is not a JSON object; is it sent with Content-Type: application/json?", None
     where = f"{param}: " if param else ""
     return f"{where}{first['msg']}", param
 

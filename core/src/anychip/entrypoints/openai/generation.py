@@ -32,7 +32,9 @@ class Generation:
 
     async def whole(self) -> Json:
         """The response once everything has ended."""
-        finals = await _gather(self.streams)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_collect(stream)) for stream in self.streams]
+        finals = [task.result() for task in tasks]
         choices, generated = [], 0
         shape: Callable[[int, SequenceOutput], Json]
         shape = self.reply.chat_choice if self.chat else self.reply.completion_choice
@@ -123,13 +125,11 @@ def _reply(llm: AsyncLLM, reply_id: str, kind: str) -> Reply:
     return Reply(reply_id=reply_id, kind=kind, model=llm.config.public_name, tokenizer=llm.tokenizer)
 
 
-async def _gather(streams: Streams) -> list[RequestOutput]:
-    async def one(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
-        return merge([piece async for piece in stream])
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(stream)) for stream in streams]
-    return [task.result() for task in tasks]
+async def _collect(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+    pieces = []
+    async for piece in stream:
+        pieces.append(piece)
+    return merge(pieces)
 
 
 async def _interleave(streams: Streams) -> AsyncIterator[tuple[int, RequestOutput]]:

@@ -1,0 +1,64 @@
+"""The simulated platforms impose what they stand for: what a careless core would do to them fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anychip_conformance.equality.oracle import Answer, judge
+from anychip_conformance.equality.workload import full_product, pairwise
+from anychip_conformance.fakes.hostlen import HostlenGraphs, HostReadInCapture
+from anychip_conformance.fakes.static import CompiledCall, DonatedState, DonatedTwice, UncompiledShape
+
+
+def test_a_compiled_call_refuses_any_other_shape_or_dtype():
+    call = CompiledCall(lambda x: x + 1, (torch.zeros(4),))
+    assert call(torch.ones(4)).tolist() == [2.0] * 4
+    with pytest.raises(UncompiledShape):
+        call(torch.zeros(5))
+    with pytest.raises(UncompiledShape):
+        call(torch.zeros(4, dtype=torch.int32))
+
+
+def test_a_compiled_call_cannot_read_a_value_on_the_host():
+    with pytest.raises(RuntimeError):
+        CompiledCall(lambda x: x[: int(x.sum())], (torch.ones(4),))
+
+
+def test_a_donated_state_cannot_be_used_again():
+    state = DonatedState([], torch.zeros(1))
+    state.take()
+    with pytest.raises(DonatedTwice):
+        state.take()
+
+
+def test_a_recorded_graph_replays_on_what_its_storage_holds_now():
+    graphs, x = HostlenGraphs(), torch.tensor([1.0, 2.0])
+    handle = graphs.capture(lambda: (x * 2).sum(), None)
+    x.copy_(torch.tensor([5.0, 6.0]))
+    assert graphs.run(handle, []).item() == 22.0
+
+
+def test_a_recorded_region_cannot_read_a_value_on_the_host():
+    with pytest.raises(HostReadInCapture):
+        HostlenGraphs().capture(lambda: torch.ones(1).item(), None)
+
+
+def test_the_covering_array_holds_every_pair():
+    def pairs(case):
+        values = [getattr(case, name) for name in case.__slots__]
+        return {(i, values[i], j, values[j]) for i in range(6) for j in range(i)}
+
+    covered = {pair for case in pairwise() for pair in pairs(case)}
+    assert covered == {pair for case in full_product() for pair in pairs(case)}
+    assert len(full_product()) == 4 * 3 * 2 * 2 * 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "divergence", "excused"),
+    [([5, 6, 7], None, False), ([5, 9, 7], 1, True), ([9, 6, 7], 0, False), ([5, 9, 9], 1, True)],
+)
+def test_only_a_close_first_divergence_is_excused(tokens, divergence, excused):
+    answer = Answer([5, 6, 7], margins=[1.0, 1e-6, 1.0], bounds=[1e-4] * 3)
+    verdict = judge(answer, tokens)
+    assert (verdict.divergence, verdict.excused) == (divergence, excused)

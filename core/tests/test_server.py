@@ -1,0 +1,213 @@
+"""The server as its users meet it: another process, HTTP, errors, streams, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+READY_S = 60
+CHAT = {"messages": [{"role": "user", "content": "How do I reverse a list?"}], "max_tokens": 8, "temperature": 0}
+
+
+class Server:
+    def __init__(self, *options: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "serve", "--port", str(self.port), *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        for _ in range(READY_S * 20):
+            assert self.process.poll() is None, self.process.stderr.read()
+            try:
+                self.client.get("/health")
+                return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError("the server did not start")
+
+    def engine_pid(self) -> int:
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(found) == 1, f"one engine process is expected, found {found}"
+        return int(found[0])
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server("--device", "cpu", "--kv-cache-bytes", "32M")
+    yield running
+    running.stop()
+
+
+def post(server: Server, path: str, body: object) -> httpx.Response:
+    return server.client.post(path, content=body if isinstance(body, str) else json.dumps(body))
+
+
+def events(response: httpx.Response) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# -- answers ----------------------------------------------------------------------------------------------
+
+
+def test_a_chat_completion_answers_text(server):
+    answer = post(server, "/v1/chat/completions", CHAT).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 8
+
+
+def test_a_stream_adds_up_to_the_whole_answer(server):
+    whole = post(server, "/v1/chat/completions", CHAT).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(post(server, "/v1/chat/completions", CHAT | options))
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
+    assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+
+
+def test_cached_tokens_are_in_usage(server):
+    body = {"prompt": [9 + (i * 5) % 8000 for i in range(512)], "max_tokens": 1}
+    first, second = (post(server, "/v1/completions", body).json()["usage"] for _ in range(2))
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["prompt_tokens_details"]["cached_tokens"] == 496
+
+
+def test_several_prompts_of_several_sequences_keep_their_order(server):
+    body = {"prompt": ["import", "class"], "n": 2, "max_tokens": 3, "temperature": 1, "seed": 1, "logprobs": 1}
+    answer = post(server, "/v1/completions", body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert all(len(choice["logprobs"]["tokens"]) == 3 for choice in answer["choices"])
+
+
+def test_models_version_and_health(server):
+    assert server.client.get("/v1/models").json()["data"][0]["id"] == "quickstart"
+    assert server.client.get("/v1/models/quickstart").json()["max_model_len"] == 2048
+    assert server.client.get("/v1/models/gpt-4").status_code == 404
+    assert server.client.get("/version").json()["version"]
+    assert server.client.get("/health").status_code == 200
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "expected"),
+    [
+        ("completions", {"prompt": "x", "max_tokns": 5}, 400, "max_tokns", "unknown parameter 'max_tokns'"),
+        ("chat/completions", CHAT | {"tools": []}, 400, "tools", "unknown parameter 'tools'"),
+        ("completions", {"prompt": "x", "model": "gpt-4"}, 404, "model", "'gpt-4' does not exist"),
+        ("completions", {"prompt": ""}, 400, "prompt", "the prompt is empty"),
+        ("completions", {"prompt": []}, 400, "prompt", "the prompt is empty"),
+        ("completions", {"prompt": [9999]}, 400, "prompt", "token id 9999; the vocabulary has 8192"),
+        ("completions", {"prompt": [-1]}, 400, "prompt", "token id -1"),
+        ("completions", {"prompt": [5] * 2048}, 400, "prompt", "context holds 2048"),
+        ("completions", {"prompt": [5], "max_tokens": 2048}, 400, "max_tokens", "may be 2047 at most"),
+        ("completions", {"prompt": "x" * 10**6}, 400, "prompt", "1000000 characters"),
+        ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature", "temperature is -1"),
+        ("completions", '{"prompt": "x", "top_p": NaN}', 400, "top_p", "top_p is nan"),
+        ("completions", {"prompt": "x", "n": 0}, 400, "n", "n is 0"),
+        ("completions", {"prompt": "x", "max_tokens": "many"}, 400, "max_tokens", "max_tokens"),
+        ("completions", '{"prompt": "x", ', 400, None, "not JSON"),
+        ("completions", {}, 400, "prompt", "Field required"),
+        ("chat/completions", {"messages": []}, 400, "messages", "at least 1 item"),
+        ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+    ],
+)
+def test_bad_input_is_refused_with_openais_error(server, path, body, status, param, expected):
+    answer = post(server, f"/v1/{path}", body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert expected in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_after_refusals_the_server_still_answers(server):
+    assert post(server, "/v1/chat/completions", CHAT).status_code == 200
+
+
+def test_a_client_that_goes_away_frees_the_engine(server):
+    body = {"prompt": "import os", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/v1/completions", content=json.dumps(body)) as response:
+        next(response.iter_lines())
+    began = time.monotonic()
+    assert post(server, "/v1/chat/completions", CHAT).status_code == 200
+    assert time.monotonic() - began < 60
+
+
+def test_the_api_process_never_loads_torch(server):
+    post(server, "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2})
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{server.engine_pid()}/maps").read_text()
+
+
+# -- life and death ---------------------------------------------------------------------------------------
+
+
+def test_a_dead_engine_fails_its_requests_and_health():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
+    try:
+        body = {"prompt": "import os", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        with server.client.stream("POST", "/v1/completions", content=json.dumps(body)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            rest = "\n".join(lines)
+        assert "killed by signal 9" in rest
+        assert server.client.get("/health").status_code == 503
+        answer = post(server, "/v1/chat/completions", CHAT)
+        assert answer.status_code == 503
+        assert "killed by signal 9" in answer.json()["error"]["message"]
+    finally:
+        assert server.stop() == 0
+
+
+def test_sigterm_leaves_nothing_running():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
+    engine = server.engine_pid()
+    assert server.stop() == 0
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_the_engine_ends_when_the_api_process_is_killed():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
+    engine = server.engine_pid()
+    server.process.kill()
+    server.process.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{engine}").exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the engine outlived its parent")
+
+
+def test_an_api_key_is_asked_for_where_one_is_set():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M", "--api-key", "secret")
+    try:
+        assert server.client.get("/v1/models").status_code == 401
+        assert server.client.get("/health").status_code == 200
+        assert server.client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    finally:
+        server.stop()
