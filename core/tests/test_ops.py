@@ -75,7 +75,7 @@ def test_truncation_equals_its_specification_ties_included(weights, top_k, top_p
     # Powers of two keep the sums exact, so that a tie is a tie in every order of summation.
     probs = np.array([2.0**w if w else 0.0 for w in weights]) / 1024
     actual = truncate(
-        torch.tensor([probs]),
+        torch.from_numpy(probs).unsqueeze(0),
         top_k=torch.tensor([top_k]),
         top_p=torch.tensor([top_p], dtype=torch.float64),
         min_p=torch.tensor([min_p], dtype=torch.float64),

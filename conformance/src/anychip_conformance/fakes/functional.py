@@ -55,7 +55,6 @@ class FunctionalAttention(DenseCacheAttention):
         rope: Rope | None = None,
         qk_norm: QKNorm | None = None,
         out: Tensor | None = None,
-        lse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=plan.positions, rope=rope, qk_norm=qk_norm)
         if k is not None and v is not None:

@@ -235,7 +235,6 @@ class HostlenAttention(DenseCacheAttention):
         layer: AttentionLayer,
         *,
         out: Tensor | None = None,
-        lse: Tensor | None = None,
     ) -> Tensor:
         spec = self.spec
         result = paged_attention(

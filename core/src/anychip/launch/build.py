@@ -9,6 +9,7 @@ import msgspec
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.engine.engine_core import EngineCore
+from anychip.errors import ConfigError
 from anychip.executor.inline import InlineExecutor
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.protocol import Executor, StepWorker
@@ -29,6 +30,8 @@ WORKER = "anychip.worker.worker:Worker"
 
 def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, folder: Path) -> EngineCore:
     """`folder` is private to this engine and holds its sockets. Raises UserError for what the user can mend."""
+    if config.max_model_len is not None and config.max_model_len > model.max_positions:
+        raise ConfigError(f"max_model_len is {config.max_model_len}; the model has {model.max_positions} positions")
     policy = make_policy(config.policy, plugins.policies)
     chosen = choose_device(config, plugins)
     config = msgspec.structs.replace(config, **_unset(config, chosen))

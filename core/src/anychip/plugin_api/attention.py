@@ -170,17 +170,17 @@ class AttentionBackend:
         rope: Rope | None = None,
         qk_norm: QKNorm | None = None,
         out: Tensor | None = None,
-        lse: Tensor | None = None,
     ) -> tuple[Tensor, Cache]:
         """Attention output [num_tokens, num_heads, head_dim] and the cache after the write.
 
-        Padded rows come back as zeros. The default norms and rotates, writes keys and values, then attends.
+        Padded rows come back as zeros. `out` offers storage that a backend may use for the result. The default
+        norms and rotates, writes keys and values, then attends.
         """
         if rope is not None or qk_norm is not None:
             q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=self.positions(plan), rope=rope, qk_norm=qk_norm)
         if k is not None and v is not None:
             cache = self.write_kv(k, v, cache, plan, layer)
-        return self.attend(q, cache, plan, layer, out=out, lse=lse), cache
+        return self.attend(q, cache, plan, layer, out=out), cache
 
     def positions(self, plan: Plan) -> Tensor:
         """Token positions [num_tokens] of a plan, for the default forward."""
@@ -199,7 +199,6 @@ class AttentionBackend:
         layer: AttentionLayer,
         *,
         out: Tensor | None = None,
-        lse: Tensor | None = None,
     ) -> Tensor:
         """Attention of every query over the keys of its row, causal, within the window."""
         raise Unsupported(self.name, ["attend is not implemented"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     BatchView,
+    Communicator,
     CompileReport,
     Event,
     ForwardContext,
@@ -54,12 +55,24 @@ class CapturedStep:
 
 
 class TorchStepProgram(StepProgram):
-    def __init__(self, *, platform: Platform, model: StepModel, ops: Ops, kv: KVPlan, limits: StepLimits) -> None:
+    """`communicators` are those that the model's layers use: a capture must know them."""
+
+    def __init__(
+        self,
+        *,
+        platform: Platform,
+        model: StepModel,
+        ops: Ops,
+        kv: KVPlan,
+        limits: StepLimits,
+        communicators: Sequence[Communicator],
+    ) -> None:
         self.platform = platform
         self.model = model
         self.ops = ops
         self.kv = kv
         self.limits = limits
+        self.communicators = communicators
         self.device = platform.default_device
         self.graphs = platform.graph_capture()
         self._captured: dict[ShapeKey, CapturedStep] = {}
@@ -198,7 +211,7 @@ class TorchStepProgram(StepProgram):
         def step() -> Tensor | None:
             return self._run(self._state, fields, plans, fields["logits_indices"])
 
-        handle = self.graphs.capture(step, key, recorder=recorder)
+        handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
         self._captured[key] = CapturedStep(handle, arena, plans)
 
 

@@ -37,6 +37,9 @@ from anychip.worker.torch_program import TorchStepProgram
 
 log = logging.getLogger("anychip.worker")
 
+_GRAPHS_SHARE = 0.1
+"""Of the memory that is free once weights are loaded, what graphs may take at most."""
+
 
 class Worker:
     """Ready for steps once constructed. Raises what kept it from that."""
@@ -76,13 +79,21 @@ class Worker:
         if program is None:
             shard = self._shard(limits, model)
             program = TorchStepProgram(
-                platform=platform, model=source.build(shard), ops=self.ops.ops, kv=kv, limits=limits
+                platform=platform,
+                model=source.build(shard),
+                ops=self.ops.ops,
+                kv=kv,
+                limits=limits,
+                communicators=[shard.communicator],
             )
         self.program = program
 
         policy = platform.shape_policy(limits)
-        keys = list(policy.keys())
         graphs = platform.graph_capture()
+        free = platform.memory(platform.context.device_indexes[0]).free
+        keys = list(policy.keys())
+        if free is not None:
+            keys = list(graphs.affordable(keys, int(free * _GRAPHS_SHARE)))
         maximal = policy.bucket(
             num_tokens=limits.max_num_tokens,
             num_reqs=limits.max_num_reqs,

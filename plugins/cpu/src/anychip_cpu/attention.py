@@ -142,7 +142,6 @@ class SdpaPagedAttention(DenseCacheAttention):
         layer: AttentionLayer,
         *,
         out: Tensor | None = None,
-        lse: Tensor | None = None,
     ) -> Tensor:
         result = torch.zeros_like(q) if out is None else out.zero_()
         if plan.decode is not None:

@@ -56,19 +56,24 @@ def as_json(option: Candidate) -> dict[str, Any]:
 
 
 def _print_table(found: list[Candidate], broken: list[BrokenPlugin]) -> None:
-    table = Table("device", "package", "state", "what", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("device", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("what", overflow="fold")
     for option in found:
-        problems = option.problems
+        manifest, problems = option.manifest, option.problems
         state = "[red]cannot run[/]" if problems else "[green]ready[/]"
-        lines = [escape(problem) for problem in problems] or [_hardware(option)]
-        if problems and option.remedy:
-            lines.append(f"[dim]{escape(option.remedy)}[/]")
-        for setting in fields(option.manifest.options) if not problems else ():
+        if not problems and not manifest.auto_select:
+            state = "[green]by name[/]"
+        lines = [f"{manifest.package}: {escape(manifest.summary)}"]
+        lines += [escape(problem) for problem in problems] or [_hardware(option)]
+        if option.remedy:
+            lines.append(f"[dim]remedy: {escape(option.remedy)}[/]")
+        for setting in fields(manifest.options):
             lines.append(f"[dim]--device-opt {setting.name}: {escape(setting.metadata.get('help', ''))}[/]")
-        name = option.manifest.name + ("" if option.manifest.auto_select else " (by name only)")
-        table.add_row(name, option.manifest.package, state, "\n".join(lines))
+        table.add_row(f"[bold]{manifest.name}[/]", state, "\n".join(lines))
     for plugin in broken:
-        table.add_row("-", plugin.package, "[red]broken[/]", escape(str(plugin.error)))
+        table.add_row("-", "[red]broken[/]", f"{plugin.package}: {escape(str(plugin.error))}")
     Console().print(table)
 
 

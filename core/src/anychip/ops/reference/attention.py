@@ -81,7 +81,6 @@ class ReferenceAttention(DenseCacheAttention):
         layer: AttentionLayer,
         *,
         out: Tensor | None = None,
-        lse: Tensor | None = None,
     ) -> Tensor:
         result = torch.zeros_like(q) if out is None else out.zero_()
         starts = plan.query_start.tolist()
