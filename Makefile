@@ -6,6 +6,8 @@ PACKAGES := core plugins/cpu plugins/cuda plugins/rocm plugins/tpu plugins/ascen
 MODEL ?= quickstart
 PORT ?= 8000
 WORKERS ?= auto
+# Test processes run side by side; a thread each keeps them out of each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: serve test lint equality check-full bench docs clean
 
@@ -13,7 +15,7 @@ serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:800
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
 
 test: $(VENV)/dev.done  ## every test but the full products
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not full" core/tests plugins conformance/tests
+	$(PYTEST) -m "not full" core/tests plugins conformance/tests
 
 lint: $(VENV)/dev.done  ## style, types, import directions
 	$(BIN)/ruff check .
@@ -22,7 +24,7 @@ lint: $(VENV)/dev.done  ## style, types, import directions
 	$(BIN)/lint-imports --no-cache
 
 equality: $(VENV)/dev.done  ## greedy tokens against transformers, the full product
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m full core/tests/test_equality.py
+	$(PYTEST) -m full core/tests/test_equality.py
 
 check-full: lint test equality docs
 
