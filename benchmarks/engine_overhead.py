@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from machine import write
 
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepDecision, StepResult
@@ -129,22 +127,16 @@ def main() -> None:
         print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
     print(f"slope {slope:.2f} us per request (goal {TARGET_SLOPE_US}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
     if arguments.output:
-        document = {
-            "benchmark": "engine_overhead",
-            "command": "python benchmarks/engine_overhead.py",
-            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
-            "slope_us_per_request": round(float(slope), 3),
-            "fixed_us_per_step": round(float(fixed), 1),
-            "median_us": {str(count): {k: round(v, 1) for k, v in row.items()} for count, row in medians.items()},
-        }
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        write(
+            arguments.output,
+            {
+                "benchmark": "engine_overhead",
+                "command": "python benchmarks/engine_overhead.py",
+                "slope_us_per_request": round(float(slope), 3),
+                "fixed_us_per_step": round(float(fixed), 1),
+                "median_us": {str(count): {k: round(v, 1) for k, v in row.items()} for count, row in medians.items()},
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 from anychip import LLM, SamplingParams
 from anychip.errors import ContextTooLong, DeviceUnavailable, EngineDead, InvalidRequest
 from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.equality.workload import DEVICES
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -132,10 +133,11 @@ def test_one_bad_prompt_of_several_keeps_the_others_from_starting(llm):
     assert not llm.engine.has_work
 
 
-@pytest.mark.parametrize("device", ["fake-static", "fake-hostlen", "fake-spmd"])
-def test_mixed_requests_give_the_same_answers_on_every_test_platform(tiny, device):
+@pytest.mark.parametrize("device", ["cpu-tp2", "fake-static", "fake-hostlen", "fake-spmd"])
+def test_mixed_requests_give_the_same_answers_on_every_device(tiny, device):
     def answers(where):
-        with LLM(tiny, skip_tokenizer=True, device=where, dtype="float32", max_model_len=128, max_num_seqs=8) as llm:
+        common = {"skip_tokenizer": True, "dtype": "float32", "max_model_len": 128, "max_num_seqs": 8}
+        with LLM(tiny, **common, **DEVICES[where]) as llm:
             outputs = llm.generate(PROMPTS, MIX)
             return [output.outputs[0].token_ids for output in outputs]
 
@@ -176,6 +178,26 @@ def test_recorded_graphs_are_replayed_with_renewed_lengths(tiny):
         captured = one.engine.executor.worker.program._captured
         assert sorted(key.num_reqs for key in captured) == [1, 2, 4]
         assert sum(step.handle.num_replays for step in captured.values()) >= 19
+
+
+def caches_of(state) -> list:
+    """Every layer's cache on every device of a program's state."""
+    by_layer = state._held[0] if hasattr(state, "_held") else state.caches
+    return [cache for item in by_layer for cache in (item if isinstance(item, list) else [item])]
+
+
+@pytest.mark.parametrize("device", ["cpu", "fake-static", "fake-spmd", "fake-hostlen"])
+def test_a_block_is_copied_before_its_source_is_zeroed(tiny, device):
+    with LLM(tiny, skip_tokenizer=True, device=device, dtype="float32", max_model_len=128, max_num_seqs=4) as llm:
+        program = llm.engine.executor.worker.program
+        state = program.initial_state(4)
+        for cache in caches_of(state):
+            cache.zero_()
+            cache[1] = 5
+        for cache in caches_of(program.edit(state, [(1, 2), (2, 3)], [1])):
+            assert cache[1].eq(0).all()
+            assert cache[2].eq(5).all()
+            assert cache[3].eq(5).all()
 
 
 def test_the_worker_process_answers_as_the_inline_one(tiny):

@@ -14,6 +14,7 @@ from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceM
 from anychip.ops.reference.functional import gated_activation
 from anychip.plugin_api import (
     MAX_LOGPROBS,
+    AttentionBackend,
     AttentionLayer,
     ForwardContext,
     HostOutputs,
@@ -111,6 +112,14 @@ def tensors(arena: np.ndarray, sections: Mapping[str, Section]) -> dict[str, Ten
         name: whole[s.offset : s.offset + s.nbytes].view(getattr(torch, s.dtype)).view(s.shape)
         for name, s in sections.items()
     }
+
+
+def edited(backend: AttentionBackend, cache: Tensor, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> Tensor:
+    """A new cache with blocks copied, in order, and then blocks zeroed."""
+    cache = cache.clone()
+    for source, destination in copies:
+        cache = backend.copy_blocks(cache, [source], [destination])
+    return backend.zero_blocks(cache, zeros) if zeros else cache
 
 
 def forward_body(

@@ -33,6 +33,7 @@ from anychip_conformance.fakes.functional import (
     DenseMoE,
     FetchedOutputs,
     FunctionalAttention,
+    edited,
     forward_body,
     sample_body,
     tensors,
@@ -149,12 +150,7 @@ class SpmdStepProgram(StepProgram):
     def edit(self, state: SpmdState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> SpmdState:
         def one(rank: int) -> None:
             for layer, backend in enumerate(self.models[rank].attention):
-                cache = state.caches[rank][layer].clone()
-                if zeros:
-                    cache = backend.zero_blocks(cache, zeros)
-                for source, destination in copies:
-                    cache = backend.copy_blocks(cache, [source], [destination])
-                state.caches[rank][layer] = cache
+                state.caches[rank][layer] = edited(backend, state.caches[rank][layer], copies, zeros)
 
         self._on_every_device(one)
         return state

@@ -41,6 +41,7 @@ from anychip_conformance.fakes.functional import (
     DenseMoE,
     FetchedOutputs,
     FunctionalAttention,
+    edited,
     forward_body,
     sample_body,
     tensors,
@@ -119,7 +120,7 @@ class StaticPlatform(Platform):
         return 2**26
 
     def shape_policy(self, limits: StepLimits) -> ShapePolicy:
-        return StaticShapes(replace(limits))
+        return StaticShapes(limits)
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
         return StaticStepProgram(model, kv, limits)
@@ -202,12 +203,7 @@ class StaticStepProgram(StepProgram):
     def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
         caches, last_ids = state.take()
         for layer, backend in enumerate(self.model.attention):
-            cache = caches[layer].clone()
-            if zeros:
-                cache = backend.zero_blocks(cache, zeros)
-            for source, destination in copies:
-                cache = backend.copy_blocks(cache, [source], [destination])
-            caches[layer] = cache
+            caches[layer] = edited(backend, caches[layer], copies, zeros)
         return DonatedState(caches, last_ids)
 
     @torch.inference_mode()

@@ -201,7 +201,8 @@ class StepProgram:
         raise Unsupported("step program", ["initial_state is not implemented"])
 
     def edit(self, state: State, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> State:
-        """Copies blocks (source, destination), then zeroes blocks, in every layer."""
+        """Copies blocks (source, destination) in order, then zeroes blocks, in every layer. A block to zero may be
+        a copy's source: it was given up by one request and taken by another in the same step."""
         raise Unsupported("step program", ["edit is not implemented"])
 
     def forward(self, state: State, inputs: StepInputs) -> tuple[State, Hidden]:

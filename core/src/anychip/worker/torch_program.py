@@ -104,11 +104,11 @@ class TorchStepProgram(StepProgram):
     def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
         for layer, backend in enumerate(self.model.attention):
             cache = state.caches[layer]
-            if zeros:
-                cache = backend.zero_blocks(cache, zeros)
-            # In order: a copy's destination may be a later copy's source.
+            # In order: a copy's destination may be a later copy's source, and its source a block to zero.
             for source, destination in copies:
                 cache = backend.copy_blocks(cache, [source], [destination])
+            if zeros:
+                cache = backend.zero_blocks(cache, zeros)
             state.caches[layer] = cache
         return state
 
