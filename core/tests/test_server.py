@@ -38,7 +38,8 @@ class Server:
         raise AssertionError("the server did not start")
 
     def engine_pid(self) -> int:
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        pid = self.process.pid
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         assert len(found) == 1, f"one engine process is expected, found {found}"
         return int(found[0])
 

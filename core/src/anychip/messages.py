@@ -99,7 +99,6 @@ class DeviceRules(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     max_rows: int | None = None
     max_padded_tokens: int | None = None
-    exact_host_lengths: bool = False
     zero_new_blocks: bool = False
     max_slots: int | None = None
 
@@ -118,7 +117,6 @@ class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     rank: int
     kind: str
     message: str
-    trace: str = ""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -137,7 +137,6 @@ class StaticStepProgram(StepProgram):
         self.num_compilations = 0
         self._steps: dict[ShapeKey, CompiledCall] = {}
         self._samplers: dict[tuple[int, tuple[str, ...]], CompiledCall] = {}
-        self._warm = False
 
     def initial_state(self, num_blocks: int) -> DonatedState:
         self._num_blocks = num_blocks
@@ -159,7 +158,6 @@ class StaticStepProgram(StepProgram):
             for features in _feature_sets():
                 if (key.num_reqs, features) not in self._samplers:
                     self._compile_sampler(replace(key, features=features))
-        self._warm = True
         return CompileReport(num_programs=self.num_compilations, seconds=time.perf_counter() - start)
 
     @torch.inference_mode()

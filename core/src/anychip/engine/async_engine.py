@@ -10,7 +10,6 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from anychip.engine.input_processor import InputProcessor
 from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
@@ -37,7 +36,6 @@ class AsyncEngine:
         self._ready: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
         self._reader: asyncio.Task[None] | None = None
         self.dead: AnychipError | None = None
-        self.inputs: InputProcessor | None = None
         self.outputs: OutputProcessor | None = None
 
     def bind(self) -> None:
@@ -52,9 +50,9 @@ class AsyncEngine:
         """Waits for the engine. Raises what kept it from starting."""
         return await self._ready
 
-    def attach(self, inputs: InputProcessor, outputs: OutputProcessor) -> None:
-        """Gives the engine its processors, whose limits are known once it is ready."""
-        self.inputs, self.outputs = inputs, outputs
+    def attach(self, outputs: OutputProcessor) -> None:
+        """Gives the engine what turns tokens into text, once the tokenizer is read."""
+        self.outputs = outputs
 
     async def generate(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
         """Streams a request's outputs until it is finished. Leaving the loop early aborts it.

@@ -78,10 +78,6 @@ class OutputProcessor:
         """Forgets a request whose caller is gone."""
         self._requests.pop(request_id, None)
 
-    @property
-    def open_ids(self) -> list[str]:
-        return list(self._requests)
-
     def process(self, delta: SequenceDelta) -> tuple[RequestOutput | None, bool]:
         """The caller's view of a delta, and whether the engine must be told that the sequence has ended: a stop
         string ended it here. None for a request or sequence that is already over."""

@@ -103,8 +103,3 @@ class BlockPool:
         if self._key_of[block] is None and key not in self._by_key:
             self._key_of[block] = key
             self._by_key[key] = block
-
-    def forget_prefixes(self) -> None:
-        """Empties the prefix cache; holders keep their blocks."""
-        self._by_key.clear()
-        self._key_of = [None] * self.num_blocks

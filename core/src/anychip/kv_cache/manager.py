@@ -228,11 +228,6 @@ class KVCacheManager:
         changes, self.changes = self.changes, BlockChanges()
         return changes
 
-    @property
-    def usage(self) -> float:
-        """Share of blocks that are held."""
-        return 1.0 - self.pool.num_free / max(1, self.pool.num_usable)
-
     @staticmethod
     def _key(group: int, block_hash: bytes) -> bytes:
         return block_hash if group == 0 else block_hash + bytes([group])

@@ -57,7 +57,7 @@ class AsyncLLM:
             max_model_len=self.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
         )
-        self.engine.attach(self.inputs, OutputProcessor(self.tokenizer))
+        self.engine.attach(OutputProcessor(self.tokenizer))
         return worker
 
     @property

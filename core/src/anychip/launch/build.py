@@ -75,16 +75,27 @@ def _unset(config: EngineConfig, chosen: ChosenDevice) -> dict[str, object]:
 
 
 def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) -> Executor:
-    one_process = chosen.manifest.topology == "process_per_host" or len(chosen.indexes) == 1
-    multiprocess = config.executor == "multiprocess" or not one_process
-    if not multiprocess:
-        return InlineExecutor(load_worker(_spec(config, chosen, folder, 0, 1)))
-    world_size = 1 if chosen.manifest.topology == "process_per_host" else len(chosen.indexes)
+    per_host = chosen.manifest.topology == "process_per_host"
+    world_size = 1 if per_host else len(chosen.indexes)
+    specs = [_spec(config, chosen, folder, rank, world_size) for rank in range(world_size)]
+    environments = [
+        chosen.manifest.worker_env(
+            config, Placement(rank=spec.rank, world_size=world_size, device_indexes=spec.device_indexes)
+        )
+        for spec in specs
+    ]
+    # Variables must be set before the device's runtime is imported, so a worker that has any gets a process.
+    needs_processes = world_size > 1 or any(environments)
+    if config.executor == "inline" and needs_processes:
+        raise ConfigError(
+            f"executor inline runs the worker in this process, and {chosen.manifest.name} needs processes of its own; "
+            "use executor auto"
+        )
+    if not needs_processes and config.executor != "multiprocess":
+        return InlineExecutor(load_worker(specs[0]))
 
     def start(rank: int) -> Child:
-        spec = _spec(config, chosen, folder, rank, world_size)
-        placement = Placement(rank=rank, world_size=world_size, device_indexes=spec.device_indexes)
-        return Child("anychip.launch.worker_main", encode_spec(spec), chosen.manifest.worker_env(config, placement))
+        return Child("anychip.launch.worker_main", encode_spec(specs[rank]), environments[rank])
 
     return MultiprocessExecutor(folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s)
 

@@ -30,10 +30,6 @@ class Child:
         self._process.stdin.write(spec)
         self._process.stdin.flush()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._process.poll()

@@ -5,6 +5,7 @@ A thread of its own waits for results, so that the next step is launched while t
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import threading
@@ -14,11 +15,14 @@ import msgspec
 import zmq
 
 from anychip.config import WorkerSpec
+from anychip.errors import AnychipError
 from anychip.executor.multiprocess import decision_endpoint, result_endpoint
 from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.launch.build import load_worker
 from anychip.launch.child import read_spec
 from anychip.messages import FromWorker, LateInputs, StepDecision, ToWorker, WorkerFailed
+
+log = logging.getLogger("anychip.worker")
 
 
 class WorkerProcess:
@@ -46,7 +50,9 @@ class WorkerProcess:
                 self._pending.put(None)
                 fetcher.join(timeout=10)
                 worker.close("shutdown")
-        except Exception as error:  # noqa: BLE001 - the process boundary: reported, then this process ends
+        except Exception as error:
+            if not isinstance(error, AnychipError):  # expected kinds are printed by the API process, without a trace
+                log.exception("worker %d stopped", self.spec.rank)
             self._send(WorkerFailed(self.spec.rank, type(error).__name__, str(error)))
             return 1
         finally:

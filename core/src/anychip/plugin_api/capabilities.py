@@ -86,7 +86,6 @@ class StepRules:
             max_tokens=self.max_tokens,
             max_rows=self.max_rows,
             max_padded_tokens=self.max_padded_tokens,
-            exact_host_lengths=capabilities.host_lengths == "exact",
             zero_new_blocks=capabilities.stale_kv == "must_be_finite",
             max_slots=capabilities.max_slots,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -180,14 +180,3 @@ class Event:
 
     def query(self) -> bool:
         return True
-
-
-@contextlib.contextmanager
-def opened(platform: Platform) -> Iterator[Platform]:
-    """Closes the platform at the end of the block, with the exception's name as the reason."""
-    try:
-        yield platform
-    except BaseException as error:
-        platform.close(type(error).__name__)
-        raise
-    platform.close("done")

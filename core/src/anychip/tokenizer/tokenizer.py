@@ -22,7 +22,9 @@ class Tokenizer:
         self.raw = raw
         self.settings = settings
         self._template = chat_template
-        self._environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self._environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         self._environment.globals["raise_exception"] = _refuse
 
     @classmethod

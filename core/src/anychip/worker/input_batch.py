@@ -77,6 +77,7 @@ class InputBatch:
 
     def apply(self, decision: StepDecision) -> StepRows:
         """Takes in a decision: afterwards every row stands where the step will leave it."""
+        self._num_known[decision.finished_slots] = 0
         for row in decision.new_rows:
             self._enter(row)
         if decision.new_blocks:
@@ -88,6 +89,7 @@ class InputBatch:
         counts = np.frombuffer(decision.num_tokens, dtype=np.int32)
         starts = self._num_computed[slots]
         ends = starts + counts
+        assert (ends <= self._num_known[slots]).all(), "a decision names a slot that nobody holds, or unknown tokens"
         self._num_computed[slots] = ends
         sampling = np.flatnonzero(ends == self._num_known[slots])
         self._num_known[slots[sampling]] += 1

@@ -1,5 +1,5 @@
-"""The CPU captures no graphs: a launch costs a function call. plugin_api's defaults serve."""
+"""The CPU captures no graphs, since a launch costs a function call: the interface's default serves."""
 
-from anychip.plugin_api import GraphCapture, ShapePolicy
+from anychip.plugin_api import GraphCapture
 
-__all__ = ["GraphCapture", "ShapePolicy"]
+__all__ = ["GraphCapture"]

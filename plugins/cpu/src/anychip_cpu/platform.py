@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from anychip.plugin_api import (
     Communicator,
     FusedMoE,
     GroupSpec,
+    LinearKernel,
+    LinearSpec,
     MemoryInfo,
     MoESpec,
     PeakMemory,
@@ -24,8 +26,11 @@ from anychip.plugin_api import (
 from anychip_cpu import CpuOptions
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import GlooCommunicator
+from anychip_cpu.graph import GraphCapture
+from anychip_cpu.linear import ReferenceLinear
 from anychip_cpu.memory import peak_resident
 from anychip_cpu.moe import GroupedMoE
+from anychip_cpu.ops import OVERRIDES
 from anychip_cpu.probe import meminfo
 
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -64,6 +69,15 @@ class CpuPlatform(Platform):
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         return GroupedMoE(spec, self)
+
+    def linear(self, spec: LinearSpec) -> LinearKernel:
+        return ReferenceLinear(spec, self)
+
+    def ops(self) -> Mapping[str, Callable[..., Any]]:
+        return OVERRIDES
+
+    def graph_capture(self) -> GraphCapture:
+        return GraphCapture()
 
     def communicator(self, group: GroupSpec) -> Communicator:
         if group.size == 1:
