@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip import LLM, SamplingParams
 from anychip.errors import ContextTooLong, DeviceUnavailable, EngineDead, InvalidRequest
@@ -178,6 +179,37 @@ def test_recorded_graphs_are_replayed_with_renewed_lengths(tiny):
         captured = one.engine.executor.worker.program._captured
         assert sorted(key.num_reqs for key in captured) == [1, 2, 4]
         assert sum(step.handle.num_replays for step in captured.values()) >= 19
+
+
+class NoIndexedWrites(TorchDispatchMode):
+    """Refuses what fake-hostlen's device does not have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        assert name not in {"index_put_", "_index_put_impl_", "index_copy_", "index_add_", "scatter_", "index_fill_"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_without_indexed_writes_in_place_is_never_asked_for_one(tiny):
+    with LLM(tiny, skip_tokenizer=True, device="fake-hostlen", dtype="float32", max_model_len=256) as llm:
+        with NoIndexedWrites():
+            for sampling in MIX[:3]:
+                llm.generate([[5, 6, 7] * 50, [8, 9]], sampling)
+            llm.generate([[5, 6, 7] * 45], SamplingParams(n=3, max_tokens=4))
+        assert llm.engine.scheduler.kv.pool.num_free == llm.engine.scheduler.kv.pool.num_usable
+
+
+def test_every_device_of_an_spmd_program_holds_its_share(tiny):
+    with LLM(tiny, skip_tokenizer=True, device="fake-spmd", dtype="float32", max_model_len=64, num_kv_blocks=32) as llm:
+        worker = llm.engine.executor.worker
+        for model, caches in zip(worker.program.models, worker.runner._state.caches, strict=True):
+            attention, mlp = model.layers[0].attention, model.layers[0].mlp
+            # 4 query heads and 2 KV heads of 16 over 4 devices: one query head each, KV heads held twice.
+            assert attention.qkv.packed.weight.shape == (3 * 16, 64)
+            assert attention.output.packed.weight.shape == (64, 16)
+            assert mlp.gate_up.packed.weight.shape == (2 * 128 // 4, 64)
+            assert model.embedding.weight.shape == (512 // 4, 64)
+            assert caches[0].shape == (32, 2, 16, 1, 16)
 
 
 def caches_of(state) -> list:

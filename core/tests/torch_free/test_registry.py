@@ -9,6 +9,7 @@ import pytest
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable, IncompatiblePlugin, PluginImportFailed
+from anychip.launch.build import fill_unset
 from anychip.plugin_api import API_VERSION, Decision, DeviceInfo, PlatformManifest, ProbeResult, Requirement, hookimpl
 from anychip.registry.devices import candidates, choose_device
 from anychip.registry.plugins import load_plugins
@@ -143,3 +144,11 @@ def test_a_platform_that_refuses_a_configuration_says_why():
 
     with pytest.raises(ConfigError, match="overlap is not for this device"):
         choose_device(EngineConfig(device="x"), plugins(manifest("x", negotiate=negotiate)))
+
+
+def test_negotiation_fills_what_is_unset_and_never_overrides_the_user():
+    decision = Decision(fill={"block_size": 128, "max_num_seqs": 8})
+    filled = fill_unset(EngineConfig(max_num_seqs=4), decision)
+    assert (filled.block_size, filled.max_num_seqs) == (128, 4)
+    with pytest.raises(ConfigError, match="fills 'blocksize', which is no setting"):
+        fill_unset(EngineConfig(), Decision(fill={"blocksize": 128}))

@@ -227,6 +227,16 @@ class HostlenAttention(DenseCacheAttention):
         cache.copy_(torch.where(is_new, written, cache))  # the whole cache, never an index
         return cache
 
+    def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
+        order = np.arange(len(cache))
+        order[list(dst)] = list(src)
+        return cache.copy_(cache.index_select(0, torch.from_numpy(order)))
+
+    def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
+        kept = np.ones(len(cache), dtype=bool)
+        kept[list(ids)] = False
+        return cache.copy_(torch.where(torch.from_numpy(kept).view(-1, 1, 1, 1, 1), cache, 0))
+
     def attend(
         self,
         q: Tensor,

@@ -18,7 +18,7 @@ from anychip.launch.child import Child
 from anychip.launch.spec import check_fits, encode_spec, longest_that_fits
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig
-from anychip.plugin_api.manifest import Placement
+from anychip.plugin_api.manifest import Decision, Placement
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins
 from anychip.scheduler.policy import make_policy
@@ -34,8 +34,10 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
         raise ConfigError(f"max_model_len is {config.max_model_len}; the model has {model.max_positions} positions")
     policy = make_policy(config.policy, plugins.policies)
     chosen = choose_device(config, plugins)
-    config = msgspec.structs.replace(config, **_unset(config, chosen))
+    config = fill_unset(config, chosen.decision)
     executor = _start_executor(config, chosen, folder)
+    notes = (f"device {chosen.manifest.name}: {chosen.reason}", *chosen.decision.notes, *executor.ready.notes)
+    executor.ready = msgspec.structs.replace(executor.ready, notes=notes)
     try:
         max_model_len = resolve_max_model_len(config, model, executor.ready)
         check_fits(executor.ready, max_model_len, config.max_num_batched_tokens)
@@ -67,11 +69,14 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: Worke
     return max(2, min(model.max_positions, fits))
 
 
-def _unset(config: EngineConfig, chosen: ChosenDevice) -> dict[str, object]:
-    """What the platform's negotiation fills: fields that the user left unset, and no others."""
-    fill = chosen.manifest.negotiate(config, chosen.candidate.probe).fill
+def fill_unset(config: EngineConfig, decision: Decision) -> EngineConfig:
+    """The configuration with what the platform's negotiation fills, in fields that have their default only: what
+    the user set stays. Raises ConfigError for a field that does not exist."""
     defaults = EngineConfig()
-    return {key: value for key, value in fill.items() if getattr(config, key) == getattr(defaults, key)}
+    if unknown := sorted(set(decision.fill) - set(config.__struct_fields__)):
+        raise ConfigError(f"the platform fills {unknown[0]!r}, which is no setting")
+    unset = {key: value for key, value in decision.fill.items() if getattr(config, key) == getattr(defaults, key)}
+    return msgspec.structs.replace(config, **unset)
 
 
 def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) -> Executor:

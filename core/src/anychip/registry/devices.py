@@ -11,7 +11,7 @@ from importlib import import_module
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable
-from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
+from anychip.plugin_api.manifest import Decision, PlatformManifest, PluginOptions, ProbeResult
 from anychip.registry.plugins import Plugins
 from anychip.registry.requirements import CheckedRequirement, check_requirements
 
@@ -45,7 +45,7 @@ class ChosenDevice:
     indexes: tuple[int, ...]
     options: PluginOptions
     reason: str
-    notes: tuple[str, ...] = ()
+    decision: Decision
 
     @property
     def manifest(self) -> PlatformManifest:
@@ -88,7 +88,7 @@ def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
     if decision.refuse:
         raise ConfigError(f"{manifest.package} refuses this configuration: " + "; ".join(decision.refuse))
     options = manifest.options.parse(manifest.package, config.device_options)
-    return ChosenDevice(candidate=chosen, indexes=indexes, options=options, reason=reason, notes=decision.notes)
+    return ChosenDevice(candidate=chosen, indexes=indexes, options=options, reason=reason, decision=decision)
 
 
 def _choose_auto(plugins: Plugins) -> tuple[Candidate, str]:

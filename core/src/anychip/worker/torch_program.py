@@ -185,7 +185,8 @@ class TorchStepProgram(StepProgram):
         if "masks" in fields:
             scored = self.ops.apply_token_masks(logits=logits, masks=fields.pop("masks"))
         ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
-        state.last_ids[hidden.sample_slots[:count]] = ids
+        # Graphs read this storage, so it is rewritten whole: not every device writes by index in place.
+        state.last_ids.copy_(state.last_ids.index_copy(0, hidden.sample_slots[:count].long(), ids))
         results = {"token_ids": ids.unsqueeze(-1)}
         if "logprobs" in late.key.features:
             names = ("chosen_logprobs", "top_ids", "top_logprobs")

@@ -127,6 +127,7 @@ class Worker:
         )
         state = program.initial_state(num_blocks)
         report = program.warm_up(keys)
+        prepared = [f"{report.num_programs} programs prepared in {report.seconds:.2f} s"] if report.num_programs else []
         self.runner = ModelRunner(program, new_batch(), state)
         groups = kv_cache_config(kv, num_blocks)
         per_request = sum(cdiv(limits.max_model_len, group.block_size) for group in groups.groups)
@@ -143,7 +144,7 @@ class Worker:
                 max_concurrency=(num_blocks - 1) / per_request,
             ),
             device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
-            notes=(*self.ops.notes, f"{report.num_programs} programs prepared in {report.seconds:.2f} s"),
+            notes=(*self.ops.notes, *prepared),
         )
 
     def _shard(self, limits: StepLimits, model: ModelConfig) -> Shard:
