@@ -51,5 +51,30 @@ def test_the_pages_plugin_passes_the_isolation_section(acme: dict[str, str]) -> 
     assert "4 passed" in run([*suite, "--device", "acme"], acme)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        (
+            "platform.py",
+            "weight, eps, unit",
+            "weight, eps, alpha, unit",
+            "requires 'alpha', which op 'rms_norm' does not pass",
+        ),
+        ("platform.py", "import torch", "import acme_runtime", "No module named 'acme_runtime'"),
+        ("__init__.py", "api_version=API_VERSION", "api_version='0.9'", "built against interface 0.9"),
+        ("__init__.py", "from anychip.plugin_api", "from nowhere", "No module named 'nowhere'"),
+    ],
+)
+def test_a_plugin_that_breaks_the_rules_ends_with_its_cause(acme, tmp_path, file, old, new, expected) -> None:
+    source = tmp_path / "anychip_acme" / file
+    source.write_text(source.read_text().replace(old, new))
+    command = ["-m", "anychip.entrypoints.cli.main", "generate", "--device", "acme", "--prompt", "x"]
+    done = subprocess.run([sys.executable, *command], env=acme, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (1, 2)
+    assert expected in done.stderr
+    assert "anychip-acme" in done.stderr or "acme: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_example_runs() -> None:
     assert run([str(ROOT / "examples" / "generate.py")], dict(os.environ)).count("--- ") == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -156,6 +158,33 @@ def test_a_client_that_goes_away_frees_the_engine(server):
     began = time.monotonic()
     assert post(server, "/v1/chat/completions", CHAT).status_code == 200
     assert time.monotonic() - began < 60
+
+
+def test_many_clients_at_once_all_get_their_answers_and_some_leave(server):
+    async def one(client: httpx.AsyncClient, number: int) -> str:
+        body = {
+            "prompt": "import " * (1 + number % 7),
+            "max_tokens": 4 + number % 13,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        if number % 5 == 0:  # leaves in the middle
+            with contextlib.suppress(httpx.TimeoutException):
+                await client.post("/v1/completions", json=body | {"max_tokens": 1000}, timeout=0.3)
+            return "left"
+        answer = await client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == body["max_tokens"]
+        return answer.json()["choices"][0]["text"]
+
+    async def all_at_once() -> list[str]:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(60)))
+
+    texts = asyncio.run(all_at_once())
+    assert texts.count("left") == 12
+    assert all(texts)
 
 
 def test_the_api_process_never_loads_torch(server):

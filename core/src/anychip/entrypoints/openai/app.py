@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,7 +28,7 @@ def make_app(llm: AsyncLLM, *, api_key: str | None = None) -> FastAPI:
     app = FastAPI(
         title="anychip", version=anychip.__version__, docs_url=None, redoc_url=None, strict_content_type=False
     )
-    created = 0
+    created = int(time.time())
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
