@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -15,12 +15,14 @@ from anychip.types import NULL_BLOCK, PADDING_SLOT
 SAMPLING_FLOATS = ("temperature", "top_p", "min_p")
 SAMPLING_INTS = ("top_k", "seed_low", "seed_high", "sample_index", "position")
 _ALIGN = 64
+_REMEMBERED = 1024
+"""Layouts kept: a device without buckets has a shape of its own for nearly every step."""
 
 Layout = Mapping[str, Section]
 _Fields = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
-@cache
+@lru_cache(_REMEMBERED)
 def step_layout(key: ShapeKey, num_groups: int, slot_dtype: str) -> Layout:
     """The arrays of StepInputs, by name."""
     tokens, rows = (key.num_tokens,), (key.num_reqs,)
@@ -39,7 +41,7 @@ def step_layout(key: ShapeKey, num_groups: int, slot_dtype: str) -> Layout:
     return _place(fields)
 
 
-@cache
+@lru_cache(_REMEMBERED)
 def sampling_layout(num_rows: int, mask_words: int) -> Layout:
     """The arrays of SamplingInputs, by name; mask_words 0: no masks."""
     fields: _Fields = tuple((name, (num_rows,), "float32") for name in SAMPLING_FLOATS)

@@ -1,0 +1,135 @@
+"""How large things are: a step's limits, what a maximal step holds, and what is left for the KV cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anychip.config import EngineConfig
+from anychip.messages import LateInputs, MemoryPlan, NewRow, StepDecision
+from anychip.model_config import ModelConfig
+from anychip.plugin_api import KVPlan, PeakMemory, Platform, ShapeKey, ShapePolicy, StepLimits, StepProgram
+from anychip.types import cdiv
+from anychip.worker.input_batch import InputBatch
+from anychip.worker.model_runner import ModelRunner
+
+_GRAPHS_SHARE = 0.1
+"""Of the memory that is free before weights are loaded, what graphs may take at most."""
+
+
+def step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:
+    """The configuration's limits within the device's."""
+    rules = platform.step_rules
+    length = config.max_model_len or model.max_positions
+    rows = min(config.max_num_seqs, rules.max_rows or config.max_num_seqs)
+    return StepLimits(
+        max_num_tokens=min(config.max_num_batched_tokens, rules.max_tokens or config.max_num_batched_tokens),
+        max_num_reqs=rows,
+        max_model_len=length,
+        max_slots=config.max_num_seqs,
+        max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
+    )
+
+
+def maximal_shape(policy: ShapePolicy, limits: StepLimits) -> ShapeKey:
+    """The shape of the largest step."""
+    return policy.bucket(
+        num_tokens=limits.max_num_tokens,
+        num_reqs=limits.max_num_reqs,
+        max_query_len=limits.max_num_tokens,
+        num_pages=max(limits.max_pages),
+        features=(),
+    )
+
+
+def affordable_graphs(platform: Platform, policy: ShapePolicy) -> list[ShapeKey]:
+    """The policy's shapes, as far as graphs of them fit into their share of the free memory."""
+    free = platform.memory(platform.context.device_indexes[0]).free
+    keys = policy.keys()
+    return list(keys if free is None else platform.graph_capture().affordable(keys, int(free * _GRAPHS_SHARE)))
+
+
+def memory_plan(
+    kv: KVPlan, num_blocks: int, limits: StepLimits, weights: int, activations: PeakMemory, graphs: int
+) -> MemoryPlan:
+    """What is printed at the start, and what operators plan with."""
+    per_request = sum(limits.max_pages)
+    return MemoryPlan(
+        weights=weights,
+        activations=activations.nbytes,
+        graphs=graphs,
+        kv_cache=num_blocks * kv.block_bytes,
+        num_blocks=num_blocks,
+        kv_tokens=(num_blocks - 1) * min(kv.block_sizes) // len(kv.block_sizes),
+        max_concurrency=(num_blocks - 1) / per_request,
+    )
+
+
+def kv_budget(platform: Platform, config: EngineConfig, activations: PeakMemory, graphs: int) -> int | None:
+    """Bytes for the KV cache; None when nobody can say."""
+    own = platform.kv_budget(activations)
+    if own is not None:
+        return own
+    memory = platform.memory(platform.context.device_indexes[0])
+    if memory.free is None or memory.total is None:
+        return None
+    in_use = memory.total - memory.free
+    return int(memory.total * config.memory_fraction) - in_use - activations.nbytes - graphs
+
+
+def measure_maximal_step(
+    platform: Platform, program: StepProgram, batch: InputBatch, kv: KVPlan, limits: StepLimits
+) -> PeakMemory:
+    """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough."""
+    lengths = maximal_rows(limits)
+    per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
+    state = program.initial_state(1 + sum(map(sum, per_request)))
+    runner = ModelRunner(program, batch, state)
+    next_block, rows = 1, []
+    for slot, (length, counts) in enumerate(zip(lengths, per_request, strict=True)):
+        tables = []
+        for count in counts:
+            tables.append(list(range(next_block, next_block + count)))
+            next_block += count
+        rows.append(_profile_row(slot, length, tables))
+    decision = StepDecision(
+        step_id=0,
+        slots=np.arange(len(rows), dtype=np.int32).tobytes(),
+        num_tokens=np.array(lengths, dtype=np.int32).tobytes(),
+        new_rows=rows,
+        new_blocks=b"",
+        finished_slots=[],
+        copies=[],
+        zeros=[],
+    )
+
+    def run() -> None:
+        runner.launch(decision)
+        runner.sample(LateInputs(0, {})).fetch()
+
+    return platform.measure(run)
+
+
+def maximal_rows(limits: StepLimits) -> list[int]:
+    """Prompt lengths that fill the token budget, as long as the model allows."""
+    left, lengths = limits.max_num_tokens, list[int]()
+    while left and len(lengths) < limits.max_num_reqs:
+        lengths.append(min(left, limits.max_model_len - 1))
+        left -= lengths[-1]
+    return lengths
+
+
+def _profile_row(slot: int, length: int, tables: list[list[int]]) -> NewRow:
+    return NewRow(
+        slot=slot,
+        token_ids=np.zeros(length, dtype=np.int32).tobytes(),
+        num_prompt=length,
+        num_computed=0,
+        block_ids=tables,
+        temperature=1.0,
+        top_k=0,
+        top_p=0.9,
+        min_p=0.0,
+        seed=0,
+        sample_index=0,
+        logprobs=0,
+    )
