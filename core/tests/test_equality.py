@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from anychip import LLM
 from anychip_conformance.equality.oracle import Answer, greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import NUM_TOKENS, Case, full_product, generate, open_llm, pairwise, prompts
@@ -33,10 +34,18 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
     return Oracles(tmp_path_factory.mktemp("checkpoints"))
 
 
+def num_compilations(llm: LLM) -> int | None:
+    """What a compiling step program counts; None for others."""
+    worker = getattr(llm.engine.executor, "worker", None)
+    return getattr(worker.program, "num_compilations", None) if worker is not None else None
+
+
 def check(case: Case, oracles: Oracles) -> None:
     checkpoint, answers = oracles.get(case.family)
     with open_llm(case, checkpoint) as llm:
+        compiled = num_compilations(llm)
         verdicts = [judge(answer, tokens) for answer, tokens in zip(answers, generate(llm), strict=True)]
+        assert num_compilations(llm) == compiled, "a compiled platform compiles nothing after warm-up"
         scheduler = llm.engine.scheduler
         if case.preemption:
             assert scheduler.num_preemptions > 0, "the case was to force preemption"

@@ -221,16 +221,19 @@ def test_sigterm_leaves_nothing_running():
     assert not Path(f"/proc/{engine}").exists()
 
 
-def test_the_engine_ends_when_the_api_process_is_killed():
+def test_the_engine_ends_and_cleans_up_when_the_api_process_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
     engine = server.engine_pid()
+    assert list(tmp_path.glob("anychip-*/requests"))
     server.process.kill()
     server.process.wait()
     for _ in range(100):
         if not Path(f"/proc/{engine}").exists():
-            return
+            break
         time.sleep(0.05)
-    raise AssertionError("the engine outlived its parent")
+    assert not Path(f"/proc/{engine}").exists()
+    assert not list(tmp_path.glob("anychip-*"))
 
 
 def test_an_api_key_is_asked_for_where_one_is_set():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,14 +54,19 @@ class Child:
 
 
 def read_spec() -> bytes:
-    """In the child: the spec, and from now on a watch over the parent."""
-    line = sys.stdin.buffer.readline()
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    return line
+    """In the child: the spec."""
+    return sys.stdin.buffer.readline()
 
 
-def _end_with_parent() -> None:
+def end_with_parent(folder: str) -> None:
+    """In the child: from now on, the process ends when its parent does, and removes the folder of their sockets,
+    which a killed parent could not."""
+    threading.Thread(target=_watch_parent, args=(folder,), name="parent-watch", daemon=True).start()
+
+
+def _watch_parent(folder: str) -> None:
     # os.read, not the buffered reader: a daemon thread inside the buffer's lock would abort the interpreter's end.
     while os.read(0, 4096):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

@@ -12,7 +12,7 @@ from anychip.engine.engine_core import EngineCore
 from anychip.engine.engine_loop import EngineLoop
 from anychip.errors import AnychipError
 from anychip.launch.build import build_engine
-from anychip.launch.child import read_spec
+from anychip.launch.child import end_with_parent, read_spec
 from anychip.launch.spec import EngineSpec
 from anychip.model_config import load_model_config
 from anychip.registry.plugins import load_plugins
@@ -43,4 +43,6 @@ def main(spec: EngineSpec) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(msgspec.json.decode(read_spec(), type=EngineSpec)))
+    engine_spec = msgspec.json.decode(read_spec(), type=EngineSpec)
+    end_with_parent(engine_spec.folder)
+    sys.exit(main(engine_spec))

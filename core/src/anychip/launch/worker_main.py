@@ -19,7 +19,7 @@ from anychip.errors import AnychipError
 from anychip.executor.multiprocess import decision_endpoint, result_endpoint
 from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.launch.build import load_worker
-from anychip.launch.child import read_spec
+from anychip.launch.child import end_with_parent, read_spec
 from anychip.messages import FromWorker, LateInputs, StepDecision, ToWorker, WorkerFailed
 
 log = logging.getLogger("anychip.worker")
@@ -85,4 +85,6 @@ class WorkerProcess:
 
 
 if __name__ == "__main__":
-    sys.exit(WorkerProcess(msgspec.json.decode(read_spec(), type=WorkerSpec)).run())
+    worker_spec = msgspec.json.decode(read_spec(), type=WorkerSpec)
+    end_with_parent(worker_spec.folder)
+    sys.exit(WorkerProcess(worker_spec).run())
