@@ -21,8 +21,14 @@ READY_S = 60
 CHAT = {"messages": [{"role": "user", "content": "How do I reverse a list?"}], "max_tokens": 8, "temperature": 0}
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Server:
-    def __init__(self, *options: str) -> None:
+    """`wait` False returns while the server is still starting."""
+
+    def __init__(self, *options: str, wait: bool = True) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -30,25 +36,26 @@ class Server:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
-        for _ in range(READY_S * 20):
+        for _ in range(READY_S * 20 if wait else 0):
             assert self.process.poll() is None, self.process.stderr.read()
             try:
                 self.client.get("/health")
                 return
             except httpx.TransportError:
                 time.sleep(0.05)
-        raise AssertionError("the server did not start")
+        assert not wait, "the server did not start"
 
     def engine_pid(self) -> int:
-        pid = self.process.pid
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found = children(self.process.pid)
         assert len(found) == 1, f"one engine process is expected, found {found}"
-        return int(found[0])
+        return found[0]
 
     def stop(self) -> int:
         self.client.close()
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        status = self.process.wait(30)
+        assert "Traceback" not in self.process.stderr.read()
+        return status
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +226,37 @@ def test_sigterm_leaves_nothing_running():
     engine = server.engine_pid()
     assert server.stop() == 0
     assert not Path(f"/proc/{engine}").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_starting_leaves_nothing_running(number):
+    server = Server("--device", "cpu", wait=False)
+    while not children(server.process.pid):
+        time.sleep(0.02)
+    engine = server.engine_pid()
+    server.process.send_signal(number)
+    assert server.process.wait(10) == 0
+    assert "Traceback" not in server.process.stderr.read()
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_worker_that_dies_while_nothing_runs_is_noticed():
+    server = Server("--device", "cpu", "--tensor-parallel-size", "2", "--kv-cache-bytes", "32M")
+    try:
+        assert post(server, "/v1/chat/completions", CHAT).status_code == 200
+        workers = children(server.engine_pid())
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        for _ in range(100):
+            if server.client.get("/health").status_code == 503:
+                break
+            time.sleep(0.1)
+        answer = server.client.get("/health")
+        assert answer.status_code == 503
+        assert "worker 1 exited with status -9" in answer.json()["error"]["message"]
+    finally:
+        assert server.stop() == 0
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 def test_the_engine_ends_and_cleans_up_when_the_api_process_is_killed(tmp_path, monkeypatch):

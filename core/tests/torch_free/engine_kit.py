@@ -114,6 +114,9 @@ class FakeExecutor:
         ids = [self._token_of(step_id, row) for row in range(self._sampling[step_id])]
         return StepResult(step_id, array("i", ids).tobytes(), {})
 
+    def check(self) -> None:
+        self.calls.append("check")
+
     def close(self, reason: str) -> None:
         self.calls.append("close")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from anychip.messages import (
     ToEngine,
     WorkerReady,
 )
+
+log = logging.getLogger("anychip.engine")
 
 
 class AsyncEngine:
@@ -49,6 +52,11 @@ class AsyncEngine:
     async def ready(self) -> WorkerReady:
         """Waits for the engine. Raises what kept it from starting."""
         return await self._ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine has reported, and no error."""
+        return self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
 
     def attach(self, outputs: OutputProcessor) -> None:
         """Gives the engine what turns tokens into text, once the tokenizer is read."""
@@ -87,6 +95,8 @@ class AsyncEngine:
         """The engine is gone: every open request learns why, and so does every later one."""
         if self.dead is None:
             self.dead = error
+            if self.is_ready:
+                log.error("requests fail from now on: %s", error)
         if not self._ready.done():
             self._ready.set_exception(error)
         for queue in self._queues.values():

@@ -55,8 +55,8 @@ class EngineLoop:
 
     def _take_messages(self, core: EngineCore, *, wait: bool) -> list[SequenceDelta]:
         deltas: list[SequenceDelta] = []
-        if wait:
-            self._requests.poll(_IDLE_POLL_MS)
+        if wait and not self._requests.poll(_IDLE_POLL_MS):
+            core.executor.check()
         while self._requests.poll(0):
             message = to_engine_decoder.decode(self._requests.recv())
             if isinstance(message, AddRequest):

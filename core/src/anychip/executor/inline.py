@@ -23,5 +23,8 @@ class InlineExecutor:
     def collect(self) -> StepResult:
         return self._pending.popleft().fetch()
 
+    def check(self) -> None:
+        """The worker lives as long as this process."""
+
     def close(self, reason: str) -> None:
         self.worker.close(reason)

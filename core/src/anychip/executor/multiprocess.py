@@ -103,13 +103,16 @@ class MultiprocessExecutor:
         for socket in self._to_workers:
             socket.send(message)
 
+    def check(self) -> None:
+        for rank, child in enumerate(self._children):
+            code = child.exit_code()
+            if code is not None and not self._results.poll(0):
+                raise EngineDead(f"worker {rank} exited with status {code} and left no message")
+
     def _receive(self) -> FromWorker | None:
         """The next message, or None after a poll without one. Raises what a worker died of."""
         if not self._results.poll(_POLL_MS):
-            for rank, child in enumerate(self._children):
-                code = child.exit_code()
-                if code is not None and not self._results.poll(0):
-                    raise EngineDead(f"worker {rank} exited with status {code} and left no message")
+            self.check()
             return None
         message: FromWorker = self._decoder.decode(self._results.recv())
         if isinstance(message, WorkerFailed):

@@ -24,6 +24,10 @@ class Executor(Protocol):
         """Waits for the oldest step. Raises EngineDead when a worker is gone."""
         ...
 
+    def check(self) -> None:
+        """Raises EngineDead when a worker is gone. Called while nothing is in flight."""
+        ...
+
     def close(self, reason: str) -> None: ...
 
 

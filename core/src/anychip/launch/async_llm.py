@@ -24,6 +24,7 @@ from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
 
 _WATCH_INTERVAL_S = 0.25
+_DRAIN_S = 5.0
 
 
 class AsyncLLM:
@@ -97,7 +98,8 @@ class AsyncLLM:
             self._watch.cancel()
         await self.engine.close()
         if self._child is not None:
-            await asyncio.to_thread(self._child.stop, 5.0)
+            # An engine that is still starting does not read messages.
+            await asyncio.to_thread(self._child.stop, _DRAIN_S if self.engine.is_ready else 0.0)
         self._folder.cleanup()
 
     async def _watch_child(self, child: Child) -> None:

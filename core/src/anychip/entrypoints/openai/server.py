@@ -18,6 +18,7 @@ from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import WorkerReady
 
 _DRAIN_S = 30
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(
@@ -63,7 +64,7 @@ async def _serve(
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
     # Until uvicorn installs its own handlers, a signal ends the start.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, main.cancel)
     try:
         worker = await llm.start()
@@ -75,6 +76,11 @@ async def _serve(
             lifespan="off",
         )
         server = uvicorn.Server(settings)
+        # uvicorn handles signals while it serves, and raises them again when it is done: closing must not be
+        # cancelled by that.
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         announce(
             llm,
             worker,
