@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -87,6 +87,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     store: str
     folder: str
+    probe: dict[str, Any]
+    """What the plugin's probe found, as plain values: it is asked once, by who chooses the device."""
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):

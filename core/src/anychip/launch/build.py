@@ -115,6 +115,7 @@ def _spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int, w
         world_size=world_size,
         store=f"file://{folder}/store",
         folder=str(folder),
+        probe=msgspec.to_builtins(chosen.candidate.probe),
     )
 
 

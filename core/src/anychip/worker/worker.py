@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import msgspec
+
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import DeviceUnavailable
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, WorkerReady
@@ -17,10 +19,10 @@ from anychip.plugin_api import (
     GroupSpec,
     KVPlan,
     PeakMemory,
+    ProbeResult,
     Shard,
     StepLimits,
 )
-from anychip.registry.devices import candidate
 from anychip.registry.plugins import load_plugins
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import count_blocks, kv_cache_config, plan_kv
@@ -52,7 +54,10 @@ class Worker:
             raise DeviceUnavailable(f"device {spec.device!r} is not installed in the worker's environment")
         options = manifest.options.parse(manifest.package, config.device_options)
         self.platform = open_platform(
-            manifest, device_indexes=spec.device_indexes, options=options, probe=candidate(manifest).probe
+            manifest,
+            device_indexes=spec.device_indexes,
+            options=options,
+            probe=msgspec.convert(spec.probe, ProbeResult),
         )
         try:
             self.platform.seed(config.seed)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.ops.reference import DenseCacheAttention
-from anychip.plugin_api import AttentionLayer, AttentionSpec, BatchView, Recorder, ShapeKey, Unsupported
+from anychip.plugin_api import AttentionLayer, BatchView, Recorder, ShapeKey
 
 
 @dataclass(slots=True)
@@ -49,18 +49,6 @@ class SdpaPlan:
 
 class SdpaPagedAttention(DenseCacheAttention):
     name = "cpu-sdpa"
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        reasons = []
-        if spec.kind != "decoder":
-            reasons.append(f"attention of kind {spec.kind} is not implemented")
-        if spec.kv_dtype != spec.dtype:
-            reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
-        if spec.alibi or spec.sinks:
-            reasons.append("ALiBi and sinks are not implemented")
-        if reasons:
-            raise Unsupported("anychip-cpu attention", reasons)
-        super().__init__(spec)
 
     # -- planning -----------------------------------------------------------------------------------------
 

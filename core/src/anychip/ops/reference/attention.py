@@ -21,9 +21,22 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 class DenseCacheAttention(AttentionBackend):
-    """Storage shared by backends that keep [num_blocks, 2, block_size, num_kv_heads, head_dim]: keys, values."""
+    """Storage shared by backends that keep [num_blocks, 2, block_size, num_kv_heads, head_dim]: keys, values, in the
+    queries' dtype. What such a backend cannot serve is refused."""
 
     block_sizes: tuple[int, ...] = BLOCK_SIZES
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        reasons = []
+        if spec.kind != "decoder":
+            reasons.append(f"attention of kind {spec.kind} is not implemented")
+        if spec.kv_dtype != spec.dtype:
+            reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
+        if spec.alibi or spec.sinks:
+            reasons.append("ALiBi and sinks are not implemented")
+        if reasons:
+            raise Unsupported(f"attention backend {self.name}", reasons)
+        super().__init__(spec)
 
     def kv_layout(self) -> KVLayout:
         return KVLayout(block_sizes=self.block_sizes, page_bytes=dense_page_bytes(self.spec))
@@ -60,18 +73,6 @@ class ReferenceAttention(DenseCacheAttention):
     """Softmax in float32, GQA by repetition."""
 
     name = "reference"
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        reasons = []
-        if spec.kind != "decoder":
-            reasons.append(f"attention of kind {spec.kind} has no reference yet")
-        if spec.kv_dtype != spec.dtype:
-            reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries has no reference yet")
-        if spec.alibi or spec.sinks:
-            reasons.append("ALiBi and sinks have no reference yet")
-        if reasons:
-            raise Unsupported("reference attention", reasons)
-        super().__init__(spec)
 
     def attend(
         self,
