@@ -113,3 +113,12 @@ def test_an_unknown_variable_is_refused():
     done = anychip("devices", ANYCHIP_DEVIEC="cpu")
     assert done.returncode == 2
     assert "unknown variable ANYCHIP_DEVIEC" in done.stderr
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_said(tmp_path: Path):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    done = anychip("generate", "--prompt", "x", TMPDIR=str(deep))
+    assert done.returncode == 2
+    assert "set TMPDIR to a shorter path" in done.stderr
+    assert not list(deep.iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from anychip.engine.outputs import RequestOutput
 from anychip.errors import EngineDead, InvalidRequest
 from anychip.launch.build import resolve_max_model_len
 from anychip.launch.child import Child
+from anychip.launch.folder import private_folder
 from anychip.launch.spec import EngineSpec, encode_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
@@ -33,7 +33,7 @@ class AsyncLLM:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.model = load_model_config(config.model)
-        self._folder = tempfile.TemporaryDirectory(prefix="anychip-")
+        self._folder = private_folder()
         self._child: Child | None = None
         self._watch: asyncio.Task[None] | None = None
         self.tokenizer: Tokenizer | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import InvalidRequest
 from anychip.launch.build import build_engine, resolve_max_model_len
+from anychip.launch.folder import private_folder
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
 from anychip.registry.plugins import load_plugins
@@ -37,7 +37,7 @@ class LLM:
         self.config = EngineConfig(model=model, **settings)
         model_config = load_model_config(model)
         self.tokenizer = None if self.config.skip_tokenizer else Tokenizer.load(self.config.tokenizer or model)
-        self._folder = tempfile.TemporaryDirectory(prefix="anychip-")
+        self._folder = private_folder()
         try:
             self.engine = build_engine(self.config, model_config, load_plugins(), Path(self._folder.name))
         except BaseException:
