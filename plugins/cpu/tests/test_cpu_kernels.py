@@ -14,7 +14,9 @@ from anychip.plugin_api import (
     AttentionLayer,
     AttentionSpec,
     BatchView,
+    EngineConfig,
     MoESpec,
+    Placement,
     PlatformContext,
     ProbeResult,
     Routing,
@@ -25,7 +27,7 @@ from anychip_cpu import MANIFEST, CpuOptions
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.moe import GroupedMoE
 from anychip_cpu.platform import CpuPlatform
-from anychip_cpu.probe import probe
+from anychip_cpu.probe import available_cores, probe
 
 BLOCK = 16
 OPS = resolve_ops("cpu", {}).ops
@@ -191,3 +193,13 @@ def test_the_host_is_always_found():
     result = probe()
     assert result.devices[0].total_memory
     assert not result.reason
+
+
+def test_workers_share_the_cores():
+    def threads(world_size: int, **options: str) -> str | None:
+        placement = Placement(rank=0, world_size=world_size, device_indexes=(0,))
+        return MANIFEST.worker_env(EngineConfig(device_options=options), placement).get("OMP_NUM_THREADS")
+
+    assert threads(1) is None
+    assert threads(2) == str(max(1, available_cores() // 2))
+    assert threads(2, threads="7") is None

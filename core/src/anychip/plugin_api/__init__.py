@@ -3,6 +3,7 @@
 Start at PlatformManifest and Platform; docs/writing-a-plugin.md walks through them.
 """
 
+from anychip.config import EngineConfig
 from anychip.errors import DeviceFault, Unsupported
 from anychip.plugin_api.attention import (
     AttentionBackend,
@@ -55,7 +56,7 @@ from anychip.types import NULL_BLOCK, PADDING_SLOT
 __all__ = [
     "API_VERSION", "FEATURES", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "ActFormat",
     "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "Communicator",
-    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "Event", "ExpertParallel", "ForwardContext",
+    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event", "ExpertParallel", "ForwardContext",
     "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel",
     "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory",
     "Placement", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,8 +79,4 @@ class CpuPlatform(Platform):
         return GraphCapture()
 
     def communicator(self, group: GroupSpec) -> Communicator:
-        if group.size == 1:
-            return Communicator(group)
-        if not self.cpu_options.threads:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // group.size))
-        return GlooCommunicator(group)
+        return GlooCommunicator(group) if group.size > 1 else Communicator(group)

@@ -14,13 +14,18 @@ MAX_RANKS = 16
 def probe() -> ProbeResult:
     """Always finds the host. Each index is the same processor, with its share of the cores."""
     name = _processor_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     memory = total_memory()
     devices = tuple(
         DeviceInfo(index=index, name=name, total_memory=memory, detail=f"{cores} cores, shared by all ranks")
         for index in range(MAX_RANKS)
     )
     return ProbeResult(devices=devices, versions={"kernel": platform.release()})
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def total_memory() -> int | None:
