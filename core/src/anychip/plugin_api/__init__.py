@@ -56,8 +56,8 @@ from anychip.types import NULL_BLOCK, PADDING_SLOT
 __all__ = [
     "API_VERSION", "FEATURES", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "ActFormat",
     "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "Communicator",
-    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event", "ExpertParallel", "ForwardContext",
-    "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel",
+    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event", "ExpertParallel",
+    "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel",
     "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory",
     "Placement", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest",
     "ProbeResult", "QKNorm", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
