@@ -214,9 +214,10 @@ def test_a_dead_engine_fails_its_requests_and_health():
             rest = "\n".join(lines)
         assert "killed by signal 9" in rest
         assert server.client.get("/health").status_code == 503
-        answer = post(server, "/v1/chat/completions", CHAT)
-        assert answer.status_code == 503
-        assert "killed by signal 9" in answer.json()["error"]["message"]
+        for stream in (False, True):
+            answer = post(server, "/v1/chat/completions", CHAT | {"stream": stream})
+            assert answer.status_code == 503
+            assert "killed by signal 9" in answer.json()["error"]["message"]
     finally:
         assert server.stop() == 0
 

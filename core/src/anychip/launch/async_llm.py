@@ -76,7 +76,10 @@ class AsyncLLM:
         cache_salt: str = "",
         add_special_tokens: bool = True,
     ) -> AsyncIterator[RequestOutput]:
-        """Checks the request at once, raising InvalidRequest; the iterator then streams its outputs."""
+        """Checks the request at once, raising InvalidRequest, or EngineDead when there is no engine to run it; the
+        iterator then streams its outputs."""
+        if self.engine.dead is not None:
+            raise self.engine.dead
         request = self.inputs.process(
             request_id,
             prompt,
