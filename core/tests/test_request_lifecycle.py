@@ -9,16 +9,14 @@ from pathlib import Path
 from types import FrameType
 
 import httpx
-import msgspec
 import pytest
 
 import anychip_cpu.attention
-from anychip.config import EngineConfig
+from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
 from anychip.entrypoints.openai.app import make_app
 from anychip.launch import async_llm, engine_main
 from anychip.launch.async_llm import AsyncLLM
-from anychip.launch.spec import EngineSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "request-lifecycle.md"
 MAX_FRAMES, MAX_HOPS = 20, 2
@@ -27,8 +25,8 @@ MAX_FRAMES, MAX_HOPS = 20, 2
 class EngineThread:
     """launch.child.Child, but the engine runs in a thread, so that one trace sees both sides."""
 
-    def __init__(self, module: str, spec: bytes) -> None:
-        self._thread = threading.Thread(target=engine_main.main, args=(msgspec.json.decode(spec, type=EngineSpec),))
+    def __init__(self, module: str, spec: EngineSpec) -> None:
+        self._thread = threading.Thread(target=engine_main.main, args=(spec,))
         self._thread.start()
 
     def exit_code(self) -> int | None:

@@ -91,6 +91,13 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the plugin's probe found, as plain values: it is asked once, by who chooses the device."""
 
 
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is told: its configuration, and the folder of its sockets."""
+
+    config: EngineConfig
+    folder: str
+
+
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """The ANYCHIP_* variables. An unknown one is an error, so that a misspelling is not silence."""
 

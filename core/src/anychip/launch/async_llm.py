@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anychip.config import EngineConfig
+from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt
 from anychip.engine.output_processor import OutputProcessor
@@ -17,7 +17,6 @@ from anychip.errors import EngineDead, InvalidRequest
 from anychip.launch.build import resolve_max_model_len
 from anychip.launch.child import Child
 from anychip.launch.folder import private_folder
-from anychip.launch.spec import EngineSpec, encode_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
 from anychip.sampling_params import SamplingParams
@@ -44,9 +43,7 @@ class AsyncLLM:
         folder = Path(self._folder.name)
         self.engine = AsyncEngine(folder)
         self.engine.bind()
-        self._child = Child(
-            "anychip.launch.engine_main", encode_spec(EngineSpec(config=self.config, folder=str(folder)))
-        )
+        self._child = Child("anychip.launch.engine_main", EngineSpec(config=self.config, folder=str(folder)))
         self._watch = asyncio.create_task(self._watch_child(self._child))
         if not self.config.skip_tokenizer:
             self.tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model)

@@ -15,7 +15,7 @@ from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.protocol import Executor, StepWorker
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.child import Child
-from anychip.launch.spec import check_fits, encode_spec, longest_that_fits
+from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig
 from anychip.plugin_api.manifest import Decision, Placement
@@ -100,7 +100,7 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) ->
         return InlineExecutor(load_worker(specs[0]))
 
     def start(rank: int) -> Child:
-        return Child("anychip.launch.worker_main", encode_spec(specs[rank]), environments[rank])
+        return Child("anychip.launch.worker_main", specs[rank], environments[rank])
 
     return MultiprocessExecutor(folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s)
 

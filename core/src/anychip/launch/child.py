@@ -14,13 +14,15 @@ import sys
 import threading
 from collections.abc import Mapping
 
-from anychip.config import child_environment
+import msgspec
+
+from anychip.config import EngineSpec, WorkerSpec, child_environment
 
 
 class Child:
-    """`python -m module`, given `spec` on standard input."""
+    """`python -m module`, given `spec` on standard input as one line of JSON."""
 
-    def __init__(self, module: str, spec: bytes, extra_env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, module: str, spec: EngineSpec | WorkerSpec, extra_env: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
@@ -28,7 +30,7 @@ class Child:
             start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops its children in order
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(spec)
+        self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
         self._process.stdin.flush()
 
     def exit_code(self) -> int | None:

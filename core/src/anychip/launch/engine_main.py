@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
+from anychip.config import EngineSpec
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.engine_loop import EngineLoop
 from anychip.errors import AnychipError
 from anychip.launch.build import build_engine
 from anychip.launch.child import end_with_parent, read_spec
-from anychip.launch.spec import EngineSpec
 from anychip.model_config import load_model_config
 from anychip.registry.plugins import load_plugins
 

@@ -1,19 +1,11 @@
-"""What a child process is told when it starts: one JSON document on its standard input."""
+"""Whether the KV cache holds one request of the model's length, and the longest that it does hold."""
 
 from __future__ import annotations
 
-import msgspec
-
-from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import KVCacheTooSmall
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import KVCacheConfig, WorkerReady
 from anychip.types import cdiv
-
-
-class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    config: EngineConfig
-    folder: str
 
 
 def check_fits(ready: WorkerReady, max_model_len: int, max_step_tokens: int) -> None:
@@ -39,7 +31,3 @@ def longest_that_fits(kv: KVCacheConfig, max_step_tokens: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-def encode_spec(spec: WorkerSpec | EngineSpec) -> bytes:
-    return msgspec.json.encode(spec) + b"\n"
