@@ -1,7 +1,8 @@
 """What a step costs beside the device: schedule, delta encoding, the workers' apply, and the update with results.
 
 The executor is a fake that answers at once with one token per row; every request decodes. The median step time is
-fitted as fixed + slope x running requests over 16 to 1,024 requests.
+fitted as fixed + slope x running requests over 16 to 1,024 requests, for a model of one KV group (full attention) and
+for one of two (full attention and a sliding window).
 
     python benchmarks/engine_overhead.py [--output benchmarks/results/engine_overhead.json]
 """
@@ -31,6 +32,10 @@ from anychip.worker.input_batch import InputBatch
 BLOCK_SIZE = 16
 PROMPT = 64
 STEPS = 400
+LAYOUTS = {
+    "full attention": (KVGroup(BLOCK_SIZE),),
+    "full attention and a window": (KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE, window=128)),
+}
 COUNTS = (16, 64, 128, 256, 512, 768, 1024)
 TARGET_SLOPE_US, TARGET_FIXED_US = 3.0, 100.0
 
@@ -38,18 +43,18 @@ TARGET_SLOPE_US, TARGET_FIXED_US = 3.0, 100.0
 class FakeWorker:
     """Applies deltas as a worker does, and answers every sampling row with a token."""
 
-    def __init__(self, num_seqs: int, max_len: int) -> None:
+    def __init__(self, num_seqs: int, max_len: int, num_groups: int) -> None:
         pages = -(-max_len // BLOCK_SIZE)
         limits = StepLimits(
             max_num_tokens=num_seqs * PROMPT,
             max_num_reqs=num_seqs,
             max_model_len=max_len,
             max_slots=num_seqs,
-            max_pages=(pages,),
+            max_pages=(pages,) * num_groups,
         )
         self.batch = InputBatch(
             limits=limits,
-            block_sizes=(BLOCK_SIZE,),
+            block_sizes=(BLOCK_SIZE,) * num_groups,
             slot_dtype="int64",
             dummy_padding=False,
             vocab_size=32000,
@@ -63,18 +68,18 @@ class FakeWorker:
         return StepResult(rows.step_id, np.full(len(rows.sampling), 7, dtype=np.int32).tobytes(), {})
 
 
-def measure(num_seqs: int) -> dict[str, float]:
+def measure(num_seqs: int, groups: tuple[KVGroup, ...]) -> dict[str, float]:
     """Median microseconds of one step with `num_seqs` decoding requests, by part."""
     max_len = PROMPT + STEPS + 64
-    blocks = 1 + num_seqs * -(-max_len // BLOCK_SIZE)
+    blocks = 1 + len(groups) * num_seqs * -(-max_len // BLOCK_SIZE)
     scheduler = Scheduler(
-        kv=KVCacheManager(KVCacheConfig(blocks, (KVGroup(BLOCK_SIZE),)), prefix_caching=True),
+        kv=KVCacheManager(KVCacheConfig(blocks, groups), prefix_caching=True),
         policy=SchedulingPolicy(),
         rules=DeviceRules(),
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs * PROMPT,
     )
-    worker, encoder = FakeWorker(num_seqs, max_len), msgspec.msgpack.Encoder()
+    worker, encoder = FakeWorker(num_seqs, max_len, len(groups)), msgspec.msgpack.Encoder()
     rng = np.random.default_rng(0)
     sampling = SamplingParams(max_tokens=STEPS + 32)
     for index in range(num_seqs):
@@ -116,27 +121,35 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    runs = [{count: measure(count) for count in COUNTS} for _ in range(arguments.repeats)]
-    medians = {
-        count: {part: statistics.median(run[count][part] for run in runs) for part in runs[0][count]}
-        for count in COUNTS
-    }
-    slope, fixed = np.polyfit(COUNTS, [medians[count]["total"] for count in COUNTS], 1)
-    print(f"{'requests':>9} {'schedule':>9} {'encode':>9} {'apply':>9} {'update':>9} {'total us':>9}")
-    for count, row in medians.items():
-        print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
-    print(f"slope {slope:.2f} us per request (goal {TARGET_SLOPE_US}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
+    layouts = {name: measure_layout(name, groups, arguments.repeats) for name, groups in LAYOUTS.items()}
     if arguments.output:
         write(
             arguments.output,
             {
                 "benchmark": "engine_overhead",
                 "command": "python benchmarks/engine_overhead.py",
-                "slope_us_per_request": round(float(slope), 3),
-                "fixed_us_per_step": round(float(fixed), 1),
-                "median_us": {str(count): {k: round(v, 1) for k, v in row.items()} for count, row in medians.items()},
+                "layouts": layouts,
             },
         )
+
+
+def measure_layout(name: str, groups: tuple[KVGroup, ...], repeats: int) -> dict[str, object]:
+    """Slope, fixed part and medians of one KV layout, printed and returned."""
+    runs = [{count: measure(count, groups) for count in COUNTS} for _ in range(repeats)]
+    medians = {
+        count: {part: statistics.median(run[count][part] for run in runs) for part in runs[0][count]}
+        for count in COUNTS
+    }
+    slope, fixed = np.polyfit(COUNTS, [medians[count]["total"] for count in COUNTS], 1)
+    print(f"\n{name}\n{'requests':>9} {'schedule':>9} {'encode':>9} {'apply':>9} {'update':>9} {'total us':>9}")
+    for count, row in medians.items():
+        print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
+    print(f"slope {slope:.2f} us per request (goal {TARGET_SLOPE_US}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
+    return {
+        "slope_us_per_request": round(float(slope), 3),
+        "fixed_us_per_step": round(float(fixed), 1),
+        "median_us": {str(count): {k: round(v, 1) for k, v in row.items()} for count, row in medians.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -134,18 +134,24 @@ class KVCacheManager:
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Makes room for the next `num_tokens`, recording what changed. False, with nothing changed but blocks
         that a window has passed, when the pool is short."""
-        start = request.num_computed
-        end = start + num_tokens
-        if len(self.groups) == 1:  # the plain case: one table, nothing new in most decode steps
-            group, table = self.groups[0], request.block_ids[0]
-            if (
-                group.window is None
-                and end <= len(table) * group.block_size
-                and self.pool.is_writable(table[start // group.block_size])
-                and num_tokens == 1
-            ):
-                return True
-        return self._allocate_groups(request, start, end)
+        if num_tokens == 1 and self._holds_next(request):
+            return True
+        return self._allocate_groups(request, request.num_computed, request.num_computed + num_tokens)
+
+    def _holds_next(self, request: Request) -> bool:
+        """Whether the next token needs no change at all, as in most decode steps: in every group its block is
+        there and writable, and no block has fallen out of the window."""
+        start, is_writable = request.num_computed, self.pool.is_writable
+        for group, table in zip(self.groups, request.block_ids, strict=True):
+            size, window = group.block_size, group.window
+            at = start // size
+            if at >= len(table) or not is_writable(table[at]):
+                return False
+            if window is not None and start >= window:
+                first = (start - window + 1) // size
+                if first and table[first - 1] != NULL_BLOCK:
+                    return False
+        return True
 
     def _allocate_groups(self, request: Request, start: int, end: int) -> bool:
         wanted: list[tuple[int, int, int, list[int]]] = []  # group, table length, new blocks, indexes to copy
