@@ -119,10 +119,11 @@ def test_dummy_weights_need_no_file_and_are_the_same_every_time(checkpoint):
         (
             {"architectures": ["MysteryForCausalLM"]},
             ConfigError,
-            "'MysteryForCausalLM' is not supported; supported are",
+            "'MysteryForCausalLM' has no native family and transformers [0-9.]+ does not implement it",
         ),
         ({"architectures": []}, CheckpointError, "names no architecture"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, Unsupported, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, Unsupported, "rope_type 'spiral'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, CheckpointError, "have no 'factor'"),
     ],
 )
 def test_a_model_that_nobody_builds_is_refused(checkpoint, change, error, expected):

@@ -27,6 +27,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "auto"
     device_options: dict[str, str] = {}
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    model_impl: Literal["auto", "native", "transformers"] = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    generation_config: Literal["auto", "none"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     max_model_len: int | None = None
     max_num_seqs: int = 128

@@ -70,7 +70,7 @@ def load_model_config(model: str) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
-            intermediate_size=int(raw["intermediate_size"]),
+            intermediate_size=int(raw.get("intermediate_size") or 4 * raw["hidden_size"]),
             max_positions=int(raw["max_position_embeddings"]),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=float(_rope_parameters(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),

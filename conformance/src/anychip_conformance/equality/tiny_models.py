@@ -10,13 +10,35 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 VOCAB_SIZE = 512
@@ -73,21 +95,125 @@ def _gemma2() -> PreTrainedModel:
     )
 
 
+def _gemma3() -> PreTrainedModel:
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_COMMON, sliding_window=32, query_pre_attn_scalar=24, layer_types=kinds, rope_parameters=ropes
+        )
+    )
+
+
+def _mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=32, tie_word_embeddings=False))
+
+
+def _mixtral() -> PreTrainedModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**_COMMON, **experts, tie_word_embeddings=False))
+
+
+def _qwen2() -> PreTrainedModel:
+    windows = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**_COMMON, **windows, tie_word_embeddings=True))
+
+
+def _phi3() -> PreTrainedModel:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0],
+        "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 256,
+    }
+    return Phi3ForCausalLM(Phi3Config(**_COMMON, rope_parameters=rope, tie_word_embeddings=False))
+
+
+def _granite() -> PreTrainedModel:
+    multipliers = {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    }
+    return GraniteForCausalLM(GraniteConfig(**_COMMON, **multipliers, tie_word_embeddings=True))
+
+
+def _gpt_oss() -> PreTrainedModel:
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    }
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}
+    return GptOssForCausalLM(GptOssConfig(**_COMMON, **experts, rope_parameters=rope, tie_word_embeddings=False))
+
+
+def _olmo2() -> PreTrainedModel:
+    return Olmo2ForCausalLM(Olmo2Config(**_without("head_dim"), tie_word_embeddings=False))
+
+
+def _stablelm() -> PreTrainedModel:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    settings = {"use_qkv_bias": True, "qk_layernorm": True, "rope_parameters": rope}
+    return StableLmForCausalLM(StableLmConfig(**_without("head_dim"), **settings, tie_word_embeddings=False))
+
+
+def _gpt_neox() -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_without("head_dim", "num_key_value_heads"), use_parallel_residual=True))
+
+
+def _phi() -> PreTrainedModel:
+    """Falcon's form, attention and feed-forward in parallel after one norm, in code that has the interface."""
+    return PhiForCausalLM(PhiConfig(**_without("head_dim"), tie_word_embeddings=False))
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in _COMMON.items() if name not in names}
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "qwen3-moe": _qwen3_moe,
     "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "phi3": _phi3,
+    "granite": _granite,
+    "gpt-oss": _gpt_oss,
 }
+"""What has a native family."""
+
+THROUGH_TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "olmo2": _olmo2,
+    "stablelm": _stablelm,
+    "gpt-neox": _gpt_neox,
+    "phi": _phi,
+}
+"""What has none, and runs in transformers' own code."""
 
 
 def make_checkpoint(family: str, folder: Path) -> PreTrainedModel:
     """Saves the family's checkpoint to `folder` and returns the model, in float32 with eager attention."""
-    torch.manual_seed(list(FAMILIES).index(family))
-    model = FAMILIES[family]()
+    makers = {**FAMILIES, **THROUGH_TRANSFORMERS}
+    torch.manual_seed(list(makers).index(family))
+    model = makers[family]()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones (zeros for Gemma) would hide a norm that is left out
+            # Ones and zeros would hide a norm, a bias or a sink that is left out.
+            if any(word in name for word in ("norm", "bias", "sinks")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.config._attn_implementation = "eager"
     model.eval().save_pretrained(folder)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceMoE
-from anychip.ops.reference.functional import gated_activation
+from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceMoE, softmax_with_sinks
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     AttentionBackend,
@@ -60,7 +59,7 @@ class FunctionalAttention(DenseCacheAttention):
         q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=plan.positions, rope=rope, qk_norm=qk_norm)
         if k is not None and v is not None:
             cache = self._written(cache, k, v, plan.slot_mapping)
-        return self._attended(q, cache, plan, layer.scale), cache
+        return self._attended(q, cache, plan, layer), cache
 
     def _written(self, cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         size = cache.shape[2]
@@ -71,7 +70,7 @@ class FunctionalAttention(DenseCacheAttention):
         written = extended.index_copy(0, target, torch.stack((k, v), dim=1))[:-1]
         return written.unflatten(0, (-1, size)).transpose(1, 2)
 
-    def _attended(self, q: Tensor, cache: Tensor, plan: FunctionalPlan, scale: float) -> Tensor:
+    def _attended(self, q: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer) -> Tensor:
         size, spec = cache.shape[2], self.spec
         pages = cache[plan.tables]  # [num_tokens, pages, 2, size, kv_heads, dim]
         k, v = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
@@ -81,11 +80,12 @@ class FunctionalAttention(DenseCacheAttention):
             visible = visible & (keys > plan.positions.unsqueeze(-1) - spec.window)
         visible = visible & plan.valid.unsqueeze(-1)
         grouped = q.unflatten(1, (spec.num_kv_heads, -1)).float()  # [num_tokens, kv_heads, share, dim]
-        scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * scale
+        scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * layer.scale
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-        weights = torch.softmax(scores, dim=-1).masked_fill(~visible[:, None, None], 0)
+        sinks = None if layer.sinks is None else layer.sinks.view(1, spec.num_kv_heads, -1, 1)
+        weights = softmax_with_sinks(scores, sinks).masked_fill(~visible[:, None, None], 0)
         v = v.float().masked_fill(~visible[:, :, None, None], 0)
         return torch.einsum("tgsk,tkgd->tgsd", weights, v).flatten(1, 2).to(q.dtype)
 
@@ -98,9 +98,7 @@ class DenseMoE(ReferenceMoE):
     def experts(
         self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
     ) -> Tensor:
-        hidden = torch.einsum("th,efh->tef", x, packed.gate_up)
-        hidden = gated_activation(gate_up=hidden, activation=self.spec.activation)
-        outputs = torch.einsum("tef,ehf->teh", hidden, packed.down).float()
+        outputs = torch.stack([self.expert(x, packed, e) for e in range(len(packed.gate_up))], dim=1).float()
         share = torch.zeros(outputs.shape[:2]).scatter_add(1, routing.expert_ids, routing.weights)
         return (outputs * share.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 

@@ -139,6 +139,7 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The device's kernel: lengths are host arguments, as some vendors' kernels have them."""
     spec = AttentionSpec(
@@ -156,7 +157,7 @@ def paged_attention(
         if count:
             pages = cache[table[row, : -(-length // BLOCK_SIZE)].long()]
             k, v = pages[:, 0].flatten(0, 1)[:length], pages[:, 1].flatten(0, 1)[:length]
-            out[begin : begin + count] = attend_row(q[begin : begin + count], k, v, spec, scale)
+            out[begin : begin + count] = attend_row(q[begin : begin + count], k, v, spec, scale, sinks)
         begin += count
     return out
 
@@ -249,7 +250,7 @@ class HostlenAttention(DenseCacheAttention):
         spec = self.spec
         result = paged_attention(
             q, cache, plan.table, plan.query_lens, plan.seq_lens, spec.num_kv_heads, layer.scale,
-            spec.window or 0, spec.softcap or 0.0,
+            spec.window or 0, spec.softcap or 0.0, layer.sinks,
         )  # fmt: skip
         if plan.recorder is not None and self._graphs.recording is not None:
             task = next(t for t in reversed(self._graphs.recording.tasks) if "paged_attention" in t.run.name())

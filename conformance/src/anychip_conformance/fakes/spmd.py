@@ -85,6 +85,7 @@ class MeetingCommunicator(Communicator):
 class SpmdPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
+        kv_dtypes=frozenset({"float32", "bfloat16"}),
         block_sizes=FunctionalAttention.block_sizes,
         kv_write="functional",
         collectives="compiler",

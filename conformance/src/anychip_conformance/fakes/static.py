@@ -104,6 +104,7 @@ class StaticShapes(ShapePolicy):
 class StaticPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
+        kv_dtypes=frozenset({"float32", "bfloat16"}),
         block_sizes=FunctionalAttention.block_sizes,
         kv_write="functional",
         stale_kv="must_be_finite",

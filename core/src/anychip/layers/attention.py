@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
+from anychip.layers.kv_scales import want_kv_scales
 from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from anychip.layers.norm import RMSNorm
-from anychip.plugin_api import ActFormat, AttentionLayer, AttentionSpec, ForwardContext, QKNorm, Rope
+from anychip.plugin_api import ActFormat, AttentionLayer, AttentionSpec, ForwardContext, QKNorm, Rope, WeightView
+from anychip.weights.matrix import Span
 
 
 class Attention:
-    """`spec` holds this rank's head counts; `scale` multiplies q.k."""
+    """`spec` holds this rank's head counts; `scale` multiplies q.k. `fused_qkv` names the one checkpoint matrix that
+    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`."""
 
     def __init__(
         self,
@@ -27,39 +30,64 @@ class Attention:
         scale: float,
         rope: Rope,
         bias: bool = False,
+        output_bias: bool | None = None,
         qk_norm_eps: float | None = None,
+        qk_norm_unit_offset: bool = False,
+        fused_qkv: str | None = None,
     ) -> None:
         dim = spec.head_dim
-        heads = builder.split(num_heads, "query heads").times(dim)
-        kv_heads = builder.split_heads(num_kv_heads).times(dim)
-        self.qkv = ColumnParallelLinear(
-            builder,
-            in_features=hidden_size,
-            projections=[
-                Projection("q", f"{name}.q_proj", num_heads * dim, heads),
-                Projection("k", f"{name}.k_proj", num_kv_heads * dim, kv_heads),
-                Projection("v", f"{name}.v_proj", num_kv_heads * dim, kv_heads),
-            ],
-            bias=bias,
-        )
+        q_heads = builder.split(num_heads, "query heads")
+        heads, kv_heads = q_heads.times(dim), builder.split_heads(num_kv_heads).times(dim)
+        q_rows, kv_rows = num_heads * dim, num_kv_heads * dim
+        if fused_qkv is None:
+            projections = [
+                Projection("q", f"{name}.q_proj", q_rows, heads),
+                Projection("k", f"{name}.k_proj", kv_rows, kv_heads),
+                Projection("v", f"{name}.v_proj", kv_rows, kv_heads),
+            ]
+        else:
+            fused, rows = f"{name}.{fused_qkv}", q_rows + 2 * kv_rows
+            projections = [
+                Projection("q", fused, rows, heads),
+                Projection("k", fused, rows, kv_heads.after(q_rows)),
+                Projection("v", fused, rows, kv_heads.after(q_rows + kv_rows)),
+            ]
+        self.qkv = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
         self.output = RowParallelLinear(
             builder,
             name=f"{name}.o_proj",
-            in_features=num_heads * dim,
+            in_features=q_rows,
             span=heads,
             out_features=hidden_size,
-            bias=bias,
+            bias=bias if output_bias is None else output_bias,
         )
         self.sizes = [heads.count, kv_heads.count, kv_heads.count]
         self.head_dim = dim
         self.backend = builder.platform.attention(spec)
         self.layer = AttentionLayer(index=index, scale=scale, ops=builder.ops)
+        if spec.sinks:
+            self.layer.sinks = self._wanted(builder, f"{name}.sinks", num_heads, q_heads)
+        if builder.kv_scales:
+            want_kv_scales(builder, name, spec, num_kv_heads, self.layer)
         self.rope = rope
         self.qk_norm: QKNorm | None = None
         if qk_norm_eps is not None:
             q_norm = RMSNorm(builder, name=f"{name}.q_norm", size=dim, eps=qk_norm_eps)
             k_norm = RMSNorm(builder, name=f"{name}.k_norm", size=dim, eps=qk_norm_eps)
-            self.qk_norm = QKNorm(q_weight=q_norm.weight, k_weight=k_norm.weight, eps=qk_norm_eps)
+            self.qk_norm = QKNorm(
+                q_weight=q_norm.weight, k_weight=k_norm.weight, eps=qk_norm_eps, unit_offset=qk_norm_unit_offset
+            )
+
+    @staticmethod
+    def _wanted(builder: Builder, name: str, size: int, span: Span) -> Tensor:
+        """This rank's share of a vector [size], float32."""
+        held = builder.platform.empty((span.count,), "float32", "weights")
+
+        def take(view: WeightView) -> None:
+            held.copy_(view.read(span.bounds))
+
+        builder.weights.want(name, (size,), take)
+        return held
 
     @property
     def accepts(self) -> ActFormat:

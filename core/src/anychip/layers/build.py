@@ -1,36 +1,19 @@
-"""What layers are built with, and the register in which each says which checkpoint tensors it wants."""
+"""What layers are built with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from anychip.errors import ConfigError
-from anychip.plugin_api import Ops, Platform, Shard, WeightView
+from anychip.plugin_api import Ops, Platform, QuantScheme, Shard
+from anychip.quantization.format import WeightFormat
 from anychip.types import DType
+from anychip.weights.matrix import Span
+from anychip.weights.register import WeightRegister
 
-
-@dataclass(frozen=True, slots=True)
-class WeightSlot:
-    """One checkpoint tensor that a layer wants: its whole shape, and the function that reads this rank's share."""
-
-    name: str
-    shape: tuple[int, ...]
-    load: Callable[[WeightView], None]
-
-
-@dataclass(slots=True)
-class WeightRegister:
-    """Filled while layers are built, emptied by the loader."""
-
-    slots: dict[str, WeightSlot] = field(default_factory=dict)
-    finishers: list[Callable[[], None]] = field(default_factory=list)
-    ignored: tuple[str, ...] = ()
-    """Endings of tensor names that a checkpoint may hold and the model does not use."""
-
-    def want(self, name: str, shape: tuple[int, ...], load: Callable[[WeightView], None]) -> None:
-        assert name not in self.slots, f"two layers want {name}"
-        self.slots[name] = WeightSlot(name, shape, load)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +25,21 @@ class Builder:
     shard: Shard
     dtype: DType
     weights: WeightRegister
+    formats: WeightFormat
+    kv_scales: bool = False
+    """Whether the KV cache is quantized, so that layers want its scales."""
+
+    def scheme(self, modules: Sequence[str], in_features: int) -> QuantScheme | None:
+        """The one scheme of modules that are packed into one product."""
+        schemes = {module: self.formats.scheme(module, in_features) for module in modules}
+        first = schemes[modules[0]]
+        for module, scheme in schemes.items():
+            if scheme != first:
+                raise ConfigError(
+                    f"{modules[0]} is stored as {_name(first)} and {module} as {_name(scheme)}: they are one product "
+                    "here and need one scheme"
+                )
+        return first
 
     def split(self, total: int, what: str) -> Span:
         """This rank's equal share of `total`."""
@@ -60,19 +58,8 @@ class Builder:
         return Span(rank * num_kv_heads // size, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`count` of something, from `start`."""
-
-    start: int
-    count: int
-
-    def times(self, unit: int) -> Span:
-        return Span(self.start * unit, self.count * unit)
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        return self.start, self.start + self.count
+def _name(scheme: QuantScheme | None) -> str:
+    return "plain values" if scheme is None else f"{scheme.name} by {scheme.scales}"
 
 
 def _uneven(total: int, size: int, what: str) -> ConfigError:

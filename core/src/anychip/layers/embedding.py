@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from anychip.layers.build import Builder, Span
+from anychip.layers.build import Builder
 from anychip.plugin_api import LinearPart, LinearSpec, WeightView
 from anychip.types import cdiv
+from anychip.weights.matrix import Span, stream
 
 
-def vocabulary_share(builder: Builder, vocab_size: int) -> Span:
-    """This rank's tokens. Ranks hold equally many rows; the last one's tail may lie past the vocabulary."""
-    rows = cdiv(vocab_size, builder.shard.size)
-    return Span(builder.shard.rank * rows, rows)
+@dataclass(frozen=True, slots=True)
+class VocabularyShare(Span):
+    """A rank's tokens. Ranks hold equally many rows; the last one's tail may lie past the vocabulary."""
+
+    @classmethod
+    def of(cls, builder: Builder, vocab_size: int) -> VocabularyShare:
+        rows = cdiv(vocab_size, builder.shard.size)
+        return cls(builder.shard.rank * rows, rows)
+
+    def held(self, vocab_size: int) -> Span:
+        """The rows that the checkpoint has."""
+        start = min(self.start, vocab_size)
+        return Span(start, min(self.start + self.count, vocab_size) - start)
 
 
 class VocabParallelEmbedding:
@@ -22,23 +34,21 @@ class VocabParallelEmbedding:
     def __init__(self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int) -> None:
         self.ops = builder.ops
         self.communicator = builder.shard.communicator
-        self.share = vocabulary_share(builder, vocab_size)
+        self.share = VocabularyShare.of(builder, vocab_size)
         self.weight = builder.platform.empty((self.share.count, hidden_size), builder.dtype, "weights")
 
-        def load(view: WeightView) -> None:
-            self.weight.copy_(read_share(self.share, vocab_size, hidden_size, view))
+        def take(view: WeightView) -> None:
+            held = self.share.held(vocab_size)
+            self.weight[held.count :].zero_()
+            stream(view, held, Span(0, hidden_size), self._copy)
 
-        builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), load)
+        builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), take)
+
+    def _copy(self, rows: Tensor, first: int) -> None:
+        self.weight[first : first + len(rows)].copy_(rows)
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.communicator.all_reduce(self.ops.embedding(ids=ids, weight=self.weight, first=self.share.start))
-
-
-def read_share(share: Span, vocab_size: int, hidden_size: int, view: WeightView) -> Tensor:
-    """A vocabulary share's rows [share.count, hidden_size]; rows past the vocabulary are zeros."""
-    start, stop = min(share.start, vocab_size), min(share.start + share.count, vocab_size)
-    rows = view.read((start, stop), (0, hidden_size))
-    return rows if stop - start == share.count else F.pad(rows, (0, 0, 0, share.count - (stop - start)))
 
 
 class LMHead:
@@ -58,7 +68,7 @@ class LMHead:
     ) -> None:
         self.vocab_size = vocab_size
         self.communicator = builder.shard.communicator
-        share = vocabulary_share(builder, vocab_size)
+        share = VocabularyShare.of(builder, vocab_size)
         self.kernel = builder.platform.linear(
             LinearSpec(
                 in_features=hidden_size,
@@ -68,17 +78,23 @@ class LMHead:
             )
         )
         self.tied = tied
+        builder.weights.finishers.append(self._finish)
         if tied is not None:
-            builder.weights.finishers.append(self._finish)
             builder.weights.ignored += (f"{name}.weight",)
             return
         self.packed = self.kernel.begin()
 
-        def load(view: WeightView) -> None:
-            self.kernel.load(self.packed, "all", read_share(share, vocab_size, hidden_size, view))
+        def take(view: WeightView) -> None:
+            held = share.held(vocab_size)
+            stream(view, held, Span(0, hidden_size), self._put)
+            tail = torch.zeros(share.count - held.count, hidden_size)
+            if len(tail):
+                self._put(tail, held.count)
 
-        builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), load)
-        builder.weights.finishers.append(self._finish)
+        builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), take)
+
+    def _put(self, rows: Tensor, first: int) -> None:
+        self.kernel.load(self.packed, "all", rows, row=first)
 
     def _finish(self) -> None:
         if self.tied is not None:

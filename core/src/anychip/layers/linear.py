@@ -1,4 +1,4 @@
-"""Projections: several checkpoint tensors packed into one product, split by columns or by rows over ranks."""
+"""Projections: several checkpoint matrices packed into one product, split by columns or by rows over ranks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anychip.layers.build import Builder, Span
-from anychip.plugin_api import ActFormat, LinearPart, LinearSpec, WeightView
+from anychip.layers.build import Builder
+from anychip.plugin_api import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
+from anychip.weights.matrix import Matrix, Span
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One checkpoint tensor `name`.weight [rows, in_features], of which this rank holds `span` of the rows."""
+    """A part cut from checkpoint module `name`, whose matrix has `rows` rows: this rank holds `span` of them."""
 
     part: str
     name: str
@@ -21,7 +22,46 @@ class Projection:
     span: Span
 
 
-class ColumnParallelLinear:
+class _PackedLinear:
+    """A kernel and its weights; what the two kinds of parallel projection share."""
+
+    kernel: LinearKernel
+
+    def __init__(self, builder: Builder, spec: LinearSpec) -> None:
+        self.kernel = builder.platform.linear(spec)
+        self.packed = self.kernel.begin()
+        builder.weights.finishers.append(self._finish)
+
+    def _finish(self) -> None:
+        self.packed = self.kernel.finish(self.packed)
+
+    def put(self, part: str) -> PutPart:
+        return PutPart(self, part)
+
+    def want_bias(self, builder: Builder, name: str, rows: int, span: Span, part: str) -> None:
+        def take(view: WeightView) -> None:
+            self.put(part)("bias", view.read(span.bounds))
+
+        builder.weights.want(f"{name}.bias", (rows,), take)
+
+    @property
+    def accepts(self) -> ActFormat:
+        return self.kernel.accepts
+
+
+@dataclass(frozen=True, slots=True)
+class PutPart:
+    """weights.matrix.Put for one part of a product."""
+
+    layer: _PackedLinear
+    part: str
+
+    def __call__(self, kind: str, tensor: Tensor, row: int = 0) -> None:
+        part = f"{self.part}.{kind}" if kind else self.part
+        self.layer.kernel.load(self.layer.packed, part, tensor, row=row)
+
+
+class ColumnParallelLinear(_PackedLinear):
     """Output features are split over ranks; nothing is communicated. Packs qkv and gate-up projections."""
 
     def __init__(
@@ -31,40 +71,37 @@ class ColumnParallelLinear:
         for projection in projections:
             parts.append(LinearPart(name=projection.part, offset=offset, rows=projection.span.count))
             offset += projection.span.count
+        scheme = builder.scheme([projection.name for projection in projections], in_features)
         spec = LinearSpec(
-            in_features=in_features, out_features=offset, parts=tuple(parts), dtype=builder.dtype, bias=bias
+            in_features=in_features,
+            out_features=offset,
+            parts=tuple(parts),
+            dtype=builder.dtype,
+            bias=bias,
+            scheme=scheme,
         )
-        self.kernel = builder.platform.linear(spec)
-        self.packed = self.kernel.begin()
+        super().__init__(builder, spec)
         for projection in projections:
-            self._want(builder, projection, in_features, bias)
-        builder.weights.finishers.append(self._finish)
-
-    def _want(self, builder: Builder, projection: Projection, in_features: int, bias: bool) -> None:
-        span = projection.span
-
-        def load_weight(view: WeightView) -> None:
-            self.kernel.load(self.packed, projection.part, view.read(span.bounds, (0, in_features)))
-
-        def load_bias(view: WeightView) -> None:
-            self.kernel.load(self.packed, projection.part + ".bias", view.read(span.bounds))
-
-        builder.weights.want(f"{projection.name}.weight", (projection.rows, in_features), load_weight)
-        if bias:
-            builder.weights.want(f"{projection.name}.bias", (projection.rows,), load_bias)
-
-    def _finish(self) -> None:
-        self.packed = self.kernel.finish(self.packed)
-
-    @property
-    def accepts(self) -> ActFormat:
-        return self.kernel.accepts
+            name, rows, span = projection.name, projection.rows, projection.span
+            builder.formats.want(
+                builder.weights,
+                Matrix(
+                    name=name,
+                    shape=(rows, in_features),
+                    rows=span,
+                    columns=Span(0, in_features),
+                    scheme=scheme,
+                    put=self.put(projection.part),
+                ),
+            )
+            if bias:
+                self.want_bias(builder, name, rows, span, projection.part)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.kernel.apply(x, self.packed)
 
 
-class RowParallelLinear:
+class RowParallelLinear(_PackedLinear):
     """Input features are split over ranks; the partial products are summed over them."""
 
     def __init__(
@@ -77,6 +114,7 @@ class RowParallelLinear:
         out_features: int,
         bias: bool = False,
     ) -> None:
+        scheme = builder.scheme([name], in_features)
         bias_here = bias and builder.shard.rank == 0  # the sum over ranks must hold it once
         spec = LinearSpec(
             in_features=span.count,
@@ -84,30 +122,35 @@ class RowParallelLinear:
             parts=(LinearPart(name="all", offset=0, rows=out_features),),
             dtype=builder.dtype,
             bias=bias_here,
+            scheme=scheme,
         )
+        super().__init__(builder, spec)
         self.ops = builder.ops
         self.communicator = builder.shard.communicator
-        self.kernel = builder.platform.linear(spec)
-        self.packed = self.kernel.begin()
-
-        def load_weight(view: WeightView) -> None:
-            self.kernel.load(self.packed, "all", view.read((0, out_features), span.bounds))
-
-        def load_bias(view: WeightView) -> None:
-            if bias_here:
-                self.kernel.load(self.packed, "all.bias", view.read((0, out_features)))
-
-        builder.weights.want(f"{name}.weight", (out_features, in_features), load_weight)
-        if bias:
-            builder.weights.want(f"{name}.bias", (out_features,), load_bias)
-        builder.weights.finishers.append(self._finish)
-
-    def _finish(self) -> None:
-        self.packed = self.kernel.finish(self.packed)
-
-    @property
-    def accepts(self) -> ActFormat:
-        return self.kernel.accepts
+        rows = Span(0, out_features)
+        builder.formats.want(
+            builder.weights,
+            Matrix(
+                name=name,
+                shape=(out_features, in_features),
+                rows=rows,
+                columns=span,
+                scheme=scheme,
+                put=self.put("all"),
+            ),
+        )
+        if bias_here:
+            self.want_bias(builder, name, out_features, rows, "all")
+        elif bias:
+            builder.weights.want(f"{name}.bias", (out_features,), lambda view: None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.matmul_reduce(x=x, kernel=self.kernel, packed=self.packed, communicator=self.communicator)
+
+
+class ReplicatedLinear(ColumnParallelLinear):
+    """The whole product on every rank: routers, and projections that do not split."""
+
+    def __init__(self, builder: Builder, *, name: str, in_features: int, out_features: int, bias: bool = False) -> None:
+        projection = Projection("all", name, out_features, Span(0, out_features))
+        super().__init__(builder, in_features=in_features, projections=[projection], bias=bias)

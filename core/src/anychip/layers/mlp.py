@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from math import gcd
+
 from torch import Tensor
 
-from anychip.layers.build import Builder, Span
-from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from anychip.plugin_api import ActFormat, LinearPart, LinearSpec, MoESpec, WeightView
+from anychip.layers.build import Builder
+from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
+from anychip.plugin_api import ActFormat, MoESpec
+from anychip.weights.matrix import Matrix, Span
 
 
 class GatedMLP:
-    """down(act(gate(x)) * up(x)), gate and up in one product."""
+    """down(act(gate(x)) * up(x)), gate and up in one product. `fused_gate_up` names the one checkpoint matrix that
+    holds both, where a family has that."""
 
     def __init__(
         self,
@@ -21,17 +26,21 @@ class GatedMLP:
         intermediate_size: int,
         activation: str,
         bias: bool = False,
+        fused_gate_up: str | None = None,
     ) -> None:
         span = builder.split(intermediate_size, "intermediate features")
-        self.gate_up = ColumnParallelLinear(
-            builder,
-            in_features=hidden_size,
-            projections=[
+        if fused_gate_up is None:
+            projections = [
                 Projection("gate", f"{name}.gate_proj", intermediate_size, span),
                 Projection("up", f"{name}.up_proj", intermediate_size, span),
-            ],
-            bias=bias,
-        )
+            ]
+        else:
+            fused, rows = f"{name}.{fused_gate_up}", 2 * intermediate_size
+            projections = [
+                Projection("gate", fused, rows, span),
+                Projection("up", fused, rows, span.after(intermediate_size)),
+            ]
+        self.gate_up = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
         self.down = RowParallelLinear(
             builder,
             name=f"{name}.down_proj",
@@ -56,53 +65,64 @@ class GatedMLP:
 
 
 class SparseMoE:
-    """Every rank holds every expert's share of the intermediate features; outputs are summed over ranks."""
+    """Every rank holds every expert's share of the intermediate features; outputs are summed over ranks.
 
-    def __init__(self, builder: Builder, *, name: str, spec: MoESpec, intermediate_size: int) -> None:
+    `names` are those of the expert's gate, up and down matrices.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        *,
+        name: str,
+        spec: MoESpec,
+        intermediate_size: int,
+        router: str = "gate",
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        router_bias: bool = False,
+    ) -> None:
         span = builder.split(intermediate_size, "expert features")
         assert span.count == spec.intermediate_size
         self.communicator = builder.shard.communicator
-        self.router = builder.platform.linear(
-            LinearSpec(
-                in_features=spec.hidden_size,
-                out_features=spec.num_experts,
-                parts=(LinearPart(name="all", offset=0, rows=spec.num_experts),),
-                dtype=builder.dtype,
-            )
+        self.router = ReplicatedLinear(
+            builder,
+            name=f"{name}.{router}",
+            in_features=spec.hidden_size,
+            out_features=spec.num_experts,
+            bias=router_bias,
         )
-        self.router_packed = self.router.begin()
-        self.kernel = builder.platform.moe(spec)
+        modules = [f"{name}.experts.{expert}.{part}" for expert in range(spec.num_experts) for part in names]
+        # One scheme for gate, up and down: its groups divide the features of both.
+        scheme = builder.scheme(modules, gcd(spec.hidden_size, intermediate_size))
+        self.spec = replace(spec, scheme=scheme)
+        self.kernel = builder.platform.moe(self.spec)
         self.packed = self.kernel.begin()
-        shape = (spec.num_experts, spec.hidden_size)
-
-        def load_router(view: WeightView) -> None:
-            self.router.load(self.router_packed, "all", view.read((0, shape[0]), (0, shape[1])))
-
-        builder.weights.want(f"{name}.gate.weight", shape, load_router)
-        for expert in range(spec.num_experts):
-            self._want_expert(builder, f"{name}.experts.{expert}", expert, spec.hidden_size, intermediate_size, span)
+        self.want_experts(builder, f"{name}.experts", intermediate_size, span, names)
         builder.weights.finishers.append(self._finish)
 
-    def _want_expert(
-        self, builder: Builder, name: str, expert: int, hidden_size: int, intermediate_size: int, span: Span
+    def want_experts(
+        self, builder: Builder, name: str, intermediate_size: int, span: Span, names: tuple[str, str, str]
     ) -> None:
-        wide, tall = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
-
-        def load_gate(view: WeightView) -> None:
-            self.kernel.load(self.packed, expert, "gate", view.read(span.bounds, (0, hidden_size)))
-
-        def load_up(view: WeightView) -> None:
-            self.kernel.load(self.packed, expert, "up", view.read(span.bounds, (0, hidden_size)))
-
-        def load_down(view: WeightView) -> None:
-            self.kernel.load(self.packed, expert, "down", view.read((0, hidden_size), span.bounds))
-
-        builder.weights.want(f"{name}.gate_proj.weight", wide, load_gate)
-        builder.weights.want(f"{name}.up_proj.weight", wide, load_up)
-        builder.weights.want(f"{name}.down_proj.weight", tall, load_down)
+        """Asks for every expert's matrices; a family that stacks experts in one tensor overrides this."""
+        spec = self.spec
+        hidden = Span(0, spec.hidden_size)
+        wide, tall = (intermediate_size, spec.hidden_size), (spec.hidden_size, intermediate_size)
+        for expert in range(spec.num_experts):
+            for part, module in zip(("gate", "up", "down"), names, strict=True):
+                down = part == "down"
+                builder.formats.want(
+                    builder.weights,
+                    Matrix(
+                        name=f"{name}.{expert}.{module}",
+                        shape=tall if down else wide,
+                        rows=hidden if down else span,
+                        columns=span if down else hidden,
+                        scheme=spec.scheme,
+                        put=PutExpert(self, expert, part),
+                    ),
+                )
 
     def _finish(self) -> None:
-        self.router_packed = self.router.finish(self.router_packed)
         self.packed = self.kernel.finish(self.packed)
 
     @property
@@ -110,5 +130,17 @@ class SparseMoE:
         return self.router.accepts
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self.router.apply(x, self.router_packed)
-        return self.communicator.all_reduce(self.kernel.apply(x, logits, self.packed))
+        return self.communicator.all_reduce(self.kernel.apply(x, self.router(x), self.packed))
+
+
+@dataclass(frozen=True, slots=True)
+class PutExpert:
+    """weights.matrix.Put for one part of an expert."""
+
+    layer: SparseMoE
+    expert: int
+    part: str
+
+    def __call__(self, kind: str, tensor: Tensor, row: int = 0) -> None:
+        part = f"{self.part}.{kind}" if kind else self.part
+        self.layer.kernel.load(self.layer.packed, self.expert, part, tensor, row=row)

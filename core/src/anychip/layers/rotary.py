@@ -1,7 +1,7 @@
 """Rotary tables from a checkpoint's settings.
 
 Sources: Su et al., "RoFormer", 2021 (the embedding); Meta's Llama 3.1 model card and transformers' documentation of
-`rope_type: llama3` (the frequency-dependent scaling).
+`rope_type: llama3` (the frequency-dependent scaling); Peng et al., "YaRN", 2023; Ding et al., "LongRoPE", 2024.
 """
 
 from __future__ import annotations
@@ -12,31 +12,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.errors import Unsupported
+from anychip.errors import CheckpointError, Unsupported
+from anychip.model_config import ModelConfig
 from anychip.plugin_api import Rope
 
+Parameters = dict[str, Any]
 
-def make_rope(*, head_dim: int, theta: float, max_positions: int, parameters: dict[str, Any], device: str) -> Rope:
+
+def make_rope(config: ModelConfig, parameters: Parameters, device: str) -> Rope:
     """cos and sin for every position, float32. Raises Unsupported for a scaling that is not known."""
-    rotary_dim = int(head_dim * float(parameters.get("partial_rotary_factor", 1.0)))
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rotary_dim = int(config.head_dim * float(partial))
+    theta = float(parameters.get("rope_theta", config.rope_theta))
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    frequencies = _scaled(1.0 / theta**exponents, parameters)
-    angles = torch.outer(torch.arange(max_positions).float(), frequencies)
-    return Rope(cos=angles.cos().to(device), sin=angles.sin().to(device), rotary_dim=rotary_dim)
+    try:
+        frequencies, amplitude = _scaled(theta**exponents, theta, rotary_dim, parameters, config)
+    except KeyError as missing:
+        raise CheckpointError(f"the rotary settings of {config.folder}/config.json have no {missing}") from missing
+    angles = torch.outer(torch.arange(config.max_positions).float(), frequencies)
+    return Rope(
+        cos=(angles.cos() * amplitude).to(device), sin=(angles.sin() * amplitude).to(device), rotary_dim=rotary_dim
+    )
 
 
-def _scaled(frequencies: Tensor, parameters: dict[str, Any]) -> Tensor:
+def _scaled(
+    wavelengths: Tensor, theta: float, rotary_dim: int, parameters: Parameters, config: ModelConfig
+) -> tuple[Tensor, float]:
+    """Frequencies, of which `wavelengths` are the inverse, and what multiplies cos and sin."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    frequencies = 1.0 / wavelengths
     if kind == "default":
-        return frequencies
+        return frequencies, 1.0
     if kind == "linear":
-        return frequencies / float(parameters["factor"])
+        return frequencies / float(parameters["factor"]), 1.0
     if kind == "llama3":
-        return _llama3(frequencies, parameters)
-    raise Unsupported("rotary embedding", [f"rope_type {kind!r}; known are default, linear and llama3"])
+        return _llama3(frequencies, parameters), 1.0
+    if kind == "yarn":
+        return _yarn(frequencies, theta, rotary_dim, parameters, config)
+    if kind in ("longrope", "su"):
+        return _longrope(wavelengths, parameters, config)
+    raise Unsupported("rotary embedding", [f"rope_type {kind!r}; known are default, linear, llama3, yarn and longrope"])
 
 
-def _llama3(frequencies: Tensor, parameters: dict[str, Any]) -> Tensor:
+def _llama3(frequencies: Tensor, parameters: Parameters) -> Tensor:
     """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     factor = float(parameters["factor"])
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
@@ -46,3 +64,60 @@ def _llama3(frequencies: Tensor, parameters: dict[str, Any]) -> Tensor:
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
     scaled = torch.where(wavelengths > original / low, frequencies / factor, between)
     return torch.where(wavelengths < original / high, frequencies, scaled)
+
+
+def _yarn(
+    frequencies: Tensor, theta: float, rotary_dim: int, parameters: Parameters, config: ModelConfig
+) -> tuple[Tensor, float]:
+    """Dimensions that turn often within the original length are kept, those that turn rarely are stretched."""
+    factor = float(parameters["factor"])
+    original = _original(parameters, config)
+
+    def dimension(turns: float) -> float:
+        """The dimension that turns this often within the original length."""
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(float(parameters.get("beta_fast") or 32))
+    high = dimension(float(parameters.get("beta_slow") or 1))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    ramp = ((torch.arange(rotary_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    stretched = frequencies / factor * ramp + frequencies * (1 - ramp)
+    return stretched, _yarn_amplitude(factor, parameters)
+
+
+def _yarn_amplitude(factor: float, parameters: Parameters) -> float:
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return mscale(float(above)) / mscale(float(below)) if above and below else mscale(1.0)
+
+
+def _longrope(wavelengths: Tensor, parameters: Parameters, config: ModelConfig) -> tuple[Tensor, float]:
+    """A factor for each dimension: the long ones where the model is served beyond its original length, for every
+    request, since a request's cache cannot change its rotation as it grows."""
+    original = _original(parameters, config)
+    longer = config.max_positions > original
+    factors = torch.tensor(parameters["long_factor" if longer else "short_factor"], dtype=torch.float32)
+    stretch = int(config.raw["max_position_embeddings"]) / original
+    given = parameters.get("attention_factor")
+    if given is not None:
+        amplitude = float(given)
+    else:
+        amplitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return 1.0 / (factors * wavelengths), amplitude
+
+
+def _original(parameters: Parameters, config: ModelConfig) -> int:
+    """Positions that the model was trained on before its context was stretched."""
+    return int(
+        parameters.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or config.raw["max_position_embeddings"]
+    )

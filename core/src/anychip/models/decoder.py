@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Decoder:
         self.ops = builder.ops
         self.vocab_size = config.vocab_size
         self.num_layers = config.num_layers
-        builder.weights.ignored += ("rotary_emb.inv_freq",)
+        builder.weights.ignored += ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
         self.embedding = VocabParallelEmbedding(
             builder, name="model.embed_tokens", vocab_size=config.vocab_size, hidden_size=config.hidden_size
         )
@@ -60,26 +61,66 @@ class Decoder:
         )
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType) -> list[AttentionSpec]:
-        """By layer, for one of `size` ranks."""
-        return [full_attention(config, size, dtype)] * config.num_layers
+    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
+        """By layer, for one of `size` ranks: full attention, or windows where config.json has layer_types."""
+        full = replace(
+            full_attention(config, size, dtype), kv_dtype=kv_dtype, softcap=config.get("attn_logit_softcapping")
+        )
+        windowed = replace(full, window=cls.window(config))
+        return [windowed if kind == "sliding_attention" else full for kind in cls.layer_types(config)]
+
+    @classmethod
+    def window(cls, config: ModelConfig) -> int | None:
+        size = config.get("sliding_window")
+        return None if size is None else int(size)
+
+    @classmethod
+    def layer_types(cls, config: ModelConfig) -> list[str]:
+        """By layer, "full_attention" or "sliding_attention"."""
+        return config.get("layer_types") or ["full_attention"] * config.num_layers
 
     @property
     def attention(self) -> list[AttentionBackend]:
         return [layer.attention.backend for layer in self.layers]
 
     def rope(self, builder: Builder) -> Rope:
-        config = self.config
-        return make_rope(
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            max_positions=config.max_positions,
-            parameters=rope_parameters(config),
-            device=builder.platform.default_device,
-        )
+        """The rotary embedding that `layer` is given."""
+        return make_rope(self.config, rope_parameters(self.config), builder.platform.default_device)
 
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> DecoderLayer:
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
+
+    def self_attention(
+        self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope, **differences: Any
+    ) -> Attention:
+        """Llama's attention, with a family's differences in layers.attention.Attention's arguments."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "scale": config.head_dim**-0.5,
+            "bias": bool(config.get("attention_bias", False)),
+            **differences,
+        }
+        return Attention(
+            builder,
+            name=f"model.layers.{index}.self_attn",
+            index=index,
+            spec=spec,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            rope=rope,
+            **settings,
+        )
+
+    def gated_mlp(self, builder: Builder, index: int, **differences: Any) -> GatedMLP:
+        """Llama's feed-forward block, with a family's differences in layers.mlp.GatedMLP's arguments."""
+        return GatedMLP(
+            builder,
+            name=f"model.layers.{index}.mlp",
+            hidden_size=self.config.hidden_size,
+            intermediate_size=self.config.intermediate_size,
+            **{"activation": "silu", **differences},
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         hidden = self.embedding(input_ids)  # [num_tokens, hidden_size]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,9 +12,8 @@ from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP
 from anychip.layers.norm import RMSNorm
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, full_attention
+from anychip.models.decoder import Decoder
 from anychip.plugin_api import AttentionSpec, ForwardContext, Rope
-from anychip.types import DType
 
 
 class Gemma2(Decoder):
@@ -27,47 +25,28 @@ class Gemma2(Decoder):
         super().__init__(config, builder, specs)
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType) -> list[AttentionSpec]:
-        full = replace(full_attention(config, size, dtype), softcap=config.get("attn_logit_softcapping"))
-        windowed = replace(full, window=int(config.get("sliding_window", 4096)))
-        kinds = config.get("layer_types") or [
+    def layer_types(cls, config: ModelConfig) -> list[str]:
+        return config.get("layer_types") or [
             "full_attention" if index % 2 else "sliding_attention" for index in range(config.num_layers)
         ]
-        return [windowed if kind == "sliding_attention" else full for kind in kinds]
 
-    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> Gemma2Layer:
-        return Gemma2Layer(builder, self.config, index, spec, rope)
+    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> SandwichLayer:
+        scale = float(self.config.get("query_pre_attn_scalar", self.config.head_dim)) ** -0.5
+        attention = self.self_attention(builder, index, spec, rope, scale=scale)
+        mlp = self.gated_mlp(builder, index, activation="gelu_tanh")
+        return SandwichLayer(builder, self.config, index, attention, mlp)
 
 
-class Gemma2Layer:
+class SandwichLayer:
     """The residual is summed after the second norm of each block, so it cannot fuse with the first one's input."""
 
-    def __init__(self, builder: Builder, config: ModelConfig, index: int, spec: AttentionSpec, rope: Rope) -> None:
-        name = f"model.layers.{index}"
-        self.attention = Attention(
-            builder,
-            name=f"{name}.self_attn",
-            index=index,
-            spec=spec,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            scale=float(config.get("query_pre_attn_scalar", config.head_dim)) ** -0.5,
-            rope=rope,
-            bias=bool(config.get("attention_bias", False)),
-        )
-        self.mlp = GatedMLP(
-            builder,
-            name=f"{name}.mlp",
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            activation="gelu_tanh",
-        )
+    def __init__(self, builder: Builder, config: ModelConfig, index: int, attention: Attention, mlp: GatedMLP) -> None:
+        self.attention, self.mlp = attention, mlp
 
         def norm(which: str) -> RMSNorm:
             return RMSNorm(
                 builder,
-                name=f"{name}.{which}",
+                name=f"model.layers.{index}.{which}",
                 size=config.hidden_size,
                 eps=config.norm_eps,
                 unit_offset=True,

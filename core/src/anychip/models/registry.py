@@ -1,30 +1,60 @@
-"""Finds the family that builds a checkpoint's architecture."""
+"""Finds the code that builds a checkpoint's architecture: a native family, a plugin's, or transformers' own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Protocol
 
+from anychip.config import EngineConfig
 from anychip.errors import ConfigError
-from anychip.models.decoder import Decoder
+from anychip.layers.build import Builder
+from anychip.model_config import ModelConfig
+from anychip.plugin_api import AttentionSpec, StepModel
+from anychip.types import DType
 
 NATIVE = {
+    "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
+    "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
+    "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
+    "GraniteForCausalLM": "anychip.models.granite:Granite",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
+    "MinistralForCausalLM": "anychip.models.mistral:Mistral",
+    "MistralForCausalLM": "anychip.models.mistral:Mistral",
+    "MixtralForCausalLM": "anychip.models.mixtral:Mixtral",
+    "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
+    "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
-    "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
 }
 
 
-def find_family(architecture: str, contributed: Mapping[str, str]) -> type[Decoder]:
+class ModelFamily(Protocol):
+    """A class that builds models: models.decoder.Decoder's subclasses, and what plugins bring."""
+
+    def attention_specs(self, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
+        """By layer, for one of `size` ranks."""
+        ...
+
+    def __call__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> StepModel: ...
+
+
+def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[str, str]) -> ModelFamily:
     """`contributed` maps architectures to the dotted classes that plugins bring; core's own come first.
 
-    Raises ConfigError for an architecture that nobody builds.
+    Raises ConfigError for an architecture that nobody builds, or not in the way that model_impl asks for.
     """
-    dotted = NATIVE.get(architecture) or contributed.get(architecture)
-    if dotted is None:
-        known = ", ".join(sorted({*NATIVE, *contributed}))
-        raise ConfigError(f"architecture {architecture!r} is not supported; supported are {known}")
+    known = {**contributed, **NATIVE}
+    dotted = known.get(model.architecture)
+    if dotted is None and config.model_impl == "native":
+        raise ConfigError(
+            f"architecture {model.architecture!r} has no native family; there are {', '.join(sorted(known))}; "
+            "--model-impl auto tries transformers' code"
+        )
+    if dotted is None or config.model_impl == "transformers":
+        from anychip.models.transformers_model import transformers_family
+
+        return transformers_family(model, trust_remote_code=config.trust_remote_code)
     module, _, name = dotted.partition(":")
-    family: type[Decoder] = getattr(import_module(module), name)
+    family: ModelFamily = getattr(import_module(module), name)
     return family

@@ -35,6 +35,7 @@ from anychip.plugin_api.memory import MemoryInfo, PeakMemory
 from anychip.plugin_api.moe import ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, op_override
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
+from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, SCHEMES, QuantScheme
 from anychip.plugin_api.step import (
     MAX_LOGPROBS,
     CompileReport,
@@ -54,14 +55,14 @@ from anychip.plugin_api.version import API_VERSION
 from anychip.types import NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "FEATURES", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "ActFormat",
-    "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "Communicator",
-    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event", "ExpertParallel",
-    "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan",
-    "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops",
-    "PeakMemory", "Placement", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest",
-    "ProbeResult", "QKNorm", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
-    "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel",
-    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl",
-    "op_override",
+    "API_VERSION", "FEATURES", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT",
+    "SCHEMES", "ActFormat", "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities",
+    "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event",
+    "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs",
+    "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest",
+    "ModelSource", "Ops", "PeakMemory", "Placement", "Platform", "PlatformContext", "PlatformManifest",
+    "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "Recorder", "ReferenceKernels",
+    "RegionCompiler", "Requirement", "Rope", "Routing", "SamplingInputs", "Section", "ShapeKey", "ShapePolicy",
+    "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Unsupported",
+    "WeightView", "dense_page_bytes", "hookimpl", "op_override",
 ]  # fmt: skip

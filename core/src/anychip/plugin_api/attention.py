@@ -113,14 +113,19 @@ class QKNorm:
 
 @dataclass(slots=True, kw_only=True)
 class AttentionLayer:
-    """What is fixed for one layer: `scale` multiplies q.k; k_scale and v_scale belong to a quantized cache."""
+    """What is fixed for one layer: `scale` multiplies q.k. A cache of one byte per value holds k / k_scale and
+    v / v_scale, rounded to nearest and kept within the dtype's range: one scale for the layer, [1], or one for each
+    head, [num_kv_heads]; float32, 1 where the checkpoint has none.
+
+    A sink is a logit that takes part in its head's softmax and has no value.
+    """
 
     index: int
     scale: float
     ops: Ops
-    k_scale: float = 1.0
-    v_scale: float = 1.0
-    sinks: Tensor | None = None  # [num_heads]
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    sinks: Tensor | None = None  # [num_heads] float32
     alibi_slopes: Tensor | None = None  # [num_heads]
 
 

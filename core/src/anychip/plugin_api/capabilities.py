@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from anychip.messages import DeviceRules
+from anychip.plugin_api.quantization import SCHEMES
 from anychip.types import DType
 
 
@@ -35,12 +36,14 @@ class Capabilities:
     """None: any."""
     block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Block sizes the attention kernels take, the preferred one first."""
-    kv_dtypes: frozenset[DType] = frozenset({"float32", "bfloat16"})
-    quantization: frozenset[str] = frozenset()
+    kv_dtypes: frozenset[DType] = frozenset({"float32", "bfloat16", "float8_e4m3fn", "int8"})
+    """Of the KV cache; one byte wide, with the scales that AttentionLayer carries."""
+    quantization: frozenset[str] = SCHEMES
+    """Names of QuantScheme that the linear and MoE kernels take; what is not among them is refused at the start."""
     sliding_window: bool = True
     softcap: bool = True
     alibi: bool = False
-    sinks: bool = False
+    sinks: bool = True
     mla: bool = False
     kv_write: Literal["separate", "fused", "functional"] = "separate"
     host_lengths: Literal["none", "upper_bound", "exact"] = "none"

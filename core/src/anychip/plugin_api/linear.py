@@ -1,4 +1,4 @@
-"""Matrix products: packing on load, streamed from the mapped file, and applying."""
+"""Matrix products: packing on load, streamed from the checkpoint, and applying."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anychip.errors import Unsupported
+from anychip.plugin_api.quantization import QuantScheme
 from anychip.types import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import dtype as torch_dtype
 
     from anychip.plugin_api.platform import Platform
 
@@ -40,7 +42,8 @@ class LinearPart:
 class LinearSpec:
     """y = x W^T + b on this rank: x [num_tokens, in_features], W [out_features, in_features].
 
-    `scheme` None is a dense product in `dtype`. `parts` are the checkpoint tensors stacked along out_features.
+    `scheme` None is a dense product in `dtype`; otherwise activations come and go in `dtype` all the same, and the
+    bias is plain. `parts` are the checkpoint tensors stacked along out_features.
     """
 
     in_features: int
@@ -48,17 +51,22 @@ class LinearSpec:
     parts: tuple[LinearPart, ...]
     dtype: DType
     bias: bool = False
-    scheme: str | None = None
-    group_size: int | None = None
+    scheme: QuantScheme | None = None
     invariant: bool = False
     epilogue: str | None = None
 
 
 class WeightView(Protocol):
-    """A tensor in a mapped checkpoint file: shape and dtype are free, values are read as they are sliced."""
+    """A tensor in a checkpoint file: shape and dtype are free, values are read as they are sliced."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch_dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     @property
     def source(self) -> str:
@@ -91,8 +99,11 @@ class LinearKernel:
         """Allocates the packed weights through the platform."""
         raise Unsupported(self.name, ["begin is not implemented"])
 
-    def load(self, packed: Packed, part: str, tensor: Tensor) -> None:
-        """Copies one part's rows of this rank, [rows, in_features], or its bias [rows] as part + ".bias"."""
+    def load(self, packed: Packed, part: str, tensor: Tensor, *, row: int = 0) -> None:
+        """Copies some of one part's rows of this rank, [rows, in_features], of which the first is row `row` of the
+        part. A matrix comes in several calls, each but the last with a multiple of 64 rows, and `tensor` is the
+        caller's again afterwards. `part` + ".bias" is the bias [rows]; a quantized part's scales and zeros come whole
+        as ".scale", ".zero" and ".input_scale", in the forms of QuantScheme, after its values or before."""
         raise Unsupported(self.name, ["load is not implemented"])
 
     def finish(self, packed: Packed) -> Packed:
@@ -107,9 +118,9 @@ class LinearKernel:
             self.load(packed, part.name, weight[part.offset : part.offset + part.rows])
         return self.finish(packed)
 
-    def update(self, packed: Packed, part: str, tensor: Tensor) -> None:
+    def update(self, packed: Packed, part: str, tensor: Tensor, *, row: int = 0) -> None:
         """Rewrites a part of finished weights, keeping their storage."""
-        self.load(packed, part, tensor)
+        self.load(packed, part, tensor, row=row)
 
     def apply(self, x: Tensor, packed: Packed, *, out: Tensor | None = None) -> Tensor:
         """[num_tokens, out_features]."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from anychip.errors import Unsupported
 from anychip.plugin_api.linear import Packed
+from anychip.plugin_api.quantization import QuantScheme
 from anychip.types import DType
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ class MoESpec:
     hidden_size: int
     intermediate_size: int
     dtype: DType
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
+    """swiglu_clamped: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within 7 of zero (GPT-OSS)."""
+    bias: bool = False
+    """Whether gate, up and down add a bias."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = True
     num_groups: int = 1
@@ -34,7 +38,7 @@ class MoESpec:
     router_bias: bool = False
     """Whether a correction is added to the scores for picking, not for weighting."""
     router_scale: float = 1.0
-    scheme: str | None = None
+    scheme: QuantScheme | None = None
     invariant: bool = False
 
 
@@ -55,7 +59,7 @@ class Routing:
 
 
 class FusedMoE:
-    """load is called per expert with parts "gate", "up" and "down"."""
+    """load is called per expert with parts "gate", "up" and "down", as LinearKernel's is for its parts."""
 
     name = "unnamed"
 
@@ -66,15 +70,16 @@ class FusedMoE:
     def begin(self) -> Packed:
         raise Unsupported(self.name, ["begin is not implemented"])
 
-    def load(self, packed: Packed, expert: int, part: str, tensor: Tensor) -> None:
-        """gate and up: [intermediate_size, hidden_size]; down: [hidden_size, intermediate_size]."""
+    def load(self, packed: Packed, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
+        """Rows of gate and up [intermediate_size, hidden_size] and of down [hidden_size, intermediate_size], or a
+        part's ".bias", ".scale", ".zero" or ".input_scale"."""
         raise Unsupported(self.name, ["load is not implemented"])
 
     def finish(self, packed: Packed) -> Packed:
         return packed
 
-    def update(self, packed: Packed, expert: int, part: str, tensor: Tensor) -> None:
-        self.load(packed, expert, part, tensor)
+    def update(self, packed: Packed, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
+        self.load(packed, expert, part, tensor, row=row)
 
     def remap(self, packed: Packed, expert_map: Tensor) -> Packed:
         """Moves experts between ranks; expert_map [num_experts] gives the local index or -1."""

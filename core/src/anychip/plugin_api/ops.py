@@ -65,7 +65,7 @@ class Ops(Protocol):
         ...
 
     def gated_activation(self, *, gate_up: Tensor, activation: str) -> Tensor:
-        """act(gate) * up for gate_up [num_tokens, 2 * intermediate_size]; "silu" or "gelu_tanh"."""
+        """act(gate) * up for gate_up [num_tokens, 2 * intermediate_size]; `activation` as in MoESpec."""
         ...
 
     def softcap(self, *, x: Tensor, cap: float) -> Tensor:

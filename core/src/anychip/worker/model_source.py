@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
-from anychip.layers.build import Builder, WeightRegister
+from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel
+from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
-from anychip.worker.checkpoint import checkpoint_views, dummy_views, load_weights
+from anychip.weights.dummy import dummy_views
+from anychip.weights.files import checkpoint_files, checkpoint_views, tensor_names
+from anychip.weights.progress import LoadProgress
+from anychip.weights.register import WeightRegister, load_weights
+from anychip.worker.held import held_bytes
+
+_KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
+"""Short names of --kv-cache-dtype."""
 
 
 class CheckpointSource:
-    """`weight_bytes` counts what `build` read so far."""
+    """`progress` says what the last `build` read, `held_bytes` what the models built so far hold."""
 
     def __init__(
         self,
@@ -35,34 +44,77 @@ class CheckpointSource:
         self.architecture = model.architecture
         self.vocab_size = model.vocab_size
         self.dtype = resolve_dtype(config.dtype, model.dtype, platform)
-        self.family = find_family(model.architecture, contributed)
-        self.weight_bytes = 0
+        self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
+        self.family = find_family(model, config, contributed)
+        self.progress = LoadProgress(0, shown=False)
+        self.held_bytes = 0
+
+    @cached_property
+    def folder(self) -> Path:
+        return Path(self.model.folder)
 
     def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
         if self.model.num_heads % size:
             raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {size} ranks")
-        return self.family.attention_specs(self.model, size, self.dtype)
+        return self.family.attention_specs(self.model, size, self.dtype, self.kv_dtype)
 
     def build(self, shard: Shard) -> StepModel:
         register = WeightRegister()
-        builder = Builder(platform=self.platform, ops=self.ops, shard=shard, dtype=self.dtype, weights=register)
-        model = self.family(self.model, builder, self.attention_specs(shard.size))
+        model = self.build_layers(shard, register)
         if self.config.load_format == "dummy":
+            self.progress = LoadProgress(0, shown=False)
             views = dummy_views(register, self.dtype)
         else:
-            views = checkpoint_views(Path(self.model.folder))
-        self.weight_bytes += load_weights(register, views, self.model.folder)
+            total = sum(path.stat().st_size for path in checkpoint_files(self.folder))
+            self.progress = LoadProgress(total, shown=shard.rank == 0)
+            views = checkpoint_views(self.folder)
+        load_weights(register, self.progress.track(views), self.model.folder)
+        self.held_bytes += held_bytes(model)
         return model
+
+    def build_layers(self, shard: Shard, register: WeightRegister) -> StepModel:
+        """The model with its weights allocated and not loaded."""
+        inner = weight_format(self.model.raw, self.config.quantization, self._names)
+        builder = Builder(
+            platform=self.platform,
+            ops=self.ops,
+            shard=shard,
+            dtype=self.dtype,
+            weights=register,
+            formats=CheckedFormat(inner, self.platform),
+            kv_scales=self.kv_dtype != self.dtype,
+        )
+        return self.family(self.model, builder, self.attention_specs(shard.size))
+
+    def _names(self) -> frozenset[str]:
+        return frozenset() if self.config.load_format == "dummy" else tensor_names(self.folder)
 
 
 def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:
-    """The model's dtype: the one asked for, or the checkpoint's. Raises ConfigError when the device lacks it."""
+    """The model's dtype: the one asked for, or the checkpoint's; float16 checkpoints run in bfloat16 on devices that
+    have only that. Raises ConfigError when the device lacks it."""
     wanted = checkpoint if asked == "auto" else asked
     able = platform.capabilities.dtypes
+    if asked == "auto" and wanted == "float16" and wanted not in able:
+        wanted = "bfloat16"
     for dtype in able:
         if dtype == wanted and wanted in DTYPES:
             return dtype
     raise ConfigError(
         f"dtype {wanted} ({'of the checkpoint' if asked == 'auto' else 'asked for'}) is not among those of "
         f"{platform.name}: {', '.join(sorted(able))}; choose one with --dtype"
+    )
+
+
+def resolve_kv_dtype(asked: str, dtype: DType, platform: Platform) -> DType:
+    """The KV cache's dtype: the model's own, or a narrower one. Raises ConfigError when the device lacks it."""
+    if asked == "auto":
+        return dtype
+    wanted = _KV_DTYPES.get(asked, asked)
+    for able in platform.capabilities.kv_dtypes:
+        if able == wanted:
+            return able
+    raise ConfigError(
+        f"--kv-cache-dtype {asked} is not among those of {platform.name}: "
+        f"{', '.join(sorted(platform.capabilities.kv_dtypes))}"
     )

@@ -109,17 +109,19 @@ class Worker:
         state = program.initial_state(num_blocks)
         report = program.warm_up(keys)
         self.runner = ModelRunner(program, new_batch(), state)
-        memory = memory_plan(kv, num_blocks, limits, source.weight_bytes, activations, graphs)
-        self.ready = self._report(kv_cache_config(kv, num_blocks), memory, report)
+        memory = memory_plan(kv, num_blocks, limits, source.held_bytes, activations, graphs)
+        self.ready = self._report(kv_cache_config(kv, num_blocks), memory, report, source)
 
-    def _report(self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport) -> WorkerReady:
+    def _report(
+        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, source: CheckpointSource
+    ) -> WorkerReady:
         prepared = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
         return WorkerReady(
             kv=kv,
             rules=self.platform.step_rules.for_device(self.platform.capabilities),
             memory=memory,
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
-            notes=(*self.ops.notes, *([prepared] if report.num_programs else [])),
+            notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
         )
 
     def _torch_program(

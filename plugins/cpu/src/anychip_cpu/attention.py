@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.ops.reference import DenseCacheAttention
+from anychip.ops.reference import DenseCacheAttention, softmax_with_sinks
 from anychip.plugin_api import AttentionLayer, BatchView, Recorder, ShapeKey
 
 
@@ -103,7 +103,7 @@ class SdpaPagedAttention(DenseCacheAttention):
         first_page = 0 if window is None else max(0, start + 1 - window) // size
         first = first_page * size
         visible = None
-        if start or window is not None or self.spec.softcap is not None:
+        if start or window is not None or self.spec.softcap is not None or self.spec.sinks:
             keys = torch.arange(first, length)
             query = torch.arange(start, length).unsqueeze(-1)
             visible = keys <= query
@@ -118,8 +118,8 @@ class SdpaPagedAttention(DenseCacheAttention):
     def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, plan: SdpaPlan, layer: AttentionLayer) -> Tensor:
         if len(plan.written) != len(k):
             k, v = k[plan.written], v[plan.written]
-        cache[plan.write_blocks, 0, plan.write_offsets] = k
-        cache[plan.write_blocks, 1, plan.write_offsets] = v
+        cache[plan.write_blocks, 0, plan.write_offsets] = self.encode(k, layer.k_scale)
+        cache[plan.write_blocks, 1, plan.write_offsets] = self.encode(v, layer.v_scale)
         return cache
 
     def attend(
@@ -134,33 +134,33 @@ class SdpaPagedAttention(DenseCacheAttention):
         result = torch.zeros_like(q) if out is None else out.zero_()
         if plan.decode is not None:
             rows = plan.decode
-            k, v = self._decode_keys(cache, rows)
+            k, v = self._decode_keys(cache, rows, layer)
             # The query heads of one KV head stand as queries of their own: keys are never repeated.
             queries = q[rows.tokens].view(len(rows.tokens), self.spec.num_kv_heads, -1, self.spec.head_dim)
-            result[rows.tokens] = self._product(queries, k, v, rows.visible, layer.scale).reshape(-1, *q.shape[1:])
+            attended = self._product(queries, k, v, rows.visible, layer)
+            result[rows.tokens] = attended.reshape(-1, *q.shape[1:])
         for row in plan.prefills:
-            k, v = self._prefill_keys(cache, row)
+            k, v = self._prefill_keys(cache, row, layer)
             queries = q[row.begin : row.end].transpose(0, 1).unsqueeze(0)  # [1, heads, queries, dim]
-            attended = self._product(queries, k, v, row.visible, layer.scale)
+            attended = self._product(queries, k, v, row.visible, layer)
             result[row.begin : row.end] = attended[0].transpose(0, 1)
         return result
 
-    @staticmethod
-    def _decode_keys(cache: Tensor, rows: DecodeRows) -> tuple[Tensor, Tensor]:
+    def _decode_keys(self, cache: Tensor, rows: DecodeRows, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, keys, dim] of rows with one query each."""
         # A mask is added to the scores and a weight of zero multiplies a value, so what free blocks hold, which
         # may be anything, must become zeros first.
         pages = cache[rows.table].masked_fill(rows.unwritten, 0)  # [rows, pages, 2, block_size, kv_heads, dim]
-        k = pages[:, :, 0].flatten(1, 2).transpose(1, 2)  # [rows, kv_heads, keys, dim]
-        v = pages[:, :, 1].flatten(1, 2).transpose(1, 2)
+        k = self.decode(pages[:, :, 0], layer.k_scale).flatten(1, 2).transpose(1, 2)  # [rows, kv_heads, keys, dim]
+        v = self.decode(pages[:, :, 1], layer.v_scale).flatten(1, 2).transpose(1, 2)
         return k, v
 
-    def _prefill_keys(self, cache: Tensor, row: PrefillRow) -> tuple[Tensor, Tensor]:
+    def _prefill_keys(self, cache: Tensor, row: PrefillRow, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         """Keys and values [1, heads, keys, dim] of one row."""
         pages = cache[row.blocks]  # [pages, 2, block_size, kv_heads, dim]
         keys = row.length - row.first
-        k = pages[:, 0].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)  # [1, kv_heads, keys, dim]
-        v = pages[:, 1].flatten(0, 1)[:keys].transpose(0, 1).unsqueeze(0)
+        k = self.decode(pages[:, 0].flatten(0, 1)[:keys], layer.k_scale).transpose(0, 1).unsqueeze(0)
+        v = self.decode(pages[:, 1].flatten(0, 1)[:keys], layer.v_scale).transpose(0, 1).unsqueeze(0)
         if self.spec.window is not None and row.visible is not None:
             # The first page may begin before the window, in a block that holds another request's bytes by now.
             passed = ~row.visible.any(dim=-2).unsqueeze(-1)
@@ -168,11 +168,16 @@ class SdpaPagedAttention(DenseCacheAttention):
         repeat = self.spec.num_heads // self.spec.num_kv_heads
         return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-        cap = self.spec.softcap
-        if cap is None:
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, layer: AttentionLayer) -> Tensor:
+        """q [rows, heads, queries, dim] over k and v [rows, heads, keys, dim]. In a decode batch, `heads` are the KV
+        heads and `queries` the query heads that share one."""
+        cap, scale = self.spec.softcap, layer.scale
+        if cap is None and layer.sinks is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
         assert visible is not None
-        scores = cap * torch.tanh((q.float() @ k.float().transpose(-1, -2)) * (scale / cap))
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        scores = q.float() @ k.float().transpose(-1, -2) * scale
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        sinks = None if layer.sinks is None else layer.sinks.view(1, q.shape[1], -1, 1)
+        weights = softmax_with_sinks(scores.masked_fill(~visible, -torch.inf), sinks)
         return (weights @ v.float()).to(q.dtype)

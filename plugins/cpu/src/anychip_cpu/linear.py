@@ -1,5 +1,6 @@
-"""Dense products are the reference's: oneDNN behind torch's linear. Packed and quantized kernels belong here."""
+"""Products are the reference's: oneDNN behind torch's linear, and quantized weights dequantized before each product.
+Packed kernels belong here."""
 
-from anychip.ops.reference import ReferenceLinear
+from anychip.ops.reference import reference_linear
 
-__all__ = ["ReferenceLinear"]
+__all__ = ["reference_linear"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.ops.reference import ExpertWeights, ReferenceMoE
-from anychip.ops.reference.functional import gated_activation
 from anychip.plugin_api import Routing
 
 
@@ -25,7 +23,7 @@ class GroupedMoE(ReferenceMoE):
         token = order // ids.shape[1]
         sorted_ids = flat[order]
         first = int((sorted_ids < 0).sum())  # choices of experts that live elsewhere
-        counts = torch.bincount(sorted_ids[first:], minlength=packed.gate_up.shape[0]).tolist()
+        counts = torch.bincount(sorted_ids[first:], minlength=len(packed.gate_up)).tolist()
         weights = routing.weights.flatten()[order].unsqueeze(-1)
         gathered = x[token]
         result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -33,9 +31,7 @@ class GroupedMoE(ReferenceMoE):
         for expert, count in enumerate(counts):
             if count:
                 rows = slice(begin, begin + count)
-                hidden = F.linear(gathered[rows], packed.gate_up[expert])
-                hidden = gated_activation(gate_up=hidden, activation=self.spec.activation)
-                share = F.linear(hidden, packed.down[expert]).float() * weights[rows]
+                share = self.expert(gathered[rows], packed, expert).float() * weights[rows]
                 result.index_add_(0, token[rows], share)
                 begin += count
         return result.to(x.dtype)

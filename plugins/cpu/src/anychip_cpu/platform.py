@@ -26,7 +26,7 @@ from anychip_cpu import CpuOptions
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import GlooCommunicator
 from anychip_cpu.graph import GraphCapture
-from anychip_cpu.linear import ReferenceLinear
+from anychip_cpu.linear import reference_linear
 from anychip_cpu.memory import peak_resident
 from anychip_cpu.moe import GroupedMoE
 from anychip_cpu.ops import OVERRIDES
@@ -38,7 +38,6 @@ _SHARE_OF_FREE_MEMORY = 0.5
 class CpuPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
     )
 
@@ -70,7 +69,7 @@ class CpuPlatform(Platform):
         return GroupedMoE(spec, self)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
-        return ReferenceLinear(spec, self)
+        return reference_linear(spec, self)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
         return OVERRIDES

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import functional, sampling
-from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row
-from anychip.ops.reference.linear import DenseWeights, ReferenceLinear
+from anychip.ops.reference import functional, quantized, sampling
+from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row, softmax_with_sinks
+from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.plugin_api import (
     OP_VERSIONS,
@@ -29,7 +29,8 @@ from anychip.plugin_api.platform import Platform
 
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "DenseCacheAttention", "DenseWeights", "ExpertWeights", "ReferenceAttention",
-    "ReferenceLinear", "ReferenceMoE", "attend_row", "functional", "sampling",
+    "ReferenceLinear", "ReferenceMoE", "attend_row", "functional", "quantized",
+    "reference_linear", "sampling", "softmax_with_sinks",
 ]  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class _ReferenceKernels:
         return ReferenceAttention(spec)
 
     def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel:
-        return ReferenceLinear(spec, platform)
+        return reference_linear(spec, platform)
 
     def moe(self, spec: MoESpec, platform: Platform) -> FusedMoE:
         return ReferenceMoE(spec, platform)

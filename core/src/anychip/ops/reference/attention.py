@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
+    FP8_MAX,
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
@@ -19,10 +20,14 @@ from anychip.plugin_api import (
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
+_BYTE_RANGES = {"float8_e4m3fn": FP8_MAX, "int8": 127.0}
+"""Cache dtypes of one byte, and the largest value that each holds."""
+
 
 class DenseCacheAttention(AttentionBackend):
     """Storage shared by backends that keep [num_blocks, 2, block_size, num_kv_heads, head_dim]: keys, values, in the
-    queries' dtype. What such a backend cannot serve is refused."""
+    queries' dtype or in one byte each, as fp8 or int8 with the layer's scales. What such a backend cannot serve is
+    refused."""
 
     block_sizes: tuple[int, ...] = BLOCK_SIZES
 
@@ -30,10 +35,10 @@ class DenseCacheAttention(AttentionBackend):
         reasons = []
         if spec.kind != "decoder":
             reasons.append(f"attention of kind {spec.kind} is not implemented")
-        if spec.kv_dtype != spec.dtype:
+        if spec.kv_dtype not in (spec.dtype, *_BYTE_RANGES):
             reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
-        if spec.alibi or spec.sinks:
-            reasons.append("ALiBi and sinks are not implemented")
+        if spec.alibi:
+            reasons.append("ALiBi is not implemented")
         if reasons:
             raise Unsupported(f"attention backend {self.name}", reasons)
         super().__init__(spec)
@@ -42,16 +47,36 @@ class DenseCacheAttention(AttentionBackend):
         return KVLayout(block_sizes=self.block_sizes, page_bytes=dense_page_bytes(self.spec))
 
     def make_cache(self, raw: Tensor, num_blocks: int, block_size: int) -> Tensor:
-        dtype = getattr(torch, self.spec.kv_dtype)
+        dtype = torch.uint8 if self.quantized else getattr(torch, self.spec.kv_dtype)
         return raw.view(dtype).view(num_blocks, 2, block_size, self.spec.num_kv_heads, self.spec.head_dim)
 
     def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, plan: BatchView, layer: AttentionLayer) -> Tensor:
         written = (plan.slot_mapping >= 0).nonzero().squeeze(-1)
         slots = plan.slot_mapping[written]
         block, offset = slots // plan.block_size, slots % plan.block_size
-        cache[block, 0, offset] = k[written].to(cache.dtype)
-        cache[block, 1, offset] = v[written].to(cache.dtype)
+        cache[block, 0, offset] = self.encode(k[written], layer.k_scale)
+        cache[block, 1, offset] = self.encode(v[written], layer.v_scale)
         return cache
+
+    @property
+    def quantized(self) -> bool:
+        return self.spec.kv_dtype in _BYTE_RANGES
+
+    def encode(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """Keys or values [..., num_kv_heads, head_dim] as the cache holds them: bytes where it is quantized."""
+        if not self.quantized:
+            return x
+        most = _BYTE_RANGES[self.spec.kv_dtype]
+        scaled = (x.float() if scale is None else x.float() / scale.view(-1, 1)).clamp(-most, most)
+        rounded = scaled.round() if self.spec.kv_dtype == "int8" else scaled
+        return rounded.to(getattr(torch, self.spec.kv_dtype)).view(torch.uint8)
+
+    def decode(self, held: Tensor, scale: Tensor | None) -> Tensor:
+        """The inverse: [..., num_kv_heads, head_dim] in the queries' dtype."""
+        if not self.quantized:
+            return held
+        wide = held.contiguous().view(getattr(torch, self.spec.kv_dtype)).float()
+        return (wide if scale is None else wide * scale.view(-1, 1)).to(getattr(torch, self.spec.dtype))
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
         cache[list(dst)] = cache[list(src)]
@@ -90,15 +115,17 @@ class ReferenceAttention(DenseCacheAttention):
             if end > begin:
                 blocks = plan.block_table[row, : -(-length // plan.block_size)].long()
                 pages = cache[blocks]  # [pages, 2, block_size, num_kv_heads, head_dim]
-                k = pages[:, 0].flatten(0, 1)[:length]
-                v = pages[:, 1].flatten(0, 1)[:length]
-                result[begin:end] = attend_row(q[begin:end], k, v, self.spec, layer.scale)
+                k = self.decode(pages[:, 0].flatten(0, 1)[:length], layer.k_scale)
+                v = self.decode(pages[:, 1].flatten(0, 1)[:length], layer.v_scale)
+                result[begin:end] = attend_row(q[begin:end], k, v, self.spec, layer.scale, layer.sinks)
         return result
 
 
-def attend_row(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float) -> Tensor:
+def attend_row(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """The last len(q) tokens of a sequence over all its keys: q [queries, num_heads, head_dim], k and v
-    [length, num_kv_heads, head_dim]."""
+    [length, num_kv_heads, head_dim], sinks [num_heads]."""
     repeat = spec.num_heads // spec.num_kv_heads
     k, v = k.repeat_interleave(repeat, dim=1).float(), v.repeat_interleave(repeat, dim=1).float()
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
@@ -111,5 +138,14 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: floa
         hidden |= keys <= queries - spec.window
         # Blocks that a window has left behind are the null block, whose bytes may be anything.
         v = v.masked_fill(hidden.all(dim=0)[:, None, None], 0)
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(-1, 1, 1))
     return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, in which a sink, of the scores' dimensions, takes part without a place."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    joined = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)), dim=-1)
+    return joined.softmax(dim=-1)[..., :-1]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from anychip.plugin_api import ActFormat, Communicator, LinearKernel, QKNorm, Rope
 
+_SWIGLU_LIMIT, _SWIGLU_SLOPE = 7.0, 1.702
+
 
 def embedding(*, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
     rows = weight.shape[0]
@@ -44,7 +46,10 @@ def gated_activation(*, gate_up: Tensor, activation: str) -> Tensor:
         return F.silu(gate) * up
     if activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
-    raise ValueError(f"activation {activation!r}; expected silu or gelu_tanh")
+    if activation == "swiglu_clamped":
+        gate, up = gate.clamp(max=_SWIGLU_LIMIT), up.clamp(-_SWIGLU_LIMIT, _SWIGLU_LIMIT)
+        return (up + 1) * (gate * torch.sigmoid(_SWIGLU_SLOPE * gate))
+    raise ValueError(f"activation {activation!r}; expected silu, gelu_tanh or swiglu_clamped")
 
 
 def softcap(*, x: Tensor, cap: float) -> Tensor:

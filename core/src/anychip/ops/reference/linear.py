@@ -1,4 +1,4 @@
-"""Reference dense matrix product."""
+"""Reference matrix products, dense and quantized."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.plugin_api import LinearKernel, LinearSpec, Platform, Unsupported
+from anychip.ops.reference.quantized import QuantizedMatrix
+from anychip.plugin_api import LinearKernel, LinearSpec, Platform
+from anychip.plugin_api.linear import Packed
+
+
+def reference_linear(spec: LinearSpec, platform: Platform) -> LinearKernel:
+    """The reference kernel for a spec."""
+    return ReferenceLinear(spec, platform) if spec.scheme is None else ReferenceQuantizedLinear(spec, platform)
 
 
 @dataclass(slots=True)
@@ -16,33 +23,71 @@ class DenseWeights:
     bias: Tensor | None  # [out_features]
 
 
-class ReferenceLinear(LinearKernel):
-    """Weights as the checkpoint has them, parts stacked."""
-
-    name = "reference"
+class _StackedParts(LinearKernel):
+    """Parts lie below one another in the packed weights."""
 
     def __init__(self, spec: LinearSpec, platform: Platform) -> None:
-        if spec.scheme is not None:
-            raise Unsupported("reference linear", [f"quantization scheme {spec.scheme!r} has no reference yet"])
         super().__init__(spec, platform)
         self._parts = {part.name: part for part in spec.parts}
+
+    def _empty_bias(self) -> Tensor | None:
+        spec = self.spec
+        return self.platform.empty((spec.out_features,), spec.dtype, "weights") if spec.bias else None
+
+    def load(self, packed: Packed, part: str, tensor: Tensor, *, row: int = 0) -> None:
+        name, _, kind = part.partition(".")
+        place = self._parts[name]
+        if kind == "bias":
+            assert packed.bias is not None, f"{part}: the spec has no bias"
+            packed.bias[place.offset : place.offset + place.rows].copy_(tensor)
+        else:
+            self._load(packed, kind, tensor, place.offset, place.rows, row)
+
+    def _load(self, packed: Packed, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
+        raise NotImplementedError
+
+
+class ReferenceLinear(_StackedParts):
+    """Weights as the checkpoint has them."""
+
+    name = "reference"
 
     def begin(self) -> DenseWeights:
         spec = self.spec
         weight = self.platform.empty((spec.out_features, spec.in_features), spec.dtype, "weights")
-        bias = self.platform.empty((spec.out_features,), spec.dtype, "weights") if spec.bias else None
-        return DenseWeights(weight, bias)
+        return DenseWeights(weight, self._empty_bias())
 
-    def load(self, packed: DenseWeights, part: str, tensor: Tensor) -> None:
-        name, _, kind = part.partition(".")
-        target = packed.bias if kind == "bias" else packed.weight
-        place = self._parts[name]
-        assert target is not None, f"{part}: the spec has no bias"
-        target[place.offset : place.offset + place.rows].copy_(tensor)
+    def _load(self, packed: DenseWeights, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
+        packed.weight[offset + row : offset + row + tensor.shape[0]].copy_(tensor)
 
     def adopt(self, weight: Tensor) -> DenseWeights:
         return DenseWeights(weight, None)
 
     def apply(self, x: Tensor, packed: DenseWeights, *, out: Tensor | None = None) -> Tensor:
         result = F.linear(x, packed.weight, packed.bias)
+        return result if out is None else out.copy_(result)
+
+
+@dataclass(slots=True)
+class QuantizedWeights:
+    matrix: QuantizedMatrix
+    bias: Tensor | None
+
+
+class ReferenceQuantizedLinear(_StackedParts):
+    """Dequantizes the whole matrix at every product: right, and slow."""
+
+    name = "reference-quantized"
+
+    def begin(self) -> QuantizedWeights:
+        spec = self.spec
+        assert spec.scheme is not None
+        matrix = QuantizedMatrix.allocate((spec.out_features, spec.in_features), spec.scheme, self.platform)
+        return QuantizedWeights(matrix, self._empty_bias())
+
+    def _load(self, packed: QuantizedWeights, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
+        packed.matrix.load(kind, tensor, offset, rows, row)
+
+    def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
+        result = packed.matrix.product(x, packed.bias)
         return result if out is None else out.copy_(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,43 +10,68 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.ops.reference.functional import gated_activation
-from anychip.plugin_api import FusedMoE, MoESpec, Platform, Routing, Unsupported
+from anychip.ops.reference.quantized import QuantizedMatrix
+from anychip.plugin_api import FusedMoE, Routing
 
 
 @dataclass(slots=True)
 class ExpertWeights:
-    gate_up: Tensor  # [num_experts, 2 * intermediate_size, hidden_size]
-    down: Tensor  # [num_experts, hidden_size, intermediate_size]
+    """By expert: gate stacked on up [2 * intermediate_size, hidden_size], and down [hidden_size, intermediate_size].
+    Dense ones are views of one tensor each."""
+
+    gate_up: Sequence[Tensor | QuantizedMatrix]
+    down: Sequence[Tensor | QuantizedMatrix]
+    gate_up_bias: Tensor | None  # [num_experts, 2 * intermediate_size]
+    down_bias: Tensor | None  # [num_experts, hidden_size]
 
 
 class ReferenceMoE(FusedMoE):
     name = "reference"
 
-    def __init__(self, spec: MoESpec, platform: Platform) -> None:
-        if spec.scheme is not None:
-            raise Unsupported("reference MoE", [f"quantization scheme {spec.scheme!r} has no reference yet"])
-        super().__init__(spec, platform)
-
     def begin(self) -> ExpertWeights:
         s = self.spec
+        wide, tall = (2 * s.intermediate_size, s.hidden_size), (s.hidden_size, s.intermediate_size)
         return ExpertWeights(
-            gate_up=self.platform.empty((s.num_experts, 2 * s.intermediate_size, s.hidden_size), s.dtype, "weights"),
-            down=self.platform.empty((s.num_experts, s.hidden_size, s.intermediate_size), s.dtype, "weights"),
+            gate_up=self._matrices(wide),
+            down=self._matrices(tall),
+            gate_up_bias=self._empty((s.num_experts, wide[0])) if s.bias else None,
+            down_bias=self._empty((s.num_experts, tall[0])) if s.bias else None,
         )
 
-    def load(self, packed: ExpertWeights, expert: int, part: str, tensor: Tensor) -> None:
-        half = self.spec.intermediate_size
-        target = {
-            "gate": packed.gate_up[expert, :half],
-            "up": packed.gate_up[expert, half:],
-            "down": packed.down[expert],
-        }[part]
-        target.copy_(tensor)
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return self.platform.empty(shape, self.spec.dtype, "weights")
+
+    def _matrices(self, shape: tuple[int, int]) -> Sequence[Tensor | QuantizedMatrix]:
+        scheme = self.spec.scheme
+        if scheme is None:
+            return self._empty((self.spec.num_experts, *shape)).unbind()
+        return [QuantizedMatrix.allocate(shape, scheme, self.platform) for _ in range(self.spec.num_experts)]
+
+    def load(self, packed: ExpertWeights, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
+        name, _, kind = part.partition(".")
+        s = self.spec
+        offset = s.intermediate_size if name == "up" else 0
+        rows = s.hidden_size if name == "down" else s.intermediate_size
+        if kind == "bias":
+            bias = packed.down_bias if name == "down" else packed.gate_up_bias
+            assert bias is not None, f"{part}: the spec has no bias"
+            bias[expert, offset : offset + rows].copy_(tensor)
+            return
+        matrix = (packed.down if name == "down" else packed.gate_up)[expert]
+        if isinstance(matrix, QuantizedMatrix):
+            matrix.load(kind, tensor, offset, rows, row)
+        else:
+            matrix[offset + row : offset + row + tensor.shape[0]].copy_(tensor)
 
     def remap(self, packed: ExpertWeights, expert_map: Tensor) -> ExpertWeights:
         held = (expert_map >= 0).nonzero().squeeze(-1)
-        local = held[expert_map[held].argsort()]
-        return ExpertWeights(packed.gate_up[local], packed.down[local])
+        local = held[expert_map[held].argsort()].tolist()
+        return ExpertWeights(
+            [packed.gate_up[i] for i in local],
+            [packed.down[i] for i in local],
+            None if packed.gate_up_bias is None else packed.gate_up_bias[local],
+            None if packed.down_bias is None else packed.down_bias[local],
+        )
 
     def route(self, router_logits: Tensor, bias: Tensor | None = None) -> Routing:
         s = self.spec
@@ -68,11 +94,20 @@ class ReferenceMoE(FusedMoE):
     ) -> Tensor:
         ids = routing.expert_ids if expert_map is None else expert_map[routing.expert_ids]
         result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in range(packed.gate_up.shape[0]):
+        for expert in range(len(packed.gate_up)):
             token, choice = (ids == expert).nonzero(as_tuple=True)
             if token.numel():
-                hidden = F.linear(x[token], packed.gate_up[expert])
-                hidden = gated_activation(gate_up=hidden, activation=self.spec.activation)
-                share = F.linear(hidden, packed.down[expert]).float() * routing.weights[token, choice, None]
+                share = self.expert(x[token], packed, expert).float() * routing.weights[token, choice, None]
                 result.index_add_(0, token, share)
         return result.to(x.dtype)
+
+    def expert(self, x: Tensor, packed: ExpertWeights, expert: int) -> Tensor:
+        """One expert on tokens [num_tokens, hidden_size]."""
+        up_bias, down_bias = packed.gate_up_bias, packed.down_bias
+        hidden = _product(x, packed.gate_up[expert], None if up_bias is None else up_bias[expert])
+        hidden = gated_activation(gate_up=hidden, activation=self.spec.activation)
+        return _product(hidden, packed.down[expert], None if down_bias is None else down_bias[expert])
+
+
+def _product(x: Tensor, matrix: Tensor | QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    return matrix.product(x, bias) if isinstance(matrix, QuantizedMatrix) else F.linear(x, matrix, bias)

@@ -1,0 +1,99 @@
+"""GPT-OSS: attention sinks, windows on every other layer, clamped SwiGLU experts with biases, stacked in one tensor
+(config.json: GptOssForCausalLM, unquantized weights)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from anychip.errors import Unsupported
+from anychip.layers.build import Builder
+from anychip.layers.mlp import PutExpert, SparseMoE
+from anychip.model_config import ModelConfig
+from anychip.models.decoder import Decoder, PreNormLayer
+from anychip.plugin_api import AttentionSpec, MoESpec, Rope, WeightView
+from anychip.quantization.format import put_rows
+from anychip.types import DType
+from anychip.weights.matrix import Span
+
+
+class GptOss(Decoder):
+    @classmethod
+    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
+        return [replace(spec, sinks=True) for spec in super().attention_specs(config, size, dtype, kv_dtype)]
+
+    @classmethod
+    def layer_types(cls, config: ModelConfig) -> list[str]:
+        return config.get("layer_types") or [
+            "full_attention" if index % 2 else "sliding_attention" for index in range(config.num_layers)
+        ]
+
+    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> PreNormLayer:
+        config = self.config
+        swiglu = (config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0))
+        if swiglu != (1.702, 7.0):
+            raise Unsupported("GPT-OSS", [f"swiglu_alpha and swiglu_limit {swiglu}; experts are built for 1.702 and 7"])
+        moe = MoESpec(
+            num_experts=int(config.raw["num_local_experts"]),
+            top_k=int(config.raw["num_experts_per_tok"]),
+            hidden_size=config.hidden_size,
+            intermediate_size=builder.split(config.intermediate_size, "expert features").count,
+            dtype=builder.dtype,
+            activation="swiglu_clamped",
+            bias=True,
+        )
+        experts = StackedExperts(
+            builder,
+            name=f"model.layers.{index}.mlp",
+            spec=moe,
+            intermediate_size=config.intermediate_size,
+            router="router",
+            router_bias=True,
+        )
+        attention = self.self_attention(builder, index, spec, rope, bias=bool(config.get("attention_bias", True)))
+        return PreNormLayer(builder, config, index, attention, experts)
+
+
+class StackedExperts(SparseMoE):
+    """gate_up_proj [num_experts, hidden_size, 2 * intermediate_size] holds gate and up in turns, down_proj
+    [num_experts, intermediate_size, hidden_size]: inputs before outputs, unlike a linear layer's."""
+
+    def want_experts(
+        self, builder: Builder, name: str, intermediate_size: int, span: Span, names: Sequence[str]
+    ) -> None:
+        count, hidden_size = self.spec.num_experts, self.spec.hidden_size
+        hidden, first_rank = Span(0, hidden_size), builder.shard.rank == 0
+        halves = (("gate", 0), ("up", 1))
+
+        def put(expert: int, part: str, rows: Tensor, columns: Span) -> None:
+            put_rows(PutExpert(self, expert, part), rows, columns, self.spec.scheme)
+
+        def take_gate_up(view: WeightView) -> None:
+            for expert in range(count):
+                both = view.read((expert, expert + 1))[0].T[2 * span.start : 2 * (span.start + span.count)]
+                for part, first in halves:
+                    put(expert, part, both[first::2], hidden)
+
+        def take_down(view: WeightView) -> None:
+            for expert in range(count):
+                put(expert, "down", view.read((expert, expert + 1))[0].T, span)
+
+        def take_gate_up_bias(view: WeightView) -> None:
+            bias = view.read((0, count), Span(2 * span.start, 2 * span.count).bounds)
+            for expert in range(count):
+                for part, first in halves:
+                    PutExpert(self, expert, part)("bias", bias[expert, first::2])
+
+        def take_down_bias(view: WeightView) -> None:
+            bias = view.read((0, count))
+            for expert in range(count):
+                # The sum over ranks must hold it once.
+                PutExpert(self, expert, "down")("bias", bias[expert] if first_rank else bias[expert] * 0)
+
+        wide = 2 * intermediate_size
+        builder.weights.want(f"{name}.gate_up_proj", (count, hidden_size, wide), take_gate_up)
+        builder.weights.want(f"{name}.down_proj", (count, intermediate_size, hidden_size), take_down)
+        builder.weights.want(f"{name}.gate_up_proj_bias", (count, wide), take_gate_up_bias)
+        builder.weights.want(f"{name}.down_proj_bias", (count, hidden_size), take_down_bias)

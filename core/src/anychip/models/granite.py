@@ -1,0 +1,43 @@
+"""Granite 3: Llama with multipliers on embeddings, attention, residual sums and logits
+(config.json: GraniteForCausalLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from anychip.layers.build import Builder
+from anychip.model_config import ModelConfig
+from anychip.models.decoder import Decoder, PreNormLayer
+from anychip.plugin_api import AttentionSpec, ForwardContext, Rope
+
+
+class Granite(Decoder):
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
+        self.embedding_scale = float(config.get("embedding_multiplier", 1.0))
+        self.logits_scaling = float(config.get("logits_scaling", 1.0))
+        super().__init__(config, builder, specs)
+
+    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> GraniteLayer:
+        config = self.config
+        attention = self.self_attention(
+            builder, index, spec, rope, scale=float(config.get("attention_multiplier", 1.0))
+        )
+        mlp = self.gated_mlp(builder, index, bias=bool(config.get("mlp_bias", False)))
+        layer = GraniteLayer(builder, config, index, attention, mlp)
+        layer.multiplier = float(config.get("residual_multiplier", 1.0))
+        return layer
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden) / self.logits_scaling
+
+
+class GraniteLayer(PreNormLayer):
+    multiplier = 1.0
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_norm.with_residual(hidden, residual, self.attention.accepts)
+        hidden = self.attention(hidden, context) * self.multiplier
+        hidden, residual = self.mlp_norm.with_residual(hidden, residual, self.mlp.accepts)
+        return self.mlp(hidden) * self.multiplier, residual

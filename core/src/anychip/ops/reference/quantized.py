@@ -1,0 +1,140 @@
+"""Reference quantization: the arithmetic of plugin_api.QuantScheme, and a matrix kept in it.
+
+Products are taken in float32 of the dequantized weights, so the only error beyond the scheme's own is float32's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import FP8_MAX, INT4_ZERO, Platform, QuantScheme
+from anychip.types import cdiv
+
+INT8_MAX = 127.0
+_TINY = 1e-12
+"""Least scale: a group of zeros stays zeros."""
+
+
+def quantize_rows(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 by channel or int4 by group, rounded to nearest: canonical values and scales of whole rows
+    [rows, in_features]."""
+    wide = weight.float()
+    if scheme.name == "int8":
+        scale = wide.abs().amax(dim=1).clamp(min=_TINY) / INT8_MAX
+        return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
+    assert scheme.name == "int4" and scheme.group_size is not None
+    groups = wide.reshape(len(wide), -1, scheme.group_size)
+    # The value of greatest magnitude becomes -8, the end of the range that the other side lacks.
+    index = groups.abs().argmax(dim=-1, keepdim=True)
+    scale = groups.gather(-1, index) / -float(INT4_ZERO)
+    scale = torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY), scale)
+    values = ((groups / scale).round() + INT4_ZERO).clamp(0, 15).to(torch.uint8)
+    return values.flatten(1), scale.squeeze(-1)
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """Nearest float8_e4m3fn; what lies outside its range becomes its largest value."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def round_activations(x: Tensor, scheme: QuantScheme, input_scale: Tensor | None) -> Tensor:
+    """Activations [num_tokens, in_features] as the scheme's product sees them, dequantized to float32."""
+    wide = x.float()
+    if scheme.activations == "plain":
+        return wide
+    if scheme.activations == "static":
+        assert input_scale is not None
+        return to_fp8(wide / input_scale).float() * input_scale
+    most = INT8_MAX if scheme.name == "int8-w8a8" else FP8_MAX
+    size = scheme.group_size if scheme.activations == "group" and scheme.group_size else wide.shape[-1]
+    columns = wide.shape[-1]
+    padded = torch.nn.functional.pad(wide, (0, -columns % size)).view(len(wide), -1, size)
+    scale = padded.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY) / most
+    scaled = padded / scale
+    rounded = scaled.round() if scheme.name == "int8-w8a8" else to_fp8(scaled).float()
+    return (rounded * scale).view(len(wide), -1)[:, :columns]
+
+
+@dataclass(slots=True)
+class QuantizedMatrix:
+    """`shape` = (rows, columns) in a scheme. int4 values lie two to a byte, the even column in the low half."""
+
+    scheme: QuantScheme
+    shape: tuple[int, int]
+    values: Tensor
+    scales: Tensor  # [rows, groups] float32: one group where the scheme has none
+    zeros: Tensor | None  # [rows, groups] uint8
+    input_scale: Tensor | None  # [1]
+
+    @classmethod
+    def allocate(cls, shape: tuple[int, int], scheme: QuantScheme, platform: Platform) -> QuantizedMatrix:
+        rows, columns = shape
+        groups = cdiv(columns, scheme.group_size) if scheme.group_size else 1
+        kinds = {"int8": "int8", "int8-w8a8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}
+        width = cdiv(columns, 2) if scheme.name == "int4" else columns
+
+        def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+            return platform.empty(shape, dtype, "weights")
+
+        return cls(
+            scheme=scheme,
+            shape=shape,
+            values=empty((rows, width), kinds[scheme.name]),
+            scales=empty((rows, groups), "float32"),
+            zeros=empty((rows, groups), "uint8") if scheme.zero_points else None,
+            input_scale=empty((1,), "float32").zero_() if scheme.activations == "static" else None,
+        )
+
+    def load(self, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
+        """One kind of a part that stands at `offset` and has `rows` rows; `row` as in LinearKernel.load."""
+        if kind == "":
+            place = slice(offset + row, offset + row + tensor.shape[0])
+            self.values[place].copy_(_paired(tensor) if self.scheme.name == "int4" else tensor)
+        elif kind == "scale":
+            self.scales[offset : offset + rows].copy_(self._by_row(tensor, rows))
+        elif kind == "zero":
+            assert self.zeros is not None
+            self.zeros[offset : offset + rows].copy_(self._by_row(tensor, rows))
+        else:
+            assert kind == "input_scale" and self.input_scale is not None, kind
+            # Parts of one product see the same activations: the widest range holds them all.
+            torch.maximum(self.input_scale, tensor.to(self.input_scale.device).view(1), out=self.input_scale)
+
+    def _by_row(self, tensor: Tensor, rows: int) -> Tensor:
+        if self.scheme.scales == "block":
+            assert self.scheme.group_size is not None
+            return tensor.repeat_interleave(self.scheme.group_size, dim=0)[:rows]
+        return tensor.view(-1, self.scales.shape[1]).expand(rows, -1)
+
+    def dequantize(self) -> Tensor:
+        """[rows, columns] float32."""
+        columns = self.shape[1]
+        if self.scheme.name == "int4":
+            halves = torch.stack((self.values & 15, self.values >> 4), dim=-1)
+            wide = halves.flatten(1)[:, :columns].float()
+        else:
+            wide = self.values.float()
+        if self.zeros is not None:
+            wide = wide - self._by_column(self.zeros.float())
+        elif self.scheme.name == "int4":
+            wide = wide - INT4_ZERO
+        return wide * self._by_column(self.scales)
+
+    def _by_column(self, grouped: Tensor) -> Tensor:
+        size = self.scheme.group_size
+        return grouped if size is None else grouped.repeat_interleave(size, dim=1)[:, : self.shape[1]]
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b in the activations' dtype."""
+        rounded = round_activations(x, self.scheme, self.input_scale)
+        result = rounded @ self.dequantize().T
+        return (result if bias is None else result + bias.float()).to(x.dtype)
+
+
+def _paired(values: Tensor) -> Tensor:
+    if values.shape[1] % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    return values[:, 0::2] | values[:, 1::2] << 4

@@ -1,0 +1,112 @@
+"""compressed-tensors' containers: pack-quantized int4 and int8, int-quantized int8, float-quantized FP8.
+
+The format's settings: https://github.com/vllm-project/compressed-tensors. Tensors of a module: weight, or
+weight_packed int32 [out_features, words] with weight_shape; weight_scale; weight_zero_point; input_scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from anychip.errors import Unsupported
+from anychip.plugin_api import QuantScheme, WeightView
+from anychip.quantization.format import PlainFormat, column_groups
+from anychip.quantization.gptq import grouped_int4
+from anychip.quantization.packing import unpack
+from anychip.quantization.stored import want_input_scale, want_scales, want_values
+from anychip.types import cdiv
+from anychip.weights.matrix import Matrix, row_chunks
+from anychip.weights.register import WeightRegister
+
+_INT8_OFFSET = 128
+"""Packed values are stored from zero on."""
+
+
+class CompressedTensors:
+    def __init__(self, config: Mapping[str, Any], names: frozenset[str]) -> None:
+        self.groups = list(config.get("config_groups", {}).values())
+        self.names = names
+        self.plain = PlainFormat()
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        if f"{module}.weight_scale" not in self.names and f"{module}.weight_packed" not in self.names:
+            return None
+        group = next((group for group in self.groups if _targets(group, module)), None)
+        if group is None:
+            raise Unsupported("compressed-tensors checkpoint", [f"no config group names {module}"])
+        return _scheme(module, in_features, group["weights"], group.get("input_activations"))
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        scheme = matrix.scheme
+        if scheme is None:
+            return self.plain.want(register, matrix)
+        if f"{matrix.name}.weight_packed" in self.names:
+            self._want_packed(register, matrix, scheme)
+        else:
+            want_values(register, matrix, "float8_e4m3fn" if scheme.name == "fp8" else "int8")
+        want_scales(register, matrix, scheme, f"{matrix.name}.weight_scale")
+        return want_input_scale(register, matrix, scheme)
+
+    def _want_packed(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
+        rows, columns = matrix.shape
+        bits = 4 if scheme.name == "int4" else 8
+        per_word = 32 // bits
+        if scheme.zero_points:
+            self._want_zeros(register, matrix, scheme)
+
+        def take_values(view: WeightView) -> None:
+            for start, stop in row_chunks(matrix.rows, columns * 4):
+                values = unpack(view.read((start, stop)), 1, bits)[:, slice(*matrix.columns.bounds)]
+                if bits == 8:
+                    values = (values.short() - _INT8_OFFSET).char()
+                matrix.put("", values, start - matrix.rows.start)
+
+        register.want(f"{matrix.name}.weight_packed", (rows, cdiv(columns, per_word)), take_values)
+        register.want(f"{matrix.name}.weight_shape", (2,), lambda view: None)
+
+    def _want_zeros(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
+        groups = column_groups(matrix, scheme)
+
+        def take(view: WeightView) -> None:
+            zeros = unpack(view.read((0, view.shape[0])), 0)
+            matrix.put("zero", zeros[slice(*matrix.rows.bounds), slice(*groups.bounds)])
+
+        register.want(f"{matrix.name}.weight_zero_point", None, take)
+
+
+def _targets(group: Mapping[str, Any], module: str) -> bool:
+    for target in group.get("targets", ()):
+        if target == "Linear" or target == module:
+            return True
+        if target.startswith("re:") and re.match(target[3:], module):
+            return True
+    return False
+
+
+def _scheme(module: str, in_features: int, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> QuantScheme:
+    strategy: Any = weights.get("strategy") or "tensor"
+    size = weights.get("group_size")
+    kind = (weights["type"], weights["num_bits"])
+    symmetric = bool(weights.get("symmetric", True))
+    if weights.get("actorder") in ("group", True):
+        raise Unsupported("compressed-tensors checkpoint", [f"{module}: columns ordered by activation"])
+    if kind == ("int", 4) and inputs is None:
+        groups = in_features if strategy == "channel" else int(size or 0)
+        return grouped_int4(module, in_features, groups, zero_points=not symmetric)
+    if kind == ("int", 8) and symmetric and strategy in ("channel", "tensor", "group"):
+        if inputs is None:
+            return QuantScheme(name="int8", scales=strategy, group_size=size if strategy == "group" else None)
+        if inputs.get("dynamic") and inputs.get("num_bits") == 8:
+            return QuantScheme(name="int8-w8a8", scales=strategy, activations="token")
+    if kind == ("float", 8) and symmetric and inputs is not None and inputs.get("num_bits") == 8:
+        block = weights.get("block_structure")
+        if strategy == "block" and block and len(set(block)) == 1:
+            return QuantScheme(name="fp8", scales="block", group_size=int(block[0]), activations="group")
+        if strategy in ("tensor", "channel"):
+            return QuantScheme(name="fp8", scales=strategy, activations="token" if inputs.get("dynamic") else "static")
+    raise Unsupported(
+        "compressed-tensors checkpoint",
+        [f"{module}: weights {dict(weights)} with input_activations {dict(inputs) if inputs else None}"],
+    )

@@ -1,0 +1,63 @@
+"""Finds how a checkpoint's matrices are stored, from config.json and what the user asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from anychip.errors import ConfigError
+from anychip.plugin_api import Platform, QuantScheme, Unsupported
+from anychip.quantization.format import PlainFormat, QuantizeAtLoad, WeightFormat
+
+METHODS = {
+    "gptq": "anychip.quantization.gptq:GPTQ",
+    "awq": "anychip.quantization.awq:AWQ",
+    "fp8": "anychip.quantization.fp8:FP8",
+    "compressed-tensors": "anychip.quantization.compressed_tensors:CompressedTensors",
+}
+"""By quantization_config.quant_method: a class made from that object and the names of the checkpoint's tensors."""
+
+AT_LOAD = ("int8", "int4")
+
+
+def weight_format(raw: Mapping[str, Any], asked: str | None, names: Callable[[], frozenset[str]]) -> WeightFormat:
+    """`raw` is config.json, `names` are the checkpoint's tensors. Raises ConfigError for a method that is not known,
+    and where what was asked for is not what the checkpoint holds."""
+    settings = raw.get("quantization_config") or raw.get("compression_config")
+    if settings is None:
+        if asked is None:
+            return PlainFormat()
+        if asked in AT_LOAD:
+            return QuantizeAtLoad(asked)
+        raise ConfigError(
+            f"quantization {asked!r}: the checkpoint is not quantized; {' or '.join(AT_LOAD)} quantize it at load"
+        )
+    method = settings.get("quant_method")
+    if method not in METHODS:
+        raise ConfigError(f"quantization method {method!r} is not supported; supported are {', '.join(METHODS)}")
+    if asked not in (None, method):
+        raise ConfigError(f"quantization {asked!r} was asked for, and the checkpoint is {method}; leave it out")
+    module, _, name = METHODS[method].partition(":")
+    made: WeightFormat = getattr(import_module(module), name)(settings, names())
+    return made
+
+
+class CheckedFormat:
+    """A format whose schemes the platform has declared."""
+
+    def __init__(self, inner: WeightFormat, platform: Platform) -> None:
+        self._inner = inner
+        self.want = inner.want
+        self._able = platform.capabilities.quantization
+        self._device = platform.name
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        """Raises Unsupported, naming what the platform takes."""
+        scheme = self._inner.scheme(module, in_features)
+        if scheme is not None and scheme.name not in self._able:
+            takes = ", ".join(sorted(self._able)) or "none"
+            raise Unsupported(
+                f"{self._device} with a checkpoint in {scheme.name} ({module})", [f"the device takes {takes}"]
+            )
+        return scheme

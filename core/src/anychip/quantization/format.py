@@ -1,0 +1,117 @@
+"""The protocol of a weight format, and the two that read plain matrices."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anychip.errors import CheckpointError, ConfigError
+from anychip.ops.reference.quantized import quantize_rows
+from anychip.plugin_api import QuantScheme, WeightView
+from anychip.weights.matrix import Matrix, Put, Span, stream
+from anychip.weights.register import WeightRegister
+
+
+class WeightFormat(Protocol):
+    """How a checkpoint stores the matrices of its products."""
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        """A module's scheme; None for a plain one. Raises ConfigError where it cannot be."""
+        ...
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        """Asks for the matrix's tensors, and puts what they hold into its kernel in canonical form."""
+        ...
+
+
+class PlainFormat:
+    """One tensor, `weight`, of any floating dtype."""
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        return None
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        def take(view: WeightView) -> None:
+            if not view.dtype.is_floating_point or view.dtype.itemsize == 1:
+                raise CheckpointError(
+                    f"{view.source} is stored as {str(view.dtype).removeprefix('torch.')}, and nothing says "
+                    "how to read that: its scale is missing, or config.json has no quantization_config"
+                )
+            stream(view, matrix.rows, matrix.columns, lambda chunk, row: matrix.put("", chunk, row))
+
+        register.want(f"{matrix.name}.weight", matrix.shape, take)
+
+
+GROUP_SIZES = (128, 64, 32)
+"""For int4 at load: the largest of these that divides the input features."""
+
+
+class QuantizeAtLoad:
+    """Plain matrices, quantized as they stream: int8 by channel or int4 by group, both symmetric."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        if self.name == "int8":
+            return QuantScheme(name="int8", scales="channel")
+        size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
+        if size is None:
+            raise ConfigError(
+                f"--quantization int4 groups {', '.join(map(str, GROUP_SIZES))} columns, and none divides the "
+                f"{in_features} input features of {module}; use int8"
+            )
+        return QuantScheme(name="int4", scales="group", group_size=size)
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        scheme = matrix.scheme
+        if scheme is None:
+            return PlainFormat().want(register, matrix)
+        columns = matrix.columns
+        scale_columns = column_groups(matrix, scheme)
+        scales: list[Tensor] = []
+
+        def take(view: WeightView) -> None:
+            # Whole rows, so that every rank finds the same scales.
+            stream(view, matrix.rows, Span(0, matrix.shape[1]), give)
+
+        def give(chunk: Tensor, row: int) -> None:
+            values, scale = quantize_rows(chunk, scheme)
+            matrix.put("", values[:, slice(*columns.bounds)], row)
+            scales.append(scale[:, slice(*scale_columns.bounds)] if scale.dim() > 1 else scale)
+            if row + len(chunk) == matrix.rows.count:
+                matrix.put("scale", torch.cat(scales))
+                scales.clear()
+
+        register.want(f"{matrix.name}.weight", matrix.shape, take)
+        return None
+
+
+def put_rows(put: Put, rows: Tensor, columns: Span, scheme: QuantScheme | None) -> None:
+    """Puts whole plain rows of which a rank holds `columns`, quantized at load where there is a scheme."""
+    if scheme is None:
+        put("", rows[:, slice(*columns.bounds)])
+        return
+    values, scale = quantize_rows(rows, scheme)
+    put("", values[:, slice(*columns.bounds)])
+    size = scheme.group_size
+    put(
+        "scale",
+        scale if size is None else scale[:, columns.start // size : -(-(columns.start + columns.count) // size)],
+    )
+
+
+def column_groups(matrix: Matrix, scheme: QuantScheme) -> Span:
+    """The groups that this rank's columns cover. Raises ConfigError where its share ends within a group."""
+    size, columns = scheme.group_size, matrix.columns
+    if size is None:
+        return Span(0, 1)
+    whole = columns.start == 0 and columns.count == matrix.shape[1]
+    if not whole and (columns.start % size or columns.count % size):
+        raise ConfigError(
+            f"{matrix.name} is quantized in groups of {size} columns, which {columns.count} columns a rank cut; "
+            "choose another tensor_parallel_size"
+        )
+    return Span(columns.start // size, -(-columns.count // size))

@@ -1,0 +1,43 @@
+"""FP8 containers: float8_e4m3fn weights with one scale, or one for each block of 128 x 128.
+
+Tensors of a module: weight [out_features, in_features]; weight_scale [] or [1], or weight_scale_inv [row blocks,
+column blocks], which despite its name multiplies; input_scale [] or [1] where activations are static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anychip.errors import Unsupported
+from anychip.plugin_api import QuantScheme
+from anychip.quantization.format import PlainFormat
+from anychip.quantization.stored import want_input_scale, want_scales, want_values
+from anychip.weights.matrix import Matrix
+from anychip.weights.register import WeightRegister
+
+
+class FP8:
+    def __init__(self, config: Mapping[str, Any], names: frozenset[str]) -> None:
+        block = config.get("weight_block_size")
+        static = config.get("activation_scheme", "dynamic") == "static"
+        if block and (len(set(block)) != 1 or static):
+            raise Unsupported("FP8 checkpoint", [f"blocks of {block} with {config.get('activation_scheme')} scales"])
+        if block:
+            self._scheme = QuantScheme(name="fp8", scales="block", group_size=int(block[0]), activations="group")
+        else:
+            self._scheme = QuantScheme(name="fp8", scales="tensor", activations="static" if static else "token")
+        self.scale_name = "weight_scale_inv" if block else "weight_scale"
+        self.names = names
+        self.plain = PlainFormat()
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        return self._scheme if f"{module}.{self.scale_name}" in self.names else None
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        scheme = matrix.scheme
+        if scheme is None:
+            return self.plain.want(register, matrix)
+        want_values(register, matrix, "float8_e4m3fn")
+        want_scales(register, matrix, scheme, f"{matrix.name}.{self.scale_name}")
+        return want_input_scale(register, matrix, scheme)

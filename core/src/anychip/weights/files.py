@@ -1,0 +1,165 @@
+"""Reads safetensors files without mapping them: a mapped page counts as resident memory beside its copy.
+
+Format: https://huggingface.co/docs/safetensors (eight bytes of header length, a JSON header, the tensors' bytes).
+Nothing in such a file is code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from anychip.errors import CheckpointError
+from anychip.plugin_api import WeightView
+
+_MOST_HEADER_BYTES = 100 << 20
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_AHEAD_BYTES = 64 << 20
+"""What the operating system is asked to read ahead."""
+
+
+class SafetensorsFile:
+    """An open file. Raises CheckpointError for one that is cut short or malformed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        try:
+            self._size = os.fstat(self._fd).st_size
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> None:
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        self._begin = 8 + length
+        if self._size < 8 or length > min(_MOST_HEADER_BYTES, self._size - 8):
+            raise self._broken(f"its header would take {length} of {self._size} bytes")
+        try:
+            header = msgspec.json.decode(os.pread(self._fd, length, 8), type=dict[str, dict[str, Any]])
+        except msgspec.DecodeError as error:
+            raise self._broken(f"its header is no JSON object: {error}") from error
+        header.pop("__metadata__", None)
+        self._entries = header
+        for name, entry in header.items():
+            self._check(name, entry)
+
+    def _check(self, name: str, entry: dict[str, Any]) -> None:
+        if entry.get("dtype") not in _DTYPES:
+            raise self._broken(f"tensor {name!r} has dtype {entry.get('dtype')}; known are {', '.join(_DTYPES)}")
+        begin, end = entry["data_offsets"]
+        expected = prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+        if begin < 0 or end - begin != expected:
+            raise self._broken(f"tensor {name!r} takes {end - begin} bytes, its shape {expected}")
+        if self._begin + end > self._size:
+            raise self._broken(
+                f"tensor {name!r} ends at byte {self._begin + end}, the file has {self._size}: it is cut short"
+            )
+
+    def _broken(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is not a readable safetensors file: {why}")
+
+    def views(self) -> Iterator[tuple[str, FileView]]:
+        """Every tensor in the order of its bytes, so that the disk is read straight through."""
+        for name, entry in sorted(self._entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+            begin = self._begin + entry["data_offsets"][0]
+            yield name, FileView(self, name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], begin)
+
+    def read_into(self, target: Tensor, offset: int) -> None:
+        """Fills a contiguous host tensor with the file's bytes from `offset`."""
+        buffer = memoryview(target.view(torch.uint8).numpy().data)
+        os.posix_fadvise(self._fd, offset + len(buffer), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        while len(buffer):
+            count = os.preadv(self._fd, [buffer], offset)
+            if count == 0:
+                raise self._broken("it became shorter while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class FileView:
+    """plugin_api.WeightView over one tensor of a file."""
+
+    def __init__(
+        self, file: SafetensorsFile, name: str, shape: tuple[int, ...], dtype: torch.dtype, offset: int
+    ) -> None:
+        self._file, self._name, self._offset = file, name, offset
+        self.shape, self.dtype = shape, dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def source(self) -> str:
+        return f"tensor {self._name!r} of {self._file.path}"
+
+    def read(self, *bounds: tuple[int, int]) -> Tensor:
+        if not self.shape:
+            whole = torch.empty(1, dtype=self.dtype)
+            self._file.read_into(whole, self._offset)
+            return whole.squeeze(0)
+        start, stop = bounds[0] if bounds else (0, self.shape[0])
+        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        self._file.read_into(rows.flatten(), self._offset + start * row_bytes)
+        return rows[(slice(None), *(slice(*inner) for inner in bounds[1:]))]
+
+
+def checkpoint_views(folder: Path) -> Iterator[tuple[str, WeightView]]:
+    """Every tensor of a checkpoint, file by file. Raises CheckpointError where there is nothing to read."""
+    for path in checkpoint_files(folder):
+        file = SafetensorsFile(path)
+        try:
+            yield from file.views()
+        finally:
+            file.close()
+
+
+def tensor_names(folder: Path) -> frozenset[str]:
+    """Of every file, from their headers."""
+    names: set[str] = set()
+    for path in checkpoint_files(folder):
+        file = SafetensorsFile(path)
+        names.update(name for name, _ in file.views())
+        file.close()
+    return frozenset(names)
+
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, those of its index where it has one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(msgspec.json.decode(index.read_bytes())["weight_map"].values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(f"{index} names {absent[0]}, which is not in {folder}")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds {pickles[0]}, a pickle, which can run code when it is read; anychip reads "
+                "safetensors only: convert it with save_pretrained(..., safe_serialization=True)"
+            )
+        raise CheckpointError(f"{folder} holds no *.safetensors file; --load-format dummy runs without weights")
+    return files

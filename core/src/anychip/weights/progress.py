@@ -1,0 +1,75 @@
+"""Counts what is read from a checkpoint, and shows it where somebody watches."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+from torch import dtype as torch_dtype
+
+from anychip.plugin_api import WeightView
+
+
+class LoadProgress:
+    """`nbytes` and `seconds` of a load. Its bar goes to a terminal's standard error, on one rank only."""
+
+    def __init__(self, total_bytes: int, *, shown: bool) -> None:
+        self.nbytes = 0
+        self.seconds = 0.0
+        self._bar = Progress(
+            TextColumn("loading weights"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=Console(stderr=True),
+            disable=not (shown and sys.stderr.isatty()),
+            transient=True,
+        )
+        self._task = self._bar.add_task("load", total=total_bytes)
+
+    def track(self, views: Iterator[tuple[str, WeightView]]) -> Iterator[tuple[str, WeightView]]:
+        """The same views, counted as they are read."""
+        start = time.perf_counter()
+        with self._bar:
+            for name, view in views:
+                yield name, CountedView(view, self)
+                self._bar.update(self._task, completed=self.nbytes)
+        self.seconds = time.perf_counter() - start
+
+    def __str__(self) -> str:
+        gigabytes = self.nbytes / 1e9
+        return (
+            f"weights: {gigabytes:.2f} GB read in {self.seconds:.2f} s ({gigabytes / max(self.seconds, 1e-9):.1f} GB/s)"
+        )
+
+
+class CountedView:
+    """plugin_api.WeightView that adds what is read through it to a LoadProgress."""
+
+    def __init__(self, view: WeightView, progress: LoadProgress) -> None:
+        self._view, self._progress = view, progress
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._view.shape
+
+    @property
+    def dtype(self) -> torch_dtype:
+        return self._view.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self._view.nbytes
+
+    @property
+    def source(self) -> str:
+        return self._view.source
+
+    def read(self, *bounds: tuple[int, int]) -> Tensor:
+        tensor = self._view.read(*bounds)
+        self._progress.nbytes += tensor.nbytes
+        return tensor

@@ -1,0 +1,67 @@
+"""The register in which layers say which checkpoint tensors they want, and the loader that hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from anychip.errors import CheckpointError
+from anychip.plugin_api import WeightView
+
+Take = Callable[[WeightView], None]
+"""Reads a rank's share of a tensor."""
+
+
+@dataclass(slots=True)
+class WeightSlot:
+    """One checkpoint tensor that layers want. `shape` None: those who take it check it."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    takers: list[Take]
+
+
+@dataclass(slots=True)
+class WeightRegister:
+    """Filled while layers are built, emptied by the loader."""
+
+    slots: dict[str, WeightSlot] = field(default_factory=dict)
+    finishers: list[Callable[[], None]] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+    """Endings of tensor names that a checkpoint may hold and the model does not use."""
+    optional: set[str] = field(default_factory=set)
+    """Wanted names that a checkpoint may lack."""
+    rename: Callable[[str], str] = str
+    """From a checkpoint's names to those that are wanted."""
+
+    def want(self, name: str, shape: tuple[int, ...] | None, take: Take) -> None:
+        """A tensor that several parts are cut from is wanted once by each of them."""
+        slot = self.slots.setdefault(name, WeightSlot(name, shape, []))
+        assert slot.shape == shape, f"{name} is wanted as {slot.shape} and as {shape}"
+        slot.takers.append(take)
+
+
+def load_weights(register: WeightRegister, views: Iterator[tuple[str, WeightView]], origin: str) -> None:
+    """Gives each wanted tensor to its layers. Raises CheckpointError for a tensor that is missing, unknown or
+    mis-shaped, naming it and its file."""
+    missing = dict(register.slots)
+    for name, view in views:
+        name = register.rename(name)
+        slot = missing.pop(name, None)
+        if slot is None:
+            if name.endswith(register.ignored) and name not in register.slots:
+                continue
+            raise CheckpointError(f"{view.source} has no place in the model; is config.json from another checkpoint?")
+        if slot.shape is not None and view.shape != slot.shape:
+            raise CheckpointError(f"{view.source} has shape {list(view.shape)}, the model wants {list(slot.shape)}")
+        for take in slot.takers:
+            take(view)
+    names = sorted(missing.keys() - register.optional)
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        shape = missing[names[0]].shape
+        extent = f" of shape {list(shape)} ({prod(shape)} values)" if shape is not None else ""
+        raise CheckpointError(f"{origin} lacks tensor {names[0]!r}{extent}{more}")
+    for finish in register.finishers:
+        finish()

@@ -1,0 +1,47 @@
+"""How many bytes of tensors an object holds, whatever layouts its kernels chose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_OPAQUE = frozenset({"torch", "numpy", "rich", "msgspec", *sys.stdlib_module_names})
+"""Packages whose objects are not looked into: layers, kernels, plugins and modelling code are."""
+
+
+def held_bytes(root: object) -> int:
+    """The sum over storages that tensors reachable from `root` lie in, each counted once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting: list[object] = [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        else:
+            waiting.extend(_parts(item))
+    return sum(storages.values())
+
+
+def _parts(item: object) -> Iterator[Any]:
+    if isinstance(item, Mapping):
+        yield from item.values()
+    elif isinstance(item, list | tuple):
+        yield from item
+    elif isinstance(item, nn.Module):
+        yield from item.parameters(recurse=False)
+        yield from item.buffers(recurse=False)
+        yield from item.children()
+        yield from vars(item).values()
+    elif not isinstance(item, type) and type(item).__module__.split(".")[0] not in _OPAQUE:
+        yield from getattr(item, "__dict__", {}).values()
+        for kind in type(item).__mro__:
+            for slot in getattr(kind, "__slots__", ()):
+                yield getattr(item, slot, None)
