@@ -86,32 +86,43 @@ def make_batch(rows: list[tuple[int, int]], rng: np.random.Generator, window: in
     dim=st.sampled_from([8, 20, 64]),
     window=st.sampled_from([None, 1, 7, 16, 33]),
     softcap=st.sampled_from([None, 5.0]),
+    sinks=st.booleans(),
+    kv_dtype=st.sampled_from(["float32", "float8_e4m3fn", "int8"]),
+    scales=st.sampled_from(["none", "one", "by head"]),
     seed=st.integers(0, 2**16),
 )
-def test_attention_equals_the_reference_on_ragged_batches(rows, heads, dim, window, softcap, seed):
+def test_attention_equals_the_reference_on_ragged_batches(
+    rows, heads, dim, window, softcap, sinks, kv_dtype, scales, seed
+):
     torch.manual_seed(seed)
     spec = AttentionSpec(
         num_heads=heads[0],
         num_kv_heads=heads[1],
         head_dim=dim,
         dtype="float32",
-        kv_dtype="float32",
+        kv_dtype=kv_dtype,
         window=window,
         softcap=softcap,
+        sinks=sinks,
     )
     batch, num_blocks = make_batch(rows, np.random.default_rng(seed), window)
     mine, reference = SdpaPagedAttention(spec), ReferenceAttention(spec)
     size = num_blocks * mine.kv_layout().page_bytes(BLOCK)
     cache = mine.make_cache(torch.empty(size, dtype=torch.uint8), num_blocks, BLOCK)
-    cache.fill_(torch.nan)
+    cache.fill_(torch.nan if kv_dtype == "float32" else 0xFF)  # 0xFF is NaN in float8_e4m3fn
+    layer = AttentionLayer(index=0, scale=dim**-0.5, ops=OPS)
+    if scales != "none" or kv_dtype == "int8":
+        layer.k_scale, layer.v_scale = (torch.rand(heads[1] if scales == "by head" else 1) * 0.05 + 0.01 for _ in "kv")
+    if sinks:
+        layer.sinks = torch.randn(heads[0]) * 2
     for row, (before, _) in enumerate(rows):
         for position in range(before):
             block = int(batch.block_table[row, position // BLOCK])
             if block:
-                cache[block, :, position % BLOCK] = torch.randn(2, heads[1], dim)
+                cache[block, 0, position % BLOCK] = mine.encode(torch.randn(heads[1], dim), layer.k_scale)
+                cache[block, 1, position % BLOCK] = mine.encode(torch.randn(heads[1], dim), layer.v_scale)
     q = torch.randn(batch.num_tokens, heads[0], dim)
     k, v = torch.randn(2, batch.num_tokens, heads[1], dim).unbind()
-    layer = AttentionLayer(index=0, scale=dim**-0.5, ops=OPS)
     key = ShapeKey(num_tokens=batch.num_tokens, num_reqs=len(rows), max_query_len=batch.max_query_len, num_pages=0)
     theirs = cache.clone()
     expected, theirs = reference.forward(q, k, v, theirs, reference.plan(batch, key, group=0), layer)

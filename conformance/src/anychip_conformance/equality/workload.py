@@ -100,9 +100,9 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def open_llm(case: Case, checkpoint: Path) -> LLM:
+def open_llm(case: Case, checkpoint: Path, **settings: Any) -> LLM:
     """The engine as the case wants it. Preemption is forced: by a KV cache that holds a few requests only, and by
-    taking the youngest request's blocks every few steps, whatever is in flight for it."""
+    taking the youngest request's blocks every few steps, whatever is in flight for it. `settings` add to the case's."""
     block_size = 128 if case.device == "fake-hostlen" else 16
     groups = 2 if case.family in _TWO_GROUPS else 1
     longest = groups * -(-MAX_MODEL_LEN // block_size)
@@ -119,6 +119,7 @@ def open_llm(case: Case, checkpoint: Path) -> LLM:
         prefix_caching=case.prefix_caching,
         overlap=case.overlap,
         **DEVICES[case.device],
+        **settings,
     )
     if case.preemption:
         _preempt_often(llm.engine.scheduler)

@@ -299,6 +299,7 @@ class HostlenPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32"}),
         kv_dtypes=frozenset({"float32"}),
+        quantization=frozenset({"int8"}),
         block_sizes=(BLOCK_SIZE,),
         slot_dtype="int32",
         max_slots=2**20,

@@ -183,7 +183,7 @@ class TransformersModel:
             self._replace(head_name, layers.head(self._builder, head_name, config, ours if tied else None))
 
     def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, candidate in self._modules.items() if candidate is module)
+        return next((str(name) for name, candidate in self._modules.items() if candidate is module), "")
 
     def _replace_linears(self) -> None:
         for name, module in list(self._modules.items()):
