@@ -124,7 +124,7 @@ SCHEMES = [
     QuantScheme(name="fp8", scales="block", group_size=16, activations="group"),
     QuantScheme(name="int8-w8a8", scales="channel", activations="token"),
 ]
-ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 def random_parts(scheme: QuantScheme, rows: int, columns: int) -> dict[str, torch.Tensor]:

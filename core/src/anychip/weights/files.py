@@ -7,7 +7,8 @@ Nothing in such a file is code.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_AHEAD_BYTES = 64 << 20
-"""What the operating system is asked to read ahead."""
+_AHEAD_BYTES = 256 << 20
+_AHEAD_STEP = 4 << 20
 
 
 class SafetensorsFile:
@@ -38,6 +39,7 @@ class SafetensorsFile:
         self._fd = os.open(path, os.O_RDONLY)
         try:
             self._size = os.fstat(self._fd).st_size
+            self._ahead = ReadAhead(self._fd, self._size)
             self._read_header()
         except BaseException:
             self.close()
@@ -72,8 +74,12 @@ class SafetensorsFile:
     def _broken(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a readable safetensors file: {why}")
 
+    def names(self) -> Iterable[str]:
+        return self._entries
+
     def views(self) -> Iterator[tuple[str, FileView]]:
         """Every tensor in the order of its bytes, so that the disk is read straight through."""
+        self._ahead.start()
         for name, entry in sorted(self._entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
             begin = self._begin + entry["data_offsets"][0]
             yield name, FileView(self, name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], begin)
@@ -81,7 +87,7 @@ class SafetensorsFile:
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fills a contiguous host tensor with the file's bytes from `offset`."""
         buffer = memoryview(target.view(torch.uint8).numpy().data)
-        os.posix_fadvise(self._fd, offset + len(buffer), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        self._ahead.reached(offset)
         while len(buffer):
             count = os.preadv(self._fd, [buffer], offset)
             if count == 0:
@@ -89,7 +95,56 @@ class SafetensorsFile:
             buffer, offset = buffer[count:], offset + count
 
     def close(self) -> None:
+        self._ahead.stop()
         os.close(self._fd)
+
+
+class ReadAhead:
+    """Reads a file into the page cache a little ahead of who uses it, so that the disk works while weights are
+    copied. What is cached already is passed over."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd, self._size = fd, size
+        self._moved = threading.Condition()
+        self._reached = 0
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def reached(self, offset: int) -> None:
+        """The user is here."""
+        with self._moved:
+            self._reached = max(self._reached, offset)
+            self._moved.notify()
+
+    def stop(self) -> None:
+        with self._moved:
+            self._stopped = True
+            self._moved.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        scrap = memoryview(bytearray(_AHEAD_STEP))
+        for position in range(0, self._size, _AHEAD_STEP):
+            if not self._wait_for_turn(position):
+                return
+            if position + _AHEAD_STEP > self._reached and not self._is_cached(position + _AHEAD_STEP - 1):
+                os.preadv(self._fd, [scrap], position)
+
+    def _wait_for_turn(self, position: int) -> bool:
+        with self._moved:
+            self._moved.wait_for(lambda: self._stopped or position < self._reached + _AHEAD_BYTES)
+            return not self._stopped
+
+    def _is_cached(self, offset: int) -> bool:
+        try:
+            return os.preadv(self._fd, [bytearray(1)], min(offset, self._size - 1), os.RWF_NOWAIT) == 1
+        except OSError:  # not cached, or a file system that cannot say
+            return False
 
 
 class FileView:
@@ -136,7 +191,7 @@ def tensor_names(folder: Path) -> frozenset[str]:
     names: set[str] = set()
     for path in checkpoint_files(folder):
         file = SafetensorsFile(path)
-        names.update(name for name, _ in file.views())
+        names.update(file.names())
         file.close()
     return frozenset(names)
 
