@@ -120,7 +120,10 @@ class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """`max_model_len` is what was asked for, or the longest that model and KV cache hold."""
+
     worker: WorkerReady
+    max_model_len: int
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):

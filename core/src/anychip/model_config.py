@@ -7,10 +7,8 @@ from typing import Any
 
 import msgspec
 
-from anychip.errors import CheckpointError, ConfigError
-from anychip.types import QUICKSTART
-
-_QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
+from anychip.errors import CheckpointError
+from anychip.hub import resolve_folder
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,24 +29,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: dict[str, float]
+    """What generation_config.json recommends, in SamplingParams' names."""
     raw: dict[str, Any]
 
     def get(self, key: str, default: Any = None) -> Any:
         """A family's own key."""
         return self.raw.get(key, default)
-
-
-def resolve_folder(model: str) -> Path:
-    """The folder of a model's files. Raises ConfigError where there is none."""
-    if model == QUICKSTART:
-        return _QUICKSTART_FOLDER
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model {model!r} is not a folder; give the path of a Hugging Face checkpoint, "
-            f"or {QUICKSTART!r} for the embedded one"
-        )
-    return folder
 
 
 def load_model_config(model: str) -> ModelConfig:
@@ -77,10 +64,16 @@ def load_model_config(model: str) -> ModelConfig:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", architectures[0].startswith("Gemma"))),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             eos_token_ids=_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
+            sampling_defaults={
+                name: generation[name] for name in _RECOMMENDED if isinstance(generation.get(name), int | float)
+            },
             raw=raw,
         )
     except KeyError as missing:
         raise CheckpointError(f"{folder / 'config.json'} has no {missing}") from missing
+
+
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p")
 
 
 def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,7 @@ def make_core(scheduler: Scheduler, *, max_in_flight: int = 1, seed: int = 0, **
         scheduler=scheduler,
         executor=fake,
         vocab_size=VOCAB_SIZE,
+        max_model_len=4096,
         max_in_flight=max_in_flight,
         max_waiting=64,
         seed=seed,

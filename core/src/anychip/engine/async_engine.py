@@ -23,7 +23,6 @@ from anychip.messages import (
     Outputs,
     Shutdown,
     ToEngine,
-    WorkerReady,
 )
 
 log = logging.getLogger("anychip.engine")
@@ -36,7 +35,7 @@ class AsyncEngine:
         self._folder = folder
         self._context = zmq.asyncio.Context()
         self._queues: dict[str, asyncio.Queue[RequestOutput | AnychipError]] = {}
-        self._ready: asyncio.Future[WorkerReady] = asyncio.get_running_loop().create_future()
+        self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._reader: asyncio.Task[None] | None = None
         self.dead: AnychipError | None = None
         self.outputs: OutputProcessor | None = None
@@ -49,7 +48,7 @@ class AsyncEngine:
         self._from_engine.bind(output_endpoint(self._folder))
         self._reader = asyncio.create_task(self._read())
 
-    async def ready(self) -> WorkerReady:
+    async def ready(self) -> EngineReady:
         """Waits for the engine. Raises what kept it from starting."""
         return await self._ready
 
@@ -124,7 +123,7 @@ class AsyncEngine:
         while True:
             message = from_engine_decoder.decode(await self._from_engine.recv())
             if isinstance(message, EngineReady):
-                self._ready.set_result(message.worker)
+                self._ready.set_result(message)
             elif isinstance(message, EngineFailed):
                 error = rebuild(message.kind, message.message)
                 self.fail(error if not self._ready.done() else EngineDead(f"the engine stopped: {error}"))

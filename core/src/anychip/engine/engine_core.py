@@ -27,6 +27,7 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         vocab_size: int,
+        max_model_len: int,
         max_in_flight: int,
         max_waiting: int,
         seed: int,
@@ -34,6 +35,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.executor = executor
         self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
         self.max_in_flight = max_in_flight
         self.max_waiting = max_waiting
         self.in_flight: deque[ScheduledStep] = deque()

@@ -41,7 +41,7 @@ class EngineLoop:
 
     def run(self, core: EngineCore) -> None:
         """Serves until Shutdown."""
-        self.send(EngineReady(core.executor.ready))
+        self.send(EngineReady(core.executor.ready, core.max_model_len))
         while not self._stopping:
             deltas = self._take_messages(core, wait=not core.has_work)
             if core.has_work:

@@ -14,7 +14,7 @@ from anychip.engine.input_processor import InputProcessor, Prompt
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import EngineDead, InvalidRequest
-from anychip.launch.build import resolve_max_model_len
+from anychip.hub import located
 from anychip.launch.child import Child
 from anychip.launch.folder import private_folder
 from anychip.messages import WorkerReady
@@ -30,8 +30,8 @@ class AsyncLLM:
     """`start` returns once the engine is ready; `close` ends its process."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.model = load_model_config(config.model)
+        self.config = located(config)
+        self.model = load_model_config(self.config.model)
         self._folder = private_folder()
         self._child: Child | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -46,9 +46,9 @@ class AsyncLLM:
         self._child = Child("anychip.launch.engine_main", EngineSpec(config=self.config, folder=str(folder)))
         self._watch = asyncio.create_task(self._watch_child(self._child))
         if not self.config.skip_tokenizer:
-            self.tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model)
-        worker = await self.engine.ready()
-        self.max_model_len = resolve_max_model_len(self.config, self.model, worker)
+            self.tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model, self.model.vocab_size)
+        ready = await self.engine.ready()
+        self.max_model_len = ready.max_model_len
         self.inputs = InputProcessor(
             tokenizer=self.tokenizer,
             vocab_size=self.model.vocab_size,
@@ -56,7 +56,12 @@ class AsyncLLM:
             eos_token_ids=self.model.eos_token_ids,
         )
         self.engine.attach(OutputProcessor(self.tokenizer))
-        return worker
+        return ready.worker
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """What the model's makers recommend, unless the configuration leaves that out."""
+        return {} if self.config.generation_config == "none" else self.model.sampling_defaults
 
     @property
     def dead(self) -> Exception | None:

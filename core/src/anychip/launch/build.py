@@ -55,6 +55,7 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
         scheduler=scheduler,
         executor=executor,
         vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
         max_in_flight=config.max_in_flight,
         max_waiting=config.max_waiting,
         seed=config.seed,

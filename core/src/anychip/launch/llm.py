@@ -15,13 +15,17 @@ from anychip.engine.input_processor import InputProcessor, Prompt
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import InvalidRequest
-from anychip.launch.build import build_engine, resolve_max_model_len
+from anychip.hub import located
+from anychip.launch.build import build_engine
 from anychip.launch.folder import private_folder
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages with "role" and "content"."""
 
 
 class LLM:
@@ -34,9 +38,12 @@ class LLM:
     """
 
     def __init__(self, model: str = "quickstart", **settings: Any) -> None:
-        self.config = EngineConfig(model=model, **settings)
-        model_config = load_model_config(model)
-        self.tokenizer = None if self.config.skip_tokenizer else Tokenizer.load(self.config.tokenizer or model)
+        self.config = located(EngineConfig(model=model, **settings))
+        model_config = load_model_config(self.config.model)
+        self.tokenizer: Tokenizer | None = None
+        if not self.config.skip_tokenizer:
+            self.tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model, model_config.vocab_size)
+        self.sampling_defaults = {} if self.config.generation_config == "none" else model_config.sampling_defaults
         self._folder = private_folder()
         try:
             self.engine = build_engine(self.config, model_config, load_plugins(), Path(self._folder.name))
@@ -46,7 +53,7 @@ class LLM:
         self._inputs = InputProcessor(
             tokenizer=self.tokenizer,
             vocab_size=model_config.vocab_size,
-            max_model_len=resolve_max_model_len(self.config, model_config, self.worker),
+            max_model_len=self.engine.max_model_len,
             eos_token_ids=model_config.eos_token_ids,
         )
         self._outputs = OutputProcessor(self.tokenizer)
@@ -62,9 +69,13 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all."""
+        """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all, and without
+        any the model's own defaults do."""
         several = _as_list(prompts)
-        params = [sampling or SamplingParams()] * len(several) if not isinstance(sampling, Sequence) else list(sampling)
+        if isinstance(sampling, Sequence):
+            params = list(sampling)
+        else:
+            params = [sampling or self.default_sampling()] * len(several)
         if len(params) != len(several):
             raise InvalidRequest(f"{len(several)} prompts and {len(params)} SamplingParams", param="sampling")
         pieces: dict[str, list[RequestOutput]] = {}
@@ -72,18 +83,26 @@ class LLM:
             pieces.setdefault(output.request_id, []).append(output)
         return [merge(pieces[request_id]) for request_id in sorted(pieces, key=int)]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None) -> RequestOutput:
+    def default_sampling(self, **settings: Any) -> SamplingParams:
+        """What the model's makers recommend, with `settings` in place of some of it."""
+        return SamplingParams(**{**self.sampling_defaults, **settings})
+
+    def chat(self, messages: Conversation, sampling: SamplingParams | None = None) -> RequestOutput:
         """One assistant turn."""
-        return self.generate(self._chat_prompt(messages), sampling)[0]
+        return self.chat_batch([messages], sampling)[0]
+
+    def chat_batch(
+        self, conversations: Sequence[Conversation], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """One assistant turn of each conversation, all at once."""
+        return self.generate([self._chat_prompt(messages) for messages in conversations], sampling)
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """One prompt's outputs as they come. Leaving the loop early aborts it."""
-        with contextlib.closing(self._run([prompt], [sampling or SamplingParams()])) as run:
+        with contextlib.closing(self._run([prompt], [sampling or self.default_sampling()])) as run:
             yield from run
 
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    def stream_chat(self, messages: Conversation, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """One assistant turn as it comes."""
         return self.stream(self._chat_prompt(messages), sampling)
 
@@ -101,7 +120,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _chat_prompt(self, messages: Conversation) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequest("chat needs the tokenizer, which is off", param="messages")
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)

@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anychip.errors import CheckpointError, InvalidRequest
-from anychip.model_config import resolve_folder
+from anychip.hub import resolve_folder
+from anychip.tokenizer.sentencepiece import convert
 
 
 class Tokenizer:
@@ -28,15 +29,20 @@ class Tokenizer:
         self._environment.globals["raise_exception"] = _refuse
 
     @classmethod
-    def load(cls, model: str) -> Tokenizer:
-        """Raises CheckpointError where the checkpoint has no tokenizer.json."""
+    def load(cls, model: str, vocab_size: int | None = None) -> Tokenizer:
+        """Raises CheckpointError where the checkpoint has no tokenizer, or one that makes ids beyond `vocab_size`."""
         folder = resolve_folder(model)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; use --skip-tokenizer to serve token ids only")
         settings_path = folder / "tokenizer_config.json"
         settings = msgspec.json.decode(settings_path.read_bytes()) if settings_path.is_file() else {}
-        return cls(tokenizers.Tokenizer.from_file(str(path)), settings, _chat_template(folder, settings))
+        raw = tokenizers.Tokenizer.from_str(_content(folder))
+        _add_tokens(raw, settings)
+        last = max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
+        if vocab_size is not None and last >= vocab_size:
+            raise CheckpointError(
+                f"the tokenizer of {folder} makes ids up to {last}, the model's vocabulary has {vocab_size}: "
+                "they do not belong together; give the model's own with --tokenizer"
+            )
+        return cls(raw, settings, _chat_template(folder, settings))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
@@ -62,6 +68,27 @@ class Tokenizer:
         except (TemplateError, TypeError) as error:
             raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
         return text
+
+
+def _content(folder: Path) -> str:
+    """A tokenizer.json, the checkpoint's or one converted from its SentencePiece model."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        return path.read_text()
+    if (folder / "tokenizer.model").is_file():
+        return convert(folder)
+    raise CheckpointError(f"{path} is missing; use --skip-tokenizer to serve token ids only")
+
+
+def _add_tokens(raw: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Tokens that were added after tokenizer.json was written: tokenizer_config.json says which, and their ids."""
+    listed = sorted((int(number), entry) for number, entry in settings.get("added_tokens_decoder", {}).items())
+    for number, entry in listed:
+        content = entry["content"]
+        if raw.token_to_id(content) is None and number == raw.get_vocab_size(with_added_tokens=True):
+            flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            token = tokenizers.AddedToken(content, special=bool(entry.get("special", False)), **flags)
+            raw.add_tokens([token])
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

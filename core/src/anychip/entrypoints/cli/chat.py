@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("an empty line or Ctrl-D ends the conversation", file=sys.stderr)
         while text := _ask():
             messages.append({"role": "user", "content": text})
-            reply = print_outputs(llm.stream_chat(messages, sampling_params(arguments)))
+            reply = print_outputs(llm.stream_chat(messages, sampling_params(llm, arguments)))
             messages.append({"role": "assistant", "content": reply})
     return 0
 

@@ -22,14 +22,14 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=256)
-    sampling.add_argument("--temperature", type=float, default=0.7)
-    sampling.add_argument("--top-p", type=float, default=0.9)
+    sampling.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help="default: the model's")
+    sampling.add_argument("--top-p", type=float, default=argparse.SUPPRESS, help="default: the model's")
 
 
 def run(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
     with open_llm(arguments) as llm:
-        print_outputs(llm.stream(prompt, sampling_params(arguments)))
+        print_outputs(llm.stream(prompt, sampling_params(llm, arguments)))
     return 0
 
 
@@ -38,8 +38,9 @@ def open_llm(arguments: argparse.Namespace) -> LLM:
     return LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
 
 
-def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p)
+def sampling_params(llm: LLM, arguments: argparse.Namespace) -> SamplingParams:
+    given = {name: value for name, value in vars(arguments).items() if name in ("max_tokens", "temperature", "top_p")}
+    return llm.default_sampling(**given)
 
 
 def print_outputs(outputs: Iterator[RequestOutput]) -> str:

@@ -16,7 +16,9 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 def add_engine_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
     """Every option's destination is a field of EngineConfig; unset ones keep its default."""
     unset = argparse.SUPPRESS
-    parser.add_argument("model", nargs="?", default=QUICKSTART, help="checkpoint folder (default: the embedded one)")
+    parser.add_argument(
+        "model", nargs="?", default=QUICKSTART, help="checkpoint folder or hub repository (default: the embedded one)"
+    )
     device = parser.add_argument_group("device")
     device.add_argument("--device", default=environment.device, help="auto, NAME or NAME:INDEX")
     device.add_argument(
@@ -31,6 +33,19 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     model.add_argument("--tokenizer", default=unset, help="folder of the tokenizer, where it is not the model's")
     model.add_argument("--skip-tokenizer", action="store_true", default=unset, help="token ids in and out")
     model.add_argument("--dtype", default=unset, help="auto, float32, bfloat16, ...")
+    model.add_argument("--revision", default=unset, help="branch, tag or commit of a hub repository")
+    model.add_argument("--model-impl", choices=["auto", "native", "transformers"], default=unset)
+    model.add_argument(
+        "--trust-remote-code", action="store_true", default=unset, help="run modelling code that lies in the checkpoint"
+    )
+    model.add_argument("--quantization", default=unset, help="int8 or int4 at load; or the checkpoint's own method")
+    model.add_argument("--kv-cache-dtype", default=unset, help="auto, fp8, int8, bfloat16, ...")
+    model.add_argument(
+        "--generation-config",
+        choices=["auto", "none"],
+        default=unset,
+        help="whether generation_config.json's sampling is the default",
+    )
     model.add_argument("--load-format", choices=["safetensors", "dummy"], default=unset)
     model.add_argument("--max-model-len", type=parse_count, default=unset)
     memory = parser.add_argument_group("memory")

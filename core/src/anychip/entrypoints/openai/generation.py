@@ -71,7 +71,7 @@ class Generation:
 
 def start_completion(llm: AsyncLLM, body: CompletionBody) -> Generation:
     """Checks everything before anything is sent. Raises UserError."""
-    sampling = body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs)
+    sampling = body.sampling(llm.sampling_defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
     reply_id = f"cmpl-{uuid.uuid4().hex}"
     streams = [
         llm.generate(
@@ -98,6 +98,7 @@ def start_chat(llm: AsyncLLM, body: ChatBody) -> Generation:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     sampling = body.sampling(
+        llm.sampling_defaults,
         max_tokens=body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

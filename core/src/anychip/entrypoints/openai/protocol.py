@@ -6,6 +6,7 @@ stop_token_ids, skip_special_tokens, priority and cache_salt are vLLM's extras.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,10 +29,10 @@ class SamplingBody(Strict):
 
     model: str | None = None
     n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     seed: int | None = None
     min_tokens: int = 0
     stop: str | list[str] | None = None
@@ -44,16 +45,19 @@ class SamplingBody(Strict):
     cache_salt: str = ""
     user: str | None = None
 
-    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range."""
+    def sampling(
+        self, defaults: Mapping[str, float], *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """`defaults` are the model's, for what the request leaves out. Raises InvalidRequest for a value out of
+        range."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        if self.top_k == -1:  # vLLM's word for no limit
+            given["top_k"] = 0
+        values: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         return SamplingParams(
+            **values,
             n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            # -1 is vLLM's word for no limit.
-            top_k=max(self.top_k, 0) if self.top_k >= -1 else self.top_k,
-            min_p=self.min_p,
             seed=self.seed,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,

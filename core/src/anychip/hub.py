@@ -1,0 +1,80 @@
+"""Finds a model's folder: a path, the embedded model, or a repository of the Hugging Face hub and its cache.
+
+The hub's own library reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from anychip.config import EngineConfig
+from anychip.errors import ConfigError
+from anychip.types import QUICKSTART
+
+_QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""What can be a repository of the hub."""
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py", "*.txt")
+"""What a checkpoint is made of; pickles are left where they are."""
+
+
+def located(config: EngineConfig) -> EngineConfig:
+    """The configuration with folders in place of names, found once and for every process."""
+    model = str(resolve_folder(config.model, config.revision)) if config.model != QUICKSTART else config.model
+    tokenizer = str(resolve_folder(config.tokenizer)) if config.tokenizer is not None else None
+    return msgspec.structs.replace(config, model=model, tokenizer=tokenizer, served_model_name=config.public_name)
+
+
+def resolve_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model's files, downloaded first where it is a repository that the cache does not hold.
+
+    Raises ConfigError where there is none.
+    """
+    if model == QUICKSTART:
+        return _QUICKSTART_FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _REPOSITORY.fullmatch(model):
+        raise ConfigError(
+            f"model {model!r} is not a folder; give the path of a Hugging Face checkpoint, the name of a repository "
+            f"such as org/model, or {QUICKSTART!r} for the embedded one"
+        )
+    return _from_hub(model, revision)
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        if _complete(cached):
+            return cached
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        pass
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ConfigError(
+            f"model {repository!r}{at} is neither a folder nor complete in the hub's cache, and could not be "
+            f"downloaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _complete(folder: Path) -> bool:
+    """Whether an interrupted download left nothing out that a start would miss."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return all(
+            (folder / name).is_file() for name in set(msgspec.json.decode(index.read_bytes())["weight_map"].values())
+        )
+    return any(folder.glob("*.safetensors"))
