@@ -17,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from machine import write
 
+from anychip.bench.report import write
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepDecision, StepResult
 from anychip.plugin_api import ShapePolicy, StepLimits

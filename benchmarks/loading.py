@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import write
+from anychip.bench.report import write
 
 
 def load_once(folder: str, quantization: str | None) -> dict[str, float]:

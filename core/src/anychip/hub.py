@@ -74,7 +74,6 @@ def _complete(folder: Path) -> bool:
         return False
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return all(
-            (folder / name).is_file() for name in set(msgspec.json.decode(index.read_bytes())["weight_map"].values())
-        )
+        names = set(msgspec.json.decode(index.read_bytes())["weight_map"].values())
+        return all((folder / name).is_file() for name in names)
     return any(folder.glob("*.safetensors"))

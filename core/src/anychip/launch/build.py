@@ -30,8 +30,7 @@ WORKER = "anychip.worker.worker:Worker"
 
 def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, folder: Path) -> EngineCore:
     """`folder` is private to this engine and holds its sockets. Raises UserError for what the user can mend."""
-    if config.max_model_len is not None and config.max_model_len > model.max_positions:
-        raise ConfigError(f"max_model_len is {config.max_model_len}; the model has {model.max_positions} positions")
+    check_length(config, model)
     policy = make_policy(config.policy, plugins.policies)
     chosen = choose_device(config, plugins)
     config = fill_unset(config, chosen.decision)
@@ -62,6 +61,12 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
     )
 
 
+def check_length(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for a length beyond the model's."""
+    if config.max_model_len is not None and config.max_model_len > model.max_positions:
+        raise ConfigError(f"max_model_len is {config.max_model_len}; the model has {model.max_positions} positions")
+
+
 def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: WorkerReady) -> int:
     """The given length; or, where none is given, the model's own, as far as the KV cache holds it."""
     if config.max_model_len is not None:
@@ -83,7 +88,7 @@ def fill_unset(config: EngineConfig, decision: Decision) -> EngineConfig:
 def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) -> Executor:
     per_host = chosen.manifest.topology == "process_per_host"
     world_size = 1 if per_host else len(chosen.indexes)
-    specs = [_spec(config, chosen, folder, rank, world_size) for rank in range(world_size)]
+    specs = [worker_spec(config, chosen, folder, rank) for rank in range(world_size)]
     environments = [
         chosen.manifest.worker_env(
             config, Placement(rank=spec.rank, world_size=world_size, device_indexes=spec.device_indexes)
@@ -106,14 +111,15 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) ->
     return MultiprocessExecutor(folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s)
 
 
-def _spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int, world_size: int) -> WorkerSpec:
+def worker_spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int) -> WorkerSpec:
+    """What the worker of one rank is told."""
     per_host = chosen.manifest.topology == "process_per_host"
     return WorkerSpec(
         config=config,
         device=chosen.manifest.name,
         device_indexes=chosen.indexes if per_host else (chosen.indexes[rank],),
         rank=rank,
-        world_size=world_size,
+        world_size=1 if per_host else len(chosen.indexes),
         store=f"file://{folder}/store",
         folder=str(folder),
         probe=msgspec.to_builtins(chosen.candidate.probe),

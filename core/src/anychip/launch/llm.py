@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -72,12 +73,7 @@ class LLM:
         """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all, and without
         any the model's own defaults do."""
         several = _as_list(prompts)
-        if isinstance(sampling, Sequence):
-            params = list(sampling)
-        else:
-            params = [sampling or self.default_sampling()] * len(several)
-        if len(params) != len(several):
-            raise InvalidRequest(f"{len(several)} prompts and {len(params)} SamplingParams", param="sampling")
+        params = self._each(sampling, len(several))
         pieces: dict[str, list[RequestOutput]] = {}
         for output in self._run(several, params):
             pieces.setdefault(output.request_id, []).append(output)
@@ -102,6 +98,16 @@ class LLM:
         with contextlib.closing(self._run([prompt], [sampling or self.default_sampling()])) as run:
             yield from run
 
+    def stream_batch(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """The outputs of several prompts as they come, in the order in which they do; request_id is the prompt's
+        index. Leaving the loop early aborts what is unfinished."""
+        with contextlib.closing(self._run(prompts, self._each(sampling, len(prompts)))) as run:
+            first = self._count - len(prompts)
+            for output in run:
+                yield dataclasses.replace(output, request_id=str(int(output.request_id) - first))
+
     def stream_chat(self, messages: Conversation, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """One assistant turn as it comes."""
         return self.stream(self._chat_prompt(messages), sampling)
@@ -119,6 +125,13 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _each(self, sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if not isinstance(sampling, Sequence):
+            return [sampling or self.default_sampling()] * count
+        if len(sampling) != count:
+            raise InvalidRequest(f"{count} prompts and {len(sampling)} SamplingParams", param="sampling")
+        return list(sampling)
 
     def _chat_prompt(self, messages: Conversation) -> list[int]:
         if self.tokenizer is None:

@@ -241,6 +241,10 @@ def transformers_family(model: ModelConfig, *, trust_remote_code: bool) -> Trans
     cls = getattr(transformers, model.architecture, None) or _remote_class(model, transformers, trust_remote_code)
     code = not hasattr(transformers, model.architecture)
     config = transformers.AutoConfig.from_pretrained(model.folder, trust_remote_code=code)
+    if config.num_hidden_layers != model.num_layers:  # a plan builds the first layers only
+        config.num_hidden_layers = model.num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: model.num_layers]
     _check(config, cls)
     return TransformersFamily(config, cls)
 

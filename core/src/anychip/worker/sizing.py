@@ -64,16 +64,18 @@ def memory_plan(
     )
 
 
-def kv_budget(platform: Platform, config: EngineConfig, activations: PeakMemory, graphs: int) -> int | None:
-    """Bytes for the KV cache; None when nobody can say."""
-    own = platform.kv_budget(activations)
+def kv_budget(
+    platform: Platform, config: EngineConfig, activations: PeakMemory, graphs: int, *, pending: int = 0
+) -> int | None:
+    """Bytes for the KV cache; None when nobody can say. `pending` bytes are free still and will not be."""
+    own = platform.kv_budget(PeakMemory(nbytes=activations.nbytes + pending, exact=activations.exact))
     if own is not None:
         return own
     memory = platform.memory(platform.context.device_indexes[0])
     if memory.free is None or memory.total is None:
         return None
     in_use = memory.total - memory.free
-    return int(memory.total * config.memory_fraction) - in_use - activations.nbytes - graphs
+    return int(memory.total * config.memory_fraction) - in_use - activations.nbytes - graphs - pending
 
 
 def measure_maximal_step(
@@ -82,7 +84,9 @@ def measure_maximal_step(
     """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough."""
     lengths = maximal_rows(limits)
     per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
-    state = program.initial_state(1 + sum(map(sum, per_request)))
+    num_blocks = 1 + sum(map(sum, per_request))
+    # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
+    state = program.edit(program.initial_state(num_blocks), [], range(num_blocks))
     runner = ModelRunner(program, batch, state)
     next_block, rows = 1, []
     for slot, (length, counts) in enumerate(zip(lengths, per_request, strict=True)):

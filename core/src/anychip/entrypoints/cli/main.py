@@ -16,6 +16,8 @@ COMMANDS = {
     "serve": "serve a model over HTTP with OpenAI's API",
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
+    "plan": "say how much memory a model would take, before it is loaded",
+    "bench": "measure throughput, latency, start-up, or a server under load",
     "devices": "list installed devices, and why others cannot run",
     "doctor": "explain which device is chosen, and what is wrong with the others",
 }
@@ -36,11 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module = import_module(f"anychip.entrypoints.cli.{name}")
                 module.add_options(command, environment)
                 command.set_defaults(run=module.run)
-        logging.basicConfig(
-            level=environment.log_level.upper(),
-            format="%(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)  # libraries: warnings
+        logging.getLogger("anychip").setLevel(environment.log_level.upper())
         arguments = parser.parse_args(argv)
         status: int = arguments.run(arguments)
     except UserError as error:

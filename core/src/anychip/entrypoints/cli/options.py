@@ -71,6 +71,23 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**values)
 
 
+def engine_arguments(config: EngineConfig) -> list[str]:
+    """The command line that makes this configuration: what differs from the defaults."""
+    defaults, arguments = EngineConfig(), [config.model]
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        if name == "model" or value == getattr(defaults, name):
+            continue
+        option = name.replace("_", "-")
+        if name == "device_options":
+            arguments += [f"--device-opt={key}={text}" for key, text in value.items()]
+        elif value is False:
+            arguments.append(f"--no-{option}")
+        else:
+            arguments.append(f"--{option}" if value is True else f"--{option}={value}")
+    return arguments
+
+
 def parse_count(text: str) -> int:
     """An integer with an optional binary suffix: 4096, 4k, 2G."""
     match = re.fullmatch(r"(\d+)([kmgt]?)i?b?", text.strip().lower())

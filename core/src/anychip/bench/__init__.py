@@ -1,0 +1,1 @@
+"""`anychip bench`: what an engine or a server does in numbers, the same workload every time."""

@@ -1,0 +1,54 @@
+"""What an engine would hold, worked out in this process before anything is loaded. Loads torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from anychip.config import EngineConfig
+from anychip.hub import located
+from anychip.launch.build import check_length, fill_unset, resolve_max_model_len, worker_spec
+from anychip.launch.kv_fit import check_fits
+from anychip.messages import WorkerReady
+from anychip.model_config import ModelConfig, load_model_config
+from anychip.registry.devices import choose_device
+from anychip.registry.plugins import load_plugins
+
+PLANNER = "anychip.worker.planning"
+"""Loaded by name: what imports this module does not reach torch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """`worker` is what each of `num_devices` would report."""
+
+    model: ModelConfig
+    worker: WorkerReady
+    max_model_len: int
+    num_devices: int
+    quantization: str
+    total: int | None
+    """Bytes of memory of the first device, where its probe says."""
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """Raises what would keep an engine of this configuration from starting."""
+    config = located(config)
+    model = load_model_config(config.model)
+    check_length(config, model)
+    chosen = choose_device(config, load_plugins())
+    config = fill_unset(config, chosen.decision)
+    worker: WorkerReady = import_module(PLANNER).plan_worker(worker_spec(config, chosen, Path("."), rank=0))
+    max_model_len = resolve_max_model_len(config, model, worker)
+    check_fits(worker, max_model_len, config.max_num_batched_tokens)
+    own = (model.raw.get("quantization_config") or {}).get("quant_method")
+    devices = chosen.candidate.probe.devices
+    return EnginePlan(
+        model=model,
+        worker=worker,
+        max_model_len=max_model_len,
+        num_devices=len(chosen.indexes),
+        quantization=own or config.quantization or "none",
+        total=next((device.total_memory for device in devices if device.index == chosen.indexes[0]), None),
+    )

@@ -1,0 +1,156 @@
+"""Predicts a worker's memory without loading its model.
+
+Weights: the layers are built with their kernels' own allocations, as fake tensors that hold nothing. Activations:
+the first layers, among them one of every kind, are built for real, filled with zeros, and run a maximal step; a step
+of more layers holds no more. The KV cache then follows from what is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from anychip.config import WorkerSpec
+from anychip.errors import ConfigError, DeviceUnavailable
+from anychip.messages import WorkerReady
+from anychip.model_config import ModelConfig, load_model_config
+from anychip.ops.table import resolve_ops
+from anychip.plugin_api import Communicator, PeakMemory, Platform, ProbeResult, Shard, WeightView
+from anychip.registry.plugins import load_plugins
+from anychip.weights.files import checkpoint_views
+from anychip.weights.register import WeightRegister, load_weights
+from anychip.worker.held import held_bytes
+from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.open_platform import open_platform
+from anychip.worker.preparation import Preparation, prepare
+from anychip.worker.sizing import measure_maximal_step, memory_plan
+from anychip.worker.torch_program import TorchStepProgram
+
+_LEAST_LAYERS = 4
+
+
+def plan_worker(spec: WorkerSpec) -> WorkerReady:
+    """What a worker of this spec would report. Raises what would keep it from starting, as far as that shows without
+    its weights."""
+    plugins = load_plugins()
+    manifest = plugins.platforms.get(spec.device)
+    if manifest is None:
+        raise DeviceUnavailable(f"device {spec.device!r} is not installed")
+    platform = open_platform(
+        manifest,
+        device_indexes=spec.device_indexes,
+        options=manifest.options.parse(manifest.package, spec.config.device_options),
+        probe=msgspec.convert(spec.probe, ProbeResult),
+    )
+    try:
+        ops = resolve_ops(platform.name, platform.ops(), require_native=spec.config.require_native)
+        per_host = manifest.topology == "process_per_host"
+
+        def prepared_for(model: ModelConfig) -> Preparation:
+            return prepare(spec, model, platform, ops, plugins.models, per_host=per_host)
+
+        whole = prepared_for(load_model_config(spec.config.model))
+        shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))
+        weights = _weights(whole, shard) * (whole.num_shards if per_host else 1)
+        _check_free(platform, weights)
+        notes = list(ops.notes)
+        if manifest.seam == "torch":
+            activations = _activations(prepared_for(_first_layers(whole)), shard)
+        else:
+            activations = PeakMemory(nbytes=0, exact=False)
+            notes.append("activations are not counted: the step program says what it needs once it is built")
+        graphs = platform.graph_capture().reserve(whole.keys)
+        num_blocks = whole.num_blocks(activations, graphs, pending=weights)
+        return WorkerReady(
+            kv=kv_cache_config(whole.kv, num_blocks),
+            rules=platform.step_rules.for_device(platform.capabilities),
+            memory=memory_plan(whole.kv, num_blocks, whole.limits, weights, activations, graphs),
+            device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
+            notes=tuple(notes),
+        )
+    finally:
+        platform.close("planned")
+
+
+class AbsentRanks(Communicator):
+    """Stands for ranks that are not there: shapes are those of a whole group, values are not."""
+
+    name = "absent"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return torch.cat([x] * self.size, dim=dim)
+
+
+def _weights(prepared: Preparation, shard: Shard) -> int:
+    with FakeTensorMode():
+        return held_bytes(prepared.source.build_layers(shard, WeightRegister()))
+
+
+def _check_free(platform: Platform, weights: int) -> None:
+    free = platform.memory(platform.context.device_indexes[0]).free
+    if free is not None and weights > free:
+        raise ConfigError(
+            f"the weights take {weights / 2**30:.1f} GiB on each of {platform.name}'s devices and "
+            f"{free / 2**30:.1f} GiB are free; use more devices with --tensor-parallel-size, or --quantization int4"
+        )
+
+
+def _first_layers(prepared: Preparation) -> ModelConfig:
+    """The model, cut after the layers among which every kind of attention is found, and not before the fourth: an
+    allocator needs a few to settle."""
+    specs = list(prepared.source.attention_specs(prepared.num_shards))
+    count = min(len(specs), max(_LEAST_LAYERS, 1 + max(specs.index(spec) for spec in set(specs))))
+    raw = {**prepared.model.raw, "num_hidden_layers": count}
+    if raw.get("layer_types"):
+        raw["layer_types"] = raw["layer_types"][:count]
+    return msgspec.structs.replace(prepared.model, num_layers=count, raw=raw)
+
+
+def _activations(prepared: Preparation, shard: Shard) -> PeakMemory:
+    register = WeightRegister()
+    model = prepared.source.build_layers(shard, register)
+    load_weights(register, _stand_ins(prepared, register), prepared.model.folder)
+    program = TorchStepProgram(
+        platform=prepared.platform,
+        model=model,
+        ops=prepared.source.ops,
+        kv=prepared.kv,
+        limits=prepared.limits,
+        communicators=[shard.communicator],
+    )
+    return measure_maximal_step(prepared.platform, program, prepared.new_batch(), prepared.kv, prepared.limits)
+
+
+def _stand_ins(prepared: Preparation, register: WeightRegister) -> Iterator[tuple[str, WeightView]]:
+    """Zeros; and, of a checkpoint whose containers say more than their shapes, the few tensors that are wanted."""
+    slots = list(register.slots.values())
+    if any(slot.shape is None or slot.name in register.optional for slot in slots):
+        for name, view in checkpoint_views(prepared.source.folder):
+            if register.rename(name) in register.slots:
+                yield name, view
+        return
+    for slot in slots:
+        assert slot.shape is not None
+        yield slot.name, Zeros(slot.name, slot.shape, getattr(torch, prepared.source.dtype))
+
+
+class Zeros:
+    """plugin_api.WeightView over nothing."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.source, self.shape, self.dtype = f"zeros for {name!r}", shape, dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def read(self, *bounds: tuple[int, int]) -> Tensor:
+        extents = [stop - start for start, stop in bounds]
+        return torch.zeros([*extents, *self.shape[len(bounds) :]], dtype=self.dtype)
