@@ -9,7 +9,7 @@ WORKERS ?= auto
 # Test processes run side by side; a thread each keeps them out of each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: serve test lint equality check-full bench docs clean
+.PHONY: serve test lint equality check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -26,16 +26,26 @@ lint: $(VENV)/dev.done  ## style, types, import directions
 equality: $(VENV)/dev.done  ## greedy tokens against transformers, the full product
 	$(PYTEST) -m full core/tests/test_equality.py
 
-check-full: lint test equality docs
+check-full: lint test equality try-wheels docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py
+
+wheels: $(VENV)/bin/python  ## every package, into dist/
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist $(PACKAGES:%=./%)
+
+try-wheels: wheels  ## anychip[cpu] from the wheels alone, in an empty environment, serves
+	$(PYTHON) tools/try_wheels.py dist
+
+bump:  ## make bump VERSION=0.2.0: every package at once
+	$(PYTHON) tools/bump_version.py $(VERSION)
 
 docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) site dist
 
 # setuptools and wheel may be older than the packages need; the build backends bring their own.
 $(VENV)/bin/python:
