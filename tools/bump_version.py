@@ -27,7 +27,11 @@ def current_version(root: Path) -> str:
 
 def package_files(root: Path) -> list[Path]:
     """The pyproject.toml of every package."""
-    return [root / "core/pyproject.toml", *sorted(root.glob("plugins/*/pyproject.toml")), root / "conformance/pyproject.toml"]
+    return [
+        root / "core/pyproject.toml",
+        *sorted(root.glob("plugins/*/pyproject.toml")),
+        root / "conformance/pyproject.toml",
+    ]
 
 
 def changes(root: Path, new: str, date: str) -> dict[Path, str]:

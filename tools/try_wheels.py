@@ -32,7 +32,9 @@ def main() -> None:
         run([sys.executable, "-m", "venv", python.parent.parent], folder)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         run([*pip, "--find-links", arguments.wheels.resolve(), arguments.torch, "anychip[cpu]"], folder)
-        where = run([python, "-c", "import anychip, anychip_cpu; print(anychip.__file__, anychip_cpu.__file__)"], folder)
+        where = run(
+            [python, "-c", "import anychip, anychip_cpu; print(anychip.__file__, anychip_cpu.__file__)"], folder
+        )
         assert all(place.startswith(folder) for place in where.split()), f"not from the wheels: {where}"
         reply = chat(python.parent / "anychip", folder)
     sys.stdout.write(f"served from wheels; the model answered {reply!r}\n")
@@ -41,7 +43,12 @@ def main() -> None:
 def run(command: list[object], folder: str) -> str:
     """In a folder outside the repository, with nothing of ours on the path."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=folder, env=clean_environment(), stdout=subprocess.PIPE, text=True, check=True
+        [str(part) for part in command],
+        cwd=folder,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return done.stdout
 

@@ -59,7 +59,10 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+        if not _complete(folder):  # offline, what is there is returned
+            raise FileNotFoundError(f"{folder} lacks config.json or weights")
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ConfigError(

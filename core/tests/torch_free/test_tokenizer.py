@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anychip.errors import CheckpointError, InvalidRequest
-from anychip.model_config import resolve_folder
+from anychip.hub import resolve_folder
 from anychip.tokenizer.tokenizer import Tokenizer
 
 TURN = [{"role": "user", "content": "Hi"}]
@@ -53,3 +53,21 @@ def test_a_model_without_a_template_says_so(tmp_path):
 def test_a_checkpoint_without_a_tokenizer_names_the_way_out(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer.json is missing; use --skip-tokenizer"):
         Tokenizer.load(str(tmp_path))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
+    size = Tokenizer.load("quickstart").raw.get_vocab_size(with_added_tokens=True)
+    Tokenizer.load("quickstart", size)
+    with pytest.raises(CheckpointError, match=f"ids up to {size - 1}, the model's vocabulary has {size - 1}"):
+        Tokenizer.load("quickstart", size - 1)
+
+
+def test_tokens_added_after_the_fact_get_their_ids(tmp_path):
+    size = Tokenizer.load("quickstart").raw.get_vocab_size(with_added_tokens=True)
+    with_template(tmp_path, "")
+    added = {str(size): {"content": "<|tool|>", "special": True}, str(size + 1): {"content": "<sum>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = Tokenizer.load(str(tmp_path))
+    ids = tokenizer.encode("a<|tool|><sum>", add_special_tokens=False)
+    assert ids[-2:] == [size, size + 1]
+    assert tokenizer.decode(ids) == "a<sum>"

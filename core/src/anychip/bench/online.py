@@ -53,7 +53,10 @@ def serve_load(
             return await _send_all(client, workload, vocab_size, rate, concurrency, advance)
 
     began = time.perf_counter()
-    answers = asyncio.run(run())
+    try:
+        answers = asyncio.run(run())
+    except httpx.HTTPError as error:
+        raise ConfigError(f"the server at {url} does not answer: {type(error).__name__}: {error}") from error
     return _summary(answers, time.perf_counter() - began, workload, vocab_size)
 
 
@@ -80,6 +83,8 @@ async def _send_all(
 
 
 async def _stream(client: httpx.AsyncClient, model: str, prompt: list[int], max_tokens: int) -> Answer:
+    from httpx import HTTPError
+
     body = {
         "model": model,
         "prompt": prompt,
@@ -97,7 +102,7 @@ async def _stream(client: httpx.AsyncClient, model: str, prompt: list[int], max_
             async for line in response.aiter_lines():
                 if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
                     answer.tokens.append(time.perf_counter())
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     return answer
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -270,7 +271,8 @@ def _remote_class(model: ModelConfig, transformers: ModuleType, trust_remote_cod
 
 def _check(config: Any, cls: type[Any]) -> None:
     reasons = []
-    if not hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS"):
+    modules = {base.__module__ for base in cls.__mro__} - {PreTrainedModel.__module__}
+    if not any(hasattr(sys.modules.get(module), "ALL_ATTENTION_FUNCTIONS") for module in modules):
         reasons.append("its attention does not go through transformers' attention interface")
     if getattr(config, "is_encoder_decoder", False) or not cls.__name__.endswith("ForCausalLM"):
         reasons.append("it is no decoder-only language model")

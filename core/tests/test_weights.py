@@ -1,0 +1,103 @@
+"""Files are read by rows, in any dtype, and a broken one says where it is broken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from anychip.errors import CheckpointError
+from anychip.weights.dummy import DummyView
+from anychip.weights.files import SafetensorsFile, checkpoint_views
+from anychip.weights.matrix import CHUNK_BYTES, ROW_MULTIPLE, Span, row_chunks, stream
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_part_of_a_tensor_reads_as_it_was_saved(dtype, tmp_path):
+    saved = {"matrix": torch.arange(60).view(12, 5).to(dtype), "vector": torch.arange(7).to(dtype)}
+    saved |= {"scalar": torch.tensor(3).to(dtype), "cube": torch.arange(24).view(2, 3, 4).to(dtype)}
+    save_file(saved, tmp_path / "model.safetensors")
+    views = dict(checkpoint_views(tmp_path))
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    views = dict(file.views())
+    for name, tensor in saved.items():
+        assert (views[name].shape, views[name].dtype, views[name].nbytes) == (tuple(tensor.shape), dtype, tensor.nbytes)
+        assert same(views[name].read(), tensor)
+    assert same(views["matrix"].read((3, 9)), saved["matrix"][3:9])
+    assert same(views["matrix"].read((3, 9), (1, 4)), saved["matrix"][3:9, 1:4])
+    assert same(views["cube"].read((1, 2)), saved["cube"][1:2])
+    assert same(views["vector"].read((2, 6)), saved["vector"][2:6])
+    file.close()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8)) if a.dim() else bool(a == b)
+
+
+def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
+    save_file({name: torch.zeros(3) for name in "cab"}, tmp_path / "model.safetensors")
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    offsets = [view._offset for _, view in file.views()]
+    file.close()
+    assert offsets == sorted(offsets)
+
+
+def spoiled(tmp_path, change) -> SafetensorsFile:
+    save_file({"weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header, data = change(header, content[8 + length :])
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    return SafetensorsFile(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda h, d: (h, d[:-5]), "'weight' ends at byte .*, the file has .*: it is cut short"),
+        (lambda h, d: (b"{", d), "no JSON object"),
+        (lambda h, d: ({**h, "weight": {**h["weight"], "dtype": "F4"}}, d), "'weight' has dtype F4; known are"),
+        (lambda h, d: ({**h, "weight": {**h["weight"], "shape": [4, 5]}}, d), "takes 64 bytes, its shape 80"),
+        (lambda h, d: ({**h, "weight": {**h["weight"], "data_offsets": [-64, 0]}}, d), "takes 64 bytes"),
+    ],
+)
+def test_a_broken_file_says_where(change, expected, tmp_path):
+    with pytest.raises(CheckpointError, match=f"model.safetensors is not a readable safetensors file: .*{expected}"):
+        spoiled(tmp_path, change)
+
+
+def test_a_file_shorter_than_its_header_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((10**9).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="its header would take 1000000000 of 10 bytes"):
+        SafetensorsFile(tmp_path / "model.safetensors")
+
+
+@given(start=st.integers(0, 500), count=st.integers(0, 3000), row_bytes=st.integers(1, 2 * CHUNK_BYTES))
+def test_chunks_cover_the_rows_once_and_begin_at_whole_groups(start, count, row_bytes):
+    chunks = list(row_chunks(Span(start, count), row_bytes))
+    assert [row for a, b in chunks for row in range(a, b)] == list(range(start, start + count))
+    assert all((a - start) % ROW_MULTIPLE == 0 for a, _ in chunks)
+    assert all((b - a) * row_bytes <= max(CHUNK_BYTES, ROW_MULTIPLE * row_bytes) for a, b in chunks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(start=st.integers(0, 2500), count=st.integers(1, 1500), columns=st.tuples(st.integers(0, 3), st.integers(4, 7)))
+def test_made_up_weights_are_the_same_in_every_slice(start, count, columns):
+    view = DummyView("model.weight", (4000, 7), "float32")
+    whole = DummyView("model.weight", (4000, 7), "float32").read((0, 4000), (0, 7))
+    got = torch.zeros(count, columns[1] - columns[0])
+    stream(
+        view,
+        Span(start, count),
+        Span(columns[0], columns[1] - columns[0]),
+        lambda rows, at: got[at : at + len(rows)].copy_(rows),
+    )
+    assert got.equal(whole[start : start + count, columns[0] : columns[1]])
