@@ -1,9 +1,10 @@
-"""The plugin of docs/writing-a-plugin.md runs as it stands there; the example runs."""
+"""What the documents show runs as it stands there: the plugin, the model family, the examples."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,5 +77,79 @@ def test_a_plugin_that_breaks_the_rules_ends_with_its_cause(acme, tmp_path, file
     assert "Traceback" not in done.stderr
 
 
-def test_the_example_runs() -> None:
-    assert run([str(ROOT / "examples" / "generate.py")], dict(os.environ)).count("--- ") == 2
+@pytest.mark.parametrize("example", ["generate", "batch", "stream", "quantize"])
+def test_an_example_runs(example: str) -> None:
+    assert run([str(ROOT / "examples" / f"{example}.py")], dict(os.environ)).count("--- ") >= 2
+
+
+def test_a_strict_type_checker_is_content_with_who_uses_the_library(tmp_path: Path) -> None:
+    """As an installed package, of which only py.typed says that it has types."""
+    program = tmp_path / "downstream.py"
+    program.write_text((ROOT / "examples" / "batch.py").read_text() + WRONG)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-incremental", str(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in done.stdout.splitlines() if "error" in line]
+    assert len(errors) == 2, done.stdout
+    assert 'Argument "max_tokens" to "SamplingParams" has incompatible type "str"' in errors[0]
+
+
+WRONG = """
+
+def wrong() -> None:
+    from anychip import SamplingParams
+
+    SamplingParams(max_tokens="many")
+"""
+
+FOLLOW = """
+import sys
+from pathlib import Path
+
+from anychip_conformance.equality import tiny_models
+from anychip_conformance.equality.oracle import greedy, judge
+from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
+
+folder = Path(sys.argv[1])
+model = tiny_models.make_checkpoint("smollm3", folder)
+answers = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts()]
+for device in ("cpu", "cpu-tp2", "fake-static"):
+    with open_llm(Case("smollm3", 64, True, False, True, device), folder) as llm:
+        for answer, tokens in zip(answers, generate(llm), strict=True):
+            verdict = judge(answer, tokens)
+            assert verdict.divergence is None or verdict.excused, (device, verdict)
+    print("equal on", device)
+"""
+
+
+def test_a_family_is_added_by_following_the_page(tmp_path: Path) -> None:
+    """Literally, in a copy of the sources; and in at most 120 lines."""
+    page = (ROOT / "docs" / "how-to" / "add-a-model.md").read_text()
+    blocks = dict(re.findall(r'```python title="([^"]*)"\n(.*?)```', page, flags=re.DOTALL))
+    assert sum(len(text.strip().splitlines()) for text in blocks.values()) <= 120
+    sources = {"core/src/anychip": "anychip", "conformance/src/anychip_conformance": "anychip_conformance"}
+    for source, name in sources.items():
+        shutil.copytree(ROOT / source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for title, text in blocks.items():
+        place, _, how = title.partition(": ")
+        path = tmp_path / place.split("/src/")[1]
+        if not how:
+            path.write_text(text)
+        elif "NATIVE" in how:
+            edit(path, "NATIVE = {\n", text)
+        else:
+            edit(path, "\n\nFAMILIES:", "", before="\n\n" + text)
+            edit(path, "PreTrainedModel]] = {\n", '    "smollm3": _smollm3,\n')
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    said = run(["-c", FOLLOW, str(tmp_path / "checkpoint")], environment)
+    assert said.split("\n")[:3] == ["equal on cpu", "equal on cpu-tp2", "equal on fake-static"]
+
+
+def edit(path: Path, anchor: str, after: str, before: str = "") -> None:
+    text = path.read_text()
+    assert anchor in text, f"{path} has no {anchor!r}"
+    path.write_text(text.replace(anchor, before + anchor + after, 1))

@@ -30,6 +30,27 @@ def pool(llm: LLM):
     return llm.engine.scheduler.kv.pool
 
 
+def test_what_a_caller_leaves_out_is_what_the_model_recommends(llm):
+    assert (llm.default_sampling().temperature, llm.default_sampling(temperature=0).top_p) == (0.7, 0.9)
+
+
+def test_a_batch_streams_under_its_prompts_numbers(llm):
+    prompts = ["import numpy as", [5, 6, 7], "def"]
+    sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    whole = [output.outputs[0].token_ids for output in llm.generate(prompts, sampling)]
+    streamed: dict[str, list[int]] = {}
+    for output in llm.stream_batch(prompts, sampling):
+        streamed.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
+    assert [streamed[str(number)] for number in range(3)] == whole
+
+
+def test_a_batch_of_conversations_answers_each_as_alone(llm):
+    questions = [[{"role": "user", "content": text}] for text in ("What is a list?", "What is a tuple?")]
+    sampling = SamplingParams(temperature=0, max_tokens=6)
+    together = [output.outputs[0].text for output in llm.chat_batch(questions, sampling)]
+    assert together == [llm.chat(question, sampling).outputs[0].text for question in questions]
+
+
 def test_the_embedded_model_writes_python(llm):
     (output,) = llm.generate("import numpy as", SamplingParams(temperature=0, max_tokens=2))
     assert output.outputs[0].text.strip().startswith("np")

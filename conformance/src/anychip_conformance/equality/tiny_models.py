@@ -129,9 +129,9 @@ def _phi3() -> PreTrainedModel:
         "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0],
         "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
         "partial_rotary_factor": 0.75,
-        "original_max_position_embeddings": 256,
     }
-    return Phi3ForCausalLM(Phi3Config(**_COMMON, rope_parameters=rope, tie_word_embeddings=False))
+    settings = {"original_max_position_embeddings": 256, "rope_parameters": rope, "tie_word_embeddings": False}
+    return Phi3ForCausalLM(Phi3Config(**_COMMON, **settings))
 
 
 def _granite() -> PreTrainedModel:

@@ -103,8 +103,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """The outputs of several prompts as they come, in the order in which they do; request_id is the prompt's
         index. Leaving the loop early aborts what is unfinished."""
+        first = self._count
         with contextlib.closing(self._run(prompts, self._each(sampling, len(prompts)))) as run:
-            first = self._count - len(prompts)
             for output in run:
                 yield dataclasses.replace(output, request_id=str(int(output.request_id) - first))
 

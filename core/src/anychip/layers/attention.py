@@ -28,7 +28,7 @@ class Attention:
         num_heads: int,
         num_kv_heads: int,
         scale: float,
-        rope: Rope,
+        rope: Rope | None,
         bias: bool = False,
         output_bias: bool | None = None,
         qk_norm_eps: float | None = None,

@@ -105,7 +105,7 @@ def _longrope(wavelengths: Tensor, parameters: Parameters, config: ModelConfig) 
     original = _original(parameters, config)
     longer = config.max_positions > original
     factors = torch.tensor(parameters["long_factor" if longer else "short_factor"], dtype=torch.float32)
-    stretch = int(config.raw["max_position_embeddings"]) / original
+    stretch = float(parameters.get("factor") or int(config.raw["max_position_embeddings"]) / original)
     given = parameters.get("attention_factor")
     if given is not None:
         amplitude = float(given)

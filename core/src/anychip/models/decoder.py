@@ -91,7 +91,7 @@ class Decoder:
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
 
     def self_attention(
-        self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope, **differences: Any
+        self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope | None, **differences: Any
     ) -> Attention:
         """Llama's attention, with a family's differences in layers.attention.Attention's arguments."""
         config = self.config

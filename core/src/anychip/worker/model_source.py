@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
+
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.layers.build import Builder
@@ -38,7 +40,9 @@ class CheckpointSource:
         contributed: dict[str, str],
     ) -> None:
         self.config = config
-        self.model = model
+        # Rotary tables, and which of a model's rotary factors apply, follow the length that is served.
+        served = min(model.max_positions, config.max_model_len or model.max_positions)
+        self.model = msgspec.structs.replace(model, max_positions=served)
         self.platform = platform
         self.ops = ops.ops
         self.architecture = model.architecture
