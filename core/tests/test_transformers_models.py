@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,19 @@ def test_no_native_family_can_be_insisted_on(tmp_path):
     make_checkpoint("gpt-neox", tmp_path)
     with pytest.raises(ConfigError, match="'GPTNeoXForCausalLM' has no native family; there are Gemma2ForCausalLM"):
         LLM(str(tmp_path), model_impl="native", **SETTINGS)
+
+
+def test_without_the_library_the_way_out_is_named(tmp_path):
+    make_checkpoint("gpt-neox", tmp_path)
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from anychip.entrypoints.cli.main import main\n"
+        "sys.exit(main(['generate', sys.argv[1], '--device', 'cpu', '--skip-tokenizer', '--prompt', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'GPTNeoXForCausalLM' has no native family, and transformers" in done.stderr
+    assert "pip install anychip[transformers]" in done.stderr
 
 
 def saved(model, tmp_path: Path, **changes) -> str:

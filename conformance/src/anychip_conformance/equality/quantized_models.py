@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anychip.quantization.packing import pack, to_awq_order
 from anychip_conformance.equality.tiny_models import make_checkpoint
@@ -186,19 +186,32 @@ CONTAINERS: dict[str, tuple[Store, Activations, dict[str, Any]]] = {
 def make_quantized_checkpoint(
     container: str, folder: Path, family: str = "llama"
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Saves the checkpoint; returns the float32 model that computes what it stands for, and its matrices."""
+    """Saves the checkpoint; returns the float32 model that computes what it stands for, and its matrices by module."""
     store, activations, settings = CONTAINERS[container]
-    model = make_checkpoint(family, folder)
-    tensors, matrices = load_file(folder / "model.safetensors"), {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            stored, matrix = store(tensors.pop(f"{name}.weight"))
-            tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in stored.items()}
-            matrices[name] = matrix
-            module.weight = nn.Parameter(matrix, requires_grad=False)
-            if activations is not None:
-                module.register_forward_pre_hook(lambda _, inputs: (activations(inputs[0]),))
-    save_file(tensors, folder / "model.safetensors")
+    make_checkpoint(family, folder)
+    plain, stored, matrices = load_file(folder / _WEIGHTS), {}, {}
+    for name, tensor in plain.items():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj"):
+            stored[name] = tensor
+            continue
+        parts, matrices[module] = store(tensor)
+        stored |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
+    model = _dequantized(folder, {**plain, **{f"{module}.weight": matrix for module, matrix in matrices.items()}})
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear) and linear is not model.lm_head and activations is not None:
+            linear.register_forward_pre_hook(lambda _, inputs: (activations(inputs[0]),))
+    save_file(stored, folder / _WEIGHTS)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return model, matrices
+
+
+_WEIGHTS = "model.safetensors"
+
+
+def _dequantized(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """The library's model of these tensors, in whatever form it keeps them."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _WEIGHTS, {"format": "pt"})
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model.float().eval()

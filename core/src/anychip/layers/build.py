@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from anychip.errors import ConfigError
 from anychip.plugin_api import Ops, Platform, QuantScheme, Shard
@@ -11,9 +11,6 @@ from anychip.quantization.format import WeightFormat
 from anychip.types import DType
 from anychip.weights.matrix import Span
 from anychip.weights.register import WeightRegister
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

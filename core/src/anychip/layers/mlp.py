@@ -85,7 +85,7 @@ class SparseMoE:
         assert span.count == spec.intermediate_size
         self.communicator = builder.shard.communicator
         self.router = ReplicatedLinear(
-            builder,
+            replace(builder, formats=builder.formats.for_router()),
             name=f"{name}.{router}",
             in_features=spec.hidden_size,
             out_features=spec.num_experts,

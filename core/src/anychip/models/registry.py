@@ -52,9 +52,18 @@ def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[s
             "--model-impl auto tries transformers' code"
         )
     if dotted is None or config.model_impl == "transformers":
-        from anychip.models.transformers_model import transformers_family
-
-        return transformers_family(model, trust_remote_code=config.trust_remote_code)
+        return _through_transformers(model, config)
     module, _, name = dotted.partition(":")
     family: ModelFamily = getattr(import_module(module), name)
     return family
+
+
+def _through_transformers(model: ModelConfig, config: EngineConfig) -> ModelFamily:
+    try:
+        from anychip.models.transformers_model import transformers_family
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"architecture {model.architecture!r} has no native family, and transformers, whose code may run it, is "
+            "not installed: pip install anychip[transformers]"
+        ) from error
+    return transformers_family(model, trust_remote_code=config.trust_remote_code)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -60,7 +61,7 @@ class TransformersFamily:
         specs = []
         for kind in self._layer_types(config.num_layers):
             window = getattr(self.hf_config, "sliding_window", None) if kind == "sliding_attention" else None
-            specs.append(AttentionSpec(**{name: getattr(full, name) for name in full.__slots__} | {"window": window}))
+            specs.append(replace(full, window=window))
         return specs
 
     def _heads_share(self, size: int) -> int:
@@ -232,14 +233,7 @@ class TransformersModel:
 
 def transformers_family(model: ModelConfig, *, trust_remote_code: bool) -> TransformersFamily:
     """Raises ConfigError or Unsupported with what keeps the architecture from running."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            f"architecture {model.architecture!r} has no native family, and transformers, whose code could run it, is "
-            "not installed: pip install anychip[transformers]"
-        ) from error
-    cls = getattr(transformers, model.architecture, None) or _remote_class(model, transformers, trust_remote_code)
+    cls = getattr(transformers, model.architecture, None) or _remote_class(model, trust_remote_code)
     code = not hasattr(transformers, model.architecture)
     config = transformers.AutoConfig.from_pretrained(model.folder, trust_remote_code=code)
     if config.num_hidden_layers != model.num_layers:  # a plan builds the first layers only
@@ -250,7 +244,7 @@ def transformers_family(model: ModelConfig, *, trust_remote_code: bool) -> Trans
     return TransformersFamily(config, cls)
 
 
-def _remote_class(model: ModelConfig, transformers: ModuleType, trust_remote_code: bool) -> type[Any]:
+def _remote_class(model: ModelConfig, trust_remote_code: bool) -> type[Any]:
     """A class whose code lies in the checkpoint."""
     remote = (model.get("auto_map") or {}).get("AutoModelForCausalLM")
     if remote is None:

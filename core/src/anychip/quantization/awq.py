@@ -11,22 +11,21 @@ from typing import Any
 
 from anychip.errors import Unsupported
 from anychip.plugin_api import QuantScheme, WeightView
-from anychip.quantization.format import PlainFormat, column_groups
+from anychip.quantization.format import Container, column_groups
 from anychip.quantization.gptq import grouped_int4
 from anychip.quantization.packing import from_awq_order, unpack
 from anychip.weights.matrix import Matrix, row_chunks
 from anychip.weights.register import WeightRegister
 
 
-class AWQ:
+class AWQ(Container):
     def __init__(self, config: Mapping[str, Any], names: frozenset[str]) -> None:
         bits = config.get("bits", config.get("w_bit"))
         if bits != 4 or config.get("version", "gemm") != "gemm":
             raise Unsupported("AWQ checkpoint", [f"{bits} bits, version {config.get('version')}; 4-bit gemm is read"])
         self.group_size = int(config.get("group_size", config.get("q_group_size", 128)))
         self.zero_points = bool(config.get("zero_point", True))
-        self.names = names
-        self.plain = PlainFormat()
+        super().__init__(names)
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if f"{module}.qweight" not in self.names and f"{module}.scales" not in self.names:

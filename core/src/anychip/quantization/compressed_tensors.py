@@ -12,7 +12,7 @@ from typing import Any
 
 from anychip.errors import Unsupported
 from anychip.plugin_api import QuantScheme, WeightView
-from anychip.quantization.format import PlainFormat, column_groups
+from anychip.quantization.format import Container, column_groups
 from anychip.quantization.gptq import grouped_int4
 from anychip.quantization.packing import unpack
 from anychip.quantization.stored import want_input_scale, want_scales, want_values
@@ -24,11 +24,10 @@ _INT8_OFFSET = 128
 """Packed values are stored from zero on."""
 
 
-class CompressedTensors:
+class CompressedTensors(Container):
     def __init__(self, config: Mapping[str, Any], names: frozenset[str]) -> None:
         self.groups = list(config.get("config_groups", {}).values())
-        self.names = names
-        self.plain = PlainFormat()
+        super().__init__(names)
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if f"{module}.weight_scale" not in self.names and f"{module}.weight_packed" not in self.names:

@@ -48,16 +48,19 @@ class CheckedFormat:
 
     def __init__(self, inner: WeightFormat, platform: Platform) -> None:
         self._inner = inner
+        self._platform = platform
         self.want = inner.want
-        self._able = platform.capabilities.quantization
-        self._device = platform.name
+
+    def for_router(self) -> WeightFormat:
+        return CheckedFormat(self._inner.for_router(), self._platform)
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         """Raises Unsupported, naming what the platform takes."""
         scheme = self._inner.scheme(module, in_features)
-        if scheme is not None and scheme.name not in self._able:
-            takes = ", ".join(sorted(self._able)) or "none"
+        able = self._platform.capabilities.quantization
+        if scheme is not None and scheme.name not in able:
+            takes = ", ".join(sorted(able)) or "none"
             raise Unsupported(
-                f"{self._device} with a checkpoint in {scheme.name} ({module})", [f"the device takes {takes}"]
+                f"{self._platform.name} with a checkpoint in {scheme.name} ({module})", [f"the device takes {takes}"]
             )
         return scheme

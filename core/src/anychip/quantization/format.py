@@ -25,9 +25,16 @@ class WeightFormat(Protocol):
         """Asks for the matrix's tensors, and puts what they hold into its kernel in canonical form."""
         ...
 
+    def for_router(self) -> WeightFormat:
+        """The format of matrices that pick experts: small, and a wrong pick costs more than a rounded product."""
+        ...
+
 
 class PlainFormat:
     """One tensor, `weight`, of any floating dtype."""
+
+    def for_router(self) -> WeightFormat:
+        return self
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         return None
@@ -53,6 +60,9 @@ class QuantizeAtLoad:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def for_router(self) -> WeightFormat:
+        return PlainFormat()
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if self.name == "int8":
@@ -87,6 +97,23 @@ class QuantizeAtLoad:
 
         register.want(f"{matrix.name}.weight", matrix.shape, take)
         return None
+
+
+class Container:
+    """What containers of quantized checkpoints share: tensors' names say which modules are quantized."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        self.plain = PlainFormat()
+
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
+        raise NotImplementedError
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        raise NotImplementedError
+
+    def for_router(self) -> WeightFormat:
+        return self
 
 
 def put_rows(put: Put, rows: Tensor, columns: Span, scheme: QuantScheme | None) -> None:

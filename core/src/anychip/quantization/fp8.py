@@ -11,13 +11,13 @@ from typing import Any
 
 from anychip.errors import Unsupported
 from anychip.plugin_api import QuantScheme
-from anychip.quantization.format import PlainFormat
+from anychip.quantization.format import Container
 from anychip.quantization.stored import want_input_scale, want_scales, want_values
 from anychip.weights.matrix import Matrix
 from anychip.weights.register import WeightRegister
 
 
-class FP8:
+class FP8(Container):
     def __init__(self, config: Mapping[str, Any], names: frozenset[str]) -> None:
         block = config.get("weight_block_size")
         static = config.get("activation_scheme", "dynamic") == "static"
@@ -28,8 +28,7 @@ class FP8:
         else:
             self._scheme = QuantScheme(name="fp8", scales="tensor", activations="static" if static else "token")
         self.scale_name = "weight_scale_inv" if block else "weight_scale"
-        self.names = names
-        self.plain = PlainFormat()
+        super().__init__(names)
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         return self._scheme if f"{module}.{self.scale_name}" in self.names else None

@@ -13,21 +13,20 @@ import torch
 
 from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.plugin_api import QuantScheme, WeightView
-from anychip.quantization.format import PlainFormat, column_groups
+from anychip.quantization.format import Container, column_groups
 from anychip.quantization.packing import unpack
 from anychip.weights.matrix import Matrix, row_chunks
 from anychip.weights.register import WeightRegister
 
 
-class GPTQ:
+class GPTQ(Container):
     def __init__(self, config: Mapping[str, Any], names: frozenset[str]) -> None:
         if config.get("bits") != 4:
             raise Unsupported("GPTQ checkpoint", [f"{config.get('bits')} bits; 4 are supported"])
         self.group_size = int(config["group_size"])
         self.symmetric = bool(config.get("sym", True))
         self.zero_offset = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-        self.names = names
-        self.plain = PlainFormat()
+        super().__init__(names)
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if f"{module}.qweight" not in self.names and f"{module}.scales" not in self.names:
