@@ -26,13 +26,9 @@ Advance = Callable[[int], None]
 """Told how much of the work is done."""
 
 
-def open_llm(config: EngineConfig) -> LLM:
-    return LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
-
-
 def throughput(config: EngineConfig, workload: Workload, advance: Advance, profile: Path | None) -> dict[str, Any]:
     """All requests at once; tokens per second from the first step to the last."""
-    with open_llm(config) as llm:
+    with LLM.from_config(config) as llm:
         requests = workload.requests(load_model_config(llm.config.model).vocab_size)
         warm_up(llm)
         trace = trace_engine(llm) if profile is not None else None
@@ -61,7 +57,7 @@ def throughput(config: EngineConfig, workload: Workload, advance: Advance, profi
 def latency(config: EngineConfig, workload: Workload, advance: Advance, profile: Path | None) -> dict[str, Any]:
     """One request at a time: time to the first token, and between tokens."""
     first_token, between, whole = [], [], []
-    with open_llm(config) as llm:
+    with LLM.from_config(config) as llm:
         requests = workload.requests(load_model_config(llm.config.model).vocab_size)
         warm_up(llm)
         trace = trace_engine(llm) if profile is not None else None

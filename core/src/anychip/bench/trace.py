@@ -51,14 +51,14 @@ class Trace:
 def trace_engine(llm: LLM) -> Trace:
     """Watches an engine in this process. A worker in a process of its own shows as what the host waits for."""
     trace, engine = Trace(), llm.engine
-    trace.watch(llm._inputs, "process", "2 input processor")
+    trace.watch(llm.inputs, "process", "2 input processor")
     trace.watch(engine, "step", "4 engine core: step")
     trace.watch(engine.scheduler, "schedule", "5 scheduler")
     trace.watch(engine.executor, "launch", "6 executor: launch")
     trace.watch(engine.executor, "sample", "6 executor: sample")
     trace.watch(engine.executor, "collect", "6 executor: collect")
     trace.watch(engine.scheduler, "update", "10 scheduler: update")
-    trace.watch(llm._outputs, "process", "11 output processor")
+    trace.watch(llm.outputs, "process", "11 output processor")
     worker = getattr(engine.executor, "worker", None)
     if worker is not None:
         trace.watch(worker.runner, "launch", "7 model runner", "worker")

@@ -51,14 +51,19 @@ class LLM:
         except BaseException:
             self._folder.cleanup()
             raise
-        self._inputs = InputProcessor(
+        self.inputs = InputProcessor(
             tokenizer=self.tokenizer,
             vocab_size=model_config.vocab_size,
             max_model_len=self.engine.max_model_len,
             eos_token_ids=model_config.eos_token_ids,
         )
-        self._outputs = OutputProcessor(self.tokenizer)
+        self.outputs = OutputProcessor(self.tokenizer)
         self._count = 0
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """The same, of settings that are one value already."""
+        return cls(**{name: getattr(config, name) for name in config.__struct_fields__})
 
     @property
     def worker(self) -> WorkerReady:
@@ -142,16 +147,16 @@ class LLM:
         # Every prompt is checked before the first is accepted.
         requests = []
         for prompt, sampling in zip(prompts, params, strict=True):
-            requests.append(self._inputs.process(str(self._count), prompt, sampling))
+            requests.append(self.inputs.process(str(self._count), prompt, sampling))
             self._count += 1
         open_ids = {request.request_id for request in requests}
         try:
             for request in requests:
                 self.engine.add(request)
-                self._outputs.add(request)
+                self.outputs.add(request)
             while open_ids:
                 for delta in self.engine.step():
-                    output, ended_here = self._outputs.process(delta)
+                    output, ended_here = self.outputs.process(delta)
                     if ended_here:
                         self.engine.abort(delta.request_id, delta.index)
                     if output is not None:
@@ -161,7 +166,7 @@ class LLM:
         finally:
             for request_id in open_ids:
                 self.engine.abort(request_id)
-                self._outputs.drop(request_id)
+                self.outputs.drop(request_id)
             if open_ids:
                 self.engine.drain()
 

@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_llm(arguments: argparse.Namespace) -> LLM:
-    config = engine_config(arguments)
-    return LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
+    return LLM.from_config(engine_config(arguments))
 
 
 def sampling_params(llm: LLM, arguments: argparse.Namespace) -> SamplingParams:
