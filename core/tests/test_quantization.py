@@ -74,8 +74,10 @@ def test_a_container_loads_the_matrices_it_stands_for(container, tmp_path):
             torch.testing.assert_close(held_matrix(layer), matrices[name], rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu-tp2", "fake-static"])
-@pytest.mark.parametrize("container", WEIGHT_ONLY)
+@pytest.mark.parametrize(
+    ("container", "device"),
+    [(container, device) for container in WEIGHT_ONLY for device in ("cpu", "cpu-tp2")] + [("gptq", "fake-static")],
+)
 def test_greedy_tokens_equal_those_of_the_dequantized_model(container, device, tmp_path):
     model, _ = make_quantized_checkpoint(container, tmp_path)
     check_greedy(model, Case("llama", 64, True, False, True, device), tmp_path)
