@@ -25,6 +25,8 @@ def measure(kind: str, model: str, quantization: str | None) -> dict[str, int]:
     from anychip.launch.plan import plan_engine
 
     settings: dict[str, Any] = {"device": "cpu", "quantization": quantization, "skip_tokenizer": True}
+    if not list(Path(model).glob("*.safetensors")):
+        settings["load_format"] = "dummy"
     if kind == "plan":
         memory = plan_engine(EngineConfig(model=model, **settings)).worker.memory
     else:
