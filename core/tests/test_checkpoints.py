@@ -139,7 +139,7 @@ def test_a_cache_too_small_for_one_request_says_what_fits(checkpoint):
 
 def test_without_a_length_the_model_gets_what_fits(checkpoint):
     with open_llm(checkpoint, num_kv_blocks=10) as llm:
-        assert llm._inputs.max_model_len == 144
+        assert llm.engine.max_model_len == 144
 
 
 def test_a_dtype_that_the_device_lacks_is_refused(checkpoint):
