@@ -95,6 +95,19 @@ def test_an_index_that_names_an_absent_file_is_refused(checkpoint):
         open_llm(checkpoint)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
+def test_an_index_that_cannot_be_read_is_refused(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="index.json is no index of a checkpoint"):
+        open_llm(checkpoint)
+
+
+def test_a_setting_that_the_family_needs_is_named(checkpoint):
+    edit_config(checkpoint, architectures=["MixtralForCausalLM"])
+    with pytest.raises(CheckpointError, match="config.json has no 'num_local_experts', which MixtralForCausalLM needs"):
+        open_llm(checkpoint)
+
+
 def test_a_checkpoint_in_several_files_gives_the_same_tokens(checkpoint, original):
     tensors = load_file(checkpoint / WEIGHTS)
     names = sorted(tensors)
@@ -122,6 +135,7 @@ def test_dummy_weights_need_no_file_and_are_the_same_every_time(checkpoint):
             "'MysteryForCausalLM' has no native family and transformers [0-9.]+ does not implement it",
         ),
         ({"architectures": []}, CheckpointError, "names no architecture"),
+        ({"hidden_size": "wide"}, CheckpointError, "holds a value that cannot be: .*'wide'"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, Unsupported, "rope_type 'spiral'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, CheckpointError, "have no 'factor'"),
     ],

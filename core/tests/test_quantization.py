@@ -345,6 +345,7 @@ def test_a_missing_scale_is_named(container, missing, expected, tmp_path):
         ("gptq", {"group_size": 48}, ConfigError, "64 input features, which groups of 48 do not divide"),
         ("gptq", {"bits": 3}, Unsupported, "3 bits; 4 are supported"),
         ("gptq", {"quant_method": "mystery"}, ConfigError, "'mystery' is not supported; supported are gptq, awq, fp8"),
+        ("gptq", {"group_size": None}, CheckpointError, "quantization_config of method gptq cannot be read"),
         ("awq", {"version": "gemv"}, Unsupported, "version gemv; 4-bit gemm is read"),
         ("ct-int4", {"config_groups": {}}, Unsupported, "no config group names model.layers.0"),
     ],

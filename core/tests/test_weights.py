@@ -63,7 +63,9 @@ def spoiled(tmp_path, change) -> SafetensorsFile:
     ("change", "expected"),
     [
         (lambda h, d: (h, d[:-5]), "'weight' ends at byte .*, the file has .*: it is cut short"),
-        (lambda h, d: (b"{", d), "no JSON object"),
+        (lambda h, d: (b"{", d), "its header cannot be read"),
+        (lambda h, d: (b"[]", d), "its header cannot be read: Expected `object`"),
+        (lambda h, d: ({"weight": {"dtype": "F32"}}, d), "its header cannot be read: .*missing required field `shape`"),
         (lambda h, d: ({**h, "weight": {**h["weight"], "dtype": "F4"}}, d), "'weight' has dtype F4; known are"),
         (lambda h, d: ({**h, "weight": {**h["weight"], "shape": [4, 5]}}, d), "takes 64 bytes, its shape 80"),
         (lambda h, d: ({**h, "weight": {**h["weight"], "data_offsets": [-64, 0]}}, d), "takes 64 bytes"),

@@ -11,13 +11,15 @@ from pathlib import Path
 import msgspec
 
 from anychip.config import EngineConfig
-from anychip.errors import ConfigError
+from anychip.errors import CheckpointError, ConfigError
 from anychip.types import QUICKSTART
 
 _QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What can be a repository of the hub."""
+
+INDEX = "model.safetensors.index.json"
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py", "*.txt")
 """What a checkpoint is made of; pickles are left where they are."""
@@ -75,8 +77,23 @@ def _complete(folder: Path) -> bool:
     """Whether an interrupted download left nothing out that a start would miss."""
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(msgspec.json.decode(index.read_bytes())["weight_map"].values())
-        return all((folder / name).is_file() for name in names)
+    indexed = indexed_files(folder)
+    if indexed is not None:
+        return all((folder / name).is_file() for name in indexed)
     return any(folder.glob("*.safetensors"))
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def indexed_files(folder: Path) -> list[str] | None:
+    """The files that a checkpoint's index names; None where it has none. Raises CheckpointError for one that cannot
+    be read."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        return sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{index} is no index of a checkpoint: {error}") from error

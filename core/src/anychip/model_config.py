@@ -37,6 +37,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """A family's own key."""
         return self.raw.get(key, default)
 
+    def need(self, key: str) -> Any:
+        """A family's own key that it cannot do without. Raises CheckpointError."""
+        if self.raw.get(key) is None:
+            raise CheckpointError(f"{self.folder}/config.json has no {key!r}, which {self.architecture} needs")
+        return self.raw[key]
+
 
 def load_model_config(model: str) -> ModelConfig:
     """Reads config.json and generation_config.json. Raises ConfigError or CheckpointError."""
@@ -71,6 +77,8 @@ def load_model_config(model: str) -> ModelConfig:
         )
     except KeyError as missing:
         raise CheckpointError(f"{folder / 'config.json'} has no {missing}") from missing
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} holds a value that cannot be: {error}") from error
 
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p")

@@ -105,7 +105,7 @@ def _longrope(wavelengths: Tensor, parameters: Parameters, config: ModelConfig) 
     original = _original(parameters, config)
     longer = config.max_positions > original
     factors = torch.tensor(parameters["long_factor" if longer else "short_factor"], dtype=torch.float32)
-    stretch = float(parameters.get("factor") or int(config.raw["max_position_embeddings"]) / original)
+    stretch = float(parameters.get("factor") or int(config.need("max_position_embeddings")) / original)
     given = parameters.get("attention_factor")
     if given is not None:
         amplitude = float(given)
@@ -119,5 +119,5 @@ def _original(parameters: Parameters, config: ModelConfig) -> int:
     return int(
         parameters.get("original_max_position_embeddings")
         or config.get("original_max_position_embeddings")
-        or config.raw["max_position_embeddings"]
+        or config.need("max_position_embeddings")
     )

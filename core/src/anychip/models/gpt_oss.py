@@ -36,8 +36,8 @@ class GptOss(Decoder):
         if swiglu != (1.702, 7.0):
             raise Unsupported("GPT-OSS", [f"swiglu_alpha and swiglu_limit {swiglu}; experts are built for 1.702 and 7"])
         moe = MoESpec(
-            num_experts=int(config.raw["num_local_experts"]),
-            top_k=int(config.raw["num_experts_per_tok"]),
+            num_experts=int(config.need("num_local_experts")),
+            top_k=int(config.need("num_experts_per_tok")),
             hidden_size=config.hidden_size,
             intermediate_size=builder.split(config.intermediate_size, "expert features").count,
             dtype=builder.dtype,

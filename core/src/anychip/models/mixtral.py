@@ -13,8 +13,8 @@ class Mixtral(Mistral):
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> PreNormLayer:
         config = self.config
         moe = MoESpec(
-            num_experts=int(config.raw["num_local_experts"]),
-            top_k=int(config.raw["num_experts_per_tok"]),
+            num_experts=int(config.need("num_local_experts")),
+            top_k=int(config.need("num_experts_per_tok")),
             hidden_size=config.hidden_size,
             intermediate_size=builder.split(config.intermediate_size, "expert features").count,
             dtype=builder.dtype,

@@ -14,10 +14,10 @@ class Qwen3MoE(Qwen3):
         sparse_step = int(config.get("decoder_sparse_step", 1))
         if index in (config.get("mlp_only_layers") or []) or (index + 1) % sparse_step:
             return super().feed_forward(builder, index)
-        intermediate_size = int(config.raw["moe_intermediate_size"])
+        intermediate_size = int(config.need("moe_intermediate_size"))
         spec = MoESpec(
-            num_experts=int(config.get("num_local_experts") or config.raw["num_experts"]),  # since transformers 5
-            top_k=int(config.raw["num_experts_per_tok"]),
+            num_experts=int(config.get("num_local_experts") or config.need("num_experts")),  # since transformers 5
+            top_k=int(config.need("num_experts_per_tok")),
             hidden_size=config.hidden_size,
             intermediate_size=builder.split(intermediate_size, "expert features").count,
             dtype=builder.dtype,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from anychip.errors import ConfigError
+from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import Platform, QuantScheme, Unsupported
 from anychip.quantization.format import PlainFormat, QuantizeAtLoad, WeightFormat
 
@@ -39,7 +39,10 @@ def weight_format(raw: Mapping[str, Any], asked: str | None, names: Callable[[],
     if asked not in (None, method):
         raise ConfigError(f"quantization {asked!r} was asked for, and the checkpoint is {method}; leave it out")
     module, _, name = METHODS[method].partition(":")
-    made: WeightFormat = getattr(import_module(module), name)(settings, names())
+    try:
+        made: WeightFormat = getattr(import_module(module), name)(settings, names())
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"quantization_config of method {method} cannot be read: {error!r}") from error
     return made
 
 

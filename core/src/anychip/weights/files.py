@@ -11,13 +11,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
 from anychip.errors import CheckpointError
+from anychip.hub import INDEX, indexed_files
 from anychip.plugin_api import WeightView
 
 _MOST_HEADER_BYTES = 100 << 20
@@ -29,6 +29,14 @@ _DTYPES = {
 }  # fmt: skip
 _AHEAD_BYTES = 256 << 20
 _AHEAD_STEP = 4 << 20
+
+
+class _Entry(msgspec.Struct):
+    """A tensor in a file's header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 class SafetensorsFile:
@@ -51,20 +59,20 @@ class SafetensorsFile:
         if self._size < 8 or length > min(_MOST_HEADER_BYTES, self._size - 8):
             raise self._broken(f"its header would take {length} of {self._size} bytes")
         try:
-            header = msgspec.json.decode(os.pread(self._fd, length, 8), type=dict[str, dict[str, Any]])
-        except msgspec.DecodeError as error:
-            raise self._broken(f"its header is no JSON object: {error}") from error
-        header.pop("__metadata__", None)
-        self._entries = header
-        for name, entry in header.items():
+            header = msgspec.json.decode(os.pread(self._fd, length, 8), type=dict[str, msgspec.Raw])
+            header.pop("__metadata__", None)
+            self._entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
+        except msgspec.MsgspecError as error:
+            raise self._broken(f"its header cannot be read: {error}") from error
+        for name, entry in self._entries.items():
             self._check(name, entry)
 
-    def _check(self, name: str, entry: dict[str, Any]) -> None:
-        if entry.get("dtype") not in _DTYPES:
-            raise self._broken(f"tensor {name!r} has dtype {entry.get('dtype')}; known are {', '.join(_DTYPES)}")
-        begin, end = entry["data_offsets"]
-        expected = prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
-        if begin < 0 or end - begin != expected:
+    def _check(self, name: str, entry: _Entry) -> None:
+        if entry.dtype not in _DTYPES:
+            raise self._broken(f"tensor {name!r} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
+        begin, end = entry.data_offsets
+        expected = prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+        if begin < 0 or min(entry.shape, default=0) < 0 or end - begin != expected:
             raise self._broken(f"tensor {name!r} takes {end - begin} bytes, its shape {expected}")
         if self._begin + end > self._size:
             raise self._broken(
@@ -80,9 +88,9 @@ class SafetensorsFile:
     def views(self) -> Iterator[tuple[str, FileView]]:
         """Every tensor in the order of its bytes, so that the disk is read straight through."""
         self._ahead.start()
-        for name, entry in sorted(self._entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
-            begin = self._begin + entry["data_offsets"][0]
-            yield name, FileView(self, name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], begin)
+        for name, entry in sorted(self._entries.items(), key=lambda item: item[1].data_offsets):
+            begin = self._begin + entry.data_offsets[0]
+            yield name, FileView(self, name, tuple(entry.shape), _DTYPES[entry.dtype], begin)
 
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fills a contiguous host tensor with the file's bytes from `offset`."""
@@ -201,13 +209,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, those of its index where it has one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(msgspec.json.decode(index.read_bytes())["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
+    indexed = indexed_files(folder)
+    if indexed is not None:
+        absent = [name for name in indexed if not (folder / name).is_file()]
         if absent:
-            raise CheckpointError(f"{index} names {absent[0]}, which is not in {folder}")
-        return [folder / name for name in names]
+            raise CheckpointError(f"{folder / INDEX} names {absent[0]}, which is not in {folder}")
+        return [folder / name for name in indexed]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
