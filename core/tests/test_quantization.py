@@ -18,8 +18,10 @@ from anychip.layers.linear import _PackedLinear
 from anychip.ops.reference import REFERENCE, quantized
 from anychip.ops.reference.quantized import QuantizedMatrix, quantize_rows
 from anychip.plugin_api import FP8_MAX, LinearPart, LinearSpec, Platform, PlatformContext, ProbeResult, QuantScheme
+from anychip.quantization.format import put_rows
 from anychip.quantization.packing import from_awq_order, pack, to_awq_order, unpack
 from anychip.registry.plugins import load_plugins
+from anychip.weights.matrix import Matrix, Span
 from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.quantized_models import CONTAINERS, make_quantized_checkpoint
 from anychip_conformance.equality.tiny_models import make_checkpoint
@@ -384,3 +386,19 @@ def test_groups_that_a_rank_would_cut_are_refused(tmp_path):
     make_quantized_checkpoint("fp8-block", tmp_path)
     with pytest.raises(ConfigError, match="blocks of 32 rows, and this rank's begin at 16"):
         open_llm(Case("llama", 64, True, False, True, "cpu-tp2"), tmp_path)
+
+
+def test_stacked_rows_whose_groups_a_rank_would_cut_are_refused():
+    """Such experts come without a container, and are checked as any other matrix is."""
+    matrix = Matrix(
+        name="experts.0.down",
+        shape=(8, 64),
+        rows=Span(0, 8),
+        columns=Span(16, 16),
+        scheme=QuantScheme(name="int4", scales="group", group_size=32),
+        put=lambda kind, tensor, row=0: None,
+    )
+    with pytest.raises(
+        ConfigError, match="experts.0.down is quantized in groups of 32 columns, which 16 columns a rank"
+    ):
+        put_rows(matrix, torch.randn(8, 64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from anychip.errors import CheckpointError
 from anychip.layers.build import Builder
 from anychip.plugin_api import AttentionLayer, AttentionSpec, WeightView
+from anychip.weights.matrix import read_one
 
 
 def want_kv_scales(builder: Builder, name: str, spec: AttentionSpec, num_kv_heads: int, layer: AttentionLayer) -> None:
@@ -18,7 +19,7 @@ def want_kv_scales(builder: Builder, name: str, spec: AttentionSpec, num_kv_head
 
     def take(which: str, view: WeightView) -> None:
         if view.shape in ((), (1,)):
-            scale = view.read(*([(0, 1)] * len(view.shape))).view(1)
+            scale = read_one(view)
         elif view.shape == (num_kv_heads,):
             scale = view.read(heads.bounds)
         else:

@@ -16,7 +16,7 @@ from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import AttentionSpec, MoESpec, Rope, WeightView
 from anychip.quantization.format import put_rows
 from anychip.types import DType
-from anychip.weights.matrix import Span
+from anychip.weights.matrix import Matrix, Span
 
 
 class GptOss(Decoder):
@@ -67,18 +67,27 @@ class StackedExperts(SparseMoE):
         hidden, first_rank = Span(0, hidden_size), builder.shard.rank == 0
         halves = (("gate", 0), ("up", 1))
 
-        def put(expert: int, part: str, rows: Tensor, columns: Span) -> None:
-            put_rows(PutExpert(self, expert, part), rows, columns, self.spec.scheme)
+        def put(expert: int, part: str, rows: Tensor) -> None:
+            down = part == "down"
+            matrix = Matrix(
+                name=f"{name}.{expert}.{part}",
+                shape=(hidden_size, intermediate_size) if down else (intermediate_size, hidden_size),
+                rows=hidden if down else span,
+                columns=span if down else hidden,
+                scheme=self.spec.scheme,
+                put=PutExpert(self, expert, part),
+            )
+            put_rows(matrix, rows)
 
         def take_gate_up(view: WeightView) -> None:
             for expert in range(count):
                 both = view.read((expert, expert + 1))[0].T[2 * span.start : 2 * (span.start + span.count)]
                 for part, first in halves:
-                    put(expert, part, both[first::2], hidden)
+                    put(expert, part, both[first::2])
 
         def take_down(view: WeightView) -> None:
             for expert in range(count):
-                put(expert, "down", view.read((expert, expert + 1))[0].T, span)
+                put(expert, "down", view.read((expert, expert + 1))[0].T)
 
         def take_gate_up_bias(view: WeightView) -> None:
             bias = view.read((0, count), Span(2 * span.start, 2 * span.count).bounds)

@@ -32,11 +32,8 @@ class AWQ(Container):
             return None
         return grouped_int4(module, in_features, self.group_size, zero_points=self.zero_points)
 
-    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+    def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         rows, columns = matrix.shape
-        scheme = matrix.scheme
-        if scheme is None:
-            return self.plain.want(register, matrix)
         groups = column_groups(matrix, scheme)
         size = scheme.group_size
         assert size is not None
@@ -62,4 +59,3 @@ class AWQ(Container):
         register.want(f"{matrix.name}.qzeros", (columns // size, rows // 8), take_zeros)
         if not scheme.zero_points:
             register.optional.add(f"{matrix.name}.qzeros")
-        return None

@@ -37,16 +37,13 @@ class CompressedTensors(Container):
             raise Unsupported("compressed-tensors checkpoint", [f"no config group names {module}"])
         return _scheme(module, in_features, group["weights"], group.get("input_activations"))
 
-    def want(self, register: WeightRegister, matrix: Matrix) -> None:
-        scheme = matrix.scheme
-        if scheme is None:
-            return self.plain.want(register, matrix)
+    def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         if f"{matrix.name}.weight_packed" in self.names:
             self._want_packed(register, matrix, scheme)
         else:
             want_values(register, matrix, "float8_e4m3fn" if scheme.name == "fp8" else "int8")
         want_scales(register, matrix, scheme, f"{matrix.name}.weight_scale")
-        return want_input_scale(register, matrix, scheme)
+        want_input_scale(register, matrix, scheme)
 
     def _want_packed(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         rows, columns = matrix.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from anychip.errors import CheckpointError, ConfigError
 from anychip.ops.reference.quantized import quantize_rows
 from anychip.plugin_api import QuantScheme, WeightView
-from anychip.weights.matrix import Matrix, Put, Span, stream
+from anychip.weights.matrix import Matrix, Span, stream
 from anychip.weights.register import WeightRegister
 
 
@@ -99,35 +100,39 @@ class QuantizeAtLoad:
         return None
 
 
-class Container:
+class Container(ABC):
     """What containers of quantized checkpoints share: tensors' names say which modules are quantized."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self.names = names
         self.plain = PlainFormat()
 
-    def scheme(self, module: str, in_features: int) -> QuantScheme | None:
-        raise NotImplementedError
-
-    def want(self, register: WeightRegister, matrix: Matrix) -> None:
-        raise NotImplementedError
-
     def for_router(self) -> WeightFormat:
         return self
 
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        if matrix.scheme is None:
+            self.plain.want(register, matrix)
+        else:
+            self.want_quantized(register, matrix, matrix.scheme)
 
-def put_rows(put: Put, rows: Tensor, columns: Span, scheme: QuantScheme | None) -> None:
-    """Puts whole plain rows of which a rank holds `columns`, quantized at load where there is a scheme."""
+    @abstractmethod
+    def scheme(self, module: str, in_features: int) -> QuantScheme | None: ...
+
+    @abstractmethod
+    def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
+        """Asks for the tensors of a matrix that the container holds in a scheme."""
+
+
+def put_rows(matrix: Matrix, rows: Tensor) -> None:
+    """Puts a rank's rows, whole and plain: its columns of them, quantized at load where the matrix has a scheme."""
+    scheme, columns = matrix.scheme, slice(*matrix.columns.bounds)
     if scheme is None:
-        put("", rows[:, slice(*columns.bounds)])
+        matrix.put("", rows[:, columns])
         return
     values, scale = quantize_rows(rows, scheme)
-    put("", values[:, slice(*columns.bounds)])
-    size = scheme.group_size
-    put(
-        "scale",
-        scale if size is None else scale[:, columns.start // size : -(-(columns.start + columns.count) // size)],
-    )
+    matrix.put("", values[:, columns])
+    matrix.put("scale", scale if scale.dim() == 1 else scale[:, slice(*column_groups(matrix, scheme).bounds)])
 
 
 def column_groups(matrix: Matrix, scheme: QuantScheme) -> Span:

@@ -33,10 +33,7 @@ class FP8(Container):
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         return self._scheme if f"{module}.{self.scale_name}" in self.names else None
 
-    def want(self, register: WeightRegister, matrix: Matrix) -> None:
-        scheme = matrix.scheme
-        if scheme is None:
-            return self.plain.want(register, matrix)
+    def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         want_values(register, matrix, "float8_e4m3fn")
         want_scales(register, matrix, scheme, f"{matrix.name}.{self.scale_name}")
-        return want_input_scale(register, matrix, scheme)
+        want_input_scale(register, matrix, scheme)

@@ -34,11 +34,8 @@ class GPTQ(Container):
         size = in_features if self.group_size < 0 else self.group_size
         return grouped_int4(module, in_features, size, zero_points=not self.symmetric)
 
-    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+    def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         rows, columns = matrix.shape
-        scheme = matrix.scheme
-        if scheme is None:
-            return self.plain.want(register, matrix)
         groups = column_groups(matrix, scheme)
         size = scheme.group_size
         assert size is not None
@@ -71,7 +68,6 @@ class GPTQ(Container):
         register.want(f"{name}.qzeros", (columns // size, rows // 8), take_zeros)
         register.want(f"{name}.g_idx", (columns,), take_order)
         register.optional |= {f"{name}.g_idx"} | (set() if scheme.zero_points else {f"{name}.qzeros"})
-        return None
 
 
 def grouped_int4(module: str, in_features: int, size: int, *, zero_points: bool) -> QuantScheme:

@@ -6,7 +6,7 @@ from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import QuantScheme, WeightView
 from anychip.quantization.format import column_groups
 from anychip.types import cdiv
-from anychip.weights.matrix import Matrix, Span, stream
+from anychip.weights.matrix import Matrix, Span, read_one, stream
 from anychip.weights.register import WeightRegister
 
 
@@ -30,7 +30,7 @@ def want_scales(register: WeightRegister, matrix: Matrix, scheme: QuantScheme, n
         if whole is None:  # one scale: [] or [1]
             if view.shape not in ((), (1,)):
                 raise CheckpointError(f"{view.source} has shape {list(view.shape)}, expected one scale")
-            matrix.put("scale", view.read(*([(0, 1)] * len(view.shape))).float().view(1))
+            matrix.put("scale", read_one(view))
         elif view.shape == whole:
             matrix.put("scale", view.read(rows.bounds, columns.bounds).float())
         elif scheme.scales == "channel" and view.shape == whole[:1]:
@@ -47,7 +47,7 @@ def want_input_scale(register: WeightRegister, matrix: Matrix, scheme: QuantSche
         return
 
     def take(view: WeightView) -> None:
-        matrix.put("input_scale", view.read(*([(0, 1)] * len(view.shape))).float().view(1))
+        matrix.put("input_scale", read_one(view))
 
     register.want(f"{matrix.name}.input_scale", None, take)
 

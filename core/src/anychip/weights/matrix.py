@@ -68,3 +68,8 @@ def stream(view: WeightView, rows: Span, columns: Span, give: Callable[[Tensor, 
     row_bytes = view.nbytes // max(1, view.shape[0])
     for start, stop in row_chunks(rows, row_bytes):
         give(view.read((start, stop), columns.bounds), start - rows.start)
+
+
+def read_one(view: WeightView) -> Tensor:
+    """A tensor of one value, whatever its number of dimensions: [1] float32."""
+    return view.read(*((0, 1) for _ in view.shape)).float().view(1)

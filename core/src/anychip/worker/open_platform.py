@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from anychip.errors import AnychipError, InvalidOverride, PluginImportFailed, Unsupported
+import msgspec
+
+from anychip.config import WorkerSpec
+from anychip.errors import AnychipError, DeviceUnavailable, InvalidOverride, PluginImportFailed, Unsupported
 from anychip.ops.reference import REFERENCE
 from anychip.plugin_api import Platform, PlatformContext, PlatformManifest, PluginOptions, ProbeResult
+from anychip.registry.plugins import Plugins
+
+
+def open_for(spec: WorkerSpec, plugins: Plugins) -> tuple[PlatformManifest, Platform]:
+    """The platform of a worker's device. Raises DeviceUnavailable where its plugin is not installed."""
+    manifest = plugins.platforms.get(spec.device)
+    if manifest is None:
+        raise DeviceUnavailable(f"device {spec.device!r} is not installed in the worker's environment")
+    platform = open_platform(
+        manifest,
+        device_indexes=spec.device_indexes,
+        options=manifest.options.parse(manifest.package, spec.config.device_options),
+        probe=msgspec.convert(spec.probe, ProbeResult),
+    )
+    return manifest, platform
 
 
 def open_platform(

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import WorkerSpec
-from anychip.errors import ConfigError, DeviceUnavailable
+from anychip.errors import ConfigError
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Communicator, PeakMemory, Platform, ProbeResult, Shard, WeightView
+from anychip.plugin_api import Communicator, PeakMemory, Platform, Shard, WeightView
 from anychip.registry.plugins import load_plugins
 from anychip.weights.files import checkpoint_views
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.worker.held import held_bytes
 from anychip.worker.kv_plan import kv_cache_config
-from anychip.worker.open_platform import open_platform
+from anychip.worker.open_platform import open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.sizing import measure_maximal_step, memory_plan
 from anychip.worker.torch_program import TorchStepProgram
@@ -37,15 +37,7 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
     """What a worker of this spec would report. Raises what would keep it from starting, as far as that shows without
     its weights."""
     plugins = load_plugins()
-    manifest = plugins.platforms.get(spec.device)
-    if manifest is None:
-        raise DeviceUnavailable(f"device {spec.device!r} is not installed")
-    platform = open_platform(
-        manifest,
-        device_indexes=spec.device_indexes,
-        options=manifest.options.parse(manifest.package, spec.config.device_options),
-        probe=msgspec.convert(spec.probe, ProbeResult),
-    )
+    manifest, platform = open_for(spec, plugins)
     try:
         ops = resolve_ops(platform.name, platform.ops(), require_native=spec.config.require_native)
         per_host = manifest.topology == "process_per_host"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from anychip.config import WorkerSpec
-from anychip.errors import DeviceUnavailable
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import CompileReport, PeakMemory, ProbeResult, Shard
+from anychip.plugin_api import CompileReport, PeakMemory, Shard
 from anychip.registry.plugins import load_plugins
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
-from anychip.worker.open_platform import open_platform
+from anychip.worker.open_platform import open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.sizing import maximal_shape, measure_maximal_step, memory_plan
 from anychip.worker.torch_program import TorchStepProgram
@@ -28,16 +25,7 @@ class Worker:
         config = spec.config
         model = load_model_config(config.model)
         plugins = load_plugins()
-        manifest = plugins.platforms.get(spec.device)
-        if manifest is None:
-            raise DeviceUnavailable(f"device {spec.device!r} is not installed in the worker's environment")
-        options = manifest.options.parse(manifest.package, config.device_options)
-        self.platform = open_platform(
-            manifest,
-            device_indexes=spec.device_indexes,
-            options=options,
-            probe=msgspec.convert(spec.probe, ProbeResult),
-        )
+        manifest, self.platform = open_for(spec, plugins)
         try:
             self.platform.seed(config.seed)
             self.ops = resolve_ops(self.platform.name, self.platform.ops(), require_native=config.require_native)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ class DenseWeights:
     bias: Tensor | None  # [out_features]
 
 
-class _StackedParts(LinearKernel):
+class _StackedParts(LinearKernel, ABC):
     """Parts lie below one another in the packed weights."""
 
     def __init__(self, spec: LinearSpec, platform: Platform) -> None:
@@ -43,8 +45,9 @@ class _StackedParts(LinearKernel):
         else:
             self._load(packed, kind, tensor, place.offset, place.rows, row)
 
-    def _load(self, packed: Packed, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _load(self, packed: Any, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
+        """Rows or scales of a part that stands at `offset` and has `rows` rows."""
 
 
 class ReferenceLinear(_StackedParts):
