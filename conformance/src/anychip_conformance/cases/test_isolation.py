@@ -1,52 +1,136 @@
-"""Isolation: a plugin announces itself without its device, its driver or torch, and patches nothing."""
+"""Isolation: a plugin announces itself without its device, its driver or torch, patches nothing, and does not fall back
+to the host in silence."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-from anychip.plugin_api import PlatformManifest
+import torch
+
+from anychip.plugin_api import Platform
 from anychip.registry.devices import probe
+from anychip_conformance.case import Nothing, kind
+from anychip_conformance.device import Device
+from anychip_conformance.host_watch import HostWatch
+
+_TIMEOUT_S = 120
 
 
-def _in_new_process(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def in_new_process(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
 
 
-def test_hook_module_imports_without_torch(manifest: PlatformManifest) -> None:
-    module = manifest.probe.partition(":")[0]
-    loaded = _in_new_process(f"import sys, {module.rpartition('.')[0] or module}; print('torch' in sys.modules)")
-    assert loaded == "False", f"importing {manifest.package}'s hook module loads torch"
+@kind("isolation.hook_import")
+def hook_import(device: Device, case: Nothing) -> None:
+    """The hook module loads without torch: `anychip devices` explains a device on machines that have nothing."""
+    module = device.manifest.probe.partition(":")[0].partition(".")[0]
+    loaded = in_new_process(f"import sys, {module}; print('torch' in sys.modules)")
+    assert loaded == "False", f"importing {module} loads torch"
 
 
-def test_probe_answers_without_raising(manifest: PlatformManifest) -> None:
-    result = probe(manifest)
-    assert "raised" not in result.reason
-    assert result.devices or (result.reason and result.remedy)
+@kind("isolation.probe")
+def probe_answers(device: Device, case: Nothing) -> None:
+    """A probe never raises, and gives a reason and a remedy where it finds nothing."""
+    result = probe(device.manifest)
+    assert "its probe raised" not in result.reason, result.reason
+    assert result.devices or (result.reason and result.remedy), "no devices, and no reason or no remedy"
 
 
-def test_platform_module_imports_without_the_device(manifest: PlatformManifest) -> None:
-    module, _, name = manifest.platform.partition(":")
-    assert _in_new_process(f"import {module}; print({module}.{name}.__name__)") == name
+@kind("isolation.platform_import")
+def platform_import(device: Device, case: Nothing) -> None:
+    """The platform's module imports on a machine without the device."""
+    module, _, name = device.manifest.platform.partition(":")
+    assert in_new_process(f"import {module}; print({module}.{name}.__name__)") == name
 
 
-def test_loading_the_platform_patches_nothing_of_core(manifest: PlatformManifest) -> None:
-    module = manifest.platform.partition(":")[0]
-    program = f"""
-import anychip.plugin_api as api, anychip.ops.reference as reference
+PATCH_PROGRAM = """
+import importlib, sys
+import torch, torch.nn.functional, anychip.plugin_api, anychip.ops.reference, anychip.worker.worker, anychip.launch.llm
+for name in {runtime_imports!r}:
+    importlib.import_module(name)
+package = {package!r}
 def snapshot():
     found = {{}}
-    for owner in (api, reference, reference.functional, reference.sampling):
-        for key, value in vars(owner).items():
-            found[owner.__name__, key] = id(value)
-            if isinstance(value, type):
-                found.update({{(key, k): id(v) for k, v in vars(value).items()}})
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] not in ("anychip", "torch"):
+            continue
+        for key, value in list(vars(module).items()):
+            found[name, key] = value
+            if isinstance(value, type) and value.__module__ == name:
+                found.update({{(name, key, k): v for k, v in vars(value).items()}})
     return found
+def blamed(key, value):
+    if key[0].partition(".")[0] == "anychip":
+        return True
+    origin = getattr(value, "__module__", "") or ""
+    return origin.partition(".")[0] == package
 before = snapshot()
-import {module}
+importlib.import_module({module!r})
+opened = {opened}
 after = snapshot()
-print(sorted(str(k) for k in before if before[k] != after.get(k)))
+changed = [".".join(k) for k, v in after.items() if k in before and before[k] is not v and blamed(k, v)]
+added = [".".join(k) for k, v in after.items() if k not in before and k[0] in {{b[0] for b in before}} and blamed(k, v)
+         and (getattr(v, "__module__", "") or "").partition(".")[0] == package]
+print(sorted(changed + added))
 """
-    assert _in_new_process(program) == "[]"
+
+
+@kind("isolation.patches")
+def patches(device: Device, case: Nothing) -> None:
+    """Loading and opening the platform changes no attribute of core, and none of torch that its own package defines;
+    what the vendor's runtime does to torch when it is imported is not blamed on the plugin."""
+    module = device.manifest.platform.partition(":")[0]
+    opened = f"importlib.import_module('anychip_conformance.device').open_device({device.name!r}, {dict(device.options)!r})"
+    program = PATCH_PROGRAM.format(
+        runtime_imports=list(device.manifest.runtime_imports),
+        module=module,
+        package=module.partition(".")[0],
+        opened=opened,
+    )
+    found = in_new_process(program)
+    assert found == "[]", f"patched: {found}"
+
+
+@kind("isolation.device")
+def placed_on_the_device(device: Device, case: Nothing) -> None:
+    """Tensors live on the device that the probe found: hardware other than the host is not torch's cpu."""
+    platform = device.platform
+    name = torch.device(platform.default_device)
+    if device.probe.devices[0].backing == "hardware":
+        assert name.type != "cpu", (
+            f"the probe found hardware, {device.probe.devices[0].name}, and the platform computes on torch's cpu; a "
+            "runtime on the host says so with DeviceInfo(backing=...)"
+        )
+    for what, tensor in (
+        ("allocate", platform.allocate(64, "weights")),
+        ("empty", platform.empty((4, 4), "float32", "weights")),
+    ):
+        assert tensor.device.type == name.type, f"{what} gives a tensor on {tensor.device}, the device is {name}"
+
+
+@kind("isolation.no_fallback")
+def no_fallback(device: Device, case: Nothing) -> None:
+    """While kernels run, nothing but small bookkeeping is computed on the host, unless the host is the device."""
+    kernel_type = torch.device(device.platform.default_device).type
+    x = device.tensor(torch.randn(64, 256).numpy(), sorted(device.capabilities.dtypes)[0])
+    watch = HostWatch(kernel_type)
+    with watch:
+        device.ops.ops.rms_norm(x=x, weight=x[0], eps=1e-5)
+        device.ops.ops.softcap(x=x, cap=3.0)
+    assert not watch.found, f"computed on the host: {', '.join(sorted(watch.found))}"
+
+
+@kind("isolation.capabilities")
+def capabilities_are_whole(device: Device, case: Nothing) -> None:
+    """What is declared fits together: a dtype to compute in, block sizes that layouts offer, positive limits."""
+    caps, rules = device.capabilities, device.platform.step_rules
+    assert isinstance(device.platform, Platform)
+    assert caps.dtypes & {"float32", "bfloat16", "float16"}, f"no dtype to compute in among {sorted(caps.dtypes)}"
+    assert caps.block_sizes and all(size > 0 for size in caps.block_sizes)
+    assert caps.max_slots is None or caps.max_slots >= max(caps.block_sizes), "not one block fits max_slots"
+    assert rules.chunk_multiple >= 1 and rules.decode_steps_per_launch >= 1
+    for limit in (rules.max_tokens, rules.max_rows, rules.max_prefills, rules.max_padded_tokens):
+        assert limit is None or limit > 0

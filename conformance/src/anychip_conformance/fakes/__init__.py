@@ -13,11 +13,11 @@ NUM_SPMD_DEVICES = 4
 
 
 def probe_one() -> ProbeResult:
-    return ProbeResult(devices=(DeviceInfo(index=0, name="simulated"),))
+    return ProbeResult(devices=(DeviceInfo(index=0, name="simulated", backing="simulated"),))
 
 
 def probe_four() -> ProbeResult:
-    return ProbeResult(devices=tuple(DeviceInfo(index=i, name="simulated") for i in range(NUM_SPMD_DEVICES)))
+    return ProbeResult(devices=tuple(DeviceInfo(index=i, name="simulated", backing="simulated") for i in range(NUM_SPMD_DEVICES)))
 
 
 STATIC = PlatformManifest(

@@ -15,16 +15,22 @@ from anychip.plugin_api import (
     MAX_LOGPROBS,
     AttentionBackend,
     AttentionLayer,
+    AttentionSpec,
+    BatchView,
     ForwardContext,
     HostOutputs,
     KVPlan,
     Ops,
     QKNorm,
+    Recorder,
     Rope,
     Routing,
     Section,
+    ShapeKey,
     StepModel,
+    Unsupported,
 )
+from anychip.plugin_api.attention import Plan
 
 OUTPUT_NAMES = ("token_ids", "chosen_logprobs", "top_ids", "top_logprobs")
 
@@ -34,7 +40,14 @@ class FunctionalPlan:
     positions: Tensor  # [num_tokens]
     slot_mapping: Tensor  # [num_tokens]
     tables: Tensor  # [num_tokens, pages], each token's row of the block table
-    valid: Tensor  # [num_tokens]
+    valid: Tensor  # [num_tokens], whether a token is a row's
+
+
+def functional_plan(positions: Tensor, slots: Tensor, starts: Tensor, table: Tensor) -> FunctionalPlan:
+    """Without a look at the host: starts [num_reqs + 1], table [num_reqs, pages]."""
+    tokens = torch.arange(positions.shape[0], device=positions.device)
+    row = torch.searchsorted(starts[1:].contiguous(), tokens.int(), right=True).clamp(max=starts.shape[0] - 2)
+    return FunctionalPlan(positions, slots.long(), table[row].long(), tokens < starts[-1])
 
 
 class FunctionalAttention(DenseCacheAttention):
@@ -42,6 +55,22 @@ class FunctionalAttention(DenseCacheAttention):
 
     name = "functional"
     block_sizes = (16, 32)
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        if self.quantized:
+            raise Unsupported(f"attention backend {self.name}", [f"a cache of {spec.kv_dtype} is not implemented"])
+
+    def plan(
+        self,
+        batch: BatchView,
+        shape: ShapeKey,
+        *,
+        group: int,
+        into: Plan | None = None,
+        recorder: Recorder | None = None,
+    ) -> FunctionalPlan:
+        return functional_plan(batch.positions, batch.slot_mapping, batch.query_start, batch.block_table)
 
     def forward(
         self,
@@ -83,6 +112,9 @@ class FunctionalAttention(DenseCacheAttention):
         scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * layer.scale
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        if layer.alibi_slopes is not None:
+            distance = (keys - plan.positions.unsqueeze(-1))[:, None, None]
+            scores = scores + layer.alibi_slopes.view(1, spec.num_kv_heads, -1, 1) * distance
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
         sinks = None if layer.sinks is None else layer.sinks.view(1, spec.num_kv_heads, -1, 1)
         weights = softmax_with_sinks(scores, sinks).masked_fill(~visible[:, None, None], 0)
@@ -126,14 +158,15 @@ def forward_body(
     """One forward pass: the new caches by layer, and logits for every row, padded ones included."""
     ids = fields["input_ids"]
     ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
-    tokens = torch.arange(ids.shape[0], device=ids.device)
-    starts = fields["query_start"]
-    row = torch.searchsorted(starts[1:].contiguous(), tokens.int(), right=True).clamp(max=starts.shape[0] - 2)
-    plans = []
-    for group in range(len(kv.block_sizes)):
-        slots = fields[f"slot_mapping_{group}"]
-        table = fields[f"block_table_{group}"][row].long()
-        plans.append(FunctionalPlan(fields["positions"], slots.long(), table, slots >= 0))
+    plans = [
+        functional_plan(
+            fields["positions"],
+            fields[f"slot_mapping_{group}"],
+            fields["query_start"],
+            fields[f"block_table_{group}"],
+        )
+        for group in range(len(kv.block_sizes))
+    ]
     context = ForwardContext(plans, list(caches), kv.layer_groups)
     hidden = model.forward(ids, fields["positions"], context)
     return context.caches, model.logits(hidden[fields["logits_indices"]])

@@ -30,6 +30,7 @@ from anychip.plugin_api import (
     ShapeKey,
     ShapePolicy,
     StepLimits,
+    Unsupported,
 )
 from anychip_conformance.fakes.functional import DenseMoE
 
@@ -157,7 +158,7 @@ def paged_attention(
         if count:
             pages = cache[table[row, : -(-length // BLOCK_SIZE)].long()]
             k, v = pages[:, 0].flatten(0, 1)[:length], pages[:, 1].flatten(0, 1)[:length]
-            out[begin : begin + count] = attend_row(q[begin : begin + count], k, v, spec, scale, sinks)
+            out[begin : begin + count] = attend_row(q[begin : begin + count], k, v, spec, scale=scale, sinks=sinks)
         begin += count
     return out
 
@@ -182,6 +183,13 @@ class HostlenAttention(DenseCacheAttention):
 
     def __init__(self, spec: AttentionSpec, graphs: HostlenGraphs) -> None:
         super().__init__(spec)
+        reasons = []
+        if spec.alibi:
+            reasons.append("ALiBi is not implemented")
+        if self.quantized:
+            reasons.append(f"a cache of {spec.kv_dtype} is not implemented")
+        if reasons:
+            raise Unsupported(f"attention backend {self.name}", reasons)
         self._graphs = graphs
         self._num_blocks = 0
 
@@ -300,6 +308,7 @@ class HostlenPlatform(Platform):
         dtypes=frozenset({"float32"}),
         kv_dtypes=frozenset({"float32"}),
         quantization=frozenset({"int8"}),
+        alibi=False,
         block_sizes=(BLOCK_SIZE,),
         slot_dtype="int32",
         max_slots=2**20,

@@ -117,7 +117,8 @@ class AttentionLayer:
     v / v_scale, rounded to nearest and kept within the dtype's range: one scale for the layer, [1], or one for each
     head, [num_kv_heads]; float32, 1 where the checkpoint has none.
 
-    A sink is a logit that takes part in its head's softmax and has no value.
+    A sink is a logit that takes part in its head's softmax and has no value. ALiBi adds alibi_slopes[head] times
+    (key position - query position) to the score.
     """
 
     index: int
@@ -126,7 +127,7 @@ class AttentionLayer:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     sinks: Tensor | None = None  # [num_heads] float32
-    alibi_slopes: Tensor | None = None  # [num_heads]
+    alibi_slopes: Tensor | None = None  # [num_heads] float32
 
 
 class AttentionBackend:
@@ -217,7 +218,8 @@ class AttentionBackend:
         raise Unsupported(self.name, ["zero_blocks is not implemented"])
 
     def export_blocks(self, cache: Cache, ids: Sequence[int]) -> Tensor:
-        """Blocks in canonical form [len(ids), 2, block_size, num_kv_heads, head_dim]: keys, then values."""
+        """Blocks in canonical form [len(ids), 2, block_size, num_kv_heads, head_dim]: keys, then values, in the cache's
+        dtype; as uint8 where that is one byte wide."""
         raise Unsupported(self.name, ["export_blocks is not implemented"])
 
     def import_blocks(self, cache: Cache, ids: Sequence[int], data: Tensor) -> Cache:

@@ -42,7 +42,7 @@ class Capabilities:
     """Names of QuantScheme that the linear and MoE kernels take; what is not among them is refused at the start."""
     sliding_window: bool = True
     softcap: bool = True
-    alibi: bool = False
+    alibi: bool = True
     sinks: bool = True
     mla: bool = False
     kv_write: Literal["separate", "fused", "functional"] = "separate"

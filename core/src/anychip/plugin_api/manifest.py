@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInfo:
-    """One device as the probe found it. `total_memory` in bytes, None where the runtime does not say."""
+    """One device as the probe found it. `total_memory` in bytes, None where the runtime does not say.
+
+    `backing` says what runs the work: the accelerator itself; the host's own processor, which is the device; the
+    vendor's CPU runtime in place of it; or a simulation. Scorecards carry it as their evidence.
+    """
 
     index: int
     name: str
     total_memory: int | None = None
     detail: str = ""
+    backing: Literal["hardware", "host", "cpu_runtime", "simulated"] = "hardware"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ class DecodeRows:
     tokens: Tensor  # [rows] index of each row's query
     table: Tensor  # [rows, pages]
     visible: Tensor  # [rows, 1, 1, pages * block_size]
+    distance: Tensor | None  # of key from query, as `visible`, where ALiBi wants it
     unwritten: Tensor  # [rows, pages, 1, block_size, 1, 1]
 
 
@@ -35,6 +36,7 @@ class PrefillRow:
     first: int
     """Position of the first key that any query sees, at a block's beginning."""
     visible: Tensor | None  # [1, 1, queries, keys]; None: plain causal from position 0
+    distance: Tensor | None
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class SdpaPagedAttention(DenseCacheAttention):
             tokens=torch.from_numpy(starts[rows].astype(np.int64)),
             table=batch.block_table[torch.from_numpy(rows), first_page:last_page].long(),
             visible=torch.from_numpy(visible)[:, None, None, :],
+            distance=torch.from_numpy(keys - mine[:, None] + 1)[:, None, None, :] if self.spec.alibi else None,
             unwritten=torch.from_numpy(~visible).view(len(rows), -1, 1, size, 1, 1),
         )
 
@@ -102,16 +105,18 @@ class SdpaPagedAttention(DenseCacheAttention):
         start = length - (end - begin)
         first_page = 0 if window is None else max(0, start + 1 - window) // size
         first = first_page * size
-        visible = None
-        if start or window is not None or self.spec.softcap is not None or self.spec.sinks:
+        visible = distance = None
+        explicit = self.spec.softcap is not None or self.spec.sinks or self.spec.alibi
+        if start or window is not None or explicit:
             keys = torch.arange(first, length)
             query = torch.arange(start, length).unsqueeze(-1)
             visible = keys <= query
             if window is not None:
                 visible &= keys > query - window
             visible = visible[None, None]
+            distance = (keys - query)[None, None] if self.spec.alibi else None
         blocks = batch.block_table[row, first_page : -(-length // size)].long()
-        return PrefillRow(begin, end, blocks, length, first, visible)
+        return PrefillRow(begin, end, blocks, length, first, visible, distance)
 
     # -- running ------------------------------------------------------------------------------------------
 
@@ -137,12 +142,12 @@ class SdpaPagedAttention(DenseCacheAttention):
             k, v = self._decode_keys(cache, rows, layer)
             # The query heads of one KV head stand as queries of their own: keys are never repeated.
             queries = q[rows.tokens].view(len(rows.tokens), self.spec.num_kv_heads, -1, self.spec.head_dim)
-            attended = self._product(queries, k, v, rows.visible, layer)
+            attended = self._product(queries, k, v, rows, layer)
             result[rows.tokens] = attended.reshape(-1, *q.shape[1:])
         for row in plan.prefills:
             k, v = self._prefill_keys(cache, row, layer)
             queries = q[row.begin : row.end].transpose(0, 1).unsqueeze(0)  # [1, heads, queries, dim]
-            attended = self._product(queries, k, v, row.visible, layer)
+            attended = self._product(queries, k, v, row, layer)
             result[row.begin : row.end] = attended[0].transpose(0, 1)
         return result
 
@@ -168,16 +173,21 @@ class SdpaPagedAttention(DenseCacheAttention):
         repeat = self.spec.num_heads // self.spec.num_kv_heads
         return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, layer: AttentionLayer) -> Tensor:
+    def _product(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: DecodeRows | PrefillRow, layer: AttentionLayer
+    ) -> Tensor:
         """q [rows, heads, queries, dim] over k and v [rows, heads, keys, dim]. In a decode batch, `heads` are the KV
         heads and `queries` the query heads that share one."""
-        cap, scale = self.spec.softcap, layer.scale
-        if cap is None and layer.sinks is None:
+        cap, scale, visible = self.spec.softcap, layer.scale, rows.visible
+        if cap is None and layer.sinks is None and layer.alibi_slopes is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
         assert visible is not None
         scores = q.float() @ k.float().transpose(-1, -2) * scale
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
+        if layer.alibi_slopes is not None:
+            assert rows.distance is not None
+            scores = scores + layer.alibi_slopes.view(1, q.shape[1], -1, 1) * rows.distance
         sinks = None if layer.sinks is None else layer.sinks.view(1, q.shape[1], -1, 1)
         weights = softmax_with_sinks(scores.masked_fill(~visible, -torch.inf), sinks)
         return (weights @ v.float()).to(q.dtype)

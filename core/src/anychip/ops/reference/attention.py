@@ -37,8 +37,6 @@ class DenseCacheAttention(AttentionBackend):
             reasons.append(f"attention of kind {spec.kind} is not implemented")
         if spec.kv_dtype not in (spec.dtype, *_BYTE_RANGES):
             reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
-        if spec.alibi:
-            reasons.append("ALiBi is not implemented")
         if reasons:
             raise Unsupported(f"attention backend {self.name}", reasons)
         super().__init__(spec)
@@ -117,15 +115,24 @@ class ReferenceAttention(DenseCacheAttention):
                 pages = cache[blocks]  # [pages, 2, block_size, num_kv_heads, head_dim]
                 k = self.decode(pages[:, 0].flatten(0, 1)[:length], layer.k_scale)
                 v = self.decode(pages[:, 1].flatten(0, 1)[:length], layer.v_scale)
-                result[begin:end] = attend_row(q[begin:end], k, v, self.spec, layer.scale, layer.sinks)
+                result[begin:end] = attend_row(
+                    q[begin:end], k, v, self.spec, scale=layer.scale, sinks=layer.sinks, slopes=layer.alibi_slopes
+                )
         return result
 
 
 def attend_row(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """The last len(q) tokens of a sequence over all its keys: q [queries, num_heads, head_dim], k and v
-    [length, num_kv_heads, head_dim], sinks [num_heads]."""
+    [length, num_kv_heads, head_dim]; sinks and ALiBi slopes [num_heads]."""
     repeat = spec.num_heads // spec.num_kv_heads
     k, v = k.repeat_interleave(repeat, dim=1).float(), v.repeat_interleave(repeat, dim=1).float()
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
@@ -133,6 +140,8 @@ def attend_row(
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     keys = torch.arange(k.shape[0], device=q.device)
     queries = keys[k.shape[0] - q.shape[0] :].unsqueeze(-1)
+    if slopes is not None:
+        scores = scores + slopes.view(-1, 1, 1) * (keys - queries)
     hidden = keys > queries
     if spec.window is not None:
         hidden |= keys <= queries - spec.window

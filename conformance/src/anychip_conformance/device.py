@@ -1,0 +1,189 @@
+"""The judged device: its opened platform, values on their way there and back, and how far results may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anychip.errors import DeviceUnavailable, Unsupported
+from anychip.ops.table import OpTable, resolve_ops
+from anychip.plugin_api import Capabilities, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
+from anychip.registry.devices import candidate
+from anychip.registry.plugins import load_plugins
+from anychip.worker.open_platform import open_platform
+from anychip_conformance.oracle.vectorised import Bounded
+from anychip_conformance.verdicts import Difference, Mismatch, Refused
+
+FINITE_POISON = 30000.0
+"""What stands in blocks that hold nothing, where the device declares that they must be finite."""
+
+
+@dataclass(slots=True)
+class Device:
+    """`margins` collects the worst error over its bound, by "op/dtype", until somebody takes it."""
+
+    manifest: PlatformManifest
+    options: Mapping[str, str]
+    probe: ProbeResult
+    platform: Platform
+    ops: OpTable
+    margins: dict[str, float] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    """Declared capabilities that the present case relies on."""
+    resources: dict[str, Any] = field(default_factory=dict)
+    """What costs seconds to make and serves several cases, by name; closed with the device where it can be."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.platform.capabilities
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    # -- values -------------------------------------------------------------------------------------------
+
+    def tensor(self, values: np.ndarray | Sequence[Any], dtype: str) -> Tensor:
+        """On the device, rounded to `dtype`: what the oracle then reads back with `seen`."""
+        wide = torch.as_tensor(np.asarray(values))
+        return wide.to(getattr(torch, dtype)).to(self.platform.default_device)
+
+    @property
+    def poison(self) -> float:
+        """What fills memory that no honest backend reads, or reads without masking it."""
+        return float("nan") if self.capabilities.stale_kv == "any" else FINITE_POISON
+
+    # -- verdicts -----------------------------------------------------------------------------------------
+
+    def need(self, capability: str, declared: bool, attempt: Callable[[], Any] | None = None) -> None:
+        """The suite's only gate. What is not declared must be refused by its factory, `attempt`, with Unsupported."""
+        if declared:
+            self.used.add(capability)
+            return
+        if attempt is None:
+            raise Refused(capability, f"{self.name} does not declare {capability}")
+        try:
+            attempt()
+        except Unsupported as refusal:
+            raise Refused(capability, str(refusal)) from None
+        raise AssertionError(f"{self.name} does not declare {capability}, and its factory does not refuse it either")
+
+    def need_dtype(self, dtype: str) -> None:
+        self.need(f"dtype {dtype}", dtype in self.capabilities.dtypes)
+
+    def compare(self, what: str, actual: Tensor, expected: Bounded, *, label: str = "") -> None:
+        """Raises Mismatch at the first element beyond its bound. `label`, "op/dtype", enters the margin."""
+        assert tuple(actual.shape) == expected.value.shape, (
+            f"{what} has shape {tuple(actual.shape)}, expected {expected.value.shape}"
+        )
+        got = seen(actual)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(got - expected.value)
+        error = np.where(got == expected.value, 0.0, np.where(np.isnan(error), np.inf, error))
+        beyond = error > expected.bound
+        if beyond.any():
+            index = tuple(int(i) for i in np.argwhere(beyond)[0])
+            raise Mismatch(
+                Difference(
+                    what=what,
+                    index=index,
+                    actual=f"{got[index]:.7g}",
+                    expected=f"{expected.value[index]:.7g}",
+                    error=float(error[index]),
+                    bound=float(expected.bound[index]),
+                )
+            )
+        if label and error.size:
+            ratio = float((error / np.maximum(expected.bound, 1e-300)).max())
+            self.margins[label] = max(self.margins.get(label, 0.0), ratio)
+
+    def same_bits(self, what: str, actual: Tensor, expected: Tensor) -> None:
+        """Raises Mismatch at the first element whose bits differ."""
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype, (
+            f"{what}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+        )
+        a, b = bits(actual), bits(expected)
+        different = a != b
+        if not different.any():
+            return
+        width = actual.element_size()
+        index = np.unravel_index(int(np.flatnonzero(different.ravel())[0]) // width, tuple(actual.shape))
+        got, wanted = actual[index].item(), expected[index].item()
+        raise Mismatch(
+            Difference(
+                what=what,
+                index=tuple(int(i) for i in index),
+                actual=str(got),
+                expected=str(wanted),
+                error=abs(float(got) - float(wanted)),
+                bound=0.0,
+            )
+        )
+
+    def take_margins(self) -> dict[str, float]:
+        taken, self.margins = self.margins, {}
+        return taken
+
+    def close(self) -> None:
+        for resource in self.resources.values():
+            close = getattr(resource, "close", None)
+            if close is not None:
+                close()
+        self.platform.close("judged")
+
+
+def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device:
+    """Raises DeviceUnavailable with the reason and the remedy; whatever else the plugin raises passes."""
+    plugins = load_plugins()
+    manifest = plugins.platforms.get(name)
+    if manifest is None:
+        broken = "; ".join(f"{b.package}: {b.error}" for b in plugins.broken)
+        raise DeviceUnavailable(
+            f"device {name!r} is not installed; there are {', '.join(sorted(plugins.platforms))}"
+            + (f"; broken: {broken}" if broken else "")
+        )
+    found = candidate(manifest)
+    if found.problems:
+        raise DeviceUnavailable(f"device {name!r} cannot start: {'; '.join(found.problems)}; {found.remedy}")
+    every = tuple(device.index for device in found.probe.devices)
+    platform = open_platform(
+        manifest,
+        device_indexes=every if manifest.topology == "process_per_host" else every[index : index + 1],
+        options=manifest.options.parse(manifest.package, options),
+        probe=found.probe,
+    )
+    ops = resolve_ops(platform.name, platform.ops())
+    return Device(manifest=manifest, options=options, probe=found.probe, platform=platform, ops=ops)
+
+
+def seen(tensor: Tensor) -> np.ndarray:
+    """The values as the backend sees them, in float64 on the host."""
+    return np.asarray(tensor.detach().to("cpu").to(torch.float64).numpy())
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor [..., itemsize], on the host."""
+    return np.asarray(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+
+
+def unchanged(device: Device, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Remembers inputs; the result raises Mismatch where one has changed since."""
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def check() -> None:
+        for name, tensor in tensors.items():
+            device.same_bits(f"input {name}", tensor, before[name])
+
+    return check
+
+
+def refuses(device: Device, spec: LinearSpec | MoESpec) -> Callable[[], Any]:
+    """The factory of a linear or MoE spec, for Device.need."""
+    if isinstance(spec, LinearSpec):
+        return lambda: device.platform.linear(spec)
+    return lambda: device.platform.moe(spec)

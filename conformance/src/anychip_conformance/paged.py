@@ -1,0 +1,460 @@
+"""Checks one attention call in full: the output within its bound, padding, guards, inputs, and every byte of the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
+from anychip.types import DType, cdiv
+from anychip_conformance.batch import Padding, PagedBatch, Row, paged_batch
+from anychip_conformance.device import Device, bits, seen, unchanged
+from anychip_conformance.oracle.rounding import FP8_SMALLEST_STEP, FP8_UNIT, U32, UNIT_ROUNDOFF, gamma
+from anychip_conformance.oracle.vectorised import Bounded, attention_row, rms_norm, rotary
+
+GUARD = 3
+"""Rows of storage before and behind an output that must stay as they were."""
+_NORM_EPS = 1e-5
+_SPARE_BLOCKS = 3
+_NEAR_BLOCKS = 8
+_FAR_BYTES = 2**32 + 2**28
+_BYTE_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn", "int8": "int8"}
+_BYTE_MAX = {"float8_e4m3fn": 448.0, "int8": 127.0}
+
+
+class AttentionCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`page` picks among the backend's block sizes. `magnitude` scales queries. `far` puts the blocks at the end of a
+    large pool. `scale` None: 1 / sqrt(head_dim). `strided`: q, k and v are slices of one packed projection."""
+
+    rows: tuple[Row, ...]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    kv: Literal["same", "fp8", "int8"] = "same"
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    page: int = 0
+    window: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    scale: float | None = None
+    magnitude: float = 1.0
+    value_offset: float = 0.0
+    pad_tokens: int = 0
+    pad_rows: int = 0
+    strided: bool = False
+    guarded: bool = False
+    far: bool = False
+    rope: Literal["none", "neox", "interleaved"] = "none"
+    rotary_fraction: float = 1.0
+    qk_norm: bool = False
+    read_only: bool = False
+    """k and v are None: the layer reads what another has written."""
+    head_scales: bool = False
+    """Quantized caches: a scale per head instead of one."""
+    invariant: bool = False
+    seed: int = 0
+
+    @property
+    def kv_dtype(self) -> DType:
+        return self.dtype if self.kv == "same" else _BYTE_DTYPES[self.kv]
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            window=self.window,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            sinks=self.sinks,
+            invariant=self.invariant,
+        )
+
+
+def backend_for(device: Device, case: AttentionCase) -> AttentionBackend:
+    """The backend, once every capability that the case needs is declared."""
+    caps, platform = device.capabilities, device.platform
+    device.need_dtype(case.dtype)
+
+    def refused() -> object:
+        return platform.attention(case.spec)
+
+    if caps.head_dims is not None:
+        device.need(f"head_dim {case.head_dim}", case.head_dim in caps.head_dims, refused)
+    device.need(f"kv dtype {case.kv_dtype}", case.kv_dtype in caps.kv_dtypes, refused)
+    for name, wanted, declared in (
+        ("sliding_window", case.window is not None, caps.sliding_window),
+        ("softcap", case.softcap is not None, caps.softcap),
+        ("alibi", case.alibi, caps.alibi),
+        ("sinks", case.sinks, caps.sinks),
+        ("batch_invariant", case.invariant, caps.batch_invariant),
+    ):
+        if wanted:
+            device.need(name, declared, None if name == "batch_invariant" else refused)
+    return platform.attention(case.spec)
+
+
+@dataclass(slots=True)
+class Call:
+    """One forward call, made and not yet judged."""
+
+    case: AttentionCase
+    backend: AttentionBackend
+    batch: PagedBatch
+    cache: Any
+    layer: AttentionLayer
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    out: Tensor | None
+    rope: Rope | None
+    qk_norm: QKNorm | None
+    watched: list[int]
+    """Blocks that are compared: all of them, or of a far pool its ends."""
+    block_size: int
+    raw: Tensor
+
+    @classmethod
+    def make(
+        cls, device: Device, case: AttentionCase, *, tables: list[list[int]] | None = None, num_blocks: int | None = None
+    ) -> Call:
+        """A poisoned pool, each row's context written at scattered blocks, and inputs. `tables` chooses the blocks."""
+        backend = backend_for(device, case)
+        rng = np.random.default_rng(case.seed)
+        sizes = backend.kv_layout().block_sizes
+        size = sizes[case.page % len(sizes)]
+        rows = [row for row in case.rows if row.query or device.capabilities.padding == "zero_rows"]
+        pages = [cdiv(row.context(size) + row.query, size) for row in rows]
+        if num_blocks is None:
+            num_blocks = 1 + sum(pages) + _SPARE_BLOCKS
+            if case.far:
+                num_blocks = _far_pool(device, num_blocks, size, backend.kv_layout().page_bytes(size))
+        if tables is None:
+            # Drawn apart, so that content does not depend on where it lies.
+            tables = _scattered(np.random.default_rng((case.seed, 1)), pages, num_blocks, far=case.far)
+        batch = paged_batch(
+            device,
+            rows,
+            block_size=size,
+            tables=tables,
+            padding=Padding(tokens=case.pad_tokens, rows=case.pad_rows),
+            window=case.window,
+            shared_slots=case.read_only,
+        )
+        raw = device.platform.empty((num_blocks * backend.kv_layout().page_bytes(size),), "uint8", "kv")
+        cache = backend.make_cache(raw, num_blocks, size)
+        layer = _layer(device, case, rng)
+        watched = list(range(num_blocks))
+        if case.far:
+            watched = sorted({*range(min(_NEAR_BLOCKS, num_blocks)), *range(num_blocks - sum(pages) - _SPARE_BLOCKS, num_blocks)})
+        cache = _filled(device, case, backend, cache, batch, watched, size, layer, rng)
+        q, k, v = _inputs(device, case, batch.key.num_tokens, rng)
+        rope, qk_norm = _rope(device, case, batch, rng), _qk_norm(device, case, rng)
+        out = None
+        if case.guarded:
+            shape = (batch.key.num_tokens + 2 * GUARD, case.num_heads, case.head_dim)
+            out = device.tensor(np.full(shape, np.nan), case.dtype)
+        if case.read_only:
+            k = v = None
+        return cls(case, backend, batch, cache, layer, q, k, v, out, rope, qk_norm, watched, size, raw)
+
+    def run(self) -> Tensor:
+        """The output, [num_tokens, num_heads, head_dim]; the cache is replaced by the one that came back."""
+        plan = self.backend.plan(self.batch.view, self.batch.key, group=0)
+        result, self.cache = self.backend.forward(
+            self.q,
+            self.k,
+            self.v,
+            self.cache,
+            plan,
+            self.layer,
+            rope=self.rope,
+            qk_norm=self.qk_norm,
+            out=None if self.out is None else self.out[GUARD:-GUARD],
+        )
+        return result
+
+    def blocks(self) -> Tensor:
+        """The watched blocks in canonical form, [len(watched), 2, block_size, num_kv_heads, head_dim]."""
+        return self.backend.export_blocks(self.cache, self.watched)
+
+    def places(self, block_ids: np.ndarray | list[int]) -> np.ndarray:
+        """Where blocks stand among the watched ones."""
+        return np.searchsorted(self.watched, block_ids)
+
+
+def check_attention(device: Device, case: AttentionCase) -> None:
+    """Makes the call and judges all of it."""
+    call = Call.make(device, case)
+    before = call.blocks().clone()
+    in_place = device.capabilities.kv_write != "functional" and not case.far
+    raw_before = bits(call.raw).copy() if in_place else None
+    inputs = {"q": call.q, "block_table": call.batch.view.block_table, "slot_mapping": call.batch.view.slot_mapping}
+    inputs |= {name: t for name, t in (("k", call.k), ("v", call.v)) if t is not None}
+    inputs |= {"seq_lens": call.batch.view.seq_lens, "positions": call.batch.view.positions}
+    same = unchanged(device, inputs)
+    result = call.run()
+    same()
+    judge_cache(device, call, before, raw_before)
+    judge_output(device, call, result)
+    if call.out is not None:
+        for name, rows in (("before", call.out[:GUARD]), ("behind", call.out[-GUARD:])):
+            assert bool(torch.isnan(rows).all()), f"rows {name} the output were written"
+
+
+def judge_output(device: Device, call: Call, result: Tensor) -> None:
+    """Rows against the oracle over what the cache holds; padded rows against zero."""
+    case, batch = call.case, call.batch
+    u = UNIT_ROUNDOFF[case.dtype]
+    q, dq = _rotated_queries(call)
+    held = _decoded(call)  # [blocks, 2, size, kv_heads, dim] float64
+    slopes = None if call.layer.alibi_slopes is None else seen(call.layer.alibi_slopes)
+    sinks = None if call.layer.sinks is None else seen(call.layer.sinks)
+    label = f"attention/{case.dtype}" if case.kv == "same" else f"attention {case.kv} cache/{case.dtype}"
+    for row, (start, context, query) in enumerate(zip(batch.starts, batch.contexts, batch.queries, strict=True)):
+        if query == 0:
+            continue
+        pages = cdiv(context + query, call.block_size)
+        keys = held[call.places(batch.tables[row][:pages])]
+        k = keys[:, 0].reshape(-1, *held.shape[-2:])[: context + query]
+        v = keys[:, 1].reshape(-1, *held.shape[-2:])[: context + query]
+        if case.window is not None:
+            # What the first query no longer sees may be anything.
+            passed = max(0, context + 1 - case.window)
+            k, v = k.copy(), v.copy()
+            k[:passed], v[:passed] = 0.0, 0.0
+        expected = attention_row(
+            q[start : start + query],
+            k,
+            v,
+            scale=call.layer.scale,
+            dtype=case.dtype,
+            window=case.window,
+            softcap=case.softcap,
+            slopes=slopes,
+            sinks=sinks,
+            dq=dq,
+            dkv=0.0 if case.kv == "same" else u,
+        )
+        device.compare(f"output of row {row}", result[start : start + query], expected, label=label)
+    padded = result[batch.num_tokens :]
+    if len(padded) and device.capabilities.padding == "zero_rows":
+        zero = np.zeros(tuple(padded.shape))
+        device.compare("padded rows", padded, Bounded(zero, zero))
+
+
+def judge_cache(device: Device, call: Call, before: Tensor, raw_before: np.ndarray | None) -> None:
+    """Slots of this step hold its keys and values, everything else its old bytes."""
+    case, size = call.case, call.block_size
+    after = call.blocks()
+    written = call.batch.slots[call.batch.slots >= 0] if call.k is not None else np.empty(0, dtype=np.int64)
+    blocks, offsets = torch.from_numpy(call.places(written // size)), torch.from_numpy(written % size)
+    if call.k is not None and call.v is not None:
+        tokens = torch.from_numpy(np.flatnonzero(call.batch.slots >= 0))
+        new = after.to("cpu")[blocks, :, offsets]  # [tokens, 2, kv_heads, dim]
+        keys, values = call.k.to("cpu")[tokens], call.v.to("cpu")[tokens]
+        if case.kv != "same":
+            _judge_quantized(device, call, "keys in the cache", new[:, 0], seen(keys), call.layer.k_scale)
+            _judge_quantized(device, call, "values in the cache", new[:, 1], seen(values), call.layer.v_scale)
+        else:
+            device.same_bits("values in the cache", new[:, 1].contiguous(), values.contiguous())
+            if call.rope is None and call.qk_norm is None:
+                device.same_bits("keys in the cache", new[:, 0].contiguous(), keys.contiguous())
+            else:
+                expected = _rotated(call, seen(call.k)[: call.batch.num_tokens], keys=True)
+                expected = Bounded(expected.value[tokens.numpy()], expected.bound[tokens.numpy()])
+                device.compare("rotated keys in the cache", new[:, 0], expected, label=f"qkv_norm_rope/{case.dtype}")
+    kept = after.to("cpu").clone()
+    kept[blocks, :, offsets] = before.to("cpu")[blocks, :, offsets]
+    device.same_bits("bytes of the cache that this step does not own", kept, before.to("cpu"))
+    if raw_before is not None:
+        touched = set((written // size).tolist())
+        count = len(call.watched)
+        old, new_bytes = raw_before.reshape(count, -1), bits(call.raw).reshape(count, -1)
+        for block in range(count):
+            assert block in touched or np.array_equal(old[block], new_bytes[block]), f"raw bytes of block {block} changed"
+
+
+# -- making ---------------------------------------------------------------------------------------------------
+
+
+def _far_pool(device: Device, least: int, size: int, page_bytes: int) -> int:
+    """Blocks enough that the pool's bytes, and in a dtype of two bytes its elements, pass what 32 bits count. Memory
+    that nobody touches costs nothing on a host; a cache that is copied at every write is held to a few blocks."""
+    most = device.capabilities.max_slots
+    wanted = _FAR_BYTES // page_bytes if device.capabilities.kv_write != "functional" else least
+    return max(least, wanted if most is None else min(wanted, most // size))
+
+
+def _scattered(rng: np.random.Generator, pages: list[int], num_blocks: int, *, far: bool) -> list[list[int]]:
+    """Distinct blocks in no order, never the null block; at the pool's end where `far`."""
+    total = sum(pages)
+    first = num_blocks - total if far else 1
+    ids = (rng.permutation(num_blocks - first)[:total] + first).tolist()
+    tables = []
+    for count in pages:
+        tables.append(ids[:count])
+        ids = ids[count:]
+    return tables
+
+
+def _layer(device: Device, case: AttentionCase, rng: np.random.Generator) -> AttentionLayer:
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    layer = AttentionLayer(index=0, scale=scale, ops=device.ops.ops)
+    if case.alibi:
+        slopes = 2.0 ** -(8.0 * np.arange(1, case.num_heads + 1) / case.num_heads)
+        layer.alibi_slopes = device.tensor(slopes, "float32")
+    if case.sinks:
+        layer.sinks = device.tensor(rng.normal(size=case.num_heads), "float32")
+    if case.kv != "same":
+        count = case.num_kv_heads if case.head_scales else 1
+        # Values of a few units: half of the range, so that some saturate.
+        unit = 4.0 / _BYTE_MAX[case.kv_dtype]
+        layer.k_scale = device.tensor(unit * rng.uniform(0.3, 1.0, count), "float32")
+        layer.v_scale = device.tensor(unit * rng.uniform(0.3, 1.0, count), "float32")
+    return layer
+
+
+def _filled(
+    device: Device,
+    case: AttentionCase,
+    backend: AttentionBackend,
+    cache: Any,
+    batch: PagedBatch,
+    watched: list[int],
+    size: int,
+    layer: AttentionLayer,
+    rng: np.random.Generator,
+) -> Any:
+    """Poison everywhere, then each row's keys and values; read-only layers hold the new tokens' as well."""
+    shape = (2, size, case.num_kv_heads, case.head_dim)
+    used = sorted({block for table in batch.tables for block in table})
+    poison = np.full((1, *shape), device.poison)
+    filler = _canonical(device, case, poison, layer)
+    chunk = max(1, 2**22 // filler.numel())
+    for first in range(0, len(watched), chunk):
+        ids = watched[first : first + chunk]
+        cache = backend.import_blocks(cache, ids, filler.expand(len(ids), *shape).contiguous())
+    content = {block: np.full(shape, device.poison) for block in used}
+    for table, context, query in zip(batch.tables, batch.contexts, batch.queries, strict=True):
+        length = context + (query if case.read_only else 0)
+        tokens = rng.normal(size=(2, length, case.num_kv_heads, case.head_dim))
+        tokens[1] += case.value_offset
+        for page in range(cdiv(length, size)):
+            part = tokens[:, page * size : (page + 1) * size]
+            content[table[page]][:, : part.shape[1]] = part
+    if used:
+        data = _canonical(device, case, np.stack([content[block] for block in used]), layer)
+        cache = backend.import_blocks(cache, used, data)
+    return cache
+
+
+def _canonical(device: Device, case: AttentionCase, blocks: np.ndarray, layer: AttentionLayer) -> Tensor:
+    """[blocks, 2, size, kv_heads, dim] in the cache's dtype, as bytes where that is one byte wide."""
+    if case.kv == "same":
+        return device.tensor(blocks, case.dtype)
+    most = _BYTE_MAX[case.kv_dtype]
+    scaled = np.nan_to_num(blocks, nan=most * 2) if case.kv == "int8" else blocks
+    scaled = np.clip(scaled * most / 8.0, -most, most)
+    return device.tensor(scaled.round() if case.kv == "int8" else scaled, case.kv_dtype).view(torch.uint8)
+
+
+def _inputs(
+    device: Device, case: AttentionCase, num_tokens: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = [case.num_heads, case.num_kv_heads, case.num_kv_heads]
+    packed = rng.normal(size=(num_tokens, sum(heads), case.head_dim))
+    packed[:, : case.num_heads] *= case.magnitude
+    packed[:, -case.num_kv_heads :] += case.value_offset
+    whole = device.tensor(packed, case.dtype)
+    q, k, v = torch.split(whole, heads, dim=1)
+    return (q, k, v) if case.strided else (q.contiguous(), k.contiguous(), v.contiguous())
+
+
+def _rope(device: Device, case: AttentionCase, batch: PagedBatch, rng: np.random.Generator) -> Rope | None:
+    if case.rope == "none":
+        return None
+    rotary_dim = max(2, int(case.head_dim * case.rotary_fraction) // 2 * 2)
+    longest = max(c + q for c, q in zip(batch.contexts, batch.queries, strict=True)) + 1
+    angle = np.arange(longest)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
+    return Rope(
+        cos=device.tensor(np.cos(angle), "float32"),
+        sin=device.tensor(np.sin(angle), "float32"),
+        rotary_dim=rotary_dim,
+        interleaved=case.rope == "interleaved",
+    )
+
+
+def _qk_norm(device: Device, case: AttentionCase, rng: np.random.Generator) -> QKNorm | None:
+    if not case.qk_norm:
+        return None
+    weights = [device.tensor(1.0 + 0.2 * rng.normal(size=case.head_dim), case.dtype) for _ in range(2)]
+    return QKNorm(q_weight=weights[0], k_weight=weights[1], eps=_NORM_EPS)
+
+
+# -- judging --------------------------------------------------------------------------------------------------
+
+
+def _rotated_queries(call: Call) -> tuple[np.ndarray, float]:
+    """Queries after norm and rotary, and their relative error in the scores."""
+    q = seen(call.q)[: call.batch.num_tokens]
+    if call.rope is None and call.qk_norm is None:
+        return q, 0.0
+    rotated = _rotated(call, q, keys=False)
+    size = np.maximum(np.abs(rotated.value).max(-1, keepdims=True), 1e-30)
+    return rotated.value, float((rotated.bound / size).max()) * call.case.head_dim**0.5
+
+
+def _rotated(call: Call, x: np.ndarray, *, keys: bool) -> Bounded:
+    """[tokens, heads, dim] after norm and rotary, with the bound of both; the norm's result may be rounded between."""
+    case = call.case
+    value, error = x, np.zeros_like(x)
+    if call.qk_norm is not None:
+        weight = seen(call.qk_norm.k_weight if keys else call.qk_norm.q_weight)
+        normed = rms_norm(x, weight, call.qk_norm.eps, call.qk_norm.unit_offset, case.dtype)
+        value, error = normed.value, normed.bound
+    if call.rope is None:
+        return Bounded(value, error)
+    positions = seen(call.batch.view.positions)[: len(x)].astype(int)
+    tables = (seen(call.rope.cos), seen(call.rope.sin))
+    turned = rotary(value, *tables, positions, call.rope.interleaved, case.dtype)
+    # A rotation adds both coordinates' errors at most.
+    carried = rotary(error, *(np.abs(t) for t in tables), positions, call.rope.interleaved, case.dtype)
+    swapped = error.max(-1, keepdims=True)
+    return Bounded(turned.value, turned.bound + np.abs(carried.value) + swapped)
+
+
+def _decoded(call: Call) -> np.ndarray:
+    """What the cache stands for, float64 [blocks, 2, size, kv_heads, dim]."""
+    held = call.blocks()
+    if call.case.kv == "same":
+        return seen(held)
+    wide = seen(held.to("cpu").contiguous().view(getattr(torch, call.case.kv_dtype)).float())
+    assert call.layer.k_scale is not None and call.layer.v_scale is not None
+    wide[:, 0] *= seen(call.layer.k_scale).reshape(-1, 1)
+    wide[:, 1] *= seen(call.layer.v_scale).reshape(-1, 1)
+    return wide
+
+
+def _judge_quantized(
+    device: Device, call: Call, what: str, held: Tensor, plain: np.ndarray, scale: Tensor | None
+) -> None:
+    """Half a step of the byte's format from the value it stands for; saturated beyond its range."""
+    assert scale is not None
+    most = _BYTE_MAX[call.case.kv_dtype]
+    scaled = np.clip(plain / seen(scale).reshape(-1, 1), -most, most)
+    stored = held.contiguous().view(getattr(torch, call.case.kv_dtype)).float()
+    if call.case.kv == "int8":
+        bound = 0.5 + np.abs(scaled) * gamma(4)
+    else:
+        bound = np.maximum(np.abs(scaled) * FP8_UNIT, FP8_SMALLEST_STEP / 2) + np.abs(scaled) * 4 * U32
+    device.compare(what, stored, Bounded(scaled, bound), label=f"kv write {call.case.kv}/{call.case.dtype}")

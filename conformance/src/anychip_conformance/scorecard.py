@@ -1,0 +1,229 @@
+"""The scorecard: what a run says of a device, as JSON that is checked when it is read, and as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from anychip_conformance.case import PROFILES
+from anychip_conformance.facts import Facts
+from anychip_conformance.manifest import Manifest
+from anychip_conformance.verdicts import BAD, Outcome, Verdict
+
+EVIDENCE = {
+    "hardware": "runs on the hardware",
+    "host": "runs on the host's processor, which is the device",
+    "cpu_runtime": "runs on the vendor's CPU runtime, not on the device",
+    "simulated": "simulated in host memory: no such device exists",
+    "unknown": "the device could not be opened",
+}
+"""By DeviceInfo.backing."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    case: str
+    verdict: str
+    message: str
+    params: str
+    reproduce: str
+
+
+class Capability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`state`: tested, failed, untested (declared, and no case of this run relied on it) or refused."""
+
+    name: str
+    declared: bool
+    state: str
+    num_cases: int
+
+
+class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`conforms` by profile: None where the run says nothing of it. `complete` False: cases were chosen by hand."""
+
+    schema: int = 1
+    interface: str
+    manifest: str
+    device: str
+    package: str
+    seam: str
+    evidence: str
+    hardware: list[str]
+    machine: str
+    versions: dict[str, str]
+    date: str
+    profile: str
+    seed: int | None
+    deadline_scale: float
+    complete: bool
+    conforms: dict[str, bool | None]
+    counts: dict[str, dict[str, int]]
+    capabilities: list[Capability]
+    margins: dict[str, float]
+    relaxations: list[str]
+    failures: list[Failure]
+    waived: list[str]
+    seconds: float
+    reproduce: str
+
+
+def conforms(outcomes: Sequence[Outcome]) -> bool | None:
+    """Of one profile's outcomes: something passed, and nothing failed or was waived. None: it was not judged, or
+    nothing of it is supported."""
+    verdicts = {outcome.verdict for outcome in outcomes}
+    if verdicts & (BAD | {Verdict.WAIVED}):
+        return False
+    return True if Verdict.PASS in verdicts else None
+
+
+def by_profile(outcomes: Sequence[Outcome], manifest: Manifest) -> dict[str, list[Outcome]]:
+    found: dict[str, list[Outcome]] = {profile: [] for profile in PROFILES}
+    for outcome in outcomes:
+        found[manifest.cases[outcome.case].profile].append(outcome)
+    return found
+
+
+def counts(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    return dict(sorted(Counter(outcome.verdict.value for outcome in outcomes).items()))
+
+
+def worst_margins(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for outcome in outcomes:
+        for label, ratio in outcome.margins.items():
+            worst[label] = max(worst.get(label, 0.0), ratio)
+    return {label: round(worst[label], 4) for label in sorted(worst)}
+
+
+def capability_rows(outcomes: Sequence[Outcome], facts: Facts | None) -> list[Capability]:
+    used: Counter[str] = Counter()
+    failed, refused = set(), set()
+    for outcome in outcomes:
+        used.update(outcome.used)
+        if outcome.verdict in BAD:
+            failed.update(outcome.used)
+        if outcome.capability:
+            refused.add(outcome.capability)
+    declared = list(facts.declared) if facts else []
+    rows = []
+    for name in [*declared, *sorted(set(used) - set(declared) - refused)]:
+        state = "failed" if name in failed else "tested" if name in used else "untested"
+        rows.append(Capability(name=name, declared=True, state=state, num_cases=used[name]))
+    for name in sorted(refused | set(facts.undeclared if facts else [])):
+        if name not in declared:
+            state = "refused" if name in refused else "undeclared"
+            rows.append(Capability(name=name, declared=False, state=state, num_cases=0))
+    return rows
+
+
+def write(card: Scorecard, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scorecard.json").write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
+    (folder / "scorecard.md").write_text(page(card))
+
+
+def read(path: Path) -> Scorecard:
+    """Raises msgspec.ValidationError where the file is no scorecard."""
+    return msgspec.json.decode(path.read_bytes(), type=Scorecard)
+
+
+def schema() -> bytes:
+    """JSON Schema of the file."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Scorecard)), indent=2) + b"\n"
+
+
+# -- the page -------------------------------------------------------------------------------------------------
+
+
+def verdict_word(value: bool | None) -> str:
+    return {True: "conformant", False: "not conformant", None: "not judged"}[value]
+
+
+def page(card: Scorecard) -> str:
+    lines = [
+        f"# {card.package} ({card.device})",
+        "",
+        f"Interface {card.interface}, profile {card.profile}"
+        + ("" if card.complete else ", **a selection of cases: this says nothing of conformance**")
+        + f". Evidence: {EVIDENCE[card.evidence]}. {card.date}.",
+        "",
+        f"Hardware: {', '.join(card.hardware) or '-'} on {card.machine or '-'}. "
+        + ", ".join(f"{name} {version}" for name, version in card.versions.items())
+        + f". Draws: {'fixed' if card.seed is None else f'seed {card.seed}'}. {card.seconds:.0f} s.",
+        "",
+        f"    {card.reproduce}",
+        "",
+        f"Manifest `{card.manifest}`.",
+        "",
+        "## Verdicts",
+        "",
+        *_table(
+            ["profile", "", *[v.value for v in Verdict]],
+            [
+                [profile, verdict_word(card.conforms[profile]), *[count.get(v.value, 0) for v in Verdict]]
+                for profile, count in card.counts.items()
+            ],
+        ),
+        "",
+        "## Capabilities",
+        "",
+        *_table(
+            ["capability", "declared", "state", "cases"],
+            [[c.name, "yes" if c.declared else "no", c.state, c.num_cases or "-"] for c in card.capabilities],
+        ),
+        "",
+        "## Worst error over its bound",
+        "",
+        *_table(["op / dtype", "error / bound"], [[name, f"{ratio:.3f}"] for name, ratio in card.margins.items()]),
+        "",
+        "## What was relaxed for this device",
+        "",
+        *([f"- {text}" for text in card.relaxations] or ["Nothing."]),
+    ]
+    if card.failures:
+        lines += ["", "## Failures", ""]
+        for failure in card.failures:
+            lines += [f"**{failure.case}**: {failure.verdict}: {failure.message}", "", f"    {failure.reproduce}", ""]
+    if card.waived:
+        lines += ["", "## Waived", "", *[f"- {case}" for case in card.waived]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    body = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *body]
+
+
+def matrix(cards: Mapping[str, Scorecard]) -> str:
+    """docs/reference/capability-matrix.md, from every committed scorecard by device."""
+    names = list(cards)
+    capabilities: dict[str, None] = {}
+    for card in cards.values():
+        capabilities.update(dict.fromkeys(row.name for row in card.capabilities))
+    states = {name: {row.name: row for row in card.capabilities} for name, card in cards.items()}
+
+    def cell(device: str, capability: str) -> str:
+        row = states[device].get(capability)
+        return "-" if row is None else row.state
+
+    order = sorted(capabilities, key=lambda name: (" " in name, name))
+    rows: list[list[object]] = [
+        ["evidence", *[cards[name].evidence for name in names]],
+        ["seam", *[cards[name].seam for name in names]],
+        ["date", *[cards[name].date for name in names]],
+    ]
+    rows += [[f"**{p}** profile", *[verdict_word(cards[name].conforms[p]) for name in names]] for p in PROFILES]
+    rows += [[capability, *[cell(name, capability) for name in names]] for capability in order]
+    legend = "\n".join(f"- **{key}**: {text}" for key, text in EVIDENCE.items() if key != "unknown")
+    return (
+        "# Capability matrix\n\n"
+        "Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device that is\n"
+        "not here has no scorecard: cuda, rocm, tpu and ascend are announced, and nothing of theirs has run.\n\n"
+        f"Evidence:\n\n{legend}\n\n"
+        "A capability is *tested* (declared, and every case that relies on it passed), *failed*, *untested* (declared, and\n"
+        "the suite has no case for it), *refused* (not declared, and its factory says so) or *undeclared*.\n\n"
+        + "\n".join(_table(["", *names], rows))
+        + "\n"
+    )
