@@ -12,6 +12,10 @@ from anychip.types import cdiv
 from anychip_conformance.device import Device
 
 
+_USUAL_TOKENS, _USUAL_ROWS = 64, 16
+"""What a small server would be configured with: shapes are drawn from the policy that follows."""
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request: `blocks` whole blocks and `extra` tokens of context, then `query` new tokens. Sizes count in the
     device's blocks, so that edges are edges on every device."""
@@ -56,6 +60,7 @@ def paged_batch(
     padding: Padding,
     window: int | None = None,
     shared_slots: bool = False,
+    least_pages: int = 1,
 ) -> PagedBatch:
     """`tables` has a row's blocks for context and query. Blocks that a window has left behind become the null block.
     `shared_slots` False writes every token; True none (another layer holds the keys)."""
@@ -63,6 +68,7 @@ def paged_batch(
     contexts, queries = [row.context(block_size) for row in rows], [row.query for row in rows]
     num_tokens, num_rows = sum(queries), len(rows)
     needed_pages = max((cdiv(c + q, block_size) for c, q in zip(contexts, queries, strict=True)), default=1)
+    needed_pages = max(needed_pages, least_pages)
     key = _key(device, num_tokens, num_rows, max(queries), needed_pages, padding, block_size)
     positions = np.zeros(key.num_tokens, dtype=np.int32)
     slots = np.full(key.num_tokens, PADDING_SLOT, dtype=np.int64)
@@ -122,10 +128,10 @@ def _key(
     for name, most, wanted in (("tokens", rules.max_tokens, tokens), ("rows", rules.max_rows, rows)):
         device.need(f"steps of {wanted} {name}", most is None or wanted <= most)
     limits = StepLimits(
-        max_num_tokens=rules.max_tokens or max(tokens, 1),
-        max_num_reqs=rules.max_rows or max(rows, 1),
+        max_num_tokens=rules.max_tokens or max(tokens, _USUAL_TOKENS),
+        max_num_reqs=rules.max_rows or max(rows, _USUAL_ROWS),
         max_model_len=pages * block_size,
-        max_slots=rules.max_rows or max(rows, 1),
+        max_slots=rules.max_rows or max(rows, _USUAL_ROWS),
         max_pages=(pages,),
     )
     policy = device.platform.shape_policy(limits)

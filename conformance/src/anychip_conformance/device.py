@@ -167,7 +167,9 @@ def seen(tensor: Tensor) -> np.ndarray:
 
 
 def bits(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor [..., itemsize], on the host."""
+    """The bytes of a tensor, on the host."""
+    if tensor.numel() == 0:
+        return np.empty(0, dtype=np.uint8)
     return np.asarray(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy())
 
 

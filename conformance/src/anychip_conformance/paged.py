@@ -22,6 +22,7 @@ GUARD = 3
 _NORM_EPS = 1e-5
 _SPARE_BLOCKS = 3
 _NEAR_BLOCKS = 8
+_MAX_POSITIONS = 4096
 _FAR_BYTES = 2**32 + 2**28
 _BYTE_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn", "int8": "int8"}
 _BYTE_MAX = {"float8_e4m3fn": 448.0, "int8": 127.0}
@@ -125,9 +126,16 @@ class Call:
 
     @classmethod
     def make(
-        cls, device: Device, case: AttentionCase, *, tables: list[list[int]] | None = None, num_blocks: int | None = None
+        cls,
+        device: Device,
+        case: AttentionCase,
+        *,
+        tables: list[list[int]] | None = None,
+        num_blocks: int | None = None,
+        least_pages: int = 1,
     ) -> Call:
-        """A poisoned pool, each row's context written at scattered blocks, and inputs. `tables` chooses the blocks."""
+        """A poisoned pool, each row's context written at scattered blocks, and inputs. `tables` chooses the blocks,
+        `least_pages` makes room in the step's shape and the pool for rows of so many."""
         backend = backend_for(device, case)
         rng = np.random.default_rng(case.seed)
         sizes = backend.kv_layout().block_sizes
@@ -135,7 +143,7 @@ class Call:
         rows = [row for row in case.rows if row.query or device.capabilities.padding == "zero_rows"]
         pages = [cdiv(row.context(size) + row.query, size) for row in rows]
         if num_blocks is None:
-            num_blocks = 1 + sum(pages) + _SPARE_BLOCKS
+            num_blocks = 1 + sum(pages) + _SPARE_BLOCKS + least_pages * len(pages)
             if case.far:
                 num_blocks = _far_pool(device, num_blocks, size, backend.kv_layout().page_bytes(size))
         if tables is None:
@@ -149,6 +157,7 @@ class Call:
             padding=Padding(tokens=case.pad_tokens, rows=case.pad_rows),
             window=case.window,
             shared_slots=case.read_only,
+            least_pages=least_pages,
         )
         raw = device.platform.empty((num_blocks * backend.kv_layout().page_bytes(size),), "uint8", "kv")
         cache = backend.make_cache(raw, num_blocks, size)
@@ -384,7 +393,7 @@ def _rope(device: Device, case: AttentionCase, batch: PagedBatch, rng: np.random
     if case.rope == "none":
         return None
     rotary_dim = max(2, int(case.head_dim * case.rotary_fraction) // 2 * 2)
-    longest = max(c + q for c, q in zip(batch.contexts, batch.queries, strict=True)) + 1
+    longest = _MAX_POSITIONS
     angle = np.arange(longest)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
     return Rope(
         cos=device.tensor(np.cos(angle), "float32"),

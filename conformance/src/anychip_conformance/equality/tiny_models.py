@@ -45,7 +45,9 @@ VOCAB_SIZE = 512
 NUM_LAYERS = 4
 HIDDEN_SIZE = 64
 
-_COMMON: dict[str, Any] = {
+Settings = dict[str, Any]
+
+_COMMON: Settings = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 128,
@@ -62,7 +64,7 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _llama() -> PreTrainedModel:
+def _llama(common: Settings) -> PreTrainedModel:
     scaling = {
         "rope_type": "llama3",
         "rope_theta": 10000.0,
@@ -71,31 +73,31 @@ def _llama() -> PreTrainedModel:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    return LlamaForCausalLM(LlamaConfig(**_COMMON, rope_parameters=scaling, tie_word_embeddings=False))
+    return LlamaForCausalLM(LlamaConfig(**common, rope_parameters=scaling, tie_word_embeddings=False))
 
 
-def _qwen3() -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**_COMMON, tie_word_embeddings=True))
+def _qwen3(common: Settings) -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=True))
 
 
-def _qwen3_moe() -> PreTrainedModel:
+def _qwen3_moe(common: Settings) -> PreTrainedModel:
     experts = {
         "num_experts": 8,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     }
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_COMMON, **experts, mlp_only_layers=[1], tie_word_embeddings=False))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, mlp_only_layers=[1], tie_word_embeddings=False))
 
 
-def _gemma2() -> PreTrainedModel:
+def _gemma2(common: Settings) -> PreTrainedModel:
     softcaps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 15.0}
     return Gemma2ForCausalLM(
-        Gemma2Config(**_COMMON, **softcaps, sliding_window=32, query_pre_attn_scalar=24, tie_word_embeddings=True)
+        Gemma2Config(**common, **softcaps, sliding_window=32, query_pre_attn_scalar=24, tie_word_embeddings=True)
     )
 
 
-def _gemma3() -> PreTrainedModel:
+def _gemma3(common: Settings) -> PreTrainedModel:
     ropes = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
@@ -103,26 +105,26 @@ def _gemma3() -> PreTrainedModel:
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **_COMMON, sliding_window=32, query_pre_attn_scalar=24, layer_types=kinds, rope_parameters=ropes
+            **common, sliding_window=32, query_pre_attn_scalar=24, layer_types=kinds, rope_parameters=ropes
         )
     )
 
 
-def _mistral() -> PreTrainedModel:
-    return MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=32, tie_word_embeddings=False))
+def _mistral(common: Settings) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**common, sliding_window=32, tie_word_embeddings=False))
 
 
-def _mixtral() -> PreTrainedModel:
+def _mixtral(common: Settings) -> PreTrainedModel:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**_COMMON, **experts, tie_word_embeddings=False))
+    return MixtralForCausalLM(MixtralConfig(**common, **experts, tie_word_embeddings=False))
 
 
-def _qwen2() -> PreTrainedModel:
+def _qwen2(common: Settings) -> PreTrainedModel:
     windows = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}
-    return Qwen2ForCausalLM(Qwen2Config(**_COMMON, **windows, tie_word_embeddings=True))
+    return Qwen2ForCausalLM(Qwen2Config(**common, **windows, tie_word_embeddings=True))
 
 
-def _phi3() -> PreTrainedModel:
+def _phi3(common: Settings) -> PreTrainedModel:
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -131,20 +133,20 @@ def _phi3() -> PreTrainedModel:
         "partial_rotary_factor": 0.75,
     }
     settings = {"original_max_position_embeddings": 256, "rope_parameters": rope, "tie_word_embeddings": False}
-    return Phi3ForCausalLM(Phi3Config(**_COMMON, **settings))
+    return Phi3ForCausalLM(Phi3Config(**common, **settings))
 
 
-def _granite() -> PreTrainedModel:
+def _granite(common: Settings) -> PreTrainedModel:
     multipliers = {
         "embedding_multiplier": 6.0,
         "attention_multiplier": 0.2,
         "residual_multiplier": 0.4,
         "logits_scaling": 3.0,
     }
-    return GraniteForCausalLM(GraniteConfig(**_COMMON, **multipliers, tie_word_embeddings=True))
+    return GraniteForCausalLM(GraniteConfig(**common, **multipliers, tie_word_embeddings=True))
 
 
-def _gpt_oss() -> PreTrainedModel:
+def _gpt_oss(common: Settings) -> PreTrainedModel:
     rope = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -155,33 +157,33 @@ def _gpt_oss() -> PreTrainedModel:
         "original_max_position_embeddings": 64,
     }
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}
-    return GptOssForCausalLM(GptOssConfig(**_COMMON, **experts, rope_parameters=rope, tie_word_embeddings=False))
+    return GptOssForCausalLM(GptOssConfig(**common, **experts, rope_parameters=rope, tie_word_embeddings=False))
 
 
-def _olmo2() -> PreTrainedModel:
-    return Olmo2ForCausalLM(Olmo2Config(**_without("head_dim"), tie_word_embeddings=False))
+def _olmo2(common: Settings) -> PreTrainedModel:
+    return Olmo2ForCausalLM(Olmo2Config(**_without(common, "head_dim"), tie_word_embeddings=False))
 
 
-def _stablelm() -> PreTrainedModel:
+def _stablelm(common: Settings) -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     settings = {"use_qkv_bias": True, "qk_layernorm": True, "rope_parameters": rope}
-    return StableLmForCausalLM(StableLmConfig(**_without("head_dim"), **settings, tie_word_embeddings=False))
+    return StableLmForCausalLM(StableLmConfig(**_without(common, "head_dim"), **settings, tie_word_embeddings=False))
 
 
-def _gpt_neox() -> PreTrainedModel:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**_without("head_dim", "num_key_value_heads"), use_parallel_residual=True))
+def _gpt_neox(common: Settings) -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_without(common, "head_dim", "num_key_value_heads"), use_parallel_residual=True))
 
 
-def _phi() -> PreTrainedModel:
+def _phi(common: Settings) -> PreTrainedModel:
     """Falcon's form, attention and feed-forward in parallel after one norm, in code that has the interface."""
-    return PhiForCausalLM(PhiConfig(**_without("head_dim"), tie_word_embeddings=False))
+    return PhiForCausalLM(PhiConfig(**_without(common, "head_dim"), tie_word_embeddings=False))
 
 
-def _without(*names: str) -> dict[str, Any]:
-    return {name: value for name, value in _COMMON.items() if name not in names}
+def _without(common: Settings, *names: str) -> Settings:
+    return {name: value for name, value in common.items() if name not in names}
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "qwen3-moe": _qwen3_moe,
@@ -196,7 +198,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """What has a native family."""
 
-THROUGH_TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
+THROUGH_TRANSFORMERS: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "olmo2": _olmo2,
     "stablelm": _stablelm,
     "gpt-neox": _gpt_neox,
@@ -205,11 +207,12 @@ THROUGH_TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
 """What has none, and runs in transformers' own code."""
 
 
-def make_checkpoint(family: str, folder: Path) -> PreTrainedModel:
-    """Saves the family's checkpoint to `folder` and returns the model, in float32 with eager attention."""
+def make_checkpoint(family: str, folder: Path, **settings: Any) -> PreTrainedModel:
+    """Saves the family's checkpoint to `folder` and returns the model, in float32 with eager attention. `settings` go
+    into its config, for devices that have not every head_dim."""
     makers = {**FAMILIES, **THROUGH_TRANSFORMERS}
     torch.manual_seed(list(makers).index(family))
-    model = makers[family]()
+    model = makers[family]({**_COMMON, **settings})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Ones and zeros would hide a norm, a bias or a sink that is left out.

@@ -15,7 +15,6 @@ from anychip.plugin_api import (
     MAX_LOGPROBS,
     AttentionBackend,
     AttentionLayer,
-    AttentionSpec,
     BatchView,
     ForwardContext,
     HostOutputs,
@@ -28,7 +27,6 @@ from anychip.plugin_api import (
     Section,
     ShapeKey,
     StepModel,
-    Unsupported,
 )
 from anychip.plugin_api.attention import Plan
 
@@ -55,11 +53,6 @@ class FunctionalAttention(DenseCacheAttention):
 
     name = "functional"
     block_sizes = (16, 32)
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        super().__init__(spec)
-        if self.quantized:
-            raise Unsupported(f"attention backend {self.name}", [f"a cache of {spec.kv_dtype} is not implemented"])
 
     def plan(
         self,
@@ -131,7 +124,9 @@ class DenseMoE(ReferenceMoE):
         self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
     ) -> Tensor:
         outputs = torch.stack([self.expert(x, packed, e) for e in range(len(packed.gate_up))], dim=1).float()
-        share = torch.zeros(outputs.shape[:2]).scatter_add(1, routing.expert_ids, routing.weights)
+        ids = routing.expert_ids if expert_map is None else expert_map[routing.expert_ids]
+        weights = routing.weights.masked_fill(ids < 0, 0)
+        share = torch.zeros(outputs.shape[:2]).scatter_add(1, ids.clamp(min=0), weights)
         return (outputs * share.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
 

@@ -30,7 +30,6 @@ from anychip.plugin_api import (
     ShapeKey,
     ShapePolicy,
     StepLimits,
-    Unsupported,
 )
 from anychip_conformance.fakes.functional import DenseMoE
 
@@ -183,13 +182,6 @@ class HostlenAttention(DenseCacheAttention):
 
     def __init__(self, spec: AttentionSpec, graphs: HostlenGraphs) -> None:
         super().__init__(spec)
-        reasons = []
-        if spec.alibi:
-            reasons.append("ALiBi is not implemented")
-        if self.quantized:
-            reasons.append(f"a cache of {spec.kv_dtype} is not implemented")
-        if reasons:
-            raise Unsupported(f"attention backend {self.name}", reasons)
         self._graphs = graphs
         self._num_blocks = 0
 
@@ -311,7 +303,7 @@ class HostlenPlatform(Platform):
         alibi=False,
         block_sizes=(BLOCK_SIZE,),
         slot_dtype="int32",
-        max_slots=2**20,
+        max_slots=2**16,
         host_lengths="exact",
         padding="dummy_request",
         stale_kv="must_be_finite",
@@ -323,9 +315,11 @@ class HostlenPlatform(Platform):
         self._graphs = HostlenGraphs()
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
         return HostlenAttention(spec, self._graphs)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
+        self.check(spec)
         return DenseMoE(spec, self)
 
     def kv_budget(self, profile: object) -> int:

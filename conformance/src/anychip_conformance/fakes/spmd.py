@@ -93,9 +93,11 @@ class SpmdPlatform(Platform):
     )
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
         return FunctionalAttention(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
+        self.check(spec)
         return DenseMoE(spec, self)
 
     def kv_budget(self, profile: object) -> int:

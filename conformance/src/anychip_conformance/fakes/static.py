@@ -112,9 +112,11 @@ class StaticPlatform(Platform):
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
         return FunctionalAttention(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
+        self.check(spec)
         return DenseMoE(spec, self)
 
     def kv_budget(self, profile: object) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from anychip.errors import DeviceFault
+from anychip.errors import DeviceFault, Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
 from anychip.plugin_api.capabilities import Capabilities, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
@@ -21,6 +21,7 @@ from anychip.plugin_api.linear import LinearKernel, LinearSpec
 from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory
 from anychip.plugin_api.moe import FusedMoE, MoESpec
+from anychip.plugin_api.refusals import undeclared
 from anychip.plugin_api.step import KVPlan, ModelSource, StepProgram
 
 if TYPE_CHECKING:
@@ -124,13 +125,21 @@ class Platform:
 
     # -- kernels: factories raise Unsupported with every reason, hot calls never do ------------------------
 
+    def check(self, spec: AttentionSpec | LinearSpec | MoESpec) -> None:
+        """Raises Unsupported for what the capabilities do not declare. Factories that are overridden call it first."""
+        if reasons := undeclared(spec, self.capabilities):
+            raise Unsupported(self.name, [f"does not serve {reason}" for reason in reasons])
+
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
         return self.reference.attention(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
+        self.check(spec)
         return self.reference.moe(spec, self)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
+        self.check(spec)
         return self.reference.linear(spec, self)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:

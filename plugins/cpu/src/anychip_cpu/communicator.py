@@ -17,6 +17,7 @@ class GlooCommunicator(Communicator):
 
     def __init__(self, spec: GroupSpec) -> None:
         super().__init__(spec)
+        self._generation = 0
         self._group = self._open()
 
     def _open(self) -> dist.ProcessGroupGloo:
@@ -30,7 +31,8 @@ class GlooCommunicator(Communicator):
             store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
         else:
             raise Unsupported("anychip-cpu communicator", [f"store {spec.store!r}; known are file:// and tcp://"])
-        name = f"{spec.purpose}-{'-'.join(map(str, spec.ranks))}"
+        # Addresses of a group that was closed stay in the store: one that is opened again meets under a new name.
+        name = f"{spec.purpose}-{'-'.join(map(str, spec.ranks))}-{self._generation}"
         return dist.ProcessGroupGloo(
             dist.PrefixStore(name, store), self.rank, self.size, timedelta(seconds=spec.timeout_s)
         )
@@ -88,4 +90,5 @@ class GlooCommunicator(Communicator):
         self._group.barrier().wait()
 
     def restore(self) -> None:
+        self._generation += 1
         self._group = self._open()

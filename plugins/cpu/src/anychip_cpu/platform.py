@@ -63,12 +63,15 @@ class CpuPlatform(Platform):
         return peak_resident(fn)
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
         return SdpaPagedAttention(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
+        self.check(spec)
         return GroupedMoE(spec, self)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
+        self.check(spec)
         return reference_linear(spec, self)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:

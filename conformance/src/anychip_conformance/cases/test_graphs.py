@@ -1,0 +1,125 @@
+"""Shapes, and graphs that are replayed on other batches than they were captured with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+
+from anychip.plugin_api import GraphLevel, Recorder, ShapeKey, StepLimits
+from anychip_conformance.batch import Row
+from anychip_conformance.case import kind
+from anychip_conformance.device import Device
+from anychip_conformance.paged import AttentionCase, Call, judge_cache, judge_output
+
+
+class ShapeCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    max_tokens: int = 64
+    max_rows: int = 16
+    pages: int = 8
+
+
+@kind("shape.policy", corpus=[ShapeCase(), ShapeCase(max_tokens=512, max_rows=4), ShapeCase(max_tokens=16, max_rows=16, pages=1)])
+def policy(device: Device, case: ShapeCase) -> None:
+    """Every step within the limits has a shape that holds it; a shape's own sizes lead back to it; features pass."""
+    rules = device.platform.step_rules
+    tokens, rows = min(case.max_tokens, rules.max_tokens or 10**9), min(case.max_rows, rules.max_rows or 10**9)
+    limits = StepLimits(
+        max_num_tokens=tokens, max_num_reqs=rows, max_model_len=16 * case.pages, max_slots=rows, max_pages=(case.pages,)
+    )
+    shapes = device.platform.shape_policy(limits)
+    for num_tokens in range(1, tokens + 1):
+        for num_rows in {1, min(2, num_tokens, rows), min(num_tokens, rows)}:
+            longest = num_tokens - num_rows + 1
+            key = shapes.bucket(
+                num_tokens=num_tokens, num_reqs=num_rows, max_query_len=longest, num_pages=case.pages, features=()
+            )
+            step = f"{num_tokens} tokens in {num_rows} rows"
+            assert key.num_tokens >= num_tokens and key.num_reqs >= num_rows, f"{step} do not fit {key}"
+            assert key.max_query_len == 0 or key.max_query_len >= longest, f"a row of {longest} does not fit {key}"
+            assert key.num_pages == 0 or key.num_pages >= case.pages, f"{case.pages} pages do not fit {key}"
+    for key in shapes.keys():  # noqa: SIM118 - a policy is no mapping
+        again = _bucket_of(device, limits, key)
+        assert (again.num_tokens, again.num_reqs) == (key.num_tokens, key.num_reqs), f"{key} leads to {again}"
+
+
+def _bucket_of(device: Device, limits: StepLimits, key: ShapeKey) -> ShapeKey:
+    longest = key.num_tokens if key.max_query_len == 0 else min(key.max_query_len, key.num_tokens)
+    return device.platform.shape_policy(limits).bucket(
+        num_tokens=key.num_tokens,
+        num_reqs=key.num_reqs,
+        max_query_len=longest,
+        num_pages=key.num_pages,
+        features=key.features,
+    )
+
+
+def decode(*sizes: tuple[int, int]) -> tuple[Row, ...]:
+    return tuple(Row(blocks, extra, 1) for blocks, extra in sizes)
+
+
+A = decode((0, 5), (1, -1), (1, 0))
+B = decode((1, 1), (0, 1), (0, 9), (1, 3))
+C = decode((0, 2), (1, 4), (0, 0))
+PAGES = 3
+"""Of the longest row that a captured step must hold."""
+
+
+@kind(
+    "graph.replay",
+    profile="graph",
+    corpus=[
+        AttentionCase(rows=A, dtype=dtype, **settings)  # type: ignore[arg-type]
+        for dtype in ("float32", "bfloat16", "float16")
+        for settings in ({}, {"window": 7}, {"rope": "neox", "qk_norm": True}, {"num_heads": 8, "num_kv_heads": 2})
+    ],
+)
+def replay(device: Device, case: AttentionCase) -> None:
+    """Captured once over padding, replayed on batches A, B, C and A: each is right, padding included, writes only its
+    own slots, and A comes back to the bit."""
+    device.need("graphs", device.capabilities.graph_level >= GraphLevel.FULL)
+    graphs = device.platform.graph_capture()
+    assert graphs.level >= GraphLevel.FULL, f"declared full graphs, and captures {graphs.level.name}"
+    fixed = Call.make(device, msgspec.structs.replace(case, rows=A), least_pages=PAGES)
+    recorder = Recorder()
+    plan = fixed.backend.plan(fixed.batch.view, fixed.batch.key, group=0, recorder=recorder)
+
+    def step() -> object:
+        result, _ = fixed.backend.forward(
+            fixed.q, fixed.k, fixed.v, fixed.cache, plan, fixed.layer, rope=fixed.rope, qk_norm=fixed.qk_norm
+        )
+        return result
+
+    handle = graphs.capture(step, fixed.batch.key, recorder=recorder)
+    results = []
+    for rows, seed in ((A, 1), (B, 2), (C, 3), (A, 1)):
+        fresh = Call.make(device, msgspec.structs.replace(case, rows=rows, seed=seed), least_pages=PAGES,
+                          num_blocks=len(fixed.watched))
+        assert fresh.batch.key == fixed.batch.key, f"{fresh.batch.key} and {fixed.batch.key} are one shape"
+        _put(fixed, fresh)
+        before = fresh.blocks().clone()
+        view = dataclasses.replace(
+            fresh.batch.view, **{name: getattr(fixed.batch.view, name) for name in _ON_DEVICE}
+        )
+        renewed = fixed.backend.plan(view, fixed.batch.key, group=0, into=plan)
+        result = graphs.run(handle, [renewed])
+        judge_cache(device, fresh, before, None)
+        judge_output(device, fresh, result)
+        results.append(result.clone()[: fresh.batch.num_tokens])
+    device.same_bits("A replayed again", results[3].contiguous(), results[0].contiguous())
+
+
+_ON_DEVICE = ("query_start", "seq_lens", "block_table", "slot_mapping", "positions")
+
+
+def _put(fixed: Call, fresh: Call) -> None:
+    """Puts a batch into the storage that the graph was captured over; `fresh` then looks at that."""
+    for name in _ON_DEVICE:
+        getattr(fixed.batch.view, name).copy_(getattr(fresh.batch.view, name))
+    assert fixed.k is not None and fixed.v is not None and fresh.k is not None and fresh.v is not None
+    fixed.q.copy_(fresh.q)
+    fixed.k.copy_(fresh.k)
+    fixed.v.copy_(fresh.v)
+    fixed.cache = fixed.backend.import_blocks(fixed.cache, fresh.watched, fresh.blocks())
+    fresh.cache, fresh.backend, fresh.raw = fixed.cache, fixed.backend, fixed.raw
+    fresh.layer, fresh.rope, fresh.qk_norm = fixed.layer, fixed.rope, fixed.qk_norm

@@ -1,0 +1,135 @@
+"""The worker, step by step, on whichever seam the device has: promised ids, block edits, padding, masks, compilations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from anychip_conformance.case import Nothing, kind
+from anychip_conformance.device import Device
+from anychip_conformance.engines import checkpoint, compute_dtype, open_llm, prompts
+from anychip_conformance.equality.tiny_models import VOCAB_SIZE
+from anychip_conformance.step_driver import StepDriver, tokens_of
+
+_DEADLINE_S = 120.0
+TEXT = [17, 301, 44, 9, 260, 131, 77, 402, 5, 88, 19, 333]
+
+
+def driven(device: Device, check: Callable[[StepDriver], None]) -> None:
+    driver = StepDriver(device, checkpoint(device, "llama").path)
+    try:
+        check(driver)
+    finally:
+        driver.close()
+
+
+def continued(driver: StepDriver, blocks: list[int], count: int, slot: int = 0) -> list[int]:
+    """Tokens of TEXT's continuation by a request that holds `blocks`."""
+    found = tokens_of(driver.step(new={slot: (TEXT, blocks)}, tokens={slot: len(TEXT)}))
+    for _ in range(count - 1):
+        found += tokens_of(driver.step(tokens={slot: 1}))
+    return found
+
+
+def expected(device: Device, count: int) -> list[int]:
+    model, ids = checkpoint(device, "llama"), list(TEXT)
+    for _ in range(count):
+        ids.append(int(model.logits(ids, compute_dtype(device)).argmax()))
+    return ids[len(TEXT) :]
+
+
+@kind("step.promised_ids", deadline_s=_DEADLINE_S)
+def promised_ids(device: Device, case: Nothing) -> None:
+    """An input id of -1 is the slot's last sampled token, which only the device knows: slots do not mix."""
+
+    def check(driver: StepDriver) -> None:
+        wanted = expected(device, 3)
+        other = list(reversed(TEXT))
+        first = tokens_of(driver.step(new={2: (TEXT, [1]), 0: (other, [2])}, tokens={2: len(TEXT), 0: len(other)}))
+        second = tokens_of(driver.step(tokens={0: 1, 2: 1}))
+        third = tokens_of(driver.step(tokens={2: 1, 0: 1}))
+        assert [first[0], second[1], third[0]] == wanted, f"got {[first[0], second[1], third[0]]}, expected {wanted}"
+
+    driven(device, check)
+
+
+@kind("step.edit", deadline_s=_DEADLINE_S)
+def edit(device: Device, case: Nothing) -> None:
+    """Blocks copied and then zeroed between steps, a copy's source among the zeroed: a request that moves to the copies
+    goes on as before."""
+
+    def check(driver: StepDriver) -> None:
+        wanted = expected(device, 4)
+        first = continued(driver, [1], 2)
+        assert first == wanted[:2], f"got {first}, expected {wanted[:2]}"
+        known = [*TEXT, *first]
+        # The request leaves; its block is copied on, and zeroed; another takes the copy over with its last token.
+        driver.step(tokens={1: 1}, new={1: ([3], [9])}, finished=[0], copies=[(1, 4), (4, 5)], zeros=[1, 4])
+        result = driver.step(
+            new={3: (known, [5])}, tokens={3: len(known)}, finished=[1]
+        )
+        assert tokens_of(result) == wanted[2:3], f"got {tokens_of(result)}, expected {wanted[2:3]}"
+        moved = driver.step(tokens={3: 1}, copies=[(5, 7)])
+        assert tokens_of(moved) == wanted[3:], f"got {tokens_of(moved)}, expected {wanted[3:]}"
+
+    driven(device, check)
+
+
+@kind("step.cotenants", deadline_s=_DEADLINE_S)
+def cotenants(device: Device, case: Nothing) -> None:
+    """Rows come and go, and steps change shape; a request's tokens stay the same."""
+
+    def check(driver: StepDriver) -> None:
+        wanted = expected(device, 4)
+        found = tokens_of(driver.step(new={0: (TEXT, [1])}, tokens={0: len(TEXT)}))
+        found += tokens_of(driver.step(new={1: ([7, 8, 9], [2])}, tokens={0: 1, 1: 3}))[:1]
+        found += tokens_of(driver.step(new={2: ([5] * 7, [3]), 3: ([6], [4])}, tokens={0: 1, 2: 7, 3: 1, 1: 1}))[:1]
+        found += tokens_of(driver.step(tokens={3: 1, 0: 1}, finished=[1, 2]))[1:]
+        assert found == wanted, f"got {found}, expected {wanted}"
+
+    driven(device, check)
+
+
+@kind("step.masks", deadline_s=_DEADLINE_S)
+def masks(device: Device, case: Nothing) -> None:
+    """A row's mask holds for that row alone; log-probabilities are of the logits before it."""
+
+    def check(driver: StepDriver) -> None:
+        wanted = expected(device, 1)[0]
+        allowed = {3, 64, VOCAB_SIZE - 1} - {wanted}
+        result = driver.step(
+            new={0: (TEXT, [1]), 1: (TEXT, [2])}, tokens={0: len(TEXT), 1: len(TEXT)}, masks={0: allowed}
+        )
+        masked, free = tokens_of(result)
+        assert masked in allowed and free == wanted, f"got {masked} and {free}, expected one of {allowed} and {wanted}"
+        top = result.logprobs[0].top_ids[0] if hasattr(result.logprobs[0], "top_ids") else None
+        assert top is None or top == wanted, "a mask has moved the log-probabilities"
+
+    driven(device, check)
+
+
+@kind("step.zeroed", deadline_s=_DEADLINE_S)
+def zeroed(device: Device, case: Nothing) -> None:
+    """Blocks that another request has filled and given up do not show through, whether they were zeroed or not."""
+
+    def check(driver: StepDriver) -> None:
+        wanted = expected(device, 2)
+        loud = [511] * (driver.block_size - 1)
+        driver.step(new={0: (loud[:40], [1, 2, 3])}, tokens={0: min(40, len(loud))})
+        zeros = [1] if device.capabilities.stale_kv == "must_be_finite" else []
+        found = tokens_of(driver.step(new={4: (TEXT, [1])}, tokens={4: len(TEXT)}, finished=[0], zeros=zeros))
+        found += tokens_of(driver.step(tokens={4: 1}))
+        assert found == wanted, f"got {found}, expected {wanted}"
+
+    driven(device, check)
+
+
+@kind("step.no_compilation", deadline_s=_DEADLINE_S)
+def no_compilation(device: Device, case: Nothing) -> None:
+    """After warm-up nothing is compiled any more: preparing the same shapes again finds as many programs as before."""
+    device.need("a step program, or graphs", device.manifest.seam == "step" or device.capabilities.graph_level > 0)
+    with open_llm(device, checkpoint(device, "llama").path) as llm:
+        worker = llm.engine.executor.worker  # type: ignore[attr-defined]
+        before = worker.program.warm_up([]).num_programs
+        llm.generate(prompts())
+        after = worker.program.warm_up([]).num_programs
+    assert after == before, f"{after - before} programs were compiled while requests ran"

@@ -1,0 +1,186 @@
+"""What one rank does in a case of the communicator section, and what it must come back with. Values are integers that
+code rank and place, exact in every dtype, so that a result is right to the bit or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+from torch import Tensor
+
+from anychip.plugin_api import Communicator
+from anychip_conformance.device import Device, bits
+from anychip_conformance.oracle.vectorised import Bounded
+
+CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
+                         "all_to_all_v", "broadcast", "send_recv", "barrier", "order", "close_restore"]  # fmt: skip
+
+
+class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`members` are world ranks out of `world`, in group order; ranks that are not members stand by. `size` is the
+    length of the dimension that the collective works on."""
+
+    name: CollectiveName
+    world: int = 2
+    members: tuple[int, ...] = (0, 1)
+    size: int = 8
+    width: int = 3
+    dim: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(slots=True)
+class Member:
+    device: Device
+    comm: Communicator
+    case: CollectiveCase
+
+    @property
+    def rank(self) -> int:
+        return self.case.members.index(self.comm.spec.rank)
+
+    @property
+    def count(self) -> int:
+        return len(self.case.members)
+
+    def values(self, rank: int, rows: int | None = None) -> np.ndarray:
+        """A rank's own [rows, width]: small integers, different at every rank and place."""
+        rows = self.case.size if rows is None else rows
+        return (np.arange(rows * self.case.width).reshape(rows, self.case.width) * 7 + rank * 13) % 31 + rank
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        return self.device.tensor(values, self.case.dtype)
+
+    def same(self, what: str, actual: Tensor, expected: np.ndarray) -> None:
+        exact = Bounded(expected.astype(float), np.zeros(expected.shape))
+        self.device.compare(f"rank {self.rank}: {what}", actual, exact)
+
+    def uneven(self) -> list[int]:
+        """Sizes by rank, zero among them where there are more than two."""
+        sizes = [self.case.size + 2 * i + 1 for i in range(self.count)]
+        if self.count > 2:
+            sizes[1] = 0
+        return sizes
+
+
+def all_reduce(m: Member) -> bytes:
+    total = sum(m.values(r) for r in range(m.count))
+    result = m.comm.all_reduce(m.tensor(m.values(m.rank)))
+    m.same("sum", result, np.asarray(total).reshape(m.case.size, m.case.width))
+    # Fractions: every rank must get the same bits, or ranks drift apart.
+    noisy = np.random.default_rng(m.rank).normal(size=(m.case.size, m.case.width))
+    return bits(m.comm.all_reduce(m.tensor(noisy))).tobytes()
+
+
+def all_gather(m: Member) -> bytes:
+    parts = [m.values(r) for r in range(m.count)]
+    own = m.tensor(m.values(m.rank))
+    m.same("gathered", m.comm.all_gather(own, dim=m.case.dim), np.concatenate(parts, axis=m.case.dim))
+    return b""
+
+
+def all_gather_v(m: Member) -> bytes:
+    sizes = m.uneven()
+    parts = [m.values(r, sizes[r]) for r in range(m.count)]
+    own = m.tensor(parts[m.rank])
+    if m.case.dim:
+        parts, own = [part.T for part in parts], own.T.contiguous()
+    gathered = m.comm.all_gather_v(own, sizes, dim=m.case.dim)
+    m.same("gathered", gathered, np.concatenate(parts, axis=m.case.dim))
+    return b""
+
+
+def reduce_scatter(m: Member) -> bytes:
+    rows = m.case.size * m.count
+    total = np.asarray(sum(m.values(r, rows) for r in range(m.count)))
+    share = total[m.rank * m.case.size : (m.rank + 1) * m.case.size]
+    own = m.tensor(m.values(m.rank, rows))
+    m.same("share of the sum", m.comm.reduce_scatter(own), share)
+    m.same("input", own, m.values(m.rank, rows))
+    return b""
+
+
+def reduce_scatter_v(m: Member) -> bytes:
+    sizes = m.uneven()
+    starts = np.cumsum([0, *sizes])
+    total = np.asarray(sum(m.values(r, sum(sizes)) for r in range(m.count)))
+    result = m.comm.reduce_scatter_v(m.tensor(m.values(m.rank, sum(sizes))), sizes)
+    m.same("share of the sum", result, total[starts[m.rank] : starts[m.rank + 1]])
+    return b""
+
+
+def all_to_all(m: Member) -> bytes:
+    rows = m.case.size * m.count
+    mine = slice(m.rank * m.case.size, (m.rank + 1) * m.case.size)
+    expected = np.concatenate([m.values(r, rows)[mine] for r in range(m.count)])
+    m.same("received", m.comm.all_to_all(m.tensor(m.values(m.rank, rows))), expected)
+    return b""
+
+
+def all_to_all_v(m: Member) -> bytes:
+    def rows(source: int, target: int) -> int:
+        return (source * 2 + target) % 3 + (m.case.size if source == target else 0)
+
+    send = [rows(m.rank, target) for target in range(m.count)]
+    receive = [rows(source, m.rank) for source in range(m.count)]
+    expected = []
+    for source in range(m.count):
+        counts = [rows(source, target) for target in range(m.count)]
+        starts = np.cumsum([0, *counts])
+        expected.append(m.values(source, sum(counts))[starts[m.rank] : starts[m.rank + 1]])
+    result = m.comm.all_to_all_v(m.tensor(m.values(m.rank, sum(send))), send, receive)
+    m.same("received", result, np.concatenate(expected))
+    return b""
+
+
+def broadcast(m: Member) -> bytes:
+    for root in range(m.count):
+        m.same(f"from {root}", m.comm.broadcast(m.tensor(m.values(m.rank)), root=root), m.values(root))
+    return b""
+
+
+def send_recv(m: Member) -> bytes:
+    """Around the ring, even members first."""
+    right, left = (m.rank + 1) % m.count, (m.rank - 1) % m.count
+    empty = m.tensor(np.zeros((m.case.size, m.case.width)))
+    if m.rank % 2 == 0:
+        m.comm.send(m.tensor(m.values(m.rank)), right)
+        got = m.comm.recv(empty, left)
+    else:
+        got = m.comm.recv(empty, left)
+        m.comm.send(m.tensor(m.values(m.rank)), right)
+    m.same("received", got, m.values(left))
+    return b""
+
+
+def barrier(m: Member) -> bytes:
+    for _ in range(3):
+        m.comm.barrier()
+    return b""
+
+
+def order(m: Member) -> bytes:
+    """Many collectives in a row, as the layers of a model issue them."""
+    for step in range(20):
+        reduced = m.comm.all_reduce(m.tensor(m.values(m.rank) + step))
+        m.same(f"sum {step}", reduced, np.asarray(sum(m.values(r) + step for r in range(m.count))))
+        gathered = m.comm.all_gather(m.tensor(m.values(m.rank, 2) + step), dim=0)
+        m.same(f"gathered {step}", gathered, np.concatenate([m.values(r, 2) + step for r in range(m.count)]))
+    return b""
+
+
+def close_restore(m: Member) -> bytes:
+    m.comm.close()
+    m.comm.restore()
+    return all_reduce(m)
+
+
+CHECKS: dict[str, Callable[[Member], bytes]] = {
+    check.__name__: check
+    for check in (all_reduce, all_gather, all_gather_v, reduce_scatter, reduce_scatter_v, all_to_all, all_to_all_v,
+                  broadcast, send_recv, barrier, order, close_restore)
+}  # fmt: skip
+"""Each returns bytes that must be the same at every member."""

@@ -1,0 +1,141 @@
+"""Tiny models, and engines over them on the judged device, beside what transformers answers."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from anychip import LLM
+from anychip.config import EngineConfig, WorkerSpec
+from anychip.scheduler.scheduler import ScheduledStep, Scheduler
+from anychip.types import DType
+from anychip.worker.worker import Worker
+from anychip_conformance.device import Device
+from anychip_conformance.equality.tiny_models import NUM_LAYERS, VOCAB_SIZE, make_checkpoint
+from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
+
+MAX_MODEL_LEN = 96
+LENGTHS = (1, 2, 15, 16, 17, 33, 50, 70)
+_HEAD_DIM = 16
+_STEPS_BETWEEN_PREEMPTIONS = 4
+
+NEEDS = {
+    "llama": (),
+    "qwen3-moe": (),
+    "gemma2": ("softcap", "sliding_window"),
+    "gpt-oss": ("sinks", "sliding_window"),
+}
+"""Families of the end-to-end section, and the capabilities that each relies on."""
+
+
+class Checkpoint:
+    """A family's weights on disk, and transformers' model of them."""
+
+    def __init__(self, family: str, head_dim: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="anychip-tiny-")
+        self.model: PreTrainedModel = make_checkpoint(family, self.path, head_dim=head_dim)
+
+    @property
+    def path(self) -> Path:
+        return Path(self._folder.name)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int], dtype: str) -> np.ndarray:
+        """Of the token after `ids`, from weights as `dtype` holds them, in float32 arithmetic."""
+        model = self.model
+        if dtype != "float32":
+            model = cast("PreTrainedModel", self.model.to(getattr(torch, dtype)).float())
+        return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())
+
+
+def compute_dtype(device: Device) -> DType:
+    """The widest dtype that the device declares."""
+    return next(dtype for dtype in ("float32", "float16", "bfloat16") if dtype in device.capabilities.dtypes)
+
+
+def checkpoint(device: Device, family: str) -> Checkpoint:
+    """Made once per judged process, with a head_dim that the device has."""
+    for name in NEEDS[family]:
+        device.need(name, bool(getattr(device.capabilities, name)))
+    dims = device.capabilities.head_dims
+    head_dim = _HEAD_DIM if dims is None or _HEAD_DIM in dims else min(dims)
+    key = f"checkpoint {family}"
+    if key not in device.resources:
+        device.resources[key] = Checkpoint(family, head_dim)
+    found: Checkpoint = device.resources[key]
+    return found
+
+
+def logits_bound(device: Device, logits: np.ndarray, hidden: int = 64) -> float:
+    """How far two evaluations of logits may lie apart: every one of layers x width sums rounds once in float32; in a
+    narrower dtype each layer's few results round, and their errors add as independent ones do."""
+    size = float(np.abs(logits).max())
+    dtype = compute_dtype(device)
+    if dtype == "float32":
+        return 4 * NUM_LAYERS * hidden * UNIT_ROUNDOFF[dtype] * size
+    return 8 * NUM_LAYERS**0.5 * UNIT_ROUNDOFF[dtype] * size
+
+
+def prompts() -> list[list[int]]:
+    """Half of them begin one text, so that a prefix cache has something to share."""
+    rng = random.Random(7)
+    shared = [rng.randrange(3, VOCAB_SIZE) for _ in range(max(LENGTHS))]
+    return [
+        shared[:n] if index % 2 else [rng.randrange(3, VOCAB_SIZE) for _ in range(n)] for index, n in enumerate(LENGTHS)
+    ]
+
+
+def engine_settings(device: Device) -> dict[str, Any]:
+    return {
+        "device": device.name,
+        "device_options": dict(device.options),
+        "dtype": compute_dtype(device),
+        "skip_tokenizer": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": len(LENGTHS),
+    }
+
+
+def open_llm(device: Device, folder: Path, **settings: Any) -> LLM:
+    return LLM(str(folder), **{**engine_settings(device), **settings})
+
+
+def preempt_often(scheduler: Scheduler) -> None:
+    """Takes the youngest request's blocks every few steps, whatever is in flight for it."""
+    schedule, calls = scheduler.schedule, iter(range(1, 200))
+
+    def schedule_after_preemption() -> ScheduledStep | None:
+        call = next(calls, 1)
+        if call % _STEPS_BETWEEN_PREEMPTIONS == 0 and scheduler.running:
+            scheduler.preempt(scheduler.running[-1])
+        return schedule()
+
+    scheduler.schedule = schedule_after_preemption  # type: ignore[method-assign]
+
+
+def open_worker(device: Device, folder: Path, **settings: Any) -> Worker:
+    """One worker in this process, to be driven step by step."""
+    config = EngineConfig(model=str(folder), num_kv_blocks=16, **{**engine_settings(device), **settings})
+    indexes = tuple(found.index for found in device.probe.devices)
+    return Worker(
+        WorkerSpec(
+            config=config,
+            device=device.name,
+            device_indexes=indexes if device.manifest.topology == "process_per_host" else indexes[:1],
+            rank=0,
+            world_size=1,
+            store="",
+            folder=str(folder),
+            probe=cast("dict[str, Any]", msgspec.to_builtins(device.probe)),
+        )
+    )
