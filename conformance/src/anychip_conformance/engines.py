@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from anychip import LLM
 from anychip.config import EngineConfig, WorkerSpec
@@ -40,6 +41,7 @@ class Checkpoint:
 
     def __init__(self, family: str, head_dim: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="anychip-tiny-")
+        disable_progress_bar()
         self.model: PreTrainedModel = make_checkpoint(family, self.path, head_dim=head_dim)
 
     @property

@@ -223,6 +223,9 @@ def check_attention(device: Device, case: AttentionCase) -> None:
 def judge_output(device: Device, call: Call, result: Tensor) -> None:
     """Rows against the oracle over what the cache holds; padded rows against zero."""
     case, batch = call.case, call.batch
+    shape = (batch.key.num_tokens, case.num_heads, case.head_dim)
+    assert tuple(result.shape) == shape, f"the output has shape {tuple(result.shape)}, expected {shape}"
+    assert str(result.dtype) == f"torch.{case.dtype}", f"the output is {result.dtype}"
     u = UNIT_ROUNDOFF[case.dtype]
     q, dq = _rotated_queries(call)
     held = _decoded(call)  # [blocks, 2, size, kv_heads, dim] float64
@@ -290,7 +293,9 @@ def judge_cache(device: Device, call: Call, before: Tensor, raw_before: np.ndarr
         count = len(call.watched)
         old, new_bytes = raw_before.reshape(count, -1), bits(call.raw).reshape(count, -1)
         for block in range(count):
-            assert block in touched or np.array_equal(old[block], new_bytes[block]), f"raw bytes of block {block} changed"
+            same = np.array_equal(old[block], new_bytes[block])
+            assert same or block in touched, f"raw bytes of block {block} changed"
+            assert not same or block not in touched, f"block {block} was written elsewhere than in the memory it was given"
 
 
 # -- making ---------------------------------------------------------------------------------------------------

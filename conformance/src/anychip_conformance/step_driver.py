@@ -30,9 +30,10 @@ class StepDriver:
         finished: list[int] | None = None,
         copies: list[tuple[int, int]] | None = None,
         zeros: list[int] | None = None,
+        computed: dict[int, int] | None = None,
         masks: dict[int, set[int]] | None = None,
     ) -> StepResult:
-        """`new` by slot: token ids and blocks. `tokens` by slot: how many this step computes. `masks` by place among
+        """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by slot: how many this step computes. `masks` by place among
         the sampling rows: the token ids that may be drawn."""
         self._step += 1
         rows = [
@@ -40,7 +41,7 @@ class StepDriver:
                 slot=slot,
                 token_ids=np.asarray(ids, dtype=np.int32).tobytes(),
                 num_prompt=len(ids),
-                num_computed=0,
+                num_computed=(computed or {}).get(slot, 0),
                 block_ids=[blocks],
                 temperature=0.0,
                 top_k=0,

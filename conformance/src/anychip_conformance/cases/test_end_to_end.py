@@ -130,9 +130,9 @@ def logprobs(device: Device, case: EngineCase) -> None:
         logits = model.logits(prompt, compute_dtype(device))
         expected = oracle.log_softmax(logits)
         found = output.outputs[0].logprobs
-        assert found is not None
-        ids = [entry.token_id for entry in found[0].top]
-        value = device.tensor([entry.logprob for entry in found[0].top], "float32")
+        assert found, "no log-probabilities came back"
+        ids = found[0].top_ids
+        value = device.tensor(found[0].top, "float32")
         bound = np.full(len(ids), 2 * logits_bound(device, logits)) + expected.bound[ids]
         device.compare(
             f"log-probabilities after {len(prompt)} tokens", value, Bounded(expected.value[ids], bound),

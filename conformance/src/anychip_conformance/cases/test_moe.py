@@ -154,8 +154,7 @@ def router_inputs(device: Device, case: MoECase) -> tuple[Tensor, Tensor | None]
         order[:] = order[:1]
     bias = None
     if case.router_bias:
-        # A rung of its own for each expert: sums of score and correction stay apart.
-        bias = device.tensor(rng.permutation(case.experts) * 0.37, "float32")
+        bias = device.tensor(rng.uniform(-0.3, 0.3, case.experts), "float32")
     return device.tensor(ladder[order], case.dtype), bias
 
 

@@ -1,0 +1,159 @@
+"""Faults of single and composite ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anychip.ops.reference import functional, sampling
+from anychip.plugin_api import ActFormat, QKNorm, Rope
+from anychip_conformance.faulty.registry import fault
+
+
+@fault("op-residual-not-updated", "op", op="residual_norm_quant", killed_by="op.residual_norm.001")
+def residual_not_updated(
+    *, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool = False,
+    out_format: ActFormat | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The norm is of the sum, and the residual stays what it was."""
+    normed, total = functional.residual_norm_quant(
+        x=x, residual=residual, weight=weight, eps=eps, unit_offset=unit_offset
+    )
+    return normed, total if residual is None else residual
+
+
+@fault("op-norm-of-x-alone", "op", op="residual_norm_quant", killed_by="op.residual_norm.001")
+def norm_of_x_alone(
+    *, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool = False,
+    out_format: ActFormat | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The residual is updated, and the norm does not see it."""
+    total = x if residual is None else x + residual
+    return functional.rms_norm(x=x, weight=weight, eps=eps, unit_offset=unit_offset), total
+
+
+@fault("op-rotary-styles-swapped", "op", op="rotary", killed_by="op.rotary.001")
+def rotary_styles_swapped(*, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """Halves turn where neighbours should, and the other way round."""
+    swapped = Rope(cos=rope.cos, sin=rope.sin, rotary_dim=rope.rotary_dim, interleaved=not rope.interleaved)
+    return functional.rotary(x=x, positions=positions, rope=swapped)
+
+
+@fault("op-rotary-turns-all", "op", op="rotary", killed_by="op.rotary.007")
+def rotary_turns_all(*, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """What lies past rotary_dim is dropped to zero instead of passing."""
+    turned = functional.rotary(x=x, positions=positions, rope=rope)
+    turned[..., rope.rotary_dim :] = 0
+    return turned
+
+
+@fault("op-rotary-in-bf16", "op", op="rotary", killed_by="op.rotary.001")
+def rotary_in_bf16(*, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """Sines and cosines are kept in bfloat16."""
+    narrow = Rope(cos=rope.cos.bfloat16().float(), sin=rope.sin.bfloat16().float(), rotary_dim=rope.rotary_dim)
+    narrow.interleaved = rope.interleaved
+    return functional.rotary(x=x, positions=positions, rope=narrow)
+
+
+@fault("op-query-norm-for-keys", "op", op="qkv_norm_rope", killed_by="op.qkv_norm_rope.001")
+def query_norm_for_keys(
+    *, q: Tensor, k: Tensor | None, positions: Tensor, rope: Rope | None, qk_norm: QKNorm | None
+) -> tuple[Tensor, Tensor | None]:
+    """Keys are scaled by the queries' weight."""
+    if qk_norm is not None:
+        qk_norm = QKNorm(
+            q_weight=qk_norm.q_weight, k_weight=qk_norm.q_weight, eps=qk_norm.eps, unit_offset=qk_norm.unit_offset
+        )
+    return functional.qkv_norm_rope(q=q, k=k, positions=positions, rope=rope, qk_norm=qk_norm)
+
+
+@fault("op-norm-in-bf16", "op", op="rms_norm", killed_by="op.rms_norm.008")
+def norm_in_bf16(*, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """Squares are summed in the input's dtype."""
+    total = torch.zeros(*x.shape[:-1], 1, dtype=x.dtype)
+    for column in range(0, x.shape[-1], 8):
+        total = total + x[..., column : column + 8].square().sum(dim=-1, keepdim=True)
+    factor = weight + 1 if unit_offset else weight
+    return (x * torch.rsqrt(total / x.shape[-1] + eps) * factor).to(x.dtype)
+
+
+@fault("op-unit-offset-ignored", "op", op="rms_norm", killed_by="op.rms_norm.004")
+def unit_offset_ignored(*, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """The weight is never increased by one."""
+    return functional.rms_norm(x=x, weight=weight, eps=eps)
+
+
+@fault("op-eps-ignored", "op", op="rms_norm", killed_by="op.rms_norm.drawn")
+def eps_ignored(*, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """Small rows are scaled up as if eps were zero."""
+    return functional.rms_norm(x=x, weight=weight, eps=0.0, unit_offset=unit_offset)
+
+
+@fault("op-gelu-by-erf", "op", op="gated_activation", killed_by="op.gated_activation.007")
+def gelu_by_erf(*, gate_up: Tensor, activation: str) -> Tensor:
+    """The exact gelu where the tanh form is asked for."""
+    if activation != "gelu_tanh":
+        return functional.gated_activation(gate_up=gate_up, activation=activation)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+@fault("op-gate-and-up-swapped", "op", op="gated_activation", killed_by="op.gated_activation.001")
+def gate_and_up_swapped(*, gate_up: Tensor, activation: str) -> Tensor:
+    """The second half is taken for the gate."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.gated_activation(gate_up=torch.cat((up, gate), dim=-1), activation=activation)
+
+
+@fault("op-swiglu-unclamped", "op", op="gated_activation", killed_by="op.gated_activation.016")
+def swiglu_unclamped(*, gate_up: Tensor, activation: str) -> Tensor:
+    """No limit of seven."""
+    if activation != "swiglu_clamped":
+        return functional.gated_activation(gate_up=gate_up, activation=activation)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@fault("op-softcap-clips", "op", op="softcap", killed_by="op.softcap.001")
+def softcap_clips(*, x: Tensor, cap: float) -> Tensor:
+    """Values are cut off at the cap instead of bent towards it."""
+    return x.clamp(-cap, cap)
+
+
+@fault("op-embedding-wraps", "op", op="embedding", killed_by="op.embedding.007")
+def embedding_wraps(*, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """Ids below this rank's share count from its end."""
+    local = ids.long() - first
+    held = local < len(weight)
+    return weight[local.where(held, 0) % len(weight)] * held.unsqueeze(-1)
+
+
+@fault("op-embedding-off-by-one", "op", op="embedding", killed_by="op.embedding.001")
+def embedding_off_by_one(*, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """The last id of a share is taken to be another's."""
+    result = functional.embedding(ids=ids, weight=weight, first=first)
+    return result.masked_fill((ids == first + len(weight) - 1).unsqueeze(-1), 0)
+
+
+@fault("op-mask-bits-reversed", "op", op="apply_token_masks", killed_by="op.token_masks.002")
+def mask_bits_reversed(*, logits: Tensor, masks: Tensor) -> Tensor:
+    """Token i stands in bit 31 - i % 32."""
+    token = torch.arange(logits.shape[-1])
+    allowed = (masks[:, token // 32] >> (31 - token % 32)) & 1
+    return logits.masked_fill(allowed == 0, -torch.inf)
+
+
+@fault("op-mask-of-the-first-row", "op", op="apply_token_masks", killed_by="step.masks.001")
+def mask_of_the_first_row(*, logits: Tensor, masks: Tensor) -> Tensor:
+    """The first row's mask holds for all."""
+    return sampling.apply_token_masks(logits=logits, masks=masks[:1].expand(len(logits), -1))
+
+
+@fault("op-matmul-not-reduced", "op", op="matmul_reduce", killed_by="e2e.tensor_parallel.001")
+def matmul_not_reduced(*, x: Tensor, kernel: Any, packed: Any, communicator: Any) -> Tensor:
+    """The sum over ranks is left out."""
+    result: Tensor = kernel.apply(x, packed)
+    return result

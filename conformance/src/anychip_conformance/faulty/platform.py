@@ -1,0 +1,130 @@
+"""fake-faulty: reference kernels spelled out, everything declared that they can do, and one part replaced by a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from anychip.errors import ConfigError
+from anychip.plugin_api import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    Communicator,
+    FusedMoE,
+    GraphCapture,
+    GroupSpec,
+    KVPlan,
+    LinearKernel,
+    LinearSpec,
+    ModelSource,
+    MoESpec,
+    Platform,
+    PlatformContext,
+    ShapePolicy,
+    StepLimits,
+    StepProgram,
+    op_override,
+)
+from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenPlatform
+from anychip_conformance.fakes.static import StaticPlatform, StaticStepProgram
+from anychip_conformance.faulty import FaultyOptions
+from anychip_conformance.faulty.plain import InvariantMoE, PlainAttention, PlainLinear, plain_communicator
+from anychip_conformance.faulty.registry import Fault, all_faults
+
+
+def planted(context: PlatformContext) -> Fault | None:
+    """The fault that the options name. Raises ConfigError for one that does not exist."""
+    options = context.options
+    assert isinstance(options, FaultyOptions)
+    if not options.fault:
+        return None
+    found = all_faults().get(options.fault)
+    if found is None:
+        raise ConfigError(f"--device-opt fault={options.fault}: there are {', '.join(all_faults())}")
+    return found
+
+
+class FaultyPlatform(Platform):
+    """The torch seam."""
+
+    capabilities = Capabilities(
+        dtypes=frozenset({"float32", "bfloat16"}), collectives="runtime", batch_invariant=True
+    )
+
+    def __init__(self, context: PlatformContext) -> None:
+        super().__init__(context)
+        self._fault = planted(context)
+
+    def _part(self, part: str, honest: Any) -> Any:
+        return self._fault.replacement if self._fault is not None and self._fault.part == part else honest
+
+    def kv_budget(self, profile: object) -> int:
+        return 2**26
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
+        backend: AttentionBackend = self._part("attention", PlainAttention)(spec)
+        return backend
+
+    def linear(self, spec: LinearSpec) -> LinearKernel:
+        self.check(spec)
+        if spec.scheme is not None and not (self._fault and self._fault.part == "linear"):
+            return self.reference.linear(spec, self)
+        kernel: LinearKernel = self._part("linear", PlainLinear)(spec, self)
+        return kernel
+
+    def moe(self, spec: MoESpec) -> FusedMoE:
+        self.check(spec)
+        kernel: FusedMoE = self._part("moe", InvariantMoE)(spec, self)
+        return kernel
+
+    def ops(self) -> Mapping[str, Callable[..., Any]]:
+        fault = self._fault
+        if fault is None or not fault.op:
+            return {}
+        override = fault.replacement(self) if fault.part == "op of a rank" else fault.replacement
+        return {fault.op: op_override(fault.op, version=1)(override)}
+
+    def communicator(self, group: GroupSpec) -> Communicator:
+        return plain_communicator(group, self._part("communicator", None))
+
+    def shape_policy(self, limits: StepLimits) -> ShapePolicy:
+        policy: ShapePolicy = self._part("shapes", ShapePolicy)()
+        return policy
+
+
+class FaultyGraphsPlatform(HostlenPlatform):
+    """Faults of graphs and of plans that are rewritten between replays."""
+
+    def __init__(self, context: PlatformContext) -> None:
+        super().__init__(context)
+        self._fault = planted(context)
+        if self._fault is not None and self._fault.part == "graphs":
+            self._graphs = self._fault.replacement()
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        self.check(spec)
+        faulty = self._fault is not None and self._fault.part == "hostlen attention"
+        cls = self._fault.replacement if faulty and self._fault else HostlenAttention
+        backend: AttentionBackend = cls(spec, self._graphs)
+        return backend
+
+    def graph_capture(self) -> GraphCapture:
+        return self._graphs
+
+
+class FaultyStepPlatform(StaticPlatform):
+    """Faults of step programs."""
+
+    def __init__(self, context: PlatformContext) -> None:
+        super().__init__(context)
+        self._fault = planted(context)
+
+    def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
+        faulty = self._fault is not None and self._fault.part == "step"
+        cls = self._fault.replacement if faulty and self._fault else StaticStepProgram
+        program: StepProgram = cls(model, kv, limits)
+        return program
+
+

@@ -1,0 +1,61 @@
+"""The faults, by id. A fault is a class that replaces one part of an honest platform, and says what kills it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, TypeVar
+
+Part = Literal[
+    "attention", "linear", "moe", "op", "op of a rank", "communicator", "shapes", "graphs", "hostlen attention", "step"
+]
+P = TypeVar("P")
+
+_MODULES = ("attention", "storage", "ops", "products", "sampling", "ranks", "steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`replacement` stands in for the honest `part`. For an op it is the override of op `op`; of a rank, it makes that
+    from the rank's platform."""
+
+    id: str
+    part: Part
+    killed_by: str
+    replacement: Any
+    op: str = ""
+
+    @property
+    def device(self) -> str:
+        """Which of the faulty platforms takes it."""
+        return {"graphs": "fake-faulty-graphs", "hostlen attention": "fake-faulty-graphs", "step": "fake-faulty-step"}.get(
+            self.part, "fake-faulty"
+        )
+
+    @property
+    def summary(self) -> str:
+        """What is wrong, in a sentence."""
+        return " ".join((self.replacement.__doc__ or "").split())
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(id: str, part: Part, *, killed_by: str, op: str = "") -> Callable[[P], P]:
+    """Registers what it decorates."""
+
+    def register(replacement: P) -> P:
+        assert id not in FAULTS and replacement.__doc__, id
+        FAULTS[id] = Fault(id, part, killed_by, replacement, op)
+        return replacement
+
+    return register
+
+
+@cache
+def all_faults() -> dict[str, Fault]:
+    for module in _MODULES:
+        import_module(f"anychip_conformance.faulty.{module}")
+    return FAULTS

@@ -1,0 +1,156 @@
+"""Faults of graphs, shapes and step programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from anychip.plugin_api import CompileReport, SamplingInputs, ShapeKey, ShapePolicy, StepInputs
+from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenGraphs, RecordedGraph
+from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
+from anychip_conformance.faulty.registry import fault
+
+# -- graphs ---------------------------------------------------------------------------------------------------
+
+
+@fault("graph-stale-arguments", "graphs", killed_by="graph.replay.001")
+class StaleArguments(HostlenGraphs):
+    """A replay runs with the host arguments of its capture."""
+
+    def run(self, handle: RecordedGraph, plans: Sequence[Any]) -> Any:
+        for task in handle.tasks:
+            task.replay()
+        return handle.output
+
+
+@fault("graph-replays-nothing", "graphs", killed_by="graph.replay.001")
+class ReplaysNothing(HostlenGraphs):
+    """A replay gives back what the capture computed."""
+
+    def run(self, handle: RecordedGraph, plans: Sequence[Any]) -> Any:
+        return handle.output
+
+
+@fault("graph-padding-writes-block-0", "hostlen attention", killed_by="graph.replay.001")
+class PaddingWritesBlock0(HostlenAttention):
+    """The padded rows of a replayed step are written to the null block."""
+
+    def plan(self, batch: Any, shape: ShapeKey, *, group: int, into: Any = None, recorder: Any = None) -> Any:
+        plan = super().plan(batch, shape, group=group, into=into, recorder=recorder)
+        padded = (batch.slot_mapping < 0).nonzero().flatten()
+        if len(padded):
+            plan.source[0] = padded[0].int()
+        return plan
+
+
+@fault("graph-plan-not-rewritten", "hostlen attention", killed_by="graph.replay.001")
+class PlanNotRewritten(HostlenAttention):
+    """`into` is left as it was: keys of later steps go where the first step's went."""
+
+    def plan(self, batch: Any, shape: ShapeKey, *, group: int, into: Any = None, recorder: Any = None) -> Any:
+        if into is not None:
+            into.query_lens = batch.host_query_lens.tolist() + [0] * (shape.num_reqs - len(batch.host_query_lens))
+            into.seq_lens = batch.host_seq_lens.tolist() + [0] * (shape.num_reqs - len(batch.host_seq_lens))
+            return into
+        return super().plan(batch, shape, group=group, recorder=recorder)
+
+
+@fault("shape-too-small", "shapes", killed_by="shape.policy.001")
+class TooSmall(ShapePolicy):
+    """Steps are put into the next smaller shape."""
+
+    def bucket(
+        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+    ) -> ShapeKey:
+        return super().bucket(
+            num_tokens=max(1, num_tokens // 4 * 4), num_reqs=num_reqs, max_query_len=max_query_len,
+            num_pages=num_pages, features=features,
+        )  # fmt: skip
+
+
+@fault("shape-forgets-pages", "shapes", killed_by="shape.policy.001")
+class ForgetsPages(ShapePolicy):
+    """A shape holds one page a row."""
+
+    def bucket(
+        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+    ) -> ShapeKey:
+        return super().bucket(
+            num_tokens=num_tokens, num_reqs=num_reqs, max_query_len=max_query_len, num_pages=1, features=features
+        )
+
+
+# -- step programs --------------------------------------------------------------------------------------------
+
+
+@fault("step-zeros-before-copies", "step", killed_by="step.edit.001")
+class ZerosBeforeCopies(StaticStepProgram):
+    """Blocks are zeroed before they are copied from."""
+
+    def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
+        return super().edit(super().edit(state, [], zeros), copies, [])
+
+
+@fault("step-copies-at-once", "step", killed_by="step.edit.001")
+class CopiesAtOnce(StaticStepProgram):
+    """All copies read what was there before the first of them."""
+
+    @torch.inference_mode()
+    def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
+        caches, last_ids = state.take()
+        for layer, backend in enumerate(self.model.attention):
+            cache = caches[layer].clone()
+            if copies:
+                cache = backend.copy_blocks(cache, [source for source, _ in copies], [place for _, place in copies])
+            caches[layer] = backend.zero_blocks(cache, zeros) if zeros else cache
+        return DonatedState(caches, last_ids)
+
+
+@fault("step-last-ids-by-row", "step", killed_by="step.promised_ids.001")
+class LastIdsByRow(StaticStepProgram):
+    """A sampled token is kept by its row in the step instead of by its slot."""
+
+    def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
+        rows = torch.arange(len(hidden.slots), dtype=hidden.slots.dtype)
+        return super().sample(state, StaticHidden(hidden.logits, rows, hidden.num_samples), late)
+
+
+@fault("step-last-ids-late", "step", killed_by="step.promised_ids.001")
+class LastIdsLate(StaticStepProgram):
+    """A step begins with the ids of the step before the last."""
+
+    _older: torch.Tensor | None = None
+
+    def forward(self, state: DonatedState, inputs: StepInputs) -> Any:
+        caches, last_ids = state.take()
+        older, self._older = self._older, last_ids
+        state, hidden = super().forward(DonatedState(caches, last_ids if older is None else older), inputs)
+        caches, _ = state.take()
+        return DonatedState(caches, last_ids), hidden
+
+
+@fault("step-compiles-while-serving", "step", killed_by="step.no_compilation.001")
+class CompilesWhileServing(StaticStepProgram):
+    """One shape is compiled at the start, the others when a step needs them."""
+
+    def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
+        return super().warm_up(keys[:1])
+
+    def forward(self, state: DonatedState, inputs: StepInputs) -> Any:
+        if inputs.key not in self._steps:
+            super().warm_up([inputs.key])
+        return super().forward(state, inputs)
+
+
+@fault("step-masks-logprobs", "step", killed_by="step.masks.001")
+class MasksLogprobs(StaticStepProgram):
+    """Log-probabilities are of the logits after the mask."""
+
+    def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
+        if late.masks is not None:
+            masks = torch.from_numpy(late.masks.copy())
+            masked = self.ops.apply_token_masks(logits=hidden.logits.float(), masks=masks[: len(hidden.logits)])
+            hidden = StaticHidden(masked, hidden.slots, hidden.num_samples)
+        return super().sample(state, hidden, late)
