@@ -37,7 +37,7 @@ def gather_facts(device: Device) -> Facts:
         hardware=[found.name for found in device.probe.devices[:1]],
         versions={
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "anychip": _version("anychip"),
             "anychip-conformance": _version("anychip-conformance"),
             device.manifest.package: _version(device.manifest.package),

@@ -40,27 +40,34 @@ class Judge:
         self._options = dict(options)
         self._scale = deadline_scale
         self._process: JudgedProcess | None = None
+        self._unopened: Outcome | None = None
         self.facts: Facts | None = None
         """What the device says of itself, once it was opened."""
 
     def run(self, case: Case, *, seed: int | None = None, params: str | None = None) -> Outcome:
         start = time.perf_counter()
+        if self._unopened is not None:
+            return msgspec.structs.replace(self._unopened, case=case.id)
         try:
-            process = self._started()
-            return process.ask(Task(case=case.id, seed=seed, params=params), case.kind.deadline_s * self._scale)
+            self._open()
+        except (Silent, DeviceUnavailable) as error:
+            # It would not open for the next case either.
+            self.close(wait_s=0.0)
+            verdict = Verdict.CRASH if isinstance(error, Silent) else Verdict.FAIL
+            self._unopened = Outcome(case=case.id, verdict=verdict, message=f"the device does not open: {error}")
+            return self._unopened
+        assert self._process is not None
+        try:
+            return self._process.ask(Task(case=case.id, seed=seed, params=params), case.kind.deadline_s * self._scale)
         except Silent as silence:
             self.close(wait_s=0.0)
             seconds = time.perf_counter() - start
             return Outcome(case=case.id, verdict=Verdict.CRASH, message=str(silence), seconds=seconds)
-        except DeviceUnavailable as error:
-            self.close()
-            return Outcome(case=case.id, verdict=Verdict.FAIL, message=str(error))
 
-    def _started(self) -> JudgedProcess:
+    def _open(self) -> None:
         if self._process is None:
             self._process = JudgedProcess(self._manifest, self._options)
             self.facts = self._process.open(_OPEN_DEADLINE_S * self._scale)
-        return self._process
 
     def close(self, *, wait_s: float = _CLOSE_S) -> None:
         if self._process is not None:
@@ -84,6 +91,9 @@ class JudgedProcess:
         config = EngineConfig(device=manifest.name, device_options=dict(options))
         placement = Placement(rank=0, world_size=1, device_indexes=(0,))
         environment = {**os.environ, **manifest.worker_env(config, placement)}
+        # Judges that run side by side share the host's cores.
+        share = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
         self._errors = tempfile.TemporaryFile()
         readable, writable = os.pipe()
         self._answers = readable

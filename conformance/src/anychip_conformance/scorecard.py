@@ -69,6 +69,12 @@ class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     reproduce: str
 
 
+def empty_sections(outcomes: Sequence[Outcome]) -> list[str]:
+    """Sections, the first parts of ids, in which nothing passed."""
+    passed = {outcome.case.partition(".")[0] for outcome in outcomes if outcome.verdict is Verdict.PASS}
+    return sorted({outcome.case.partition(".")[0] for outcome in outcomes} - passed)
+
+
 def conforms(outcomes: Sequence[Outcome]) -> bool | None:
     """Of one profile's outcomes: something passed, and nothing failed or was waived. None: it was not judged, or
     nothing of it is supported."""

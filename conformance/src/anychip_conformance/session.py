@@ -129,7 +129,7 @@ class ConformanceRun:
             seed=settings.seed,
             deadline_scale=settings.deadline_scale,
             complete=complete,
-            conforms={name: scorecard.conforms(found) if name in judged else None for name, found in profiles.items()},
+            conforms={name: self._conforms(name, found) if name in judged else None for name, found in profiles.items()},
             counts={name: scorecard.counts(found) for name, found in profiles.items() if found},
             capabilities=scorecard.capability_rows(outcomes, facts),
             margins=scorecard.worst_margins(outcomes),
@@ -141,7 +141,14 @@ class ConformanceRun:
         )
         if settings.report is not None:
             scorecard.write(self.card, settings.report)
-        return not self.card.failures and any(outcome.verdict is Verdict.PASS for outcome in outcomes)
+        shown = any(outcome.verdict is Verdict.PASS for outcome in outcomes)
+        return shown and not self.card.failures and False not in self.card.conforms.values()
+
+    def _conforms(self, profile: str, outcomes: list[Outcome]) -> bool | None:
+        """Of Core every section must show something: who refuses all of one does not serve models."""
+        if profile == "core" and scorecard.empty_sections(outcomes):
+            return False
+        return scorecard.conforms(outcomes)
 
     def _failure(self, outcome: Outcome) -> Failure:
         return Failure(
@@ -184,6 +191,8 @@ class ConformanceRun:
             yield f"{profile}: {shown}: {word}"
         if not any("pass" in count for count in card.counts.values()):
             yield "nothing passed: no conformance without evidence"
+        if card.complete and card.conforms.get("core") is False and not card.failures:
+            yield "a section of Core in which nothing passed is not conformant"
         for failure in card.failures:
             yield f"{failure.verdict} {failure.case}: {failure.reproduce}"
         if self.settings.report is not None:
