@@ -11,7 +11,6 @@ from anychip.plugin_api import NULL_BLOCK, PADDING_SLOT, BatchView, ShapeKey, St
 from anychip.types import cdiv
 from anychip_conformance.device import Device
 
-
 _USUAL_TOKENS, _USUAL_ROWS = 64, 16
 """What a small server would be configured with: shapes are drawn from the policy that follows."""
 

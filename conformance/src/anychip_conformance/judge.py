@@ -94,7 +94,7 @@ class JudgedProcess:
         # Judges that run side by side share the host's cores.
         share = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         readable, writable = os.pipe()
         self._answers = readable
         self._buffer = b""

@@ -1,4 +1,4 @@
-"""Checks one attention call in full: the output within its bound, padding, guards, inputs, and every byte of the cache."""
+"""Checks one attention call in full: the output within its bound, padding, guards, inputs, every byte of the cache."""
 
 from __future__ import annotations
 
@@ -164,7 +164,9 @@ class Call:
         layer = _layer(device, case, rng)
         watched = list(range(num_blocks))
         if case.far:
-            watched = sorted({*range(min(_NEAR_BLOCKS, num_blocks)), *range(num_blocks - sum(pages) - _SPARE_BLOCKS, num_blocks)})
+            watched = sorted(
+                {*range(min(_NEAR_BLOCKS, num_blocks)), *range(num_blocks - sum(pages) - _SPARE_BLOCKS, num_blocks)}
+            )
         cache = _filled(device, case, backend, cache, batch, watched, size, layer, rng)
         q, k, v = _inputs(device, case, batch.key.num_tokens, rng)
         rope, qk_norm = _rope(device, case, batch, rng), _qk_norm(device, case, rng)
@@ -295,7 +297,9 @@ def judge_cache(device: Device, call: Call, before: Tensor, raw_before: np.ndarr
         for block in range(count):
             same = np.array_equal(old[block], new_bytes[block])
             assert same or block in touched, f"raw bytes of block {block} changed"
-            assert not same or block not in touched, f"block {block} was written elsewhere than in the memory it was given"
+            assert not same or block not in touched, (
+                f"block {block} was written elsewhere than in the memory it was given"
+            )
 
 
 # -- making ---------------------------------------------------------------------------------------------------

@@ -65,8 +65,10 @@ class Matrix:
     input_scale: float | None = None
 
 
-def make_matrix(device: Device, rng: np.random.Generator, rows: int, columns: int, dtype: str, scheme: Scheme | None) -> Matrix:
-    """Random canonical weights. Scales of a row and of a column differ widely, so that one cannot pass for the other."""
+def make_matrix(
+    device: Device, rng: np.random.Generator, rows: int, columns: int, dtype: str, scheme: Scheme | None
+) -> Matrix:
+    """Random canonical weights. Scales of rows and of columns differ widely: one cannot pass for the other."""
     if scheme is None:
         weight = device.tensor(rng.normal(size=(rows, columns)) / columns**0.5, dtype)
         return Matrix({"": weight}, seen(weight))
@@ -80,7 +82,9 @@ def make_matrix(device: Device, rng: np.random.Generator, rows: int, columns: in
     values = device.tensor(raw, kinds[scheme.name])
     shape = scale_shape(scheme, rows, columns)
     spread = {"int4": 8.0, "fp8": 60.0}.get(scheme.name, 64.0)
-    scale = device.tensor(2.0 ** rng.integers(-3, 3, shape) * rng.uniform(0.7, 1.3, shape) / spread / columns**0.5, "float32")
+    scale = device.tensor(
+        2.0 ** rng.integers(-3, 3, shape) * rng.uniform(0.7, 1.3, shape) / spread / columns**0.5, "float32"
+    )
     parts, zero = {"": values, ".scale": scale}, np.zeros(1)
     if scheme.zero_points:
         parts[".zero"] = device.tensor(rng.integers(4, 12, shape), "uint8")

@@ -74,7 +74,9 @@ class ConformanceRun:
         for case in self.settings.cases:
             if case not in known and case not in kinds:
                 close = difflib.get_close_matches(case, known | kinds, n=3)
-                raise ConfigError(f"--case {case}: no such case or kind" + (f"; did you mean {', '.join(close)}?" if close else ""))
+                raise ConfigError(
+                    f"--case {case}: no such case or kind" + (f"; did you mean {', '.join(close)}?" if close else "")
+                )
         if self.settings.params is not None and len(self.settings.cases) != 1:
             raise ConfigError("--params needs exactly one --case")
 
@@ -129,7 +131,9 @@ class ConformanceRun:
             seed=settings.seed,
             deadline_scale=settings.deadline_scale,
             complete=complete,
-            conforms={name: self._conforms(name, found) if name in judged else None for name, found in profiles.items()},
+            conforms={
+                name: self._conforms(name, found) if name in judged else None for name, found in profiles.items()
+            },
             counts={name: scorecard.counts(found) for name, found in profiles.items() if found},
             capabilities=scorecard.capability_rows(outcomes, facts),
             margins=scorecard.worst_margins(outcomes),

@@ -1,4 +1,5 @@
-"""Known failures that a vendor may list while mending them. A waiver names one case; it never makes a device conform."""
+"""Known failures that a vendor may list while mending them. A waiver names one case, and never makes a device
+conform."""
 
 from __future__ import annotations
 
@@ -56,5 +57,3 @@ def waived(outcome: Outcome, waiver: Waiver) -> Outcome:
             outcome, verdict=Verdict.XPASS, message=f"passed although it is waived ({waiver.reason}): remove the waiver"
         )
     return outcome
-
-

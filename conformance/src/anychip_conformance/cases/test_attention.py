@@ -93,7 +93,7 @@ def prefill(device: Device, case: AttentionCase) -> None:
     ),
 )
 def chunk(device: Device, case: AttentionCase) -> None:
-    """Later chunks of a prompt: the mask hangs from the lower right corner, and a chunk sees itself and all before it."""
+    """Later chunks of a prompt: the mask hangs from the lower right corner; a chunk sees itself and all before it."""
     check_attention(device, case)
 
 
@@ -104,7 +104,9 @@ def chunk(device: Device, case: AttentionCase) -> None:
         AttentionCase(rows=rows((4, 0, 1)), num_heads=8, num_kv_heads=2, head_dim=64),
         AttentionCase(rows=rows(*[(0, length, 1) for length in range(9)]), num_heads=6, num_kv_heads=2, head_dim=48),
     ),
-    drawn=drawn(rows=st.lists(st.builds(Row, st.integers(0, 4), _edges, st.just(1)), min_size=1, max_size=9).map(tuple)),
+    drawn=drawn(
+        rows=st.lists(st.builds(Row, st.integers(0, 4), _edges, st.just(1)), min_size=1, max_size=9).map(tuple)
+    ),
 )
 def decode(device: Device, case: AttentionCase) -> None:
     """One query a row, over contexts that end before, at and after a block's edge."""
@@ -298,7 +300,14 @@ def strides(device: Device, case: AttentionCase) -> None:
     "attn.far_blocks",
     corpus=[
         AttentionCase(rows=rows((1, 1, 1), (0, 2, 3)), far=True, dtype="bfloat16", head_dim=64),
-        AttentionCase(rows=rows((1, 3, 1),), far=True, dtype="float32", head_dim=64),
+        AttentionCase(
+            rows=rows(
+                (1, 3, 1),
+            ),
+            far=True,
+            dtype="float32",
+            head_dim=64,
+        ),
     ],
 )
 def far_blocks(device: Device, case: AttentionCase) -> None:
@@ -338,7 +347,7 @@ def kv_quantized(device: Device, case: AttentionCase) -> None:
     ),
 )
 def rotary(device: Device, case: AttentionCase) -> None:
-    """Norm of queries and keys, then rotary at each token's own position, in forward; keys rest rotated in the cache."""
+    """Norm of queries and keys, then rotary at each token's own position; keys rest rotated in the cache."""
     check_attention(device, case)
 
 
@@ -410,7 +419,9 @@ def two_steps(device: Device, case: AttentionCase) -> None:
     )
     judge_output(device, first, first.run())
     rest = tuple(Row(0, row.extra + row.query, more) for row, more in halves)
-    if not any(row.query for row in rest) or device.capabilities.padding != "zero_rows" and not all(r.query for r in rest):
+    if not any(row.query for row in rest) or (
+        device.capabilities.padding != "zero_rows" and not all(r.query for r in rest)
+    ):
         return
     second = Call.make(
         device,
@@ -447,12 +458,14 @@ def batch_invariant(device: Device, case: AttentionCase) -> None:
     for row, (start, query) in enumerate(zip(whole.batch.starts, whole.batch.queries, strict=True)):
         if query == 0:
             continue
-        alone = Call.make(device, msgspec.structs.replace(case, rows=(case.rows[row],)), tables=[whole.batch.tables[row]],
-                          num_blocks=len(whole.watched))
-        ids = whole.batch.tables[row]
-        alone.cache = alone.backend.import_blocks(
-            alone.cache, ids, whole.backend.export_blocks(whole.cache, ids)
+        alone = Call.make(
+            device,
+            msgspec.structs.replace(case, rows=(case.rows[row],)),
+            tables=[whole.batch.tables[row]],
+            num_blocks=len(whole.watched),
         )
+        ids = whole.batch.tables[row]
+        alone.cache = alone.backend.import_blocks(alone.cache, ids, whole.backend.export_blocks(whole.cache, ids))
         mine = slice(start, start + query)
         alone.q = _padded_like(alone.q, whole.q[mine])
         assert whole.k is not None and whole.v is not None and alone.k is not None and alone.v is not None

@@ -103,7 +103,9 @@ def send_recv(device: Device, case: CollectiveCase) -> None:
     check(device, case)
 
 
-@kind("comm.order", profile="distributed", corpus=[*every("order", (7,)), *every("barrier", (1,))], deadline_s=_DEADLINE_S)
+@kind(
+    "comm.order", profile="distributed", corpus=[*every("order", (7,)), *every("barrier", (1,))], deadline_s=_DEADLINE_S
+)
 def order(device: Device, case: CollectiveCase) -> None:
     """Forty collectives in a row keep their order; barriers pass."""
     check(device, case)
@@ -124,7 +126,12 @@ def subgroup(device: Device, case: CollectiveCase) -> None:
     check(device, case)
 
 
-@kind("comm.restore", profile="distributed", corpus=[CollectiveCase(name="close_restore", **FOUR, size=9)], deadline_s=_DEADLINE_S)
+@kind(
+    "comm.restore",
+    profile="distributed",
+    corpus=[CollectiveCase(name="close_restore", **FOUR, size=9)],
+    deadline_s=_DEADLINE_S,
+)
 def restore(device: Device, case: CollectiveCase) -> None:
     """A group works again after close and restore, as when workers wake."""
     check(device, case)

@@ -82,7 +82,7 @@ def check_greedy(device: Device, case: EngineCase) -> None:
             if wanted == token:
                 continue
             assert margins[place] < bounds[place], (
-                f"prompt of {len(prompt)} tokens: token {place} is {token}, transformers says {wanted}, {margins[place]:.3g} "
+                f"prompt of {len(prompt)} tokens: token {place} is {token}, expected {wanted}, {margins[place]:.3g} "
                 f"ahead of its second; evaluations may differ by {bounds[place]:.3g}"
             )
             break  # after an excused difference the texts go their own ways
@@ -157,7 +157,12 @@ def sampled(device: Device, case: EngineCase) -> None:
     assert answers[0] == answers[1], "two ranks drew other tokens than one"
 
 
-@kind("e2e.seeded", corpus=[EngineCase(), EngineCase(mode="preempted"), EngineCase(mode="chunked")], deadline_s=_DEADLINE_S, quick=0)
+@kind(
+    "e2e.seeded",
+    corpus=[EngineCase(), EngineCase(mode="preempted"), EngineCase(mode="chunked")],
+    deadline_s=_DEADLINE_S,
+    quick=0,
+)
 def seeded(device: Device, case: EngineCase) -> None:
     """The first drawn token is the one that the seed, the position and transformers' logits name; both of n = 2 draw
     by themselves."""
@@ -182,4 +187,6 @@ def seeded(device: Device, case: EngineCase) -> None:
                 slack=4 * logits_bound(device, logits),
             )
             token = sequence.token_ids[0]
-            assert token in accepted, f"prompt of {len(prompt)}, sequence {index}: drew {token}, expected {sorted(accepted)}"
+            assert token in accepted, (
+                f"prompt of {len(prompt)}, sequence {index}: drew {token}, expected {sorted(accepted)}"
+            )

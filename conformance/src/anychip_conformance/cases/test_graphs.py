@@ -19,7 +19,10 @@ class ShapeCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     pages: int = 8
 
 
-@kind("shape.policy", corpus=[ShapeCase(), ShapeCase(max_tokens=512, max_rows=4), ShapeCase(max_tokens=16, max_rows=16, pages=1)])
+@kind(
+    "shape.policy",
+    corpus=[ShapeCase(), ShapeCase(max_tokens=512, max_rows=4), ShapeCase(max_tokens=16, max_rows=16, pages=1)],
+)
 def policy(device: Device, case: ShapeCase) -> None:
     """Every step within the limits has a shape that holds it; a shape's own sizes lead back to it; features pass."""
     rules = device.platform.step_rules
@@ -93,14 +96,16 @@ def replay(device: Device, case: AttentionCase) -> None:
     handle = graphs.capture(step, fixed.batch.key, recorder=recorder)
     results = []
     for rows, seed in ((A, 1), (B, 2), (C, 3), (A, 1)):
-        fresh = Call.make(device, msgspec.structs.replace(case, rows=rows, seed=seed), least_pages=PAGES,
-                          num_blocks=len(fixed.watched))
+        fresh = Call.make(
+            device,
+            msgspec.structs.replace(case, rows=rows, seed=seed),
+            least_pages=PAGES,
+            num_blocks=len(fixed.watched),
+        )
         assert fresh.batch.key == fixed.batch.key, f"{fresh.batch.key} and {fixed.batch.key} are one shape"
         _put(fixed, fresh)
         before = fresh.blocks().clone()
-        view = dataclasses.replace(
-            fresh.batch.view, **{name: getattr(fixed.batch.view, name) for name in _ON_DEVICE}
-        )
+        view = dataclasses.replace(fresh.batch.view, **{name: getattr(fixed.batch.view, name) for name in _ON_DEVICE})
         renewed = fixed.backend.plan(view, fixed.batch.key, group=0, into=plan)
         result = graphs.run(handle, [renewed])
         judge_cache(device, fresh, before, None)

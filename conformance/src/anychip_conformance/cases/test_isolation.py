@@ -83,7 +83,9 @@ def patches(device: Device, case: Nothing) -> None:
     """Loading and opening the platform changes no attribute of core, and none of torch that its own package defines;
     what the vendor's runtime does to torch when it is imported is not blamed on the plugin."""
     module = device.manifest.platform.partition(":")[0]
-    opened = f"importlib.import_module('anychip_conformance.device').open_device({device.name!r}, {dict(device.options)!r})"
+    opened = (
+        f"importlib.import_module('anychip_conformance.device').open_device({device.name!r}, {dict(device.options)!r})"
+    )
     program = PATCH_PROGRAM.format(
         runtime_imports=list(device.manifest.runtime_imports),
         module=module,

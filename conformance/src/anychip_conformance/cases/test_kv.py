@@ -120,7 +120,9 @@ def saturation(device: Device, case: AttentionCase) -> None:
     assert bool((values == most).all()), f"stored {values.unique().tolist()[:5]}, expected {most} everywhere"
 
 
-@kind("kv.write_order", corpus=[msgspec.structs.replace(case, rows=(Row(0, 0, 40), Row(1, 5, 33))) for case in CASES[:2]])
+@kind(
+    "kv.write_order", corpus=[msgspec.structs.replace(case, rows=(Row(0, 0, 40), Row(1, 5, 33))) for case in CASES[:2]]
+)
 def write_order(device: Device, case: AttentionCase) -> None:
     """Long runs of tokens across blocks each reach their own slot."""
     check_attention(device, case)

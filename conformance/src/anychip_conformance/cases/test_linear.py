@@ -80,7 +80,9 @@ class Loaded:
 
     def inputs(self, tokens: int, *, salt: int = 0) -> Tensor:
         case = self.case
-        wide = np.random.default_rng((case.seed, 7, salt)).normal(size=(tokens, case.columns + (5 if case.strided else 0)))
+        wide = np.random.default_rng((case.seed, 7, salt)).normal(
+            size=(tokens, case.columns + (5 if case.strided else 0))
+        )
         return self.device.tensor(wide, case.dtype)[:, : case.columns]
 
     def judge(self, x: Tensor, result: Tensor) -> None:

@@ -219,7 +219,9 @@ _common = {
         MoECase(router_bias=True),
     ),
     drawn=st.builds(MoECase, groups=st.sampled_from([1, 2, 4]), top_groups=st.just(2), **{**_common, **_routes}).filter(
-        lambda case: case.groups == 1 or case.top_groups <= case.groups and case.top_k <= 8 // case.groups * case.top_groups
+        lambda case: (
+            case.groups == 1 or (case.top_groups <= case.groups and case.top_k <= 8 // case.groups * case.top_groups)
+        )
     ),
     quick=6,
 )
@@ -257,9 +259,14 @@ def route(device: Device, case: MoECase) -> None:
         MoECase(shared=True),
     ),
     drawn=st.builds(
-        MoECase, activation=st.sampled_from(["silu", "gelu_tanh", "swiglu_clamped"]), bias=st.booleans(),
-        shared=st.booleans(), crowded=st.booleans(), guarded=st.booleans(), **{**_common, **_routes},
-    ),  # fmt: skip
+        MoECase,
+        activation=st.sampled_from(["silu", "gelu_tanh", "swiglu_clamped"]),
+        bias=st.booleans(),
+        shared=st.booleans(),
+        crowded=st.booleans(),
+        guarded=st.booleans(),
+        **{**_common, **_routes},
+    ),
     quick=6,
 )
 def experts(device: Device, case: MoECase) -> None:

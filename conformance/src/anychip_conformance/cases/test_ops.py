@@ -132,7 +132,9 @@ _rotary = st.builds(
 
 def rope_tables(device: Device, rotary_dim: int, length: int) -> Rope:
     angle = np.arange(length)[:, None] * 50.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim / 2))
-    return Rope(cos=device.tensor(np.cos(angle), "float32"), sin=device.tensor(np.sin(angle), "float32"), rotary_dim=rotary_dim)
+    return Rope(
+        cos=device.tensor(np.cos(angle), "float32"), sin=device.tensor(np.sin(angle), "float32"), rotary_dim=rotary_dim
+    )
 
 
 @kind(
@@ -160,7 +162,9 @@ def rotary(device: Device, case: RotaryCase) -> None:
 
 @kind(
     "op.qkv_norm_rope",
-    corpus=rotary_cases(RotaryCase(qk_norm=True), RotaryCase(qk_norm=True, unit_offset=True, interleaved=True), RotaryCase()),
+    corpus=rotary_cases(
+        RotaryCase(qk_norm=True), RotaryCase(qk_norm=True, unit_offset=True, interleaved=True), RotaryCase()
+    ),
     drawn=_rotary,
 )
 def qkv_norm_rope(device: Device, case: RotaryCase) -> None:
@@ -225,13 +229,19 @@ def _judge_activation(device: Device, case: OpCase, gate_up: torch.Tensor, resul
     device.compare(case.option, result, expected, label=f"gated_activation {case.option}/{case.dtype}")
 
 
-@kind("op.softcap", corpus=each(OpCase(option="5", magnitude=20.0), OpCase(option="30")), drawn=drawn(option=["0.5", "5", "50"]))
+@kind(
+    "op.softcap",
+    corpus=each(OpCase(option="5", magnitude=20.0), OpCase(option="30")),
+    drawn=drawn(option=["0.5", "5", "50"]),
+)
 def softcap(device: Device, case: OpCase) -> None:
     """cap tanh(x / cap)."""
     device.need_dtype(case.dtype)
     x = values(device, case, case.tokens, case.width)
     result = device.ops.ops.softcap(x=x, cap=float(case.option))
-    device.compare("softcap", result, oracle.softcap(seen(x), float(case.option), case.dtype), label=f"softcap/{case.dtype}")
+    device.compare(
+        "softcap", result, oracle.softcap(seen(x), float(case.option), case.dtype), label=f"softcap/{case.dtype}"
+    )
 
 
 class EmbeddingCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -251,7 +261,9 @@ class EmbeddingCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for rows, first in ((40, 0), (20, 0), (20, 20), (7, 13))
         for dtype in DTYPES
     ],
-    drawn=st.builds(EmbeddingCase, rows=st.integers(1, 20), first=st.integers(0, 20), tokens=_tokens, dtype=_dtype, seed=_seed),
+    drawn=st.builds(
+        EmbeddingCase, rows=st.integers(1, 20), first=st.integers(0, 20), tokens=_tokens, dtype=_dtype, seed=_seed
+    ),
 )
 def embedding(device: Device, case: EmbeddingCase) -> None:
     """Rows of this rank's share of the vocabulary; ids that others hold give zeros, exactly."""
@@ -287,7 +299,9 @@ def token_masks(device: Device, case: OpCase) -> None:
 def matmul_reduce(device: Device, case: OpCase) -> None:
     """The product, then the sum over ranks: of one rank here, it is the product."""
     device.need_dtype(case.dtype)
-    spec = LinearSpec(in_features=case.width, out_features=24, parts=(LinearPart(name="o", offset=0, rows=24),), dtype=case.dtype)
+    spec = LinearSpec(
+        in_features=case.width, out_features=24, parts=(LinearPart(name="o", offset=0, rows=24),), dtype=case.dtype
+    )
     kernel = device.platform.linear(spec)
     packed = kernel.begin()
     weight = device.tensor(np.random.default_rng(case.seed).normal(size=(24, case.width)), case.dtype)

@@ -67,7 +67,9 @@ def uniform_of(case: SampleCase, row: int, position: int = 11) -> float:
 
 
 def judge(device: Device, case: SampleCase, ids: Tensor, logits: Tensor, position: int = 11) -> None:
-    assert str(ids.dtype) == "torch.int32" and tuple(ids.shape) == (case.rows,), f"ids are {ids.dtype} {tuple(ids.shape)}"
+    assert str(ids.dtype) == "torch.int32" and tuple(ids.shape) == (case.rows,), (
+        f"ids are {ids.dtype} {tuple(ids.shape)}"
+    )
     drawn, wide = seen(ids).astype(int), seen(logits)
     for row in range(case.rows):
         temperature = float(np.float32(case.of_row(case.temperature, row)))
@@ -119,7 +121,11 @@ def greedy(device: Device, case: SampleCase) -> None:
 
 @kind(
     "sample.draw",
-    corpus=[SampleCase(rows=16), SampleCase(rows=16, temperature=(0.5, 0.0, 2.0)), SampleCase(rows=32, vocab=1000, spread=1.0)],
+    corpus=[
+        SampleCase(rows=16),
+        SampleCase(rows=16, temperature=(0.5, 0.0, 2.0)),
+        SampleCase(rows=32, vocab=1000, spread=1.0),
+    ],
     drawn=_drawn,
     examples=100,
 )
@@ -188,14 +194,18 @@ def logprobs(device: Device, case: SampleCase) -> None:
     rng = np.random.default_rng(case.seed)
     chosen = rng.integers(0, case.vocab, case.rows)
     num_top = min(20, case.vocab)
-    got, top_ids, top = device.ops.ops.logprobs(logits=logits, token_ids=device.tensor(chosen, "int32"), num_top=num_top)
+    got, top_ids, top = device.ops.ops.logprobs(
+        logits=logits, token_ids=device.tensor(chosen, "int32"), num_top=num_top
+    )
     expected = oracle.log_softmax(seen(logits))
 
     def at(ids: np.ndarray) -> oracle.Bounded:
         return oracle.Bounded(np.take_along_axis(expected.value, ids, -1), np.take_along_axis(expected.bound, ids, -1))
 
     column = at(chosen[:, None])
-    device.compare("the chosen token's", got, oracle.Bounded(column.value[:, 0], column.bound[:, 0]), label="logprobs/float32")
+    device.compare(
+        "the chosen token's", got, oracle.Bounded(column.value[:, 0], column.bound[:, 0]), label="logprobs/float32"
+    )
     ids = seen(top_ids).astype(int)
     device.compare("the likeliest tokens'", top, at(ids), label="logprobs/float32")
     ranked = -np.sort(-expected.value, axis=-1)[:, :num_top]

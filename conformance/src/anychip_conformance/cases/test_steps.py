@@ -1,4 +1,4 @@
-"""The worker, step by step, on whichever seam the device has: promised ids, block edits, padding, masks, compilations."""
+"""The worker, step by step, on whichever seam the device has: promised ids, block edits, masks, compilations."""
 
 from __future__ import annotations
 

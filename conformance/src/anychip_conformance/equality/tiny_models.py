@@ -171,7 +171,9 @@ def _stablelm(common: Settings) -> PreTrainedModel:
 
 
 def _gpt_neox(common: Settings) -> PreTrainedModel:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**_without(common, "head_dim", "num_key_value_heads"), use_parallel_residual=True))
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(**_without(common, "head_dim", "num_key_value_heads"), use_parallel_residual=True)
+    )
 
 
 def _phi(common: Settings) -> PreTrainedModel:

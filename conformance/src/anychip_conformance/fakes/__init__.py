@@ -17,7 +17,9 @@ def probe_one() -> ProbeResult:
 
 
 def probe_four() -> ProbeResult:
-    return ProbeResult(devices=tuple(DeviceInfo(index=i, name="simulated", backing="simulated") for i in range(NUM_SPMD_DEVICES)))
+    return ProbeResult(
+        devices=tuple(DeviceInfo(index=i, name="simulated", backing="simulated") for i in range(NUM_SPMD_DEVICES))
+    )
 
 
 STATIC = PlatformManifest(

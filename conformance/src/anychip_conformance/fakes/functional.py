@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceMoE, softmax_with_sinks
+from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceMoE, arena_views, softmax_with_sinks
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     AttentionBackend,
@@ -21,6 +21,7 @@ from anychip.plugin_api import (
     KVPlan,
     Ops,
     QKNorm,
+    ReadyOutputs,
     Recorder,
     Rope,
     Routing,
@@ -132,11 +133,7 @@ class DenseMoE(ReferenceMoE):
 
 def tensors(arena: np.ndarray, sections: Mapping[str, Section]) -> dict[str, Tensor]:
     """An arena's arrays, copied to the device's memory."""
-    whole = torch.from_numpy(arena.copy())
-    return {
-        name: whole[s.offset : s.offset + s.nbytes].view(getattr(torch, s.dtype)).view(s.shape)
-        for name, s in sections.items()
-    }
+    return arena_views(torch.from_numpy(arena.copy()), sections)
 
 
 def edited(backend: AttentionBackend, cache: Tensor, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> Tensor:
@@ -188,16 +185,8 @@ def sample_body(
     return last_ids, ids, *ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
 
 
-@dataclass(slots=True)
-class FetchedOutputs:
-    """plugin_api.StepOutputs over results that are on the host already."""
-
-    results: Sequence[Tensor]
-    num_samples: int
-
-    def fetch(self) -> HostOutputs:
-        host = {
-            name: value[: self.num_samples].numpy() for name, value in zip(OUTPUT_NAMES, self.results, strict=False)
-        }
-        host["token_ids"] = host["token_ids"].reshape(-1, 1)
-        return HostOutputs(**host)
+def outputs(results: Sequence[Tensor], num_samples: int) -> ReadyOutputs:
+    """What OUTPUT_NAMES lists, of the rows that are no padding."""
+    host = {name: value[:num_samples].numpy() for name, value in zip(OUTPUT_NAMES, results, strict=False)}
+    host["token_ids"] = host["token_ids"].reshape(-1, 1)
+    return ReadyOutputs(HostOutputs(**host))

@@ -23,6 +23,7 @@ from anychip.plugin_api import (
     ModelSource,
     MoESpec,
     Platform,
+    ReadyOutputs,
     SamplingInputs,
     Shard,
     StepInputs,
@@ -31,10 +32,10 @@ from anychip.plugin_api import (
 )
 from anychip_conformance.fakes.functional import (
     DenseMoE,
-    FetchedOutputs,
     FunctionalAttention,
     edited,
     forward_body,
+    outputs,
     sample_body,
     tensors,
 )
@@ -168,7 +169,7 @@ class SpmdStepProgram(StepProgram):
         caches = [caches for caches, _ in results]
         return SpmdState(caches, state.last_ids), SpmdHidden([logits for _, logits in results], fields["sample_slots"])
 
-    def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, FetchedOutputs]:
+    def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, ReadyOutputs]:
         fields = tensors(late.arena, late.sections)
 
         def one(rank: int) -> tuple[Tensor, ...]:
@@ -183,7 +184,7 @@ class SpmdStepProgram(StepProgram):
 
         results = self._on_every_device(one)
         last_ids = [result[0] for result in results]
-        return SpmdState(state.caches, last_ids), FetchedOutputs(results[0][1:], late.num_samples)
+        return SpmdState(state.caches, last_ids), outputs(results[0][1:], late.num_samples)
 
     def _on_every_device(self, fn: Callable[[int], R]) -> list[R]:
         def guarded(rank: int) -> R:

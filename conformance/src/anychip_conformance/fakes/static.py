@@ -27,6 +27,7 @@ from anychip.plugin_api import (
     ModelSource,
     MoESpec,
     Platform,
+    ReadyOutputs,
     SamplingInputs,
     ShapeKey,
     ShapePolicy,
@@ -39,10 +40,10 @@ from anychip.plugin_api import (
 from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
 from anychip_conformance.fakes.functional import (
     DenseMoE,
-    FetchedOutputs,
     FunctionalAttention,
     edited,
     forward_body,
+    outputs,
     sample_body,
     tensors,
 )
@@ -221,14 +222,14 @@ class StaticStepProgram(StepProgram):
     @torch.inference_mode()
     def sample(
         self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs
-    ) -> tuple[DonatedState, FetchedOutputs]:
+    ) -> tuple[DonatedState, ReadyOutputs]:
         draw = self._samplers.get((late.key.num_reqs, late.key.features))
         if draw is None:
             raise UncompiledShape(f"no compiled sampler for {late.key}")
         caches, last_ids = state.take()
         fields = tensors(late.arena, late.sections)
         last_ids, *results = draw(last_ids, hidden.logits.float(), hidden.slots, *fields.values())
-        return DonatedState(caches, last_ids), FetchedOutputs(results, late.num_samples)
+        return DonatedState(caches, last_ids), outputs(results, late.num_samples)
 
 
 class CompiledCall:

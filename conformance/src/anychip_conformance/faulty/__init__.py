@@ -1,7 +1,7 @@
-"""Honest platforms with one planted fault each: the suite must kill every one of them, by the case that the fault names.
+"""Honest platforms with one planted fault each: the suite must kill every one, by the case that the fault names.
 
-`fake-faulty --device-opt fault=ID` is such a platform on the torch seam; `fake-faulty-graphs` and `fake-faulty-step` take
-the faults of graphs and of step programs. Without a fault they are honest.
+`fake-faulty --device-opt fault=ID` is such a platform on the torch seam; `fake-faulty-graphs` and `fake-faulty-step`
+take the faults of graphs and of step programs. Without a fault they are honest.
 """
 
 from __future__ import annotations
@@ -36,5 +36,7 @@ def anychip_platforms() -> Sequence[PlatformManifest]:
     return [
         _manifest("fake-faulty", "FaultyPlatform", "simulation: reference kernels with one planted fault"),
         _manifest("fake-faulty-graphs", "FaultyGraphsPlatform", "simulation: recorded graphs with one planted fault"),
-        _manifest("fake-faulty-step", "FaultyStepPlatform", "simulation: compiled steps with one planted fault", "step"),
+        _manifest(
+            "fake-faulty-step", "FaultyStepPlatform", "simulation: compiled steps with one planted fault", "step"
+        ),
     ]

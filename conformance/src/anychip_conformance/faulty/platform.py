@@ -1,4 +1,4 @@
-"""fake-faulty: reference kernels spelled out, everything declared that they can do, and one part replaced by a fault."""
+"""fake-faulty: reference kernels spelled out, all that they can do declared, and one part replaced by a fault."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def planted(context: PlatformContext) -> Fault | None:
 class FaultyPlatform(Platform):
     """The torch seam."""
 
-    capabilities = Capabilities(
-        dtypes=frozenset({"float32", "bfloat16"}), collectives="runtime", batch_invariant=True
-    )
+    capabilities = Capabilities(dtypes=frozenset({"float32", "bfloat16"}), collectives="runtime", batch_invariant=True)
 
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)
@@ -126,5 +124,3 @@ class FaultyStepPlatform(StaticPlatform):
         cls = self._fault.replacement if faulty and self._fault else StaticStepProgram
         program: StepProgram = cls(model, kv, limits)
         return program
-
-

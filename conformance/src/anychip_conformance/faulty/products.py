@@ -270,7 +270,9 @@ class CorrectionWeighs(InvariantMoE):
 class MapWraps(InvariantMoE):
     """-1 in the expert map is the last expert held here."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         wrapped = None if expert_map is None else expert_map.where(expert_map >= 0, len(packed.gate_up) - 1)
         return super().experts(x, routing, packed, expert_map=wrapped)
 
@@ -279,7 +281,9 @@ class MapWraps(InvariantMoE):
 class MapIgnored(InvariantMoE):
     """Expert ids are taken for places, whatever the map says."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         ids = routing.expert_ids % len(packed.gate_up)
         return super().experts(x, Routing(routing.weights, ids), packed)
 
@@ -288,7 +292,9 @@ class MapIgnored(InvariantMoE):
 class EmptyExpertGarbage(InvariantMoE):
     """An expert without tokens leaves what its workspace held."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         result = super().experts(x, routing, packed, expert_map=expert_map)
         empty = len(packed.gate_up) - len(set(routing.expert_ids.flatten().tolist()))
         if empty > len(packed.gate_up) // 2 and len(result):
@@ -310,7 +316,9 @@ class GateAndUpSwapped(InvariantMoE):
 class WeightTwice(InvariantMoE):
     """The router's weight multiplies each share twice."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         return super().experts(x, Routing(routing.weights.square(), routing.expert_ids), packed, expert_map=expert_map)
 
 
@@ -318,7 +326,9 @@ class WeightTwice(InvariantMoE):
 class WeightOnInput(InvariantMoE):
     """The router's weight multiplies what goes into an expert instead of what comes out."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         total = torch.zeros_like(x)
         for choice in range(routing.expert_ids.shape[1]):
             weight, ids = routing.weights[:, choice : choice + 1], routing.expert_ids[:, choice : choice + 1]
@@ -331,7 +341,9 @@ class WeightOnInput(InvariantMoE):
 class SharedDropped(InvariantMoE):
     """The shared experts' output is not added."""
 
-    def apply(self, x: Tensor, router_logits: Tensor, packed: Any, *, shared: Tensor | None = None, **rest: Any) -> Tensor:
+    def apply(
+        self, x: Tensor, router_logits: Tensor, packed: Any, *, shared: Tensor | None = None, **rest: Any
+    ) -> Tensor:
         return super().apply(x, router_logits, packed, **rest)
 
 
@@ -339,7 +351,9 @@ class SharedDropped(InvariantMoE):
 class LastTokenDropped(InvariantMoE):
     """Of an odd number of tokens beyond a tile, the last is left out."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         result = super().experts(x, routing, packed, expert_map=expert_map)
         if len(x) > 16 and len(x) % 2:
             result[-1] = 0
@@ -361,6 +375,8 @@ class FirstExpertsScales(InvariantMoE):
 class MoeVariesWithTheBatch(InvariantMoE):
     """Larger batches sum in another order, while batch invariance is declared."""
 
-    def experts(self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None) -> Tensor:
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
         result = super().experts(x, routing, packed, expert_map=expert_map)
         return result * (1 + 2.0**-20) if len(x) > 8 else result

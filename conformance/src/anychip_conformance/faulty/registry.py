@@ -30,9 +30,11 @@ class Fault:
     @property
     def device(self) -> str:
         """Which of the faulty platforms takes it."""
-        return {"graphs": "fake-faulty-graphs", "hostlen attention": "fake-faulty-graphs", "step": "fake-faulty-step"}.get(
-            self.part, "fake-faulty"
-        )
+        return {
+            "graphs": "fake-faulty-graphs",
+            "hostlen attention": "fake-faulty-graphs",
+            "step": "fake-faulty-step",
+        }.get(self.part, "fake-faulty")
 
     @property
     def summary(self) -> str:

@@ -108,9 +108,7 @@ def attention(
     total = math.fsum(math.exp(score - top) for score, _ in seen)
     if sink is not None:
         total += math.exp(sink - top)
-    return [
-        math.fsum(math.exp(score - top) / total * value[i] for score, value in seen) for i in range(len(values[0]))
-    ]
+    return [math.fsum(math.exp(score - top) / total * value[i] for score, value in seen) for i in range(len(values[0]))]
 
 
 def draw(logits: Vector, *, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:

@@ -89,7 +89,9 @@ def log_softmax(x: Array) -> Bounded:
 # -- matrix products ----------------------------------------------------------------------------------------
 
 
-def linear(x: Array, weight: Array, bias: Array | None, dtype: str, *, dx: Array | float = 0.0, dw: float = 0.0) -> Bounded:
+def linear(
+    x: Array, weight: Array, bias: Array | None, dtype: str, *, dx: Array | float = 0.0, dw: float = 0.0
+) -> Bounded:
     """x W^T + b. `dx` is the absolute error of x by element, `dw` the relative one of the weights."""
     value = x @ weight.T
     magnitude = np.abs(x) @ np.abs(weight).T
@@ -239,7 +241,9 @@ def truncated(probs: Array, *, top_k: int, top_p: float, min_p: float, slack: fl
     if top_k > 0:
         ranked[top_k:] = 0.0
     before = np.cumsum(ranked) - ranked
-    ranked = np.where(before >= top_p * ranked.sum() + slack, 0.0, ranked)
+    beyond = before >= top_p * ranked.sum() + slack
+    beyond[0] = False  # the best is never excluded
+    ranked = np.where(beyond, 0.0, ranked)
     ranked = np.where(ranked < min(1.0, min_p * (1 - slack)) * ranked[0], 0.0, ranked)
     kept = np.zeros_like(probs)
     kept[order] = ranked

@@ -21,6 +21,7 @@ from anychip.plugin_api.graph import FEATURES, GraphCapture, Recorder, RegionCom
 from anychip.plugin_api.hooks import hookimpl
 from anychip.plugin_api.linear import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
 from anychip.plugin_api.manifest import (
+    CommandManifest,
     Decision,
     DeviceInfo,
     ModelManifest,
@@ -43,6 +44,7 @@ from anychip.plugin_api.step import (
     HostOutputs,
     KVPlan,
     ModelSource,
+    ReadyOutputs,
     SamplingInputs,
     Section,
     Shard,
@@ -55,14 +57,15 @@ from anychip.plugin_api.version import API_VERSION
 from anychip.types import NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "FEATURES", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT",
-    "SCHEMES", "ActFormat", "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities",
-    "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event",
-    "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs",
-    "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest",
-    "ModelSource", "Ops", "PeakMemory", "Placement", "Platform", "PlatformContext", "PlatformManifest",
-    "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "Recorder", "ReferenceKernels",
-    "RegionCompiler", "Requirement", "Rope", "Routing", "SamplingInputs", "Section", "ShapeKey", "ShapePolicy",
-    "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Unsupported",
-    "WeightView", "dense_page_bytes", "hookimpl", "op_override",
+    "API_VERSION", "FEATURES", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS",
+    "PADDING_SLOT", "SCHEMES", "ActFormat", "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView",
+    "Capabilities", "CommandManifest", "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo",
+    "EngineConfig", "Event", "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel",
+    "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo",
+    "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory", "Placement", "Platform", "PlatformContext",
+    "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme",
+    "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
+    "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel",
+    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl",
+    "op_override",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from anychip.plugin_api.manifest import ModelManifest, PlatformManifest, PolicyManifest
+    from anychip.plugin_api.manifest import CommandManifest, ModelManifest, PlatformManifest, PolicyManifest
 
 GROUP = "anychip"
 hookspec = pluggy.HookspecMarker(GROUP)
@@ -38,4 +38,9 @@ class HookSpecs:
     @hookspec
     def anychip_policies(self) -> Sequence[PolicyManifest]:
         """Scheduling policies beyond fcfs and priority."""
+        return ()
+
+    @hookspec
+    def anychip_commands(self) -> Sequence[CommandManifest]:
+        """Commands of the `anychip` program beyond core's own."""
         return ()

@@ -159,3 +159,13 @@ class PolicyManifest:
 
     name: str
     policy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandManifest:
+    """A command of the `anychip` program: its name, a line for --help, and the dotted module that has
+    add_options(parser) and run(arguments), which returns the exit status."""
+
+    name: str
+    summary: str
+    module: str

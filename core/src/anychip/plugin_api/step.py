@@ -107,6 +107,16 @@ class StepOutputs(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyOutputs:
+    """StepOutputs that are on the host already."""
+
+    host: HostOutputs
+
+    def fetch(self) -> HostOutputs:
+        return self.host
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileReport:
     num_programs: int

@@ -1,16 +1,22 @@
-"""Where a step's arrays lie in their arena, and blank inputs of a shape, for capturing and compiling ahead."""
+"""Where a step's arrays lie in their arena, what a KV group sees of them, and blank inputs of a shape, for capturing
+and compiling ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from anychip.plugin_api.attention import BatchView
 from anychip.plugin_api.graph import ShapeKey
 from anychip.plugin_api.step import SamplingInputs, Section, StepInputs
 from anychip.types import NULL_BLOCK, PADDING_SLOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLING_FLOATS = ("temperature", "top_p", "min_p")
 SAMPLING_INTS = ("top_k", "seed_low", "seed_high", "sample_index", "position")
@@ -110,6 +116,34 @@ def step_inputs(
         num_tokens=num_tokens,
         num_samples=num_samples,
         max_query_len=max_query_len,
+    )
+
+
+def batch_view(
+    inputs: StepInputs,
+    fields: Mapping[str, Tensor],
+    *,
+    group: int,
+    block_size: int,
+    host_lengths: Literal["none", "upper_bound", "exact"] = "none",
+) -> BatchView:
+    """A KV group's view of a step: `fields` are the step's arrays on the device, and the host's lengths are shown as
+    far as the device declares that it wants them."""
+    num_rows, exact = inputs.num_rows, host_lengths == "exact"
+    return BatchView(
+        query_start=fields["query_start"],
+        seq_lens=fields["seq_lens"],
+        block_table=fields[f"block_table_{group}"],
+        slot_mapping=fields[f"slot_mapping_{group}"],
+        positions=fields["positions"],
+        num_reqs=inputs.key.num_reqs,
+        num_tokens=inputs.key.num_tokens,
+        max_query_len=inputs.max_query_len,
+        block_size=block_size,
+        host_query_lens=np.diff(inputs.query_start[: num_rows + 1]),
+        host_seq_lens=None if host_lengths == "none" else inputs.seq_lens[:num_rows],
+        host_exact=exact,
+        host_slot_mapping=inputs.slot_mappings[group][: inputs.num_tokens] if exact else None,
     )
 
 

@@ -11,7 +11,7 @@ import pluggy
 
 from anychip.errors import AnychipError, IncompatiblePlugin, PluginImportFailed
 from anychip.plugin_api.hooks import GROUP, HookSpecs
-from anychip.plugin_api.manifest import PlatformManifest
+from anychip.plugin_api.manifest import CommandManifest, PlatformManifest
 from anychip.plugin_api.version import check_api_version
 
 
@@ -30,6 +30,7 @@ class Plugins:
     platforms: dict[str, PlatformManifest] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
+    commands: dict[str, CommandManifest] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
 
@@ -68,6 +69,8 @@ def _add(found: Plugins, point: EntryPoint) -> None:
         found.models.update(dict.fromkeys(model.architectures, model.model))
     for policy in _flat(manager.hook.anychip_policies()):
         found.policies[policy.name] = policy.policy
+    for command in _flat(manager.hook.anychip_commands()):
+        found.commands[command.name] = command
 
 
 def _flat(results: Iterable[Iterable[Any]]) -> list[Any]:

@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from anychip.ops.reference import arena_views
 from anychip.plugin_api import (
     MAX_LOGPROBS,
-    BatchView,
     Communicator,
     CompileReport,
     Event,
@@ -24,7 +23,6 @@ from anychip.plugin_api import (
     Platform,
     Recorder,
     SamplingInputs,
-    Section,
     ShapeKey,
     StepInputs,
     StepLimits,
@@ -32,7 +30,7 @@ from anychip.plugin_api import (
     StepOutputs,
     StepProgram,
 )
-from anychip.plugin_api.step_layout import blank_step_inputs
+from anychip.plugin_api.step_layout import batch_view, blank_step_inputs
 
 
 @dataclass(slots=True)
@@ -119,12 +117,12 @@ class TorchStepProgram(StepProgram):
         captured = self._captured.get(inputs.key)
         if captured is not None:
             captured.arena.copy_(torch.from_numpy(inputs.arena), non_blocking=True)
-            fields = views(captured.arena, inputs.sections)
+            fields = arena_views(captured.arena, inputs.sections)
             plans = self._plans(inputs, fields, into=captured.plans)
             logits = self.graphs.run(captured.handle, plans)
             return state, TorchHidden(logits, fields["sample_slots"])
         arena = torch.from_numpy(inputs.arena).to(self.device, non_blocking=True)
-        fields = views(arena, inputs.sections)
+        fields = arena_views(arena, inputs.sections)
         plans = self._plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
         logits = self._run(state, fields, plans, rows)
@@ -147,27 +145,10 @@ class TorchStepProgram(StepProgram):
         into: Sequence[object] | None = None,
         recorder: Recorder | None = None,
     ) -> list[object]:
-        num_rows, num_tokens = inputs.num_rows, inputs.num_tokens
-        query_lens = np.diff(inputs.query_start[: num_rows + 1])
-        exact = self.platform.capabilities.host_lengths == "exact"
-        knows_lengths = self.platform.capabilities.host_lengths != "none"
+        host_lengths = self.platform.capabilities.host_lengths
         plans: list[object] = []
         for group, size in enumerate(self.kv.block_sizes):
-            batch = BatchView(
-                query_start=fields["query_start"],
-                seq_lens=fields["seq_lens"],
-                block_table=fields[f"block_table_{group}"],
-                slot_mapping=fields[f"slot_mapping_{group}"],
-                positions=fields["positions"],
-                num_reqs=inputs.key.num_reqs,
-                num_tokens=inputs.key.num_tokens,
-                max_query_len=inputs.max_query_len,
-                block_size=size,
-                host_query_lens=query_lens,
-                host_seq_lens=inputs.seq_lens[:num_rows] if knows_lengths else None,
-                host_exact=exact,
-                host_slot_mapping=inputs.slot_mappings[group][:num_tokens] if exact else None,
-            )
+            batch = batch_view(inputs, fields, group=group, block_size=size, host_lengths=host_lengths)
             backend = self.model.attention[self._first_layer[group]]
             plan = into[group] if into is not None else None
             plans.append(backend.plan(batch, inputs.key, group=group, into=plan, recorder=recorder))
@@ -179,7 +160,7 @@ class TorchStepProgram(StepProgram):
         if hidden.logits is None or count == 0:
             return state, TorchOutputs({"token_ids": torch.empty((0, 1), dtype=torch.int32)}, self.platform.event())
         arena = torch.from_numpy(late.arena).to(self.device, non_blocking=True)
-        fields = {name: view[:count] for name, view in views(arena, late.sections).items()}
+        fields = {name: view[:count] for name, view in arena_views(arena, late.sections).items()}
         logits = hidden.logits[:count].float()
         scored = logits
         if "masks" in fields:
@@ -205,7 +186,7 @@ class TorchStepProgram(StepProgram):
             max_slots=self.limits.max_slots,
         )
         arena = torch.from_numpy(inputs.arena).to(self.device).clone()
-        fields = views(arena, inputs.sections)
+        fields = arena_views(arena, inputs.sections)
         recorder = Recorder()
         plans = self._plans(inputs, fields, recorder=recorder)
 
@@ -214,14 +195,6 @@ class TorchStepProgram(StepProgram):
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
         self._captured[key] = CapturedStep(handle, arena, plans)
-
-
-def views(arena: Tensor, sections: Mapping[str, Section]) -> dict[str, Tensor]:
-    """The arrays that lie in an arena on the device."""
-    return {
-        name: arena[s.offset : s.offset + s.nbytes].view(getattr(torch, s.dtype)).view(s.shape)
-        for name, s in sections.items()
-    }
 
 
 class TorchOutputs:

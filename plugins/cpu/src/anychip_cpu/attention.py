@@ -173,9 +173,7 @@ class SdpaPagedAttention(DenseCacheAttention):
         repeat = self.spec.num_heads // self.spec.num_kv_heads
         return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
-    def _product(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: DecodeRows | PrefillRow, layer: AttentionLayer
-    ) -> Tensor:
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, rows: DecodeRows | PrefillRow, layer: AttentionLayer) -> Tensor:
         """q [rows, heads, queries, dim] over k and v [rows, heads, keys, dim]. In a decode batch, `heads` are the KV
         heads and `queries` the query heads that share one."""
         cap, scale, visible = self.spec.softcap, layer.scale, rows.visible

@@ -17,7 +17,9 @@ def probe() -> ProbeResult:
     cores = available_cores()
     memory = total_memory()
     devices = tuple(
-        DeviceInfo(index=index, name=name, total_memory=memory, detail=f"{cores} cores, shared by all ranks", backing="host")
+        DeviceInfo(
+            index=index, name=name, total_memory=memory, detail=f"{cores} cores, shared by all ranks", backing="host"
+        )
         for index in range(MAX_RANKS)
     )
     return ProbeResult(devices=devices, versions={"kernel": platform.release()})

@@ -7,10 +7,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import anychip
 from anychip.config import Environment
-from anychip.errors import AnychipError, UserError
+from anychip.errors import AnychipError, ConfigError, UserError
+from anychip.registry.plugins import load_plugins
 
 COMMANDS = {
     "serve": "serve a model over HTTP with OpenAI's API",
@@ -22,6 +24,9 @@ COMMANDS = {
     "doctor": "explain which device is chosen, and what is wrong with the others",
 }
 """Each is a module of this package with add_options(parser, environment) and run(arguments)."""
+
+IN_EXTRAS = {"conformance": "conformance", "new-plugin": "conformance", "diff-numerics": "conformance"}
+"""Commands that packages of ours contribute, and the extra that brings each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module = import_module(f"anychip.entrypoints.cli.{name}")
                 module.add_options(command, environment)
                 command.set_defaults(run=module.run)
+        if argv[:1] and argv[0] not in COMMANDS:  # --help too lists what other packages bring
+            add_contributed(commands, argv[0])
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)  # libraries: warnings
         logging.getLogger("anychip").setLevel(environment.log_level.upper())
         arguments = parser.parse_args(argv)
@@ -51,6 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def add_contributed(commands: Any, asked: str) -> None:
+    """Adds the commands of installed packages. Raises ConfigError for one of ours whose package is not there."""
+    contributed = load_plugins().commands
+    if asked in IN_EXTRAS and asked not in contributed:
+        raise ConfigError(f'`anychip {asked}` is not installed; pip install "anychip[{IN_EXTRAS[asked]}]"')
+    for name, manifest in contributed.items():
+        command = commands.add_parser(name, help=manifest.summary, description=manifest.summary)
+        if name == asked:
+            module = import_module(manifest.module)
+            module.add_options(command)
+            command.set_defaults(run=module.run)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference import functional, quantized, sampling
+from anychip.ops.reference.arena import arena_views
 from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row, softmax_with_sinks
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
@@ -29,7 +30,7 @@ from anychip.plugin_api.platform import Platform
 
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "DenseCacheAttention", "DenseWeights", "ExpertWeights", "ReferenceAttention",
-    "ReferenceLinear", "ReferenceMoE", "attend_row", "functional", "quantized",
+    "ReferenceLinear", "ReferenceMoE", "arena_views", "attend_row", "functional", "quantized",
     "reference_linear", "sampling", "softmax_with_sinks",
 ]  # fmt: skip
 
