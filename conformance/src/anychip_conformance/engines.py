@@ -20,7 +20,7 @@ from anychip.types import DType
 from anychip.worker.worker import Worker
 from anychip_conformance.device import Device
 from anychip_conformance.equality.tiny_models import NUM_LAYERS, VOCAB_SIZE, make_checkpoint
-from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
+from anychip_conformance.oracle.streams import stream_bound
 
 MAX_MODEL_LEN = 96
 LENGTHS = (1, 2, 15, 16, 17, 33, 50, 70)
@@ -79,13 +79,8 @@ def checkpoint(device: Device, family: str) -> Checkpoint:
 
 
 def logits_bound(device: Device, logits: np.ndarray, hidden: int = 64) -> float:
-    """How far two evaluations of logits may lie apart: every one of layers x width sums rounds once in float32; in a
-    narrower dtype each layer's few results round, and their errors add as independent ones do."""
-    size = float(np.abs(logits).max())
-    dtype = compute_dtype(device)
-    if dtype == "float32":
-        return 4 * NUM_LAYERS * hidden * UNIT_ROUNDOFF[dtype] * size
-    return 8 * NUM_LAYERS**0.5 * UNIT_ROUNDOFF[dtype] * size
+    """How far two evaluations of logits may lie apart."""
+    return float(np.abs(logits).max()) * stream_bound(NUM_LAYERS, hidden, compute_dtype(device))
 
 
 def prompts() -> list[list[int]]:

@@ -225,11 +225,11 @@ def matrix(cards: Mapping[str, Scorecard]) -> str:
     legend = "\n".join(f"- **{key}**: {text}" for key, text in EVIDENCE.items() if key != "unknown")
     return (
         "# Capability matrix\n\n"
-        "Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device that\n"
-        "is not here has no scorecard: cuda, rocm, tpu and ascend are announced, and nothing of theirs has run.\n\n"
+        "Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device\n"
+        "that is not here has no scorecard: cuda, rocm, tpu and ascend are announced, and nothing of theirs has run.\n\n"
         f"Evidence:\n\n{legend}\n\n"
-        "A capability is *tested* (declared, and every case that relies on it passed), *failed*, *untested* (declared,\n"
-        "and the suite has no case for it), *refused* (not declared, and its factory says so) or *undeclared*.\n\n"
+        "A capability is *tested* (declared, and every case that relies on it passed), *failed*, *untested*\n"
+        "(declared, without a case in the suite), *refused* (not declared, and its factory says so) or *undeclared*.\n\n"
         + "\n".join(_table(["", *names], rows))
         + "\n"
     )

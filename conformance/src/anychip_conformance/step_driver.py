@@ -33,8 +33,8 @@ class StepDriver:
         computed: dict[int, int] | None = None,
         masks: dict[int, set[int]] | None = None,
     ) -> StepResult:
-        """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by slot:
-        how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn."""
+        """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
+        slot: how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn."""
         self._step += 1
         rows = [
             NewRow(

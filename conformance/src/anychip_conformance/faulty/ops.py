@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.ops.reference import functional, sampling
+from anychip.ops.reference import REFERENCE_OPS, functional, sampling
 from anychip.plugin_api import ActFormat, QKNorm, Rope
 from anychip_conformance.faulty.registry import fault
 
@@ -19,7 +19,7 @@ def residual_not_updated(
     out_format: ActFormat | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The norm is of the sum, and the residual stays what it was."""
-    normed, total = functional.residual_norm_quant(
+    normed, total = REFERENCE_OPS["residual_norm_quant"](
         x=x, residual=residual, weight=weight, eps=eps, unit_offset=unit_offset
     )
     return normed, total if residual is None else residual
@@ -67,7 +67,7 @@ def query_norm_for_keys(
         qk_norm = QKNorm(
             q_weight=qk_norm.q_weight, k_weight=qk_norm.q_weight, eps=qk_norm.eps, unit_offset=qk_norm.unit_offset
         )
-    return functional.qkv_norm_rope(q=q, k=k, positions=positions, rope=rope, qk_norm=qk_norm)
+    return REFERENCE_OPS["qkv_norm_rope"](q=q, k=k, positions=positions, rope=rope, qk_norm=qk_norm)
 
 
 @fault("op-norm-in-bf16", "op", op="rms_norm", killed_by="op.rms_norm.008")

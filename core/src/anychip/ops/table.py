@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from anychip.errors import InvalidOverride, Unsupported
-from anychip.ops.reference import REFERENCE_OPS
+from anychip.ops.reference import REFERENCE_OPS, CompositeOps
 from anychip.plugin_api.ops import COMPOSITE_OPS, OP_VERSIONS, Ops
 
 
@@ -41,8 +41,12 @@ def resolve_ops(platform: str, overrides: Mapping[str, Callable[..., Any]], *, r
             continue
         setattr(chosen, name, override)
         served_by[name] = f"{platform} ({override.__module__}.{override.__qualname__})"
+    composite = CompositeOps(cast(Ops, chosen))
+    for name in COMPOSITE_OPS:
+        if served_by[name] == "reference":
+            setattr(chosen, name, getattr(composite, name))
     if require_native:
-        # A composite op runs its single ops' overrides' equals; what must be native is one of the two.
+        # A composite op without an override is made of single ones: those must be native.
         missing = [n for n, source in served_by.items() if source == "reference" and n not in COMPOSITE_OPS]
         if missing:
             raise Unsupported(f"anychip-{platform}", [f"--require-native: no override of {name}" for name in missing])

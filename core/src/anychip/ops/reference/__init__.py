@@ -15,6 +15,7 @@ from torch import Tensor
 from anychip.ops.reference import functional, quantized, sampling
 from anychip.ops.reference.arena import arena_views
 from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row, softmax_with_sinks
+from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.plugin_api import (
@@ -29,8 +30,8 @@ from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 
 __all__ = [
-    "REFERENCE", "REFERENCE_OPS", "DenseCacheAttention", "DenseWeights", "ExpertWeights", "ReferenceAttention",
-    "ReferenceLinear", "ReferenceMoE", "arena_views", "attend_row", "functional", "quantized",
+    "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "ExpertWeights",
+    "ReferenceAttention", "ReferenceLinear", "ReferenceMoE", "arena_views", "attend_row", "functional", "quantized",
     "reference_linear", "sampling", "softmax_with_sinks",
 ]  # fmt: skip
 
@@ -58,10 +59,8 @@ REFERENCE = _ReferenceKernels()
 
 
 def _reference_ops() -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {}
-    for name in OP_VERSIONS:
-        found[name] = getattr(functional, name, None) or getattr(sampling, name)
-    return found
+    sources = (functional, sampling, CompositeOps(functional))
+    return {name: next(getattr(s, name) for s in sources if hasattr(s, name)) for name in OP_VERSIONS}
 
 
 REFERENCE_OPS = _reference_ops()

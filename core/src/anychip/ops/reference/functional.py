@@ -1,4 +1,4 @@
-"""Reference of every single and composite op that a model calls. Contracts: plugin_api/ops.py."""
+"""Reference of every single op that a model calls, but sampling's. Contracts: plugin_api/ops.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.plugin_api import ActFormat, Communicator, LinearKernel, QKNorm, Rope
+from anychip.plugin_api import Rope
 
 _SWIGLU_LIMIT, _SWIGLU_SLOPE = 7.0, 1.702
 
@@ -54,44 +54,3 @@ def gated_activation(*, gate_up: Tensor, activation: str) -> Tensor:
 
 def softcap(*, x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
-
-
-def qkv_norm_rope(
-    *, q: Tensor, k: Tensor | None, positions: Tensor, rope: Rope | None, qk_norm: QKNorm | None
-) -> tuple[Tensor, Tensor | None]:
-    if qk_norm is not None:
-        q = rms_norm(x=q, weight=qk_norm.q_weight, eps=qk_norm.eps, unit_offset=qk_norm.unit_offset)
-        if k is not None:
-            k = rms_norm(x=k, weight=qk_norm.k_weight, eps=qk_norm.eps, unit_offset=qk_norm.unit_offset)
-    if rope is not None:
-        q = rotary(x=q, positions=positions, rope=rope)
-        if k is not None:
-            k = rotary(x=k, positions=positions, rope=rope)
-    return q, k
-
-
-def residual_norm_quant(
-    *,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    unit_offset: bool = False,
-    out_format: ActFormat | None = None,
-) -> tuple[Tensor, Tensor]:
-    total = x if residual is None else x + residual
-    return _in_format(rms_norm(x=total, weight=weight, eps=eps, unit_offset=unit_offset), out_format), total
-
-
-def gate_up_act_quant(*, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
-    return _in_format(gated_activation(gate_up=gate_up, activation=activation), out_format)
-
-
-def matmul_reduce(*, x: Tensor, kernel: LinearKernel, packed: object, communicator: Communicator) -> Tensor:
-    return communicator.all_reduce(kernel.apply(x, packed))
-
-
-def _in_format(x: Tensor, out_format: ActFormat | None) -> Tensor:
-    if out_format is not None and out_format.scheme is not None:
-        raise ValueError(f"the reference produces no activations of scheme {out_format.scheme!r}")
-    return x
