@@ -9,7 +9,11 @@ WORKERS ?= auto
 # Test processes run side by side; a thread each keeps them out of each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: serve test lint equality check-full bench docs clean wheels try-wheels bump
+# All of them by name: a test file that is gone must not pass for a test that passed.
+MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation known_bad suite oracle new_plugin fakes))
+SIMULATED := fake-static fake-hostlen fake-spmd
+
+.PHONY: serve test lint equality mutation conformance matrix check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -26,7 +30,19 @@ lint: $(VENV)/dev.done  ## style, types, import directions
 equality: $(VENV)/dev.done  ## greedy tokens against transformers, the full product
 	$(PYTEST) -m full core/tests/test_equality.py
 
-check-full: lint test equality try-wheels docs
+mutation: $(VENV)/dev.done  ## plants every fault, and sees it killed by the case that it names
+	$(PYTEST) -q $(MUTATION_TESTS)
+
+conformance: $(VENV)/dev.done  ## every profile on every device that runs here, into conformance/scorecards
+	for device in cpu $(SIMULATED); do \
+	  $(BIN)/anychip conformance --device $$device --profile full -n $(WORKERS) \
+	    --report conformance/scorecards/$$device || exit 1; \
+	done
+
+matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
+	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
+
+check-full: lint test equality mutation conformance try-wheels docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py
@@ -35,8 +51,9 @@ wheels: $(VENV)/bin/python  ## every package, into dist/
 	rm -rf dist
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist $(PACKAGES:%=./%)
 
-try-wheels: wheels  ## anychip[cpu] from the wheels alone, in an empty environment, serves
+try-wheels: wheels  ## anychip[cpu] and an outsider's plugin, from wheels alone, in empty environments
 	$(PYTHON) tools/try_wheels.py dist
+	$(PYTHON) tools/try_outsider.py dist
 
 bump:  ## make bump VERSION=0.2.0: every package at once
 	$(PYTHON) tools/bump_version.py $(VERSION)

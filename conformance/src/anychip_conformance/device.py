@@ -94,7 +94,7 @@ class Device:
                     index=index,
                     actual=f"{got[index]:.7g}",
                     expected=f"{expected.value[index]:.7g}",
-                    error=float(error[index]),
+                    error=_finite(float(error[index])),
                     bound=float(expected.bound[index]),
                 )
             )
@@ -120,7 +120,7 @@ class Device:
                 index=tuple(int(i) for i in index),
                 actual=str(got),
                 expected=str(wanted),
-                error=abs(float(got) - float(wanted)),
+                error=_finite(abs(float(got) - float(wanted))),
                 bound=0.0,
             )
         )
@@ -159,6 +159,10 @@ def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device
     )
     ops = resolve_ops(platform.name, platform.ops())
     return Device(manifest=manifest, options=options, probe=found.probe, platform=platform, ops=ops)
+
+
+def _finite(error: float) -> float | None:
+    return error if np.isfinite(error) else None
 
 
 def seen(tensor: Tensor) -> np.ndarray:

@@ -10,8 +10,6 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 import torch
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from anychip import LLM
 from anychip.config import EngineConfig, WorkerSpec
@@ -19,7 +17,7 @@ from anychip.scheduler.scheduler import ScheduledStep, Scheduler
 from anychip.types import DType
 from anychip.worker.worker import Worker
 from anychip_conformance.device import Device
-from anychip_conformance.equality.tiny_models import NUM_LAYERS, VOCAB_SIZE, make_checkpoint
+from anychip_conformance.equality import NUM_LAYERS, VOCAB_SIZE
 from anychip_conformance.oracle.streams import stream_bound
 
 MAX_MODEL_LEN = 96
@@ -41,8 +39,13 @@ class Checkpoint:
 
     def __init__(self, family: str, head_dim: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="anychip-tiny-")
+        # transformers takes seconds to import: only processes that run a model pay for it.
+        from transformers.utils.logging import disable_progress_bar
+
+        from anychip_conformance.equality.tiny_models import make_checkpoint
+
         disable_progress_bar()
-        self.model: PreTrainedModel = make_checkpoint(family, self.path, head_dim=head_dim)
+        self.model = make_checkpoint(family, self.path, head_dim=head_dim)
 
     @property
     def path(self) -> Path:
@@ -56,7 +59,7 @@ class Checkpoint:
         """Of the token after `ids`, from weights as `dtype` holds them, in float32 arithmetic."""
         model = self.model
         if dtype != "float32":
-            model = cast("PreTrainedModel", self.model.to(getattr(torch, dtype)).float())
+            model = self.model.to(getattr(torch, dtype)).float()
         return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())
 
 

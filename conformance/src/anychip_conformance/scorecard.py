@@ -223,13 +223,20 @@ def matrix(cards: Mapping[str, Scorecard]) -> str:
     rows += [[f"**{p}** profile", *[verdict_word(cards[name].conforms[p]) for name in names]] for p in PROFILES]
     rows += [[capability, *[cell(name, capability) for name in names]] for capability in order]
     legend = "\n".join(f"- **{key}**: {text}" for key, text in EVIDENCE.items() if key != "unknown")
-    return (
-        "# Capability matrix\n\n"
-        "Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device\n"
-        "that is not here has no scorecard: cuda, rocm, tpu and ascend are announced, and nothing of theirs has run.\n\n"
-        f"Evidence:\n\n{legend}\n\n"
-        "A capability is *tested* (declared, and every case that relies on it passed), *failed*, *untested*\n"
-        "(declared, without a case in the suite), *refused* (not declared, and its factory says so) or *undeclared*.\n\n"
-        + "\n".join(_table(["", *names], rows))
-        + "\n"
-    )
+    return _MATRIX_PAGE.format(legend=legend, table="\n".join(_table(["", *names], rows)))
+
+
+_MATRIX_PAGE = """# Capability matrix
+
+Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device that is not here
+has no scorecard: cuda, rocm, tpu and ascend are announced, and nothing of theirs has run.
+
+Evidence:
+
+{legend}
+
+A capability is *tested* (declared, and all that relies on it passed), *failed*, *untested* (declared, and the suite has
+no case for it), *refused* (not declared, and its factory says so) or *undeclared*.
+
+{table}
+"""

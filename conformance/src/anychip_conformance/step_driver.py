@@ -9,7 +9,7 @@ import numpy as np
 from anychip.messages import LateInputs, NewRow, StepDecision, StepResult
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
-from anychip_conformance.equality.tiny_models import VOCAB_SIZE
+from anychip_conformance.equality import VOCAB_SIZE
 
 _TOP = 20
 

@@ -27,13 +27,13 @@ BAD = frozenset({Verdict.FAIL, Verdict.XPASS, Verdict.CRASH, Verdict.NOT_RUN})
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The first element beyond its bound."""
+    """The first element beyond its bound. `error` None: not a number, which JSON does not have."""
 
     what: str
     index: tuple[int, ...]
     actual: str
     expected: str
-    error: float
+    error: float | None
     bound: float
 
 
@@ -59,9 +59,10 @@ class Mismatch(AssertionError):
 
     def __init__(self, difference: Difference) -> None:
         self.difference = difference
+        error = "not a number" if difference.error is None else f"{difference.error:.3g}"
         super().__init__(
             f"{difference.what} at {list(difference.index)}: got {difference.actual}, expected {difference.expected}; "
-            f"error {difference.error:.3g}, bound {difference.bound:.3g}"
+            f"error {error}, bound {difference.bound:.3g}"
         )
 
 

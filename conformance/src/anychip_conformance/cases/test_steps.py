@@ -7,7 +7,7 @@ from collections.abc import Callable
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.device import Device
 from anychip_conformance.engines import checkpoint, compute_dtype, open_llm, prompts
-from anychip_conformance.equality.tiny_models import VOCAB_SIZE
+from anychip_conformance.equality import VOCAB_SIZE
 from anychip_conformance.step_driver import StepDriver, tokens_of
 
 _DEADLINE_S = 120.0

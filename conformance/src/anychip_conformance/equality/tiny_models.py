@@ -41,9 +41,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-VOCAB_SIZE = 512
-NUM_LAYERS = 4
-HIDDEN_SIZE = 64
+from anychip_conformance.equality import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 
 Settings = dict[str, Any]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from anychip import LLM, SamplingParams
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
-from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, VOCAB_SIZE
+from anychip_conformance.equality import VOCAB_SIZE
+from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS
 
 NUM_TOKENS = 12
 _STEPS_BETWEEN_PREEMPTIONS = 5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anychip.plugin_api import AttentionLayer, BatchView, QKNorm, Rope
 from anychip_conformance.faulty.plain import PlainAttention
-from anychip_conformance.faulty.registry import fault
+from anychip_conformance.faulty.registry import fault, placebo
 
 # -- masks ----------------------------------------------------------------------------------------------------
 
@@ -357,3 +357,32 @@ class DriftsBetweenRuns(PlainAttention):
     def combine(self, weights: Tensor, v: Tensor) -> Tensor:
         DriftsBetweenRuns.calls += 1
         return super().combine(weights, v) * (1 + 2.0**-23 * (DriftsBetweenRuns.calls % 7))
+
+
+# -- harmless -------------------------------------------------------------------------------------------------
+
+
+@placebo("placebo-split-and-rescaled", "attention")
+class SplitAndRescaled(PlainAttention):
+    """Two halves of the keys, joined by their maxima and sums as they should be."""
+
+    def weights(self, scores: Tensor, layer: AttentionLayer) -> Tensor:
+        half = scores.shape[-1] // 2
+        if half == 0 or layer.sinks is not None:
+            return super().weights(scores, layer)
+        parts = scores.split([half, scores.shape[-1] - half], dim=-1)
+        top = torch.stack([part.amax(dim=-1) for part in parts]).amax(dim=0).unsqueeze(-1)
+        exps = [(part - top).exp() for part in parts]
+        total = torch.stack([exp.sum(dim=-1) for exp in exps]).sum(dim=0).unsqueeze(-1)
+        return torch.cat(exps, dim=-1) / total
+
+
+@placebo("placebo-blocks-one-by-one", "attention")
+class BlocksOneByOne(PlainAttention):
+    """Keys and values are read block by block, in a loop."""
+
+    def keys_and_values(self, cache: Tensor, plan: BatchView, row: int, length: int, layer: AttentionLayer) -> Any:
+        pages = [cache[int(block)] for block in self.block_ids(plan, row, length)]
+        k = self.decode(torch.cat([page[0] for page in pages])[:length], self.k_scale(layer))
+        v = self.decode(torch.cat([page[1] for page in pages])[:length], self.v_scale(layer))
+        return k, v

@@ -30,7 +30,7 @@ from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenPlatform
 from anychip_conformance.fakes.static import StaticPlatform, StaticStepProgram
 from anychip_conformance.faulty import FaultyOptions
 from anychip_conformance.faulty.plain import InvariantMoE, PlainAttention, PlainLinear, plain_communicator
-from anychip_conformance.faulty.registry import Fault, all_faults
+from anychip_conformance.faulty.registry import Fault, all_faults, find
 
 
 def planted(context: PlatformContext) -> Fault | None:
@@ -39,7 +39,7 @@ def planted(context: PlatformContext) -> Fault | None:
     assert isinstance(options, FaultyOptions)
     if not options.fault:
         return None
-    found = all_faults().get(options.fault)
+    found = find(options.fault)
     if found is None:
         raise ConfigError(f"--device-opt fault={options.fault}: there are {', '.join(all_faults())}")
     return found

@@ -56,8 +56,26 @@ def fault(id: str, part: Part, *, killed_by: str, op: str = "") -> Callable[[P],
     return register
 
 
+def placebo(id: str, part: Part) -> Callable[[P], P]:
+    """Registers a harmless change, which nothing may kill."""
+    return fault(id, part, killed_by="")
+
+
 @cache
-def all_faults() -> dict[str, Fault]:
+def _registered() -> dict[str, Fault]:
     for module in _MODULES:
         import_module(f"anychip_conformance.faulty.{module}")
     return FAULTS
+
+
+def find(id: str) -> Fault | None:
+    """A fault or a placebo."""
+    return _registered().get(id)
+
+
+def all_faults() -> dict[str, Fault]:
+    return {id: found for id, found in _registered().items() if found.killed_by}
+
+
+def placebos() -> dict[str, Fault]:
+    return {id: found for id, found in _registered().items() if not found.killed_by}

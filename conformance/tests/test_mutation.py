@@ -1,0 +1,61 @@
+"""Every planted fault is killed by the case that it names; without a fault, and with a harmless change, that case
+passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from anychip_conformance.device import Device, open_device
+from anychip_conformance.faulty.registry import all_faults, placebos
+from anychip_conformance.registry import all_cases, find_case
+from anychip_conformance.run import run_case
+from anychip_conformance.verdicts import Verdict
+
+NAMED_BY_THE_ISSUE = 47
+MUST_HAVE = NAMED_BY_THE_ISSUE + 20
+
+
+@pytest.fixture(scope="module")
+def honest() -> Iterator[dict[str, Device]]:
+    """The faulty platforms without a fault, each opened once."""
+    opened: dict[str, Device] = {}
+    yield opened
+    for device in opened.values():
+        device.close()
+
+
+def test_there_are_enough_faults() -> None:
+    assert len(all_faults()) >= MUST_HAVE
+    assert all(find_case(fault.killed_by) is not None for fault in all_faults().values())
+
+
+@pytest.mark.parametrize("id", all_faults())
+def test_the_fault_is_killed(id: str, honest: dict[str, Device]) -> None:
+    fault = all_faults()[id]
+    case = find_case(fault.killed_by)
+    assert case is not None
+    device = open_device(fault.device, {"fault": id})
+    try:
+        outcome = run_case(device, case)
+    finally:
+        device.close()
+    assert outcome.verdict is Verdict.FAIL, f"{id} ({fault.summary}) survives {case.id}: {outcome.verdict}"
+    if fault.device not in honest:
+        honest[fault.device] = open_device(fault.device, {})
+    sound = run_case(honest[fault.device], case)
+    assert sound.verdict is Verdict.PASS, f"{case.id} fails without a fault: {sound.message}"
+
+
+@pytest.mark.parametrize("id", placebos())
+def test_a_placebo_survives(id: str) -> None:
+    """Whole sections, not one case."""
+    device = open_device("fake-faulty", {"fault": id})
+    try:
+        for case in all_cases():
+            if case.id.startswith(("attn.", "kv.", "graph.")):
+                outcome = run_case(device, case)
+                assert outcome.verdict in (Verdict.PASS, Verdict.NOT_SUPPORTED), f"{case.id}: {outcome.message}"
+    finally:
+        device.close()
