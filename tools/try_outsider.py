@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheels", type=Path)
     parser.add_argument("--torch", default="torch==2.13.0")
+    parser.add_argument("--report", type=Path, help="where the scorecard goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "venv" / "bin" / "python"
@@ -35,7 +36,10 @@ def main() -> None:
         assert all(place.startswith(folder) for place in where.split()), f"not from the wheels: {where}"
         sys.stdout.write(run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", plugin / "tests"], folder))
         command = python.parent / "anychip"
-        sys.stdout.write(run([command, "conformance", "--device", "acme", "-n", "2"], folder))
+        report = Path(folder) / "report"
+        sys.stdout.write(run([command, "conformance", "--device", "acme", "-n", "2", "--report", report], folder))
+        if arguments.report:
+            shutil.copytree(report, arguments.report, dirs_exist_ok=True)
         hot_path = run([command, "doctor", "--device", "acme", "--hot-path"], folder)
         assert "rms_norm: acme (anychip_acme.ops.rms_norm)" in hot_path, hot_path
         prompt = ["--prompt", "import numpy as", "--max-tokens", "4", "--temperature", "0"]

@@ -14,19 +14,49 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+TUTORIAL = (ROOT / "docs" / "writing-a-plugin.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the tutorial was followed, and what its commands printed. `pip install` is replaced by the
+    metadata that it would write: the tests share one environment."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    source = folder / "anychip-acme" / "src"
+    printed = ""
+    for language, title, text in re.findall(r'```(\w+) title="([^"]+)"\n(.*?)```', TUTORIAL, flags=re.DOTALL):
+        if language == "python":
+            (folder / title).write_text(text)
+            continue
+        done = subprocess.run(
+            ["bash", "-euc", text],
+            cwd=folder,
+            env=acme_environment(source),
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, text + done.stdout[-2000:] + done.stderr[-2000:]
+        printed += done.stdout
+        info = source / "anychip_acme-0.1.0.dist-info"
+        if not info.exists():
+            info.mkdir()
+            (info / "METADATA").write_text("Metadata-Version: 2.1\nName: anychip-acme\nVersion: 0.1.0\n")
+            (info / "entry_points.txt").write_text("[anychip]\nacme = anychip_acme\n")
+    return folder, printed
+
+
+def acme_environment(source: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
+    commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "PATH": commands}
+
+
 @pytest.fixture
-def acme(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the page's package is installed."""
-    page = (ROOT / "docs" / "writing-a-plugin.md").read_text()
-    blocks = re.findall(r'```\w+ title="([^",]+)[^"]*"\n(.*?)```', page, flags=re.DOTALL)
-    info = tmp_path / "anychip_acme-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: anychip-acme\nVersion: 0.1\n")
-    for name, text in blocks:
-        path = info / name if name == "entry_points.txt" else tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+def acme(followed: tuple[Path, str], tmp_path: Path) -> dict[str, str]:
+    """An environment with a copy of the tutorial's package, which a test may break."""
+    shutil.copytree(followed[0] / "anychip-acme" / "src", tmp_path, dirs_exist_ok=True)
+    return acme_environment(tmp_path)
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> str:
@@ -36,33 +66,35 @@ def run(arguments: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_the_pages_plugin_is_found_and_runs_a_model(acme: dict[str, str]) -> None:
-    cli = ["-m", "anychip.entrypoints.cli.main"]
-    assert "anychip-acme" in run([*cli, "devices"], acme)
-    assert "rms_norm: acme (anychip_acme.platform.rms_norm)" in run(
-        [*cli, "doctor", "--device", "acme", "--hot-path"], acme
-    )
-    options = ["--prompt", "import numpy as", "--max-tokens", "4", "--temperature", "0"]
-    texts = [run([*cli, "generate", "--device", device, *options], acme) for device in ("acme", "cpu")]
-    assert texts[0] == texts[1]
+def test_the_tutorial_does_what_it_says(followed: tuple[Path, str]) -> None:
+    printed = followed[1]
+    assert "anychip-acme" in printed
+    assert "not_supported" in printed and printed.count("pass") >= 2 and "fail" not in printed
+    assert "rms_norm: acme (anychip_acme.ops.rms_norm)" in printed
+    assert "every layer is within its bound" in printed
 
 
-def test_the_pages_plugin_passes_the_isolation_section(acme: dict[str, str]) -> None:
-    suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "anychip_conformance.cases"]
-    assert "4 passed" in run([*suite, "--device", "acme"], acme)
+def test_the_tutorials_failure_is_what_the_suite_says(acme: dict[str, str], tmp_path: Path) -> None:
+    ops = tmp_path / "anychip_acme" / "ops.py"
+    ops.write_text(ops.read_text().replace("weight.float() + 1 if", "weight.float() if"))
+    command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "conformance", "--device", "acme"]
+    done = subprocess.run([*command, "--case", "op.rms_norm.004"], env=acme, capture_output=True, text=True)
+    shown = re.search(r"```text\n(.*?)```", TUTORIAL, flags=re.DOTALL)
+    assert shown is not None and done.returncode == 1
+    assert shown[1] in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
         (
-            "platform.py",
+            "ops.py",
             "weight, eps, unit",
             "weight, eps, alpha, unit",
             "requires 'alpha', which op 'rms_norm' does not pass",
         ),
-        ("platform.py", "import torch", "import acme_runtime", "No module named 'acme_runtime'"),
-        ("__init__.py", "api_version=API_VERSION", "api_version='0.9'", "built against interface 0.9"),
+        ("ops.py", "import torch.nn.functional as F", "import acme_runtime", "No module named 'acme_runtime'"),
+        ("__init__.py", 'api_version="0.1"', 'api_version="0.9"', "built against interface 0.9"),
         ("__init__.py", "from anychip.plugin_api", "from nowhere", "No module named 'nowhere'"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anychip.plugin_api import Communicator
 from anychip_conformance.device import Device, bits
+from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
@@ -29,7 +30,7 @@ class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     size: int = 8
     width: int = 3
     dim: int = 0
-    dtype: str = "float32"
+    dtype: CaseDtype = "any"
 
 
 @dataclass(slots=True)

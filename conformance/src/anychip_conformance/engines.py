@@ -14,9 +14,9 @@ import torch
 from anychip import LLM
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
-from anychip.types import DType
 from anychip.worker.worker import Worker
 from anychip_conformance.device import Device
+from anychip_conformance.dtypes import widest
 from anychip_conformance.equality import NUM_LAYERS, VOCAB_SIZE
 from anychip_conformance.oracle.streams import stream_bound
 
@@ -32,6 +32,8 @@ NEEDS = {
     "gpt-oss": ("sinks", "sliding_window"),
 }
 """Families of the end-to-end section, and the capabilities that each relies on."""
+_PICKING = ("qwen3-moe", "gpt-oss")
+"""Families whose routers pick experts: in a narrow dtype two honest evaluations may pick differently."""
 
 
 class Checkpoint:
@@ -57,21 +59,27 @@ class Checkpoint:
     @torch.inference_mode()
     def logits(self, ids: list[int], dtype: str) -> np.ndarray:
         """Of the token after `ids`, from weights as `dtype` holds them, in float32 arithmetic."""
-        model = self.model
-        if dtype != "float32":
-            model = self.model.to(getattr(torch, dtype)).float()
+        return self._evaluated(ids, dtype, torch.float32)
+
+    @torch.inference_mode()
+    def spread(self, ids: list[int], dtype: str) -> float:
+        """How far transformers' own evaluation in `dtype` is from its evaluation in float32."""
+        if dtype == "float32":
+            return 0.0
+        narrow = self._evaluated(ids, dtype, getattr(torch, dtype))
+        return float(np.abs(narrow - self._evaluated(ids, dtype, torch.float32)).max())
+
+    def _evaluated(self, ids: list[int], weights: str, compute: torch.dtype) -> np.ndarray:
+        model = self.model.to(getattr(torch, weights)).to(compute)
         return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())
-
-
-def compute_dtype(device: Device) -> DType:
-    """The widest dtype that the device declares."""
-    return next(dtype for dtype in ("float32", "float16", "bfloat16") if dtype in device.capabilities.dtypes)
 
 
 def checkpoint(device: Device, family: str) -> Checkpoint:
     """Made once per judged process, with a head_dim that the device has."""
     for name in NEEDS[family]:
         device.need(name, bool(getattr(device.capabilities, name)))
+    if family in _PICKING:
+        device.need("dtype float32", "float32" in device.capabilities.dtypes)
     dims = device.capabilities.head_dims
     head_dim = _HEAD_DIM if dims is None or _HEAD_DIM in dims else min(dims)
     key = f"checkpoint {family}"
@@ -81,9 +89,12 @@ def checkpoint(device: Device, family: str) -> Checkpoint:
     return found
 
 
-def logits_bound(device: Device, logits: np.ndarray, hidden: int = 64) -> float:
-    """How far two evaluations of logits may lie apart."""
-    return float(np.abs(logits).max()) * stream_bound(NUM_LAYERS, hidden, compute_dtype(device))
+def logits_bound(device: Device, model: Checkpoint, ids: list[int], hidden: int = 64) -> float:
+    """How far two evaluations of the logits after `ids` may lie apart; in a narrow dtype, several times what
+    transformers' own evaluation in it shows."""
+    dtype = widest(device.capabilities)
+    size = float(np.abs(model.logits(ids, dtype)).max())
+    return size * stream_bound(NUM_LAYERS, hidden, dtype) + 4 * model.spread(ids, dtype)
 
 
 def prompts() -> list[list[int]]:
@@ -99,7 +110,7 @@ def engine_settings(device: Device) -> dict[str, Any]:
     return {
         "device": device.name,
         "device_options": dict(device.options),
-        "dtype": compute_dtype(device),
+        "dtype": widest(device.capabilities),
         "skip_tokenizer": True,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": len(LENGTHS),

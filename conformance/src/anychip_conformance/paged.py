@@ -14,6 +14,7 @@ from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, 
 from anychip.types import DType, cdiv
 from anychip_conformance.batch import Padding, PagedBatch, Row, paged_batch
 from anychip_conformance.device import Device, bits, seen, unchanged
+from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle.rounding import FP8_SMALLEST_STEP, FP8_UNIT, U32, UNIT_ROUNDOFF, gamma
 from anychip_conformance.oracle.vectorised import Bounded, attention_row, rms_norm, rotary
 
@@ -33,7 +34,7 @@ class AttentionCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     large pool. `scale` None: 1 / sqrt(head_dim). `strided`: q, k and v are slices of one packed projection."""
 
     rows: tuple[Row, ...]
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: CaseDtype = "any"
     kv: Literal["same", "fp8", "int8"] = "same"
     num_heads: int = 4
     num_kv_heads: int = 2

@@ -12,6 +12,7 @@ import torch
 
 from anychip_conformance.case import Case, Kind
 from anychip_conformance.device import Device
+from anychip_conformance.dtypes import resolved
 from anychip_conformance.verdicts import Mismatch, Outcome, Refused, Verdict
 
 _FRAMES = 3
@@ -40,7 +41,7 @@ def run_case(device: Device, case: Case, *, seed: int | None = None, params: byt
         raise
     except BaseException as error:  # noqa: BLE001 - SystemExit and the skips of test frameworks are no way out
         verdict, message = Verdict.FAIL, described(error)
-    shown = given if given is not None else tried.last
+    shown = tried.last
     return Outcome(
         case=case.id,
         verdict=verdict,
@@ -66,7 +67,7 @@ class Tried:
         self.refused: Refused | None = None
 
     def __call__(self, params: msgspec.Struct) -> None:
-        self.last = params
+        self.last = params = resolved(params, self.device.capabilities)
         with torch.inference_mode():
             self.kind.check(self.device, params)
         self.passed += 1

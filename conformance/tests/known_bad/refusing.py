@@ -5,5 +5,5 @@ from anychip.plugin_api import Capabilities, Platform
 
 class BadPlatform(Platform):
     capabilities = Capabilities(
-        dtypes=frozenset({"float16"}), kv_dtypes=frozenset(), head_dims=frozenset({1024}), quantization=frozenset()
+        dtypes=frozenset({"float16"}), kv_dtypes=frozenset({"float16"}), head_dims=frozenset({1024})
     )

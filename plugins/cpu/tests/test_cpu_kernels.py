@@ -146,8 +146,8 @@ def test_a_token_without_a_slot_is_not_written():
     assert int(cache.sum()) == 2 * 2 * 8
 
 
-def test_what_is_not_implemented_is_refused_with_every_reason():
-    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8, dtype="bfloat16", kv_dtype="float8_e5m2", alibi=True)
+def test_what_is_not_declared_is_refused_with_every_reason():
+    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8, dtype="float16", kv_dtype="float8_e5m2")
     with pytest.raises(Unsupported) as refused:
         platform().attention(spec)
     assert len(refused.value.reasons) == 2

@@ -50,7 +50,7 @@ def drawn(draw: Any, **fixed: Any) -> AttentionCase:
     num_heads, num_kv_heads = draw(_heads)
     values = {
         "rows": tuple(draw(st.lists(_row, min_size=1, max_size=5).filter(lambda r: any(row.query for row in r)))),
-        "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
+        "dtype": draw(st.sampled_from(["any", "narrow"])),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": draw(st.sampled_from([8, 16, 24, 32, 48, 64, 80])),
@@ -132,7 +132,7 @@ def mixed(device: Device, case: AttentionCase) -> None:
     corpus=[
         AttentionCase(rows=rows((1, 3, 2), (0, 2, 1)), page=page, dtype=dtype)  # type: ignore[arg-type]
         for page in range(5)
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("any", "narrow")
     ],
     quick=4,
 )
@@ -159,7 +159,7 @@ def gqa(device: Device, case: AttentionCase) -> None:
     corpus=[
         AttentionCase(rows=rows((1, 1, 4), (1, 0, 1)), head_dim=dim, dtype=dtype)  # type: ignore[arg-type]
         for dim in (8, 16, 40, 64, 72, 80, 96, 112, 128, 192, 256)
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("any", "narrow")
     ],
     quick=6,
 )
@@ -243,9 +243,9 @@ def sinks(device: Device, case: AttentionCase) -> None:
 @kind(
     "attn.large_scores",
     corpus=[
-        AttentionCase(rows=RAGGED, dtype="float32", magnitude=400.0),
-        AttentionCase(rows=DECODE, dtype="float32", magnitude=2000.0),
-        AttentionCase(rows=rows((0, 0, 20)), dtype="bfloat16", magnitude=60.0),
+        AttentionCase(rows=RAGGED, magnitude=400.0),
+        AttentionCase(rows=DECODE, magnitude=2000.0),
+        AttentionCase(rows=rows((0, 0, 20)), dtype="narrow", magnitude=60.0),
     ],
 )
 def large_scores(device: Device, case: AttentionCase) -> None:
@@ -256,8 +256,8 @@ def large_scores(device: Device, case: AttentionCase) -> None:
 @kind(
     "attn.long",
     corpus=[
-        AttentionCase(rows=rows((0, 1500, 1)), dtype="bfloat16", magnitude=0.1, value_offset=1.0, head_dim=32),
-        AttentionCase(rows=rows((0, 1000, 3), (0, 2047, 1)), dtype="float32", magnitude=0.5, value_offset=2.0),
+        AttentionCase(rows=rows((0, 1500, 1)), dtype="narrow", magnitude=0.1, value_offset=1.0, head_dim=32),
+        AttentionCase(rows=rows((0, 1000, 3), (0, 2047, 1)), magnitude=0.5, value_offset=2.0),
     ],
 )
 def long(device: Device, case: AttentionCase) -> None:
@@ -274,7 +274,7 @@ def long(device: Device, case: AttentionCase) -> None:
     corpus=[
         AttentionCase(rows=RAGGED, pad_tokens=5),
         AttentionCase(rows=DECODE, pad_tokens=3, pad_rows=3, guarded=True),
-        AttentionCase(rows=rows((0, 0, 3)), pad_tokens=1, guarded=True, dtype="bfloat16"),
+        AttentionCase(rows=rows((0, 0, 3)), pad_tokens=1, guarded=True, dtype="narrow"),
         AttentionCase(rows=rows((0, 0, 0), (1, 0, 2), (0, 0, 0), (0, 3, 1)), pad_rows=1, guarded=True),
     ],
 )
@@ -299,7 +299,7 @@ def strides(device: Device, case: AttentionCase) -> None:
 @kind(
     "attn.far_blocks",
     corpus=[
-        AttentionCase(rows=rows((1, 1, 1), (0, 2, 3)), far=True, dtype="bfloat16", head_dim=64),
+        AttentionCase(rows=rows((1, 1, 1), (0, 2, 3)), far=True, dtype="narrow", head_dim=64),
         AttentionCase(
             rows=rows(
                 (1, 3, 1),
@@ -321,7 +321,7 @@ def far_blocks(device: Device, case: AttentionCase) -> None:
     corpus=[
         AttentionCase(rows=shape, kv=kv, dtype=dtype, head_scales=per_head)  # type: ignore[arg-type]
         for kv in ("fp8", "int8")
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("any", "narrow")
         for shape, per_head in ((RAGGED, False), (DECODE, True))
     ],
     drawn=drawn(kv=st.sampled_from(["fp8", "int8"]), head_scales=st.booleans()),

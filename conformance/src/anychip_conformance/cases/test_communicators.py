@@ -8,6 +8,7 @@ from anychip.plugin_api import Unsupported
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.collectives import CollectiveCase
 from anychip_conformance.device import Device
+from anychip_conformance.dtypes import widest
 from anychip_conformance.ranks import RankPool, group_of
 
 _DEADLINE_S = 120.0
@@ -18,7 +19,7 @@ PAIR, FOUR = {"world": 2, "members": (0, 1)}, {"world": 4, "members": (0, 1, 2, 
 def every(name: str, sizes: tuple[int, ...] = (1, 7, 64), **more: Any) -> list[CollectiveCase]:
     """Both worlds, several sizes, both dtypes at the middle one."""
     cases = [CollectiveCase(name=name, size=size, **world, **more) for world in (PAIR, FOUR) for size in sizes]  # type: ignore[arg-type]
-    return [*cases, CollectiveCase(name=name, size=sizes[-1] + 1, dtype="bfloat16", **FOUR, **more)]  # type: ignore[arg-type]
+    return [*cases, CollectiveCase(name=name, size=sizes[-1] + 1, dtype="narrow", **FOUR, **more)]  # type: ignore[arg-type]
 
 
 def check(device: Device, case: CollectiveCase) -> None:
@@ -142,7 +143,7 @@ def single(device: Device, case: Nothing) -> None:
     """A group of one gives back what it gets; without collectives, a larger group is refused."""
     alone = CollectiveCase(name="all_reduce", world=1, members=(0,))
     comm = device.platform.communicator(group_of(alone, 0, ""))
-    x = device.tensor([[1.0, 2.0]], "float32" if "float32" in device.capabilities.dtypes else "bfloat16")
+    x = device.tensor([[1.0, 2.0]], widest(device.capabilities))
     for result in (comm.all_reduce(x.clone()), comm.all_gather(x.clone(), dim=0), comm.broadcast(x.clone())):
         device.same_bits("result of a group of one", result, x)
     if device.capabilities.collectives == "none":

@@ -10,11 +10,11 @@ import numpy as np
 from anychip import SamplingParams
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device
+from anychip_conformance.dtypes import widest
 from anychip_conformance.engines import (
     MAX_MODEL_LEN,
     Checkpoint,
     checkpoint,
-    compute_dtype,
     logits_bound,
     open_llm,
     preempt_often,
@@ -53,11 +53,11 @@ def expected_tokens(device: Device, model: Checkpoint, prompt: list[int]) -> tup
     """Greedy tokens, the margin of each over the second best, and how far logits may lie apart."""
     ids, tokens, margins, bounds = list(prompt), [], [], []
     for _ in range(_NUM_TOKENS):
-        logits = model.logits(ids, compute_dtype(device))
+        logits = model.logits(ids, widest(device.capabilities))
         best = np.argsort(-logits, kind="stable")[:2]
         tokens.append(int(best[0]))
         margins.append(float(logits[best[0]] - logits[best[1]]))
-        bounds.append(2 * logits_bound(device, logits))
+        bounds.append(2 * logits_bound(device, model, ids))
         ids.append(tokens[-1])
     return tokens, margins, bounds
 
@@ -127,16 +127,16 @@ def logprobs(device: Device, case: EngineCase) -> None:
     with open_llm(device, model.path) as llm:
         outputs = llm.generate(given, sampling)
     for prompt, output in zip(given, outputs, strict=True):
-        logits = model.logits(prompt, compute_dtype(device))
+        logits = model.logits(prompt, widest(device.capabilities))
         expected = oracle.log_softmax(logits)
         found = output.outputs[0].logprobs
         assert found, "no log-probabilities came back"
         ids = found[0].top_ids
         value = device.tensor(found[0].top, "float32")
-        bound = np.full(len(ids), 2 * logits_bound(device, logits)) + expected.bound[ids]
+        bound = np.full(len(ids), 2 * logits_bound(device, model, prompt)) + expected.bound[ids]
         device.compare(
             f"log-probabilities after {len(prompt)} tokens", value, Bounded(expected.value[ids], bound),
-            label=f"end to end/{compute_dtype(device)}",
+            label=f"end to end/{widest(device.capabilities)}",
         )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def seeded(device: Device, case: EngineCase) -> None:
         outputs = llm.generate(given, sampling)
     for prompt, output in zip(given, outputs, strict=True):
         for index, sequence in enumerate(output.outputs):
-            logits = model.logits(prompt, compute_dtype(device))
+            logits = model.logits(prompt, widest(device.capabilities))
             accepted = oracle.acceptable_tokens(
                 logits,
                 temperature=1.0,
@@ -184,7 +184,7 @@ def seeded(device: Device, case: EngineCase) -> None:
                 top_p=1.0,
                 min_p=0.0,
                 uniform=oracle.philox_uniform(seed, index, len(prompt)),
-                slack=4 * logits_bound(device, logits),
+                slack=float(np.expm1(2 * logits_bound(device, model, prompt))),
             )
             token = sequence.token_ids[0]
             assert token in accepted, (

@@ -12,6 +12,7 @@ from anychip.plugin_api import Platform
 from anychip.registry.devices import probe
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.device import Device
+from anychip_conformance.dtypes import widest
 from anychip_conformance.host_watch import HostWatch
 
 _TIMEOUT_S = 120
@@ -117,7 +118,7 @@ def placed_on_the_device(device: Device, case: Nothing) -> None:
 def no_fallback(device: Device, case: Nothing) -> None:
     """While kernels run, nothing but small bookkeeping is computed on the host, unless the host is the device."""
     kernel_type = torch.device(device.platform.default_device).type
-    x = device.tensor(torch.randn(64, 256).numpy(), sorted(device.capabilities.dtypes)[0])
+    x = device.tensor(torch.randn(64, 256).numpy(), widest(device.capabilities))
     watch = HostWatch(kernel_type)
     with watch:
         device.ops.ops.rms_norm(x=x, weight=x[0], eps=1e-5)

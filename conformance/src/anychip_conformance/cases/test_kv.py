@@ -96,7 +96,7 @@ def zero_blocks(device: Device, case: AttentionCase) -> None:
     "kv.padding_slot",
     corpus=[
         AttentionCase(rows=DECODE, pad_tokens=4, dtype=dtype)  # type: ignore[arg-type]
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("any", "narrow")
     ],
 )
 def padding_slot(device: Device, case: AttentionCase) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from anychip.plugin_api import LinearKernel, LinearPart, LinearSpec
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device, refuses, seen, unchanged
+from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle.vectorised import linear as product
 from anychip_conformance.products import SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
 
@@ -26,7 +27,7 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tokens: int = 5
     columns: int = 64
     rows: tuple[int, ...] = (32,)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: CaseDtype = "any"
     scheme: Scheme | None = None
     bias: bool = False
     strided: bool = False
@@ -117,7 +118,7 @@ _drawn = st.builds(
     tokens=st.sampled_from([1, 2, 3, 8, 16, 17, 33]),
     columns=st.sampled_from([1, 7, 16, 31, 64, 96, 200]),
     rows=st.lists(st.sampled_from([1, 3, 16, 63, 64, 65, 100]), min_size=1, max_size=3).map(tuple),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from(["any", "narrow"]),
     bias=st.booleans(),
     strided=st.booleans(),
     guarded=st.booleans(),
@@ -147,14 +148,14 @@ def dense(device: Device, case: LinearCase) -> None:
         LinearCase(tokens=tokens, columns=96, rows=rows, scheme=scheme, dtype=dtype, bias=tokens == 1)  # type: ignore[arg-type]
         for scheme in SCHEMES
         for tokens, rows in ((1, (32,)), (9, (64, 32)))
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("any", "narrow")
     ],
     drawn=st.builds(
         LinearCase,
         tokens=st.sampled_from([1, 2, 8, 33]),
         columns=st.sampled_from([32, 64, 96, 160]),
         rows=st.sampled_from([(32,), (64, 32), (96, 32, 32)]),
-        dtype=st.sampled_from(["float32", "bfloat16"]),
+        dtype=st.sampled_from(["any", "narrow"]),
         scheme=st.sampled_from(SCHEMES),
         bias=st.booleans(),
         seed=st.integers(0, 2**16),

@@ -13,6 +13,7 @@ from torch import Tensor
 from anychip.plugin_api import FusedMoE, MoESpec, Routing
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device, refuses, seen, unchanged
+from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
 from anychip_conformance.oracle.vectorised import Bounded, Expert
@@ -35,7 +36,7 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     top_k: int = 2
     hidden: int = 32
     intermediate: int = 24
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: CaseDtype = "any"
     activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
     bias: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"
@@ -203,7 +204,7 @@ _routes = {
 _common = {
     "tokens": st.sampled_from([1, 2, 7, 33]),
     "top_k": st.integers(1, 4),
-    "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "dtype": st.sampled_from(["any", "narrow"]),
     "seed": st.integers(0, 2**16),
 }
 
@@ -291,7 +292,7 @@ def expert_map(device: Device, case: MoECase) -> None:
     corpus=[
         MoECase(scheme=scheme, dtype=dtype, bias=scheme.zero_points)  # type: ignore[arg-type]
         for scheme in MOE_SCHEMES
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("any", "narrow")
     ],
     drawn=st.builds(MoECase, scheme=st.sampled_from(MOE_SCHEMES), **_common),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 import numpy as np
 import torch
@@ -12,12 +10,13 @@ from hypothesis import strategies as st
 from anychip.plugin_api import ActFormat, Communicator, GroupSpec, LinearPart, LinearSpec, QKNorm, Rope
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device, seen, unchanged
+from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import rounded
 from anychip_conformance.oracle.vectorised import Bounded
 
 DTYPES = ("float32", "bfloat16", "float16")
-_dtype = st.sampled_from(["float32", "bfloat16"])
+_dtype = st.sampled_from(["any", "narrow"])
 _seed = st.integers(0, 2**16)
 _tokens = st.sampled_from([1, 2, 3, 7, 16, 33])
 _width = st.sampled_from([1, 2, 8, 16, 24, 64, 100, 127, 256])
@@ -28,7 +27,7 @@ class OpCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     tokens: int = 5
     width: int = 64
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: CaseDtype = "any"
     option: str = ""
     magnitude: float = 1.0
     strided: bool = False
@@ -107,7 +106,7 @@ class RotaryCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     qk_norm: bool = False
     unit_offset: bool = False
     strided: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: CaseDtype = "any"
     seed: int = 0
 
 
@@ -250,7 +249,7 @@ class EmbeddingCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     vocab: int = 40
     width: int = 24
     tokens: int = 9
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: CaseDtype = "any"
     seed: int = 0
 
 

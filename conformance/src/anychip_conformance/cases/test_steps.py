@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.device import Device
-from anychip_conformance.engines import checkpoint, compute_dtype, open_llm, prompts
+from anychip_conformance.dtypes import widest
+from anychip_conformance.engines import checkpoint, open_llm, prompts
 from anychip_conformance.equality import VOCAB_SIZE
 from anychip_conformance.step_driver import StepDriver, tokens_of
 
@@ -33,7 +34,7 @@ def continued(driver: StepDriver, blocks: list[int], count: int, slot: int = 0) 
 def expected(device: Device, count: int) -> list[int]:
     model, ids = checkpoint(device, "llama"), list(TEXT)
     for _ in range(count):
-        ids.append(int(model.logits(ids, compute_dtype(device)).argmax()))
+        ids.append(int(model.logits(ids, widest(device.capabilities)).argmax()))
     return ids[len(TEXT) :]
 
 

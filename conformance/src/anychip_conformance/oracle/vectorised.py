@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anychip_conformance.oracle.rounding import U32, UNIT_ROUNDOFF, gamma, rounded
+from anychip_conformance.oracle.rounding import SMALLEST, U32, UNIT_ROUNDOFF, gamma, rounded
 
 Array = np.ndarray
 SWIGLU_LIMIT, SWIGLU_SLOPE = 7.0, 1.702
@@ -47,20 +47,21 @@ def rotary(x: Array, cos: Array, sin: Array, positions: Array, interleaved: bool
 
 
 def gated_activation(gate: Array, up: Array, activation: str, dtype: str) -> Bounded:
-    """Every elementary step may round to the dtype."""
+    """Every elementary step may round to the dtype, or flush what is too small for it."""
     u = UNIT_ROUNDOFF[dtype]
     if activation == "swiglu_clamped":
         gate, up = np.minimum(gate, SWIGLU_LIMIT), np.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
         value = (up + 1) * gate / (1 + np.exp(-SWIGLU_SLOPE * gate))
         relative = gamma(6, u) + SWIGLU_SLOPE * np.abs(gate) * gamma(2, u)
         absolute = np.abs(gate) * gamma(2, u)  # of up + 1 where it cancels
-        return Bounded(value, np.abs(value) * relative + absolute + rounded(value, dtype))
+        flushed = (np.abs(up) + 1) * SMALLEST[dtype]
+        return Bounded(value, np.abs(value) * relative + absolute + flushed + rounded(value, dtype))
     act = activate(gate, activation)
     value = act * up
     # x sigmoid(x): the exponential's argument is exact, or rounded in float32. The tanh of gelu may cancel.
     inner = np.abs(gate) * (gamma(8) if activation == "gelu_tanh" else 0.0)
     bound = np.abs(up) * (np.abs(act) * (gamma(3, u) + gamma(8) * (1 + np.abs(gate))) + inner)
-    return Bounded(value, bound + rounded(value, dtype))
+    return Bounded(value, bound + np.abs(up) * SMALLEST[dtype] + rounded(value, dtype))
 
 
 def activate(x: Array, activation: str) -> Array:
@@ -75,7 +76,8 @@ def softcap(x: Array, cap: float, dtype: str) -> Bounded:
     u = UNIT_ROUNDOFF[dtype]
     value = cap * np.tanh(x / cap)
     slope = 1 - np.tanh(x / cap) ** 2
-    return Bounded(value, np.abs(x) * slope * gamma(2, u) + rounded(value, dtype, times=3))
+    flushed = 2 * cap * SMALLEST[dtype]  # of x / cap and its tanh
+    return Bounded(value, np.abs(x) * slope * gamma(2, u) + flushed + rounded(value, dtype, times=3))
 
 
 def log_softmax(x: Array) -> Bounded:
@@ -264,9 +266,8 @@ def acceptable_tokens(
         weights = truncated(probs.copy(), top_k=top_k, top_p=top_p, min_p=min_p, slack=moved)
         cumulative = np.cumsum(weights)
         target = uniform * cumulative[-1]
-        for aim in (target, target - slack, target + slack) if slack else (target,):
-            above = np.flatnonzero((cumulative > aim) & (weights > 0))
-            accepted.add(int(above[0] if len(above) else np.flatnonzero(weights)[-1]))
+        reached = (weights > 0) & (cumulative > target - slack) & (cumulative - weights <= target + slack)
+        accepted.update(np.flatnonzero(reached).tolist() or [int(np.flatnonzero(weights)[-1])])
     return accepted
 
 

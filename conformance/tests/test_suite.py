@@ -1,0 +1,213 @@
+"""The suite's own promises: inert without a device, every case in the manifest, failures that can be run again, waivers
+that never make a device conform, scorecards that are checked."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packages import anychip, make_bad
+
+import anychip_conformance
+from anychip.errors import ConfigError
+from anychip_conformance import manifest, pages, scorecard
+from anychip_conformance.device import open_device
+from anychip_conformance.host_watch import HostWatch
+from anychip_conformance.registry import CASES, all_cases, find_case
+from anychip_conformance.run import run_case
+from anychip_conformance.verdicts import Outcome, Verdict
+from anychip_conformance.waivers import read_waivers, waived
+
+ROOT = Path(__file__).parents[2]
+HONEST = ("cpu", "fake-static", "fake-hostlen", "fake-spmd")
+TODAY = datetime.date(2026, 1, 1)
+
+
+# -- collecting -----------------------------------------------------------------------------------------------
+
+
+def test_the_suite_is_inert_without_a_device() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "anychip_conformance.cases"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+
+
+def test_every_case_is_in_the_manifest_as_it_is() -> None:
+    assert manifest.differences() == [], "run python -m anychip_conformance.manifest"
+
+
+def test_a_manifest_that_was_edited_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edited = tmp_path / "manifest.json"
+    edited.write_text(manifest.PATH.read_text().replace('"quick": true', '"quick": false', 1))
+    monkeypatch.setattr(manifest, "PATH", edited)
+    manifest.frozen.cache_clear()
+    with pytest.raises(AssertionError, match="was edited"):
+        manifest.frozen()
+    manifest.frozen.cache_clear()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CASES.glob("test_*.py")))
+def test_a_deleted_file_of_cases_is_noticed(tmp_path: Path, name: str) -> None:
+    package = Path(anychip_conformance.__file__).parent
+    copy = tmp_path / "anychip_conformance"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "cases" / name).unlink()
+    program = "from anychip_conformance.manifest import differences; print(len(differences()))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_an_unknown_case_is_refused_with_what_is_near() -> None:
+    done = anychip(["conformance", "--device", "cpu", "--case", "attn.decod"])
+    assert done.returncode != 0
+    assert "attn.decode" in done.stdout + done.stderr
+
+
+def test_an_unknown_device_is_refused() -> None:
+    done = anychip(["conformance", "--device", "nothing"])
+    assert done.returncode != 0
+    assert "'nothing' is not installed" in done.stdout + done.stderr
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", HONEST)
+def test_an_honest_device_passes_the_quick_profile(device: str) -> None:
+    done = anychip(["conformance", "--device", device, "--profile", "quick"])
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+ONE_DTYPE = """
+from anychip.plugin_api import Capabilities, Platform
+
+class BadPlatform(Platform):
+    capabilities = Capabilities(dtypes=frozenset({{{dtype!r}}}), kv_dtypes=frozenset({{{dtype!r}}}))
+
+    def kv_budget(self, profile):
+        return 2**26
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_device_of_one_narrow_dtype_is_judged_in_it(tmp_path: Path, dtype: str) -> None:
+    make_bad(tmp_path, "narrow", ONE_DTYPE.format(dtype=dtype))
+    done = anychip(["conformance", "--device", "narrow", "--profile", "quick"], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_failure_says_what_why_and_how_to_run_it_again(tmp_path: Path) -> None:
+    fault = ["--device", "fake-faulty", "--device-opt", "fault=attn-window-one-more"]
+    done = anychip(["conformance", *fault, "--case", "attn.window.drawn", "--report", str(tmp_path)])
+    assert done.returncode == 1
+    assert "attn.window.drawn: fail: output of row" in done.stdout
+    assert 'case: {"rows":' in done.stdout
+    assert "first bad index [" in done.stdout and "bound " in done.stdout
+    failure = scorecard.read(tmp_path / "scorecard.json").failures[0]
+    assert failure.reproduce in done.stdout
+    command = shlex.split(failure.reproduce)
+    assert command[0] == "anychip" and "--params" in command
+    again = anychip(command[1:])
+    assert again.returncode == 1
+    assert "attn.window.drawn: fail: output of row" in again.stdout
+
+
+def test_a_draw_is_the_same_every_time_and_another_with_a_seed() -> None:
+    device = open_device("fake-faulty", {"fault": "attn-values-summed-in-bf16"})
+    case = find_case("attn.mixed.drawn")
+    assert case is not None
+    first, second = (run_case(device, case) for _ in range(2))
+    assert (first.verdict, first.params, first.margins) == (second.verdict, second.params, second.margins)
+    assert run_case(device, case, seed=3).margins != run_case(device, case, seed=4).margins
+    device.close()
+
+
+def test_computing_on_the_host_is_seen_where_the_device_is_another() -> None:
+    """What isolation.no_fallback looks through, on a machine without an accelerator: meta stands for one."""
+    with HostWatch("meta") as watch:
+        torch.ones(4, 4) * 2
+        assert not watch.found, "small tensors are bookkeeping"
+        torch.ones(64, 64) * 2
+    assert "aten::mul.Tensor" in watch.found
+    with HostWatch("cpu") as blind:
+        torch.ones(64, 64) * 2
+    assert not blind.found
+
+
+# -- waivers --------------------------------------------------------------------------------------------------
+
+WAIVER = '[[waiver]]\ncase = "{case}"\nreason = "{reason}"\nlink = "https://example.com/1"\nexpires = {expires}\n'
+
+
+def test_a_waiver_turns_a_failure_and_never_conforms(tmp_path: Path) -> None:
+    path = tmp_path / "waivers.toml"
+    path.write_text(WAIVER.format(case="attn.window.001", reason="driver 3.1", expires="2999-01-01"))
+    fault = ["--device", "fake-faulty", "--device-opt", "fault=attn-window-one-more"]
+    chosen = ["--case", "attn.window.001", "--case", "op.softcap.001"]
+    done = anychip(["conformance", *fault, *chosen, "--waivers", str(path), "--report", str(tmp_path)])
+    card = scorecard.read(tmp_path / "scorecard.json")
+    assert done.returncode == 0 and card.waived == ["attn.window.001"]
+    outcomes = [Outcome(case="a", verdict=Verdict.PASS), Outcome(case="b", verdict=Verdict.WAIVED)]
+    assert scorecard.conforms(outcomes) is False
+
+
+def test_a_waived_case_that_passes_is_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "waivers.toml"
+    path.write_text(WAIVER.format(case="op.softcap.001", reason="driver 3.1", expires="2999-01-01"))
+    waiver = read_waivers(path, frozenset({"op.softcap.001"}), TODAY)["op.softcap.001"]
+    assert waived(Outcome(case="op.softcap.001", verdict=Verdict.PASS), waiver).verdict is Verdict.XPASS
+    crashed = waived(Outcome(case="op.softcap.001", verdict=Verdict.CRASH), waiver)
+    assert crashed.verdict is Verdict.WAIVED and "driver 3.1" in crashed.message
+
+
+@pytest.mark.parametrize(
+    ("case", "reason", "expires", "said"),
+    [
+        ("attn.window", "r", "2999-01-01", "is no case"),
+        ("attn.*", "r", "2999-01-01", "is no case"),
+        ("op.softcap.001", " ", "2999-01-01", "needs a reason"),
+        ("op.softcap.001", "r", "2025-12-31", "expired on 2025-12-31"),
+    ],
+)
+def test_a_waiver_is_exact_reasoned_and_ends(tmp_path: Path, case: str, reason: str, expires: str, said: str) -> None:
+    path = tmp_path / "waivers.toml"
+    path.write_text(WAIVER.format(case=case, reason=reason, expires=expires))
+    with pytest.raises(ConfigError, match=said.replace("*", r"\*")):
+        read_waivers(path, frozenset({"op.softcap.001"}), TODAY)
+
+
+# -- scorecards and pages -------------------------------------------------------------------------------------
+
+
+def test_committed_scorecards_are_of_this_manifest() -> None:
+    paths = sorted((ROOT / "conformance" / "scorecards").glob("*/scorecard.json"))
+    assert {path.parent.name for path in paths} >= {*HONEST, "acme"}
+    for path in paths:
+        card = scorecard.read(path)
+        assert card.manifest == manifest.frozen().sha256, f"{path}: run make conformance"
+        assert card.complete and card.conforms["core"] is True and not card.failures
+        assert path.with_suffix(".md").read_text() == scorecard.page(card)
+
+
+def test_the_schema_is_written_down() -> None:
+    path = ROOT / "conformance" / "scorecards" / "schema.json"
+    assert path.read_bytes() == scorecard.schema()
+
+
+def test_pages_follow_from_the_suite_and_the_scorecards() -> None:
+    reference = ROOT / "docs" / "reference"
+    assert (reference / pages.MATRIX).read_text() == pages.matrix(ROOT / "conformance" / "scorecards"), "make matrix"
+    assert (reference / pages.CASES).read_text() == pages.cases(), "make matrix"
+
+
+def test_every_kind_says_what_it_protects_from() -> None:
+    assert all(len(case.kind.protects) > 20 for case in all_cases())
