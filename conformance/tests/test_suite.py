@@ -87,6 +87,17 @@ def test_an_honest_device_passes_the_quick_profile(device: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("device", ["cuda", "rocm", "tpu", "ascend"])
+def test_what_a_plugin_says_of_itself_is_judged_without_its_device(device: str, tmp_path: Path) -> None:
+    chosen = ["--case", "isolation.hook_import", "--case", "isolation.probe", "--case", "isolation.platform_import"]
+    done = anychip(["conformance", "--device", device, *chosen, "--case", "op.softcap.001", "--report", str(tmp_path)])
+    assert done.returncode == 1
+    card = scorecard.read(tmp_path / "scorecard.json")
+    assert [failure.case for failure in card.failures] == ["op.softcap.001"]
+    assert "the device does not open" in card.failures[0].message
+    assert card.counts["core"]["pass"] == 3 and card.evidence == "unknown"
+
+
 ONE_DTYPE = """
 from anychip.plugin_api import Capabilities, Platform
 

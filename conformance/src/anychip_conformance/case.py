@@ -33,7 +33,8 @@ class Nothing(msgspec.Struct, frozen=True):
 @dataclass(frozen=True)
 class Kind:
     """`quick` says how many of the corpus the quick profile runs; `examples` how many are drawn. `deadline_s` excludes
-    the device's compilation, for which --deadline-scale makes room."""
+    the device's compilation, for which --deadline-scale makes room. `needs_device` False: it runs
+    where the device is not."""
 
     id: str
     check: Callable[[Any, Any], None]
@@ -43,6 +44,7 @@ class Kind:
     examples: int
     quick: int
     deadline_s: float
+    needs_device: bool
 
     @property
     def protects(self) -> str:
@@ -87,6 +89,7 @@ def kind(
     examples: int = 40,
     quick: int = 2,
     deadline_s: float = 60.0,
+    needs_device: bool = True,
 ) -> Callable[[Callable[[Any, C], None]], Kind]:
     """Makes a check a kind. Without a corpus the check has no parameters and is one case."""
 
@@ -101,6 +104,7 @@ def kind(
             examples=examples,
             quick=quick,
             deadline_s=deadline_s,
+            needs_device=needs_device,
         )
 
     return made

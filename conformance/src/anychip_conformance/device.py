@@ -30,13 +30,24 @@ class Device:
     manifest: PlatformManifest
     options: Mapping[str, str]
     probe: ProbeResult
-    platform: Platform
-    ops: OpTable
+    opened: Platform | None
+    """None: the device is not here, and only what a plugin says of itself can be judged."""
+    table: OpTable | None
     margins: dict[str, float] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     """Declared capabilities that the present case relies on."""
     resources: dict[str, Any] = field(default_factory=dict)
     """What costs seconds to make and serves several cases, by name; closed with the device where it can be."""
+
+    @property
+    def platform(self) -> Platform:
+        assert self.opened is not None, f"{self.name} is not here"
+        return self.opened
+
+    @property
+    def ops(self) -> OpTable:
+        assert self.table is not None, f"{self.name} is not here"
+        return self.table
 
     @property
     def capabilities(self) -> Capabilities:
@@ -134,19 +145,13 @@ class Device:
             close = getattr(resource, "close", None)
             if close is not None:
                 close()
-        self.platform.close("judged")
+        if self.opened is not None:
+            self.opened.close("judged")
 
 
 def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device:
     """Raises DeviceUnavailable with the reason and the remedy; whatever else the plugin raises passes."""
-    plugins = load_plugins()
-    manifest = plugins.platforms.get(name)
-    if manifest is None:
-        broken = "; ".join(f"{b.package}: {b.error}" for b in plugins.broken)
-        raise DeviceUnavailable(
-            f"device {name!r} is not installed; there are {', '.join(sorted(plugins.platforms))}"
-            + (f"; broken: {broken}" if broken else "")
-        )
+    manifest = manifest_of(name)
     found = candidate(manifest)
     if found.problems:
         raise DeviceUnavailable(f"device {name!r} cannot start: {'; '.join(found.problems)}; {found.remedy}")
@@ -158,7 +163,23 @@ def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device
         probe=found.probe,
     )
     ops = resolve_ops(platform.name, platform.ops())
-    return Device(manifest=manifest, options=options, probe=found.probe, platform=platform, ops=ops)
+    return Device(manifest=manifest, options=options, probe=found.probe, opened=platform, table=ops)
+
+
+def absent_device(name: str, options: Mapping[str, str]) -> Device:
+    """A device that is not here, for cases that need none."""
+    manifest = manifest_of(name)
+    return Device(manifest=manifest, options=options, probe=candidate(manifest).probe, opened=None, table=None)
+
+
+def manifest_of(name: str) -> PlatformManifest:
+    """Raises DeviceUnavailable, with what is installed and what is broken."""
+    plugins = load_plugins()
+    if name not in plugins.platforms:
+        broken = "".join(f"; {b.package}: {b.error}" for b in plugins.broken)
+        there = ", ".join(sorted(plugins.platforms))
+        raise DeviceUnavailable(f"device {name!r} is not installed; there are {there}{broken}")
+    return plugins.platforms[name]
 
 
 def _finite(error: float) -> float | None:

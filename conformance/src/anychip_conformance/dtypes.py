@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import msgspec
 
 from anychip.plugin_api import Capabilities
 from anychip.types import DType
+
+if TYPE_CHECKING:
+    from anychip_conformance.device import Device
 
 CaseDtype = Literal["any", "narrow", "float32", "bfloat16", "float16"]
 """any: the widest that the device declares; narrow: the narrowest."""
@@ -24,11 +27,7 @@ def narrowest(capabilities: Capabilities) -> DType:
     return next(dtype for dtype in reversed(_BY_WIDTH) if dtype in capabilities.dtypes)
 
 
-def resolved(params: C, capabilities: Capabilities) -> C:
+def resolved(params: C, device: Device) -> C:
     """The same case in a dtype of the device, where it left the choice."""
-    dtype = getattr(params, "dtype", None)
-    if dtype == "any":
-        return msgspec.structs.replace(params, dtype=widest(capabilities))
-    if dtype == "narrow":
-        return msgspec.structs.replace(params, dtype=narrowest(capabilities))
-    return params
+    choose = {"any": widest, "narrow": narrowest}.get(getattr(params, "dtype", ""))
+    return params if choose is None else msgspec.structs.replace(params, dtype=choose(device.capabilities))

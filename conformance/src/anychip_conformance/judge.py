@@ -46,17 +46,11 @@ class Judge:
 
     def run(self, case: Case, *, seed: int | None = None, params: str | None = None) -> Outcome:
         start = time.perf_counter()
-        if self._unopened is not None:
-            return msgspec.structs.replace(self._unopened, case=case.id)
-        try:
+        if self._process is None and self._unopened is None:
             self._open()
-        except (Silent, DeviceUnavailable) as error:
-            # It would not open for the next case either.
-            self.close(wait_s=0.0)
-            verdict = Verdict.CRASH if isinstance(error, Silent) else Verdict.FAIL
-            self._unopened = Outcome(case=case.id, verdict=verdict, message=f"the device does not open: {error}")
-            return self._unopened
-        assert self._process is not None
+        if self._process is None or (self._unopened is not None and case.kind.needs_device):
+            assert self._unopened is not None
+            return msgspec.structs.replace(self._unopened, case=case.id)
         try:
             return self._process.ask(Task(case=case.id, seed=seed, params=params), case.kind.deadline_s * self._scale)
         except Silent as silence:
@@ -65,9 +59,16 @@ class Judge:
             return Outcome(case=case.id, verdict=Verdict.CRASH, message=str(silence), seconds=seconds)
 
     def _open(self) -> None:
-        if self._process is None:
-            self._process = JudgedProcess(self._manifest, self._options)
+        """A device that does not open would not open for the next case either: that is remembered."""
+        self._process = JudgedProcess(self._manifest, self._options)
+        try:
             self.facts = self._process.open(_OPEN_DEADLINE_S * self._scale)
+        except (Silent, DeviceUnavailable) as error:
+            silent = isinstance(error, Silent)
+            verdict = Verdict.CRASH if silent else Verdict.FAIL
+            self._unopened = Outcome(case="", verdict=verdict, message=f"the device does not open: {error}")
+            if silent:
+                self.close(wait_s=0.0)
 
     def close(self, *, wait_s: float = _CLOSE_S) -> None:
         if self._process is not None:

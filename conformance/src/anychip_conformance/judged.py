@@ -10,7 +10,7 @@ import sys
 
 import msgspec
 
-from anychip_conformance.device import Device, open_device
+from anychip_conformance.device import Device, absent_device, open_device
 from anychip_conformance.facts import Facts, gather_facts
 from anychip_conformance.registry import find_case
 from anychip_conformance.run import described, run_case
@@ -33,7 +33,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """`facts` answers the opening; `fatal`: the device could not be opened."""
+    """`facts` answers the opening; `fatal`: the device could not be opened, and only cases that
+    need none can be asked."""
 
     outcome: Outcome | None = None
     facts: Facts | None = None
@@ -46,10 +47,10 @@ def main(answers_fd: int) -> None:
         opening = msgspec.json.decode(tasks.readline(), type=Opening)
         try:
             device = open_device(opening.device, opening.options)
+            _send(answers, Answer(facts=gather_facts(device)))
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything
             _send(answers, Answer(fatal=described(error)))
-            return
-        _send(answers, Answer(facts=gather_facts(device)))
+            device = absent_device(opening.device, opening.options)
         serve(device, tasks, answers)
         device.close()
 

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from anychip.errors import AnychipError
-from anychip.registry.plugins import load_plugins
 from anychip_conformance.case import Case, Kind
 from anychip_conformance.verdicts import BAD, Outcome, Verdict
 
@@ -54,8 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 report=None if values.report is None else Path(values.report),
                 waivers=None if values.waivers is None else Path(values.waivers),
                 deadline_scale=values.deadline_scale,
-            ),
-            load_plugins(),
+            )
         )
     except AnychipError as error:
         raise pytest.UsageError(str(error)) from error

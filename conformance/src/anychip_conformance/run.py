@@ -67,7 +67,7 @@ class Tried:
         self.refused: Refused | None = None
 
     def __call__(self, params: msgspec.Struct) -> None:
-        self.last = params = resolved(params, self.device.capabilities)
+        self.last = params = resolved(params, self.device)
         with torch.inference_mode():
             self.kind.check(self.device, params)
         self.passed += 1

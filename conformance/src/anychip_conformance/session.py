@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anychip.errors import ConfigError, DeviceUnavailable
+from anychip.errors import ConfigError
 from anychip.plugin_api import API_VERSION
-from anychip.registry.plugins import Plugins
 from anychip_conformance import scorecard
 from anychip_conformance.case import Case
+from anychip_conformance.device import manifest_of
 from anychip_conformance.facts import Facts
 from anychip_conformance.judge import Judge
 from anychip_conformance.manifest import frozen, selected
@@ -51,14 +51,9 @@ class Settings:
 class ConformanceRun:
     """Raises DeviceUnavailable for a device that is not installed, ConfigError for cases or waivers that are wrong."""
 
-    def __init__(self, settings: Settings, plugins: Plugins) -> None:
-        if settings.device not in plugins.platforms:
-            broken = "".join(f"; {b.package}: {b.error}" for b in plugins.broken)
-            raise DeviceUnavailable(
-                f"device {settings.device!r} is not installed; there are {', '.join(sorted(plugins.platforms))}{broken}"
-            )
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.manifest = plugins.platforms[settings.device]
+        self.manifest = manifest_of(settings.device)
         options = dict(option.partition("=")[::2] for option in settings.options)
         self._judge = Judge(self.manifest, options, deadline_scale=settings.deadline_scale)
         known = frozenset(frozen().cases)

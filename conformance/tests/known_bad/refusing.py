@@ -7,3 +7,6 @@ class BadPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float16"}), kv_dtypes=frozenset({"float16"}), head_dims=frozenset({1024})
     )
+
+    def kv_budget(self, profile):
+        return 2**26

@@ -24,7 +24,7 @@ def in_new_process(program: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-@kind("isolation.hook_import")
+@kind("isolation.hook_import", needs_device=False)
 def hook_import(device: Device, case: Nothing) -> None:
     """The hook module loads without torch: `anychip devices` explains a device on machines that have nothing."""
     module = device.manifest.probe.partition(":")[0].partition(".")[0]
@@ -32,7 +32,7 @@ def hook_import(device: Device, case: Nothing) -> None:
     assert loaded == "False", f"importing {module} loads torch"
 
 
-@kind("isolation.probe")
+@kind("isolation.probe", needs_device=False)
 def probe_answers(device: Device, case: Nothing) -> None:
     """A probe never raises, and gives a reason and a remedy where it finds nothing."""
     result = probe(device.manifest)
@@ -40,7 +40,7 @@ def probe_answers(device: Device, case: Nothing) -> None:
     assert result.devices or (result.reason and result.remedy), "no devices, and no reason or no remedy"
 
 
-@kind("isolation.platform_import")
+@kind("isolation.platform_import", needs_device=False)
 def platform_import(device: Device, case: Nothing) -> None:
     """The platform's module imports on a machine without the device."""
     module, _, name = device.manifest.platform.partition(":")

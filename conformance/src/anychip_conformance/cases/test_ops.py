@@ -234,7 +234,7 @@ def _judge_activation(device: Device, case: OpCase, gate_up: torch.Tensor, resul
     drawn=drawn(option=["0.5", "5", "50"]),
 )
 def softcap(device: Device, case: OpCase) -> None:
-    """cap tanh(x / cap)."""
+    """cap tanh(x / cap): bent towards the cap, not cut off at it."""
     device.need_dtype(case.dtype)
     x = values(device, case, case.tokens, case.width)
     result = device.ops.ops.softcap(x=x, cap=float(case.option))
