@@ -125,7 +125,7 @@ def _key(
     """The device's own shape for a batch, and at least the padding that the case asks for."""
     rules = device.platform.step_rules
     for name, most, wanted in (("tokens", rules.max_tokens, tokens), ("rows", rules.max_rows, rows)):
-        device.need(f"steps of {wanted} {name}", most is None or wanted <= most)
+        device.limit(f"steps hold {most} {name}, the case has {wanted}", most is None or wanted <= most)
     limits = StepLimits(
         max_num_tokens=rules.max_tokens or max(tokens, _USUAL_TOKENS),
         max_num_reqs=rules.max_rows or max(rows, _USUAL_ROWS),

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from anychip.plugin_api import Communicator
+from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, bits
-from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",

@@ -84,6 +84,11 @@ class Device:
             raise Refused(capability, str(refusal)) from None
         raise AssertionError(f"{self.name} does not declare {capability}, and its factory does not refuse it either")
 
+    def limit(self, what: str, within: bool) -> None:
+        """The gate for what is no capability: a case beyond the device's limits is left out, and says why."""
+        if not within:
+            raise Refused("", f"{self.name}: {what}")
+
     def need_dtype(self, dtype: str) -> None:
         self.need(f"dtype {dtype}", dtype in self.capabilities.dtypes)
 

@@ -15,8 +15,8 @@ from anychip import LLM
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
 from anychip.worker.worker import Worker
+from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
-from anychip_conformance.dtypes import widest
 from anychip_conformance.equality import NUM_LAYERS, VOCAB_SIZE
 from anychip_conformance.oracle.streams import stream_bound
 

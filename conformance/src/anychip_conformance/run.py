@@ -11,8 +11,8 @@ import msgspec
 import torch
 
 from anychip_conformance.case import Case, Kind
+from anychip_conformance.choices import resolved
 from anychip_conformance.device import Device
-from anychip_conformance.dtypes import resolved
 from anychip_conformance.verdicts import Mismatch, Outcome, Refused, Verdict
 
 _FRAMES = 3

@@ -6,9 +6,9 @@ from typing import Any
 
 from anychip.plugin_api import Unsupported
 from anychip_conformance.case import Nothing, kind
+from anychip_conformance.choices import widest
 from anychip_conformance.collectives import CollectiveCase
 from anychip_conformance.device import Device
-from anychip_conformance.dtypes import widest
 from anychip_conformance.ranks import RankPool, group_of
 
 _DEADLINE_S = 120.0
@@ -25,10 +25,10 @@ def every(name: str, sizes: tuple[int, ...] = (1, 7, 64), **more: Any) -> list[C
 def check(device: Device, case: CollectiveCase) -> None:
     spec = group_of(case, 0, "file:///nowhere")
     device.need("collectives", device.capabilities.collectives != "none", lambda: device.platform.communicator(spec))
-    device.need("collectives called from the host", device.capabilities.collectives == "runtime")
+    device.limit("its collectives are the compiler's", device.capabilities.collectives == "runtime")
     device.need_dtype(case.dtype)
     many = len(device.probe.devices)
-    device.need(f"{case.world} devices", many >= case.world)
+    device.limit(f"{many} devices, the case has {case.world}", many >= case.world)
     pool = device.resources.setdefault(f"ranks {case.world}", None) or RankPool(device, case.world)
     device.resources[f"ranks {case.world}"] = pool
     try:

@@ -9,8 +9,8 @@ import numpy as np
 
 from anychip import SamplingParams
 from anychip_conformance.case import kind
+from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
-from anychip_conformance.dtypes import widest
 from anychip_conformance.engines import (
     MAX_MODEL_LEN,
     Checkpoint,
@@ -43,8 +43,9 @@ def settings_of(device: Device, mode: str) -> dict[str, Any]:
     if mode == "in_order":
         settings["overlap"] = False
     if mode == "tp2":
-        device.need("collectives", device.capabilities.collectives == "runtime")
-        device.need("2 devices", len(device.probe.devices) >= 2)
+        device.need("collectives", device.capabilities.collectives != "none")
+        device.limit("its collectives are the compiler's", device.capabilities.collectives == "runtime")
+        device.limit("one device, the case has two", len(device.probe.devices) >= 2)
         settings["tensor_parallel_size"] = 2
     return settings
 

@@ -10,7 +10,8 @@ from anychip.plugin_api import GraphLevel, Recorder, ShapeKey, StepLimits
 from anychip_conformance.batch import Row
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device
-from anychip_conformance.paged import AttentionCase, Call, judge_cache, judge_output
+from anychip_conformance.paged import AttentionCase, Call
+from anychip_conformance.paged_judge import judge_cache, judge_output
 
 
 class ShapeCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -11,8 +11,8 @@ import torch
 from anychip.plugin_api import Platform
 from anychip.registry.devices import probe
 from anychip_conformance.case import Nothing, kind
+from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
-from anychip_conformance.dtypes import widest
 from anychip_conformance.host_watch import HostWatch
 
 _TIMEOUT_S = 120

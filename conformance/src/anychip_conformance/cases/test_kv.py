@@ -13,7 +13,8 @@ from anychip.plugin_api import AttentionBackend
 from anychip_conformance.batch import Row
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device
-from anychip_conformance.paged import AttentionCase, Call, backend_for, check_attention
+from anychip_conformance.paged import AttentionCase, Call, backend_for
+from anychip_conformance.paged_judge import check_attention
 
 _BLOCKS = 9
 DECODE = (Row(0, 3, 2), Row(1, 0, 1))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anychip.plugin_api import LinearKernel, LinearPart, LinearSpec
 from anychip_conformance.case import kind
+from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
-from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle.vectorised import linear as product
 from anychip_conformance.products import SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
 
@@ -213,7 +213,7 @@ def undeclared(device: Device, case: LinearCase) -> None:
 )
 def batch_invariant(device: Device, case: LinearCase) -> None:
     """Where batch invariance is declared, a row's bits do not depend on who shares the batch."""
-    device.need("batch_invariant", device.capabilities.batch_invariant)
+    device.need("batch_invariant", device.capabilities.batch_invariant, refuses(device, case.spec))
     loaded = Loaded(device, case)
     x = loaded.inputs(case.tokens)
     whole = loaded.kernel.apply(x, loaded.packed)

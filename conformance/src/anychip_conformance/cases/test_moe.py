@@ -12,8 +12,8 @@ from torch import Tensor
 
 from anychip.plugin_api import FusedMoE, MoESpec, Routing
 from anychip_conformance.case import kind
+from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
-from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
 from anychip_conformance.oracle.vectorised import Bounded, Expert
@@ -84,7 +84,7 @@ def kernel_for(device: Device, case: MoECase) -> FusedMoE:
         name = case.scheme.name
         device.need(f"quantization {name}", name in device.capabilities.quantization, refuses(device, case.spec))
     if case.invariant:
-        device.need("batch_invariant", device.capabilities.batch_invariant)
+        device.need("batch_invariant", device.capabilities.batch_invariant, refuses(device, case.spec))
     return device.platform.moe(case.spec)
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from anychip.plugin_api import ActFormat, Communicator, GroupSpec, LinearPart, LinearSpec, QKNorm, Rope
 from anychip_conformance.case import kind
+from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, seen, unchanged
-from anychip_conformance.dtypes import CaseDtype
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import rounded
 from anychip_conformance.oracle.vectorised import Bounded

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from anychip.plugin_api import GraphLevel
 from anychip_conformance.case import Nothing, kind
+from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
-from anychip_conformance.dtypes import widest
 from anychip_conformance.engines import checkpoint, open_llm, prompts
 from anychip_conformance.equality import VOCAB_SIZE
 from anychip_conformance.step_driver import StepDriver, tokens_of
@@ -124,7 +125,8 @@ def zeroed(device: Device, case: Nothing) -> None:
 @kind("step.no_compilation", deadline_s=_DEADLINE_S)
 def no_compilation(device: Device, case: Nothing) -> None:
     """After warm-up nothing is compiled any more: preparing the same shapes again finds as many programs as before."""
-    device.need("a step program, or graphs", device.manifest.seam == "step" or device.capabilities.graph_level > 0)
+    prepares = device.manifest.seam == "step" or device.capabilities.graph_level > GraphLevel.NONE
+    device.limit("it prepares neither steps nor graphs", prepares)
     with open_llm(device, checkpoint(device, "llama").path) as llm:
         worker = llm.engine.executor.worker  # type: ignore[attr-defined]
         before = worker.program.warm_up([]).num_programs

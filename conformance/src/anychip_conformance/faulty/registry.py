@@ -13,7 +13,17 @@ Part = Literal[
 ]
 P = TypeVar("P")
 
-_MODULES = ("attention", "storage", "ops", "products", "sampling", "ranks", "steps")
+_MODULES = (
+    "attention",
+    "addressing",
+    "storage",
+    "ops",
+    "products",
+    "experts",
+    "sampling",
+    "ranks",
+    "steps",
+)
 
 
 @dataclass(frozen=True, slots=True)

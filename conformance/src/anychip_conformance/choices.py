@@ -1,4 +1,4 @@
-"""Dtypes of cases. A case names one, or leaves the choice to the device, which is judged in what it declares."""
+"""What a case leaves to the device, which is judged in what it declares: its dtype, and the head_dim of attention."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def narrowest(capabilities: Capabilities) -> DType:
 
 
 def resolved(params: C, device: Device) -> C:
-    """The same case in a dtype of the device, where it left the choice."""
+    """The same case in a dtype and with a head_dim of the device, where it left the choice."""
+    changes: dict[str, object] = {}
     choose = {"any": widest, "narrow": narrowest}.get(getattr(params, "dtype", ""))
-    return params if choose is None else msgspec.structs.replace(params, dtype=choose(device.capabilities))
+    if choose is not None:
+        changes["dtype"] = choose(device.capabilities)
+    if getattr(params, "any_head_dim", False):
+        wanted, there = params.head_dim, device.capabilities.head_dims  # type: ignore[attr-defined]
+        if there is not None and wanted not in there:
+            changes["head_dim"] = min(there, key=lambda dim: (abs(dim - wanted), dim))
+    return msgspec.structs.replace(params, **changes) if changes else params
