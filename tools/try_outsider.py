@@ -42,6 +42,10 @@ def main() -> None:
             shutil.copytree(report, arguments.report, dirs_exist_ok=True)
         hot_path = run([command, "doctor", "--device", "acme", "--hot-path"], folder)
         assert "rms_norm: acme (anychip_acme.ops.rms_norm)" in hot_path, hot_path
+        run([command, "new-plugin", "zeta", "--seam", "step", "--output", folder], folder)
+        assert (Path(folder) / "anychip-zeta" / "src" / "anychip_zeta" / "program.py").is_file(), (
+            "templates are not shipped"
+        )
         prompt = ["--prompt", "import numpy as", "--max-tokens", "4", "--temperature", "0"]
         answer = run([command, "generate", "--device", "acme", *prompt], folder)
     sys.stdout.write(f"acme, from wheels, generated {answer.strip()!r}\n")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.errors import DeviceUnavailable, Unsupported
+from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.ops.table import OpTable, resolve_ops
 from anychip.plugin_api import Capabilities, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
 from anychip.registry.devices import candidate
@@ -175,6 +175,14 @@ def absent_device(name: str, options: Mapping[str, str]) -> Device:
     """A device that is not here, for cases that need none."""
     manifest = manifest_of(name)
     return Device(manifest=manifest, options=options, probe=candidate(manifest).probe, opened=None, table=None)
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE of --device-opt. Raises ConfigError."""
+    for text in texts:
+        if "=" not in text:
+            raise ConfigError(f"--device-opt {text!r} is not KEY=VALUE")
+    return {key: value for key, _, value in (text.partition("=") for text in texts)}
 
 
 def manifest_of(name: str) -> PlatformManifest:

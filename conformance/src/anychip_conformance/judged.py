@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import msgspec
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from anychip_conformance.device import Device, absent_device, open_device
 from anychip_conformance.facts import Facts, gather_facts
@@ -44,6 +47,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 def main(answers_fd: int) -> None:
     with os.fdopen(answers_fd, "wb", buffering=0) as answers, os.fdopen(os.dup(0), "rb") as tasks:
         os.dup2(2, 1)  # what plugins print goes where their errors go
+        # Beside the caller's own files nothing of ours should lie.
+        set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "anychip-hypothesis")
         opening = msgspec.json.decode(tasks.readline(), type=Opening)
         try:
             device = open_device(opening.device, opening.options)

@@ -14,7 +14,7 @@ from anychip.errors import ConfigError
 from anychip.plugin_api import API_VERSION
 from anychip_conformance import scorecard
 from anychip_conformance.case import Case
-from anychip_conformance.device import manifest_of
+from anychip_conformance.device import manifest_of, parse_options
 from anychip_conformance.facts import Facts
 from anychip_conformance.judge import Judge
 from anychip_conformance.manifest import frozen, selected
@@ -54,7 +54,7 @@ class ConformanceRun:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.manifest = manifest_of(settings.device)
-        options = dict(option.partition("=")[::2] for option in settings.options)
+        options = parse_options(settings.options)
         self._judge = Judge(self.manifest, options, deadline_scale=settings.deadline_scale)
         known = frozenset(frozen().cases)
         self._check_cases(known)

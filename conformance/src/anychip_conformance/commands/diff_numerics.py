@@ -20,7 +20,6 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable
 from anychip.hub import located
 from anychip.model_config import load_model_config
-from anychip.registry.plugins import load_plugins
 from anychip.tokenizer.tokenizer import Tokenizer
 
 _TEXT = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fib"
@@ -54,14 +53,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """1 where a layer is beyond its bound."""
-    plugins = load_plugins()
+    from anychip_conformance.device import manifest_of, parse_options
+
     for name in (arguments.device, arguments.against):
-        if name not in plugins.platforms:
-            there = ", ".join(sorted(plugins.platforms))
-            raise DeviceUnavailable(f"device {name!r} is not installed; there are {there}")
+        manifest_of(name)
     config = located(EngineConfig(model=arguments.model, dtype=arguments.dtype))
     tokens = token_ids(arguments, config)
-    options = dict(option.partition("=")[::2] for option in arguments.device_opt)
+    options = parse_options(arguments.device_opt)
     with tempfile.TemporaryDirectory(prefix="anychip-layers-") as folder:
         rows = compare(config, arguments.device, options, arguments.against, tokens, Path(folder))
     first = next((row.name for row in rows if row.beyond), None)
