@@ -10,7 +10,7 @@ WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # All of them by name: a test file that is gone must not pass for a test that passed.
-MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation known_bad suite oracle new_plugin fakes))
+MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation known_bad suite oracle new_plugin diff_numerics fakes))
 SIMULATED := fake-static fake-hostlen fake-spmd
 
 .PHONY: serve test lint equality mutation conformance matrix check-full bench docs clean wheels try-wheels bump

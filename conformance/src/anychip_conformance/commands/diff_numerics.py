@@ -7,7 +7,6 @@ error that A's own layers have gathered. Both are relative to the norm of B's st
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,27 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from anychip.config import EngineConfig
-from anychip.errors import ConfigError, DeviceUnavailable
+from anychip.errors import ConfigError
 from anychip.hub import located
 from anychip.model_config import load_model_config
 from anychip.tokenizer.tokenizer import Tokenizer
+from anychip_conformance.device import manifest_of, parse_options
+from anychip_conformance.layer_errors import LayerError, compare
 
 _TEXT = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fib"
 _MAX_TOKENS = 64
-
-
-class LayerError(msgspec.Struct, frozen=True, kw_only=True):
-    """`own`: fed with the other device's input; `gathered`: with its own. None for the logits, which are not fed."""
-
-    name: str
-    own: float | None
-    gathered: float
-    bound: float
-
-    @property
-    def beyond(self) -> bool:
-        error = self.gathered if self.own is None else self.own
-        return not error <= self.bound  # NaN is beyond
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +40,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """1 where a layer is beyond its bound."""
-    from anychip_conformance.device import manifest_of, parse_options
-
     for name in (arguments.device, arguments.against):
         manifest_of(name)
     config = located(EngineConfig(model=arguments.model, dtype=arguments.dtype))
@@ -84,62 +69,6 @@ def token_ids(arguments: argparse.Namespace, config: EngineConfig) -> list[int]:
     if not all(0 <= id < model.vocab_size for id in ids):
         raise ConfigError(f"--tokens: ids are 0 to {model.vocab_size - 1}, the model's vocabulary")
     return ids
-
-
-def compare(
-    config: EngineConfig, device: str, options: dict[str, str], against: str, tokens: list[int], folder: Path
-) -> list[LayerError]:
-    """Records B, then A fed with B, then A by itself, each in a process of its own."""
-    from safetensors.torch import load_file
-
-    from anychip_conformance.layerwise import Recording
-
-    def recorded(name: str, which: str, given: dict[str, str], fed: str = "") -> str:
-        out = str(folder / f"{name}.safetensors")
-        task = Recording(
-            device=which, options=given, model=config.model, dtype=config.dtype, tokens=tokens, out=out, fed=fed
-        )
-        command = [sys.executable, "-m", "anychip_conformance.layerwise"]
-        done = subprocess.run(command, input=msgspec.json.encode(task), stderr=subprocess.PIPE)
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-            raise DeviceUnavailable(f"running the model on {which} failed: {lines[-1]}")
-        return out
-
-    trusted = recorded("trusted", against, {})
-    own = load_file(recorded("own", device, options, trusted))
-    gathered = load_file(recorded("gathered", device, options))
-    return errors(load_file(trusted), own, gathered, load_model_config(config.model).hidden_size, config.dtype)
-
-
-def errors(
-    trusted: dict[str, object], own: dict[str, object], gathered: dict[str, object], hidden_size: int, dtype: str
-) -> list[LayerError]:
-    """By layer, in order, and of the logits at last."""
-    from anychip_conformance.layerwise import LOGITS
-    from anychip_conformance.oracle.streams import stream_bound
-
-    def stream(found: dict[str, object], layer: int):  # type: ignore[no-untyped-def]
-        return found[f"hidden.{layer}"].double() + found[f"residual.{layer}"].double()  # type: ignore[attr-defined]
-
-    def relative(a, b) -> float:  # type: ignore[no-untyped-def]
-        return float((a - b).norm() / b.norm())
-
-    count = sum(name.startswith("hidden.") for name in trusted)
-    rows = [
-        LayerError(
-            name=f"layer {layer}",
-            own=relative(stream(own, layer), stream(trusted, layer)),
-            gathered=relative(stream(gathered, layer), stream(trusted, layer)),
-            bound=stream_bound(1, hidden_size, dtype),
-        )
-        for layer in range(count)
-    ]
-    last = relative(gathered[LOGITS].double(), trusted[LOGITS].double())  # type: ignore[attr-defined]
-    return [
-        *rows,
-        LayerError(name=LOGITS, own=None, gathered=last, bound=stream_bound(max(1, count), hidden_size, dtype)),
-    ]
 
 
 def show(rows: list[LayerError], first: str | None, device: str, against: str) -> None:
