@@ -22,6 +22,7 @@ from anychip_conformance.device import open_device
 from anychip_conformance.host_watch import HostWatch
 from anychip_conformance.registry import CASES, all_cases, find_case
 from anychip_conformance.run import run_case
+from anychip_conformance.session import ConformanceRun, Settings
 from anychip_conformance.verdicts import Outcome, Verdict
 from anychip_conformance.waivers import read_waivers, waived
 
@@ -64,6 +65,29 @@ def test_a_deleted_file_of_cases_is_noticed(tmp_path: Path, name: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
+
+
+def test_a_case_without_a_verdict_does_not_conform() -> None:
+    """Whoever left it out: a deleted file, a filter of pytest's, a worker that was lost."""
+    run = ConformanceRun(Settings(device="fake-static"))
+    core = manifest.frozen().expected("core")
+    passed = [Outcome(case=id, verdict=Verdict.PASS) for id in core]
+    assert run.finish(passed, None)
+    assert not run.finish(passed[1:], None)
+    assert run.card is not None and run.card.conforms["core"] is False
+    assert [(failure.case, failure.verdict) for failure in run.card.failures] == [(core[0], "not_run")]
+    run.close()
+
+
+def test_a_device_that_admits_one_process_is_not_judged_by_several(tmp_path: Path) -> None:
+    make_bad(tmp_path, "lonely", ONE_DTYPE.format(dtype="float32"))
+    hooks = tmp_path / "anychip_lonely" / "__init__.py"
+    hooks.write_text(hooks.read_text().replace("PlatformManifest(name", "PlatformManifest(exclusive=True, name"))
+    case = ["--case", "op.softcap.001"]
+    assert anychip(["conformance", "--device", "lonely", *case], tmp_path).returncode == 0
+    refused = anychip(["conformance", "--device", "lonely", *case, "-n", "2"], tmp_path)
+    assert refused.returncode != 0
+    assert "one process at a time" in refused.stdout + refused.stderr
 
 
 def test_an_unknown_case_is_refused_with_what_is_near() -> None:
