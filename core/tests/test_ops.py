@@ -14,7 +14,7 @@ from anychip.ops.reference.functional import embedding, rms_norm, rotary
 from anychip.ops.reference.philox import philox, uniform
 from anychip.ops.reference.sampling import apply_token_masks, logprobs, sample, truncate
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Rope, op_override
+from anychip.plugin_api import QKNorm, Rope, op_override
 
 # -- randomness -------------------------------------------------------------------------------------------
 
@@ -173,6 +173,20 @@ def test_an_override_is_called_and_named():
     assert table.ops.softcap(x=3, cap=1) == 3
     assert "fast_softcap" in table.served_by["softcap"]
     assert table.ops.rms_norm is REFERENCE_OPS["rms_norm"]
+
+
+def test_a_composite_op_without_an_override_is_made_of_those_that_have_one():
+    @op_override("rms_norm", version=1)
+    def loud_norm(*, x, weight, eps, unit_offset=False):
+        return x * 100
+
+    ops = resolve_ops("acme", {"rms_norm": loud_norm}).ops
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    normed, total = ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=0.0)
+    assert normed.tolist() == [[200.0] * 4] * 2 and total.tolist() == [[2.0] * 4] * 2
+    norm = QKNorm(q_weight=weight, k_weight=weight, eps=0.0)
+    q, _ = ops.qkv_norm_rope(q=x, k=None, positions=None, rope=None, qk_norm=norm)
+    assert q.tolist() == [[100.0] * 4] * 2
 
 
 def test_an_override_that_lacks_a_later_argument_is_passed_over_and_noted():
