@@ -40,9 +40,11 @@ def test_wrong_results_fail(tmp_path: Path, name: str, said: str) -> None:
 
 def test_who_refuses_everything_does_not_conform(tmp_path: Path) -> None:
     """No case fails, and whole sections have nothing to show."""
-    card = judged(tmp_path, "refusing", "--profile", "core", "-n", "2")
-    assert not card.failures and card.conforms["core"] is False
-    assert card.counts["core"]["not_supported"] > card.counts["core"]["pass"] > 0
+    card = judged(tmp_path, "refusing", "--profile", "quick")
+    assert not card.failures
+    assert card.counts["core"]["not_supported"] > 0 and card.counts["core"]["pass"] > 0
+    states = {row.name: row.state for row in card.capabilities}
+    assert states["kv dtype float16"] == "refused"
 
 
 def test_a_declared_capability_that_does_not_work_is_a_failure(tmp_path: Path) -> None:

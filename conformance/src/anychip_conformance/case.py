@@ -87,7 +87,7 @@ def kind(
     drawn: SearchStrategy[C] | None = None,
     profile: Profile = "core",
     examples: int = 40,
-    quick: int = 2,
+    quick: int = 3,
     deadline_s: float = 60.0,
     needs_device: bool = True,
 ) -> Callable[[Callable[[Any, C], None]], Kind]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.ops.table import OpTable, resolve_ops
-from anychip.plugin_api import Capabilities, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
+from anychip.plugin_api import Capabilities, LinearPart, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
 from anychip.registry.devices import candidate
 from anychip.registry.plugins import load_plugins
+from anychip.types import DType
 from anychip.worker.open_platform import open_platform
 from anychip_conformance.oracle.vectorised import Bounded
 from anychip_conformance.verdicts import Difference, Mismatch, Refused
@@ -72,12 +73,13 @@ class Device:
     # -- verdicts -----------------------------------------------------------------------------------------
 
     def need(self, capability: str, declared: bool, attempt: Callable[[], Any] | None = None) -> None:
-        """The suite's only gate. What is not declared must be refused by its factory, `attempt`, with Unsupported."""
+        """The suite's gate for capabilities. What is not declared must be refused by its factory, `attempt`, with
+        Unsupported; None: it has no factory."""
         if declared:
             self.used.add(capability)
             return
         if attempt is None:
-            raise Refused(capability, f"{self.name} does not declare {capability}")
+            raise Refused("", f"{self.name} does not declare {capability}")
         try:
             attempt()
         except Unsupported as refusal:
@@ -90,7 +92,9 @@ class Device:
             raise Refused("", f"{self.name}: {what}")
 
     def need_dtype(self, dtype: str) -> None:
-        self.need(f"dtype {dtype}", dtype in self.capabilities.dtypes)
+        part = LinearPart(name="any", offset=0, rows=8)
+        spec = LinearSpec(in_features=8, out_features=8, parts=(part,), dtype=cast(DType, dtype))
+        self.need(f"dtype {dtype}", dtype in self.capabilities.dtypes, refuses(self, spec))
 
     def compare(self, what: str, actual: Tensor, expected: Bounded, *, label: str = "") -> None:
         """Raises Mismatch at the first element beyond its bound. `label`, "op/dtype", enters the margin."""

@@ -78,8 +78,10 @@ def checkpoint(device: Device, family: str) -> Checkpoint:
     """Made once per judged process, with a head_dim that the device has."""
     for name in NEEDS[family]:
         device.need(name, bool(getattr(device.capabilities, name)))
+    dtype = widest(device.capabilities)
+    device.need(f"kv dtype {dtype}", dtype in device.capabilities.kv_dtypes)
     if family in _PICKING:
-        device.need("dtype float32", "float32" in device.capabilities.dtypes)
+        device.need_dtype("float32")
     dims = device.capabilities.head_dims
     head_dim = _HEAD_DIM if dims is None or _HEAD_DIM in dims else min(dims)
     key = f"checkpoint {family}"

@@ -51,7 +51,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     used: tuple[str, ...] = ()
     """Declared capabilities that the case relied on."""
     capability: str = ""
-    """What the device does not declare, of a case that is not supported."""
+    """What the device does not declare and its factory refused, of a case that is not supported."""
 
 
 class Mismatch(AssertionError):
@@ -67,7 +67,8 @@ class Mismatch(AssertionError):
 
 
 class Refused(Exception):
-    """The device does not declare `capability`, and refused as it should. Raised by the suite alone."""
+    """The case is left out. `capability` is what the device does not declare, and its factory refused as it should; ""
+    where there was nobody to ask. Raised by the suite alone."""
 
     def __init__(self, capability: str, message: str) -> None:
         self.capability = capability

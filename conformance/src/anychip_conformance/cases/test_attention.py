@@ -118,7 +118,7 @@ def head_dim(device: Device, case: AttentionCase) -> None:
         AttentionCase(rows=DECODE, scale=0.02, head_dim=32),
         AttentionCase(rows=RAGGED, scale=1.0, head_dim=8),
     ),
-    quick=1,
+    quick=3,
 )
 def scale(device: Device, case: AttentionCase) -> None:
     """The caller's scale, also where it is not 1 / sqrt(head_dim)."""

@@ -13,7 +13,7 @@ from anychip_conformance.paged import AttentionCase, Call
 from anychip_conformance.paged_judge import judge_cache, judge_output
 
 
-@kind("attn.reused_blocks", corpus=each_dtype(AttentionCase(rows=rows((1, 2, 2), (0, 5, 1)))), quick=1)
+@kind("attn.reused_blocks", corpus=each_dtype(AttentionCase(rows=rows((1, 2, 2), (0, 5, 1)))), quick=3)
 def reused_blocks(device: Device, case: AttentionCase) -> None:
     """Blocks given to another request hold its keys, whatever the backend saw there before."""
     first = Call.make(device, case)
@@ -29,7 +29,7 @@ def reused_blocks(device: Device, case: AttentionCase) -> None:
     judge_output(device, first, result)
 
 
-@kind("attn.shared_prefix", corpus=each_dtype(AttentionCase(rows=rows((1, 0, 2), (1, 0, 3), (1, 0, 1)))), quick=1)
+@kind("attn.shared_prefix", corpus=each_dtype(AttentionCase(rows=rows((1, 0, 2), (1, 0, 3), (1, 0, 1)))), quick=3)
 def shared_prefix(device: Device, case: AttentionCase) -> None:
     """Rows that share a prefix block read it, and leave it as it is."""
     probe = Call.make(device, case)
@@ -42,7 +42,7 @@ def shared_prefix(device: Device, case: AttentionCase) -> None:
     judge_output(device, call, result)
 
 
-@kind("attn.permuted_blocks", corpus=each_dtype(AttentionCase(rows=RAGGED)), drawn=drawn(), examples=20, quick=1)
+@kind("attn.permuted_blocks", corpus=each_dtype(AttentionCase(rows=RAGGED)), drawn=drawn(), examples=20, quick=3)
 def permuted_blocks(device: Device, case: AttentionCase) -> None:
     """Where a request's blocks lie changes no bit of its result."""
     first = Call.make(device, case)

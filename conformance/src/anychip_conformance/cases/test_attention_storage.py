@@ -31,7 +31,7 @@ def padding(device: Device, case: AttentionCase) -> None:
         AttentionCase(rows=RAGGED, strided=True),
         AttentionCase(rows=rows((1, 0, 1)), strided=True, num_heads=4, num_kv_heads=1),
     ),
-    quick=1,
+    quick=3,
 )
 def strides(device: Device, case: AttentionCase) -> None:
     """q, k and v may be slices of one packed projection; none of them is changed."""

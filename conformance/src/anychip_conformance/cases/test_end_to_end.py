@@ -100,7 +100,7 @@ def check_greedy(device: Device, case: EngineCase) -> None:
         EngineCase(family="qwen3-moe", mode="prefix"),
     ],
     deadline_s=_DEADLINE_S,
-    quick=1,
+    quick=3,
 )
 def greedy(device: Device, case: EngineCase) -> None:
     """Greedy tokens equal transformers', whatever the scheduler does with the requests. A first difference is excused
