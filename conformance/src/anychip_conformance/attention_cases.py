@@ -8,17 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from hypothesis import strategies as st
 
 from anychip_conformance.batch import Row
 from anychip_conformance.paged import AttentionCase
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def each_dtype(*cases: AttentionCase) -> list[AttentionCase]:
-    return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
 
 
 def rows(*sizes: Sequence[int]) -> tuple[Row, ...]:

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 CaseDtype = Literal["any", "narrow", "float32", "bfloat16", "float16"]
 """any: the widest that the device declares; narrow: the narrowest."""
 
+DTYPES = ("float32", "bfloat16", "float16")
 _BY_WIDTH: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 C = TypeVar("C", bound=msgspec.Struct)
+
+
+def each_dtype(*cases: C) -> list[C]:
+    """Every case in every dtype to compute in, one case after the other."""
+    return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
 
 
 def widest(capabilities: Capabilities) -> DType:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
+from anychip.errors import DeviceUnavailable, Unsupported
 from anychip.ops.table import OpTable, resolve_ops
 from anychip.plugin_api import Capabilities, LinearPart, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
-from anychip.registry.devices import candidate
+from anychip.registry.devices import candidate, choose_named
 from anychip.registry.plugins import load_plugins
 from anychip.types import DType
 from anychip.worker.open_platform import open_platform
@@ -160,10 +160,8 @@ class Device:
 
 def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device:
     """Raises DeviceUnavailable with the reason and the remedy; whatever else the plugin raises passes."""
-    manifest = manifest_of(name)
-    found = candidate(manifest)
-    if found.problems:
-        raise DeviceUnavailable(f"device {name!r} cannot start: {'; '.join(found.problems)}; {found.remedy}")
+    found = choose_named(name, load_plugins())
+    manifest = found.manifest
     every = tuple(device.index for device in found.probe.devices)
     platform = open_platform(
         manifest,
@@ -179,14 +177,6 @@ def absent_device(name: str, options: Mapping[str, str]) -> Device:
     """A device that is not here, for cases that need none."""
     manifest = manifest_of(name)
     return Device(manifest=manifest, options=options, probe=candidate(manifest).probe, opened=None, table=None)
-
-
-def parse_options(texts: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE of --device-opt. Raises ConfigError."""
-    for text in texts:
-        if "=" not in text:
-            raise ConfigError(f"--device-opt {text!r} is not KEY=VALUE")
-    return {key: value for key, _, value in (text.partition("=") for text in texts)}
 
 
 def manifest_of(name: str) -> PlatformManifest:

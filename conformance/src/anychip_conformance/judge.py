@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 import msgspec
 
@@ -74,14 +73,6 @@ class Judge:
         if self._process is not None:
             self._process.close(wait_s=wait_s)
             self._process = None
-
-    def __enter__(self) -> Judge:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class JudgedProcess:

@@ -168,9 +168,9 @@ class Call:
             watched = sorted(
                 {*range(min(_NEAR_BLOCKS, num_blocks)), *range(num_blocks - sum(pages) - _SPARE_BLOCKS, num_blocks)}
             )
-        cache = _filled(device, case, backend, cache, batch, watched, size, layer, rng)
+        cache = _filled(device, case, backend, cache, batch, watched, size, rng)
         q, k, v = _inputs(device, case, batch.key.num_tokens, rng)
-        rope, qk_norm = _rope(device, case, batch, rng), _qk_norm(device, case, rng)
+        rope, qk_norm = _rope(device, case), _qk_norm(device, case, rng)
         out = None
         if case.guarded:
             shape = (batch.key.num_tokens + 2 * GUARD, case.num_heads, case.head_dim)
@@ -252,14 +252,13 @@ def _filled(
     batch: PagedBatch,
     watched: list[int],
     size: int,
-    layer: AttentionLayer,
     rng: np.random.Generator,
 ) -> Any:
     """Poison everywhere, then each row's keys and values; read-only layers hold the new tokens' as well."""
     shape = (2, size, case.num_kv_heads, case.head_dim)
     used = sorted({block for table in batch.tables for block in table})
     poison = np.full((1, *shape), device.poison)
-    filler = _canonical(device, case, poison, layer)
+    filler = _canonical(device, case, poison)
     chunk = max(1, 2**22 // filler.numel())
     for first in range(0, len(watched), chunk):
         ids = watched[first : first + chunk]
@@ -273,12 +272,12 @@ def _filled(
             part = tokens[:, page * size : (page + 1) * size]
             content[table[page]][:, : part.shape[1]] = part
     if used:
-        data = _canonical(device, case, np.stack([content[block] for block in used]), layer)
+        data = _canonical(device, case, np.stack([content[block] for block in used]))
         cache = backend.import_blocks(cache, used, data)
     return cache
 
 
-def _canonical(device: Device, case: AttentionCase, blocks: np.ndarray, layer: AttentionLayer) -> Tensor:
+def _canonical(device: Device, case: AttentionCase, blocks: np.ndarray) -> Tensor:
     """[blocks, 2, size, kv_heads, dim] in the cache's dtype, as bytes where that is one byte wide."""
     if case.kv == "same":
         return device.tensor(blocks, case.dtype)
@@ -300,12 +299,11 @@ def _inputs(
     return (q, k, v) if case.strided else (q.contiguous(), k.contiguous(), v.contiguous())
 
 
-def _rope(device: Device, case: AttentionCase, batch: PagedBatch, rng: np.random.Generator) -> Rope | None:
+def _rope(device: Device, case: AttentionCase) -> Rope | None:
     if case.rope == "none":
         return None
     rotary_dim = max(2, int(case.head_dim * case.rotary_fraction) // 2 * 2)
-    longest = _MAX_POSITIONS
-    angle = np.arange(longest)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
+    angle = np.arange(_MAX_POSITIONS)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
     return Rope(
         cos=device.tensor(np.cos(angle), "float32"),
         sin=device.tensor(np.sin(angle), "float32"),

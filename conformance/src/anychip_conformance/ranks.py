@@ -1,6 +1,6 @@
 """Real processes as the ranks of a group: each opens the device and runs its part of a collective case.
 
-`python -m anychip_conformance.ranks FD` is one of them; `RankPool` is who starts and asks them.
+`python -m anychip_conformance.ranks DEVICE OPTIONS RANK FD` is one of them; `RankPool` is who starts and asks them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_MESSAGE = 1 << 20
 
 
 class RankTask(msgspec.Struct, frozen=True, kw_only=True):
-    """`group` names the group among those of this run: communicators of one group are made once."""
+    """`store` is where the case's group meets, and names it: its communicator is made once."""
 
     case: CollectiveCase
     store: str

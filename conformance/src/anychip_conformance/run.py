@@ -41,13 +41,12 @@ def run_case(device: Device, case: Case, *, seed: int | None = None, params: byt
         raise
     except BaseException as error:  # noqa: BLE001 - SystemExit and the skips of test frameworks are no way out
         verdict, message = Verdict.FAIL, described(error)
-    shown = tried.last
     return Outcome(
         case=case.id,
         verdict=verdict,
         message=message,
         seconds=time.perf_counter() - start,
-        params=msgspec.Raw(msgspec.json.encode(shown)) if verdict is Verdict.FAIL else msgspec.Raw(b"null"),
+        params=msgspec.Raw(msgspec.json.encode(tried.last)) if verdict is Verdict.FAIL else msgspec.Raw(b"null"),
         difference=difference,
         margins=device.take_margins(),
         used=tuple(sorted(device.used)),

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from anychip.entrypoints.cli.options import parse_device_options
 from anychip.errors import ConfigError
 from anychip.plugin_api import API_VERSION
 from anychip_conformance import scorecard
 from anychip_conformance.case import Case
-from anychip_conformance.device import manifest_of, parse_options
+from anychip_conformance.device import manifest_of
 from anychip_conformance.facts import Facts
 from anychip_conformance.judge import Judge
 from anychip_conformance.manifest import frozen, selected
@@ -38,10 +39,15 @@ class Settings:
     deadline_scale: float = 1.0
 
     @property
+    def judging(self) -> list[str]:
+        """The command, the device and its options."""
+        options = [part for option in self.options for part in ("--device-opt", option)]
+        return ["anychip", "conformance", "--device", self.device, *options]
+
+    @property
     def command(self) -> str:
         """What repeats this run."""
-        parts = ["anychip", "conformance", "--device", self.device, "--profile", self.profile]
-        parts += [part for option in self.options for part in ("--device-opt", option)]
+        parts = [*self.judging, "--profile", self.profile]
         parts += [part for case in self.cases for part in ("--case", case)]
         if self.seed is not None:
             parts += ["--seed", str(self.seed)]
@@ -54,7 +60,7 @@ class ConformanceRun:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.manifest = manifest_of(settings.device)
-        options = parse_options(settings.options)
+        options = parse_device_options(settings.options)
         self._judge = Judge(self.manifest, options, deadline_scale=settings.deadline_scale)
         known = frozenset(frozen().cases)
         self._check_cases(known)
@@ -161,11 +167,9 @@ class ConformanceRun:
 
     def reproduce(self, outcome: Outcome) -> str:
         """One command that runs this case alone, with the parameters it failed with."""
-        parts = ["anychip", "conformance", "--device", self.settings.device]
-        parts += [part for option in self.settings.options for part in ("--device-opt", option)]
-        parts += ["--case", outcome.case]
-        if bytes(outcome.params) not in (b"null", b"{}"):
-            parts += ["--params", bytes(outcome.params).decode()]
+        parts = [*self.settings.judging, "--case", outcome.case]
+        if outcome.failed_with:
+            parts += ["--params", outcome.failed_with]
         elif self.settings.seed is not None:
             parts += ["--seed", str(self.settings.seed)]
         return shlex.join(parts)
@@ -173,8 +177,8 @@ class ConformanceRun:
     def explained(self, outcome: Outcome) -> str:
         """What a developer reads below a failing case."""
         lines = [f"{outcome.case}: {outcome.verdict.value}: {outcome.message}"]
-        if bytes(outcome.params) not in (b"null", b"{}"):
-            lines.append(f"case: {bytes(outcome.params).decode()}")
+        if outcome.failed_with:
+            lines.append(f"case: {outcome.failed_with}")
         if outcome.difference is not None:
             d = outcome.difference
             error = "not a number" if d.error is None else f"{d.error:.6g}"

@@ -53,6 +53,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     capability: str = ""
     """What the device does not declare and its factory refused, of a case that is not supported."""
 
+    @property
+    def failed_with(self) -> str:
+        """`params` as JSON; "" of a case that has none or did not fail."""
+        text = bytes(self.params).decode()
+        return "" if text in ("null", "{}") else text
+
 
 class Mismatch(AssertionError):
     """A result beyond its bound."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from anychip.plugin_api import Unsupported
-from anychip_conformance.attention_cases import DECODE, EDGES, RAGGED, drawn, each_dtype, rows
+from anychip_conformance.attention_cases import DECODE, EDGES, RAGGED, drawn, rows
 from anychip_conformance.batch import Row
 from anychip_conformance.case import kind
+from anychip_conformance.choices import each_dtype
 from anychip_conformance.device import Device
 from anychip_conformance.paged import AttentionCase, backend_for
 from anychip_conformance.paged_judge import check_attention

@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from anychip_conformance.attention_cases import DECODE, RAGGED, drawn, each_dtype, rows
+from anychip_conformance.attention_cases import DECODE, RAGGED, drawn, rows
 from anychip_conformance.batch import Row
 from anychip_conformance.case import kind
+from anychip_conformance.choices import each_dtype
 from anychip_conformance.device import Device
 from anychip_conformance.paged import AttentionCase, Call
 from anychip_conformance.paged_judge import judge_cache, judge_output

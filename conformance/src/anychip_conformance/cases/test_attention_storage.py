@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from anychip_conformance.attention_cases import DECODE, RAGGED, drawn, each_dtype, rows
+from anychip_conformance.attention_cases import DECODE, RAGGED, drawn, rows
 from anychip_conformance.case import kind
+from anychip_conformance.choices import each_dtype
 from anychip_conformance.device import Device
 from anychip_conformance.paged import AttentionCase
 from anychip_conformance.paged_judge import check_attention

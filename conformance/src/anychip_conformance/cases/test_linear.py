@@ -11,12 +11,11 @@ from torch import Tensor
 
 from anychip.plugin_api import LinearKernel, LinearPart, LinearSpec
 from anychip_conformance.case import kind
-from anychip_conformance.choices import CaseDtype
+from anychip_conformance.choices import CaseDtype, each_dtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
 from anychip_conformance.oracle.vectorised import linear as product
 from anychip_conformance.products import SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
 
-DTYPES = ("float32", "bfloat16", "float16")
 MANY_ROWS = 150
 """More rows than two chunks of loading."""
 
@@ -47,10 +46,6 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             scheme=None if self.scheme is None else self.scheme.spec,
             invariant=self.invariant,
         )
-
-
-def each(*cases: LinearCase) -> list[LinearCase]:
-    return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
 
 
 class Loaded:
@@ -128,7 +123,7 @@ _drawn = st.builds(
 
 @kind(
     "linear.dense",
-    corpus=each(
+    corpus=each_dtype(
         LinearCase(),
         LinearCase(tokens=1, columns=200, rows=(48, 16, 16), bias=True),
         LinearCase(tokens=33, columns=31, rows=(MANY_ROWS, 7), guarded=True),
@@ -167,7 +162,7 @@ def quantized(device: Device, case: LinearCase) -> None:
     check(device, case)
 
 
-@kind("linear.update", corpus=each(LinearCase(rows=(MANY_ROWS, 16), bias=True)))
+@kind("linear.update", corpus=each_dtype(LinearCase(rows=(MANY_ROWS, 16), bias=True)))
 def update(device: Device, case: LinearCase) -> None:
     """A part of finished weights is rewritten where it is: what captured their storage sees the new values."""
     device.need("reload inplace", device.capabilities.reload == "inplace")
@@ -179,7 +174,7 @@ def update(device: Device, case: LinearCase) -> None:
     loaded.judge(x, loaded.kernel.apply(x, loaded.packed))
 
 
-@kind("linear.adopt", corpus=each(LinearCase(rows=(48,)), LinearCase(rows=(20, 12), columns=33)))
+@kind("linear.adopt", corpus=each_dtype(LinearCase(rows=(48,)), LinearCase(rows=(20, 12), columns=33)))
 def adopt(device: Device, case: LinearCase) -> None:
     """A finished plain weight is taken as it is: tied embeddings."""
     loaded = Loaded(device, case)
@@ -208,7 +203,7 @@ def undeclared(device: Device, case: LinearCase) -> None:
 @kind(
     "linear.batch_invariant",
     profile="deterministic",
-    corpus=each(LinearCase(tokens=17, columns=200, rows=(64,), invariant=True)),
+    corpus=each_dtype(LinearCase(tokens=17, columns=200, rows=(64,), invariant=True)),
     quick=0,
 )
 def batch_invariant(device: Device, case: LinearCase) -> None:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from anychip.plugin_api import FusedMoE, MoESpec, Routing
 from anychip_conformance.case import kind
-from anychip_conformance.choices import CaseDtype
+from anychip_conformance.choices import CaseDtype, each_dtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
 from anychip_conformance.oracle.vectorised import Bounded, Expert
 from anychip_conformance.products import Matrix, Scheme, make_matrix, stream
 
-DTYPES = ("float32", "bfloat16", "float16")
 MOE_SCHEMES = (
     Scheme(name="int8", scales="channel"),
     Scheme(name="int4", scales="group", group_size=16),
@@ -72,10 +71,6 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             scheme=None if self.scheme is None else self.scheme.spec,
             invariant=self.invariant,
         )
-
-
-def each(*cases: MoECase) -> list[MoECase]:
-    return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
 
 
 def kernel_for(device: Device, case: MoECase) -> FusedMoE:
@@ -211,7 +206,7 @@ _common = {
 
 @kind(
     "moe.route",
-    corpus=each(
+    corpus=each_dtype(
         MoECase(),
         MoECase(renormalize=False),
         MoECase(scoring="sigmoid", renormalize=False, router_scale=2.5),
@@ -250,7 +245,7 @@ def route(device: Device, case: MoECase) -> None:
 
 @kind(
     "moe.experts",
-    corpus=each(
+    corpus=each_dtype(
         MoECase(),
         MoECase(tokens=1, top_k=1),
         MoECase(tokens=33, experts=16, top_k=4, hidden=48, intermediate=80),
@@ -278,7 +273,7 @@ def experts(device: Device, case: MoECase) -> None:
 
 @kind(
     "moe.expert_map",
-    corpus=each(MoECase(away=3), MoECase(away=7, tokens=12), MoECase(away=4, crowded=True, top_k=1, tokens=3)),
+    corpus=each_dtype(MoECase(away=3), MoECase(away=7, tokens=12), MoECase(away=4, crowded=True, top_k=1, tokens=3)),
     drawn=st.builds(MoECase, away=st.integers(1, 7), **_common),
 )
 def expert_map(device: Device, case: MoECase) -> None:
@@ -309,7 +304,7 @@ def no_tokens(device: Device, case: MoECase) -> None:
     assert tuple(loaded.kernel.apply(x, logits, loaded.packed).shape) == (0, case.hidden)
 
 
-@kind("moe.update", corpus=each(MoECase(tokens=16)))
+@kind("moe.update", corpus=each_dtype(MoECase(tokens=16)))
 def update(device: Device, case: MoECase) -> None:
     """One expert's part is rewritten where it is."""
     device.need("reload inplace", device.capabilities.reload == "inplace")
@@ -322,7 +317,7 @@ def update(device: Device, case: MoECase) -> None:
     loaded.judge(x, logits, bias, None, loaded.kernel.apply(x, logits, loaded.packed))
 
 
-@kind("moe.batch_invariant", profile="deterministic", corpus=each(MoECase(tokens=12, invariant=True)), quick=0)
+@kind("moe.batch_invariant", profile="deterministic", corpus=each_dtype(MoECase(tokens=12, invariant=True)), quick=0)
 def batch_invariant(device: Device, case: MoECase) -> None:
     """Where batch invariance is declared, a token's bits do not depend on who shares the batch."""
     loaded = Loaded(device, case)

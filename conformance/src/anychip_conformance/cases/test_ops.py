@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from anychip.plugin_api import ActFormat, Communicator, GroupSpec, LinearPart, LinearSpec, QKNorm, Rope
 from anychip_conformance.case import kind
-from anychip_conformance.choices import CaseDtype
+from anychip_conformance.choices import DTYPES, CaseDtype, each_dtype
 from anychip_conformance.device import Device, seen, unchanged
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import rounded
 from anychip_conformance.oracle.vectorised import Bounded
 
-DTYPES = ("float32", "bfloat16", "float16")
 _dtype = st.sampled_from(["any", "narrow"])
 _seed = st.integers(0, 2**16)
 _tokens = st.sampled_from([1, 2, 3, 7, 16, 33])
@@ -32,10 +31,6 @@ class OpCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     magnitude: float = 1.0
     strided: bool = False
     seed: int = 0
-
-
-def each(*cases: OpCase) -> list[OpCase]:
-    return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
 
 
 def values(device: Device, case: OpCase, *shape: int, salt: int = 0) -> torch.Tensor:
@@ -57,8 +52,11 @@ def drawn(**options: list[str]) -> st.SearchStrategy[OpCase]:
     )
 
 
-@kind("op.rms_norm", corpus=each(OpCase(), OpCase(option="offset", width=100), OpCase(width=2048, magnitude=30.0)),
-      drawn=drawn(option=["", "offset"]))  # fmt: skip
+@kind(
+    "op.rms_norm",
+    corpus=each_dtype(OpCase(), OpCase(option="offset", width=100), OpCase(width=2048, magnitude=30.0)),
+    drawn=drawn(option=["", "offset"]),
+)
 def rms_norm(device: Device, case: OpCase) -> None:
     """x / rms(x) * weight, the mean of squares in float32; unit_offset adds one to the weight."""
     device.need_dtype(case.dtype)
@@ -73,7 +71,7 @@ def rms_norm(device: Device, case: OpCase) -> None:
     device.compare("rms_norm", result, expected, label=f"rms_norm/{case.dtype}")
 
 
-@kind("op.residual_norm", corpus=each(OpCase(), OpCase(option="first"), OpCase(option="offset", width=96)),
+@kind("op.residual_norm", corpus=each_dtype(OpCase(), OpCase(option="first"), OpCase(option="offset", width=96)),
       drawn=drawn(option=["", "first", "offset"]))  # fmt: skip
 def residual_norm(device: Device, case: OpCase) -> None:
     """The norm of x + residual, and that sum as the next residual; x itself where there is none yet."""
@@ -110,10 +108,6 @@ class RotaryCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: int = 0
 
 
-def rotary_cases(*cases: RotaryCase) -> list[RotaryCase]:
-    return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
-
-
 _rotary = st.builds(
     RotaryCase,
     tokens=_tokens,
@@ -138,7 +132,7 @@ def rope_tables(device: Device, rotary_dim: int, length: int) -> Rope:
 
 @kind(
     "op.rotary",
-    corpus=rotary_cases(
+    corpus=each_dtype(
         RotaryCase(), RotaryCase(interleaved=True), RotaryCase(head_dim=32, rotary_dim=8), RotaryCase(strided=True)
     ),
     drawn=_rotary,
@@ -161,7 +155,7 @@ def rotary(device: Device, case: RotaryCase) -> None:
 
 @kind(
     "op.qkv_norm_rope",
-    corpus=rotary_cases(
+    corpus=each_dtype(
         RotaryCase(qk_norm=True), RotaryCase(qk_norm=True, unit_offset=True, interleaved=True), RotaryCase()
     ),
     drawn=_rotary,
@@ -198,7 +192,7 @@ ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_clamped"]
 
 @kind(
     "op.gated_activation",
-    corpus=each(*[OpCase(option=name, magnitude=magnitude) for name in ACTIVATIONS for magnitude in (1.0, 12.0)]),
+    corpus=each_dtype(*[OpCase(option=name, magnitude=magnitude) for name in ACTIVATIONS for magnitude in (1.0, 12.0)]),
     drawn=drawn(option=ACTIVATIONS),
 )
 def gated_activation(device: Device, case: OpCase) -> None:
@@ -211,7 +205,9 @@ def gated_activation(device: Device, case: OpCase) -> None:
     _judge_activation(device, case, gate_up, result)
 
 
-@kind("op.gate_up_act", corpus=each(*[OpCase(option=name) for name in ACTIVATIONS]), drawn=drawn(option=ACTIVATIONS))
+@kind(
+    "op.gate_up_act", corpus=each_dtype(*[OpCase(option=name) for name in ACTIVATIONS]), drawn=drawn(option=ACTIVATIONS)
+)
 def gate_up_act(device: Device, case: OpCase) -> None:
     """The composite form, in the plain format that a dense product takes."""
     device.need_dtype(case.dtype)
@@ -230,7 +226,7 @@ def _judge_activation(device: Device, case: OpCase, gate_up: torch.Tensor, resul
 
 @kind(
     "op.softcap",
-    corpus=each(OpCase(option="5", magnitude=20.0), OpCase(option="30")),
+    corpus=each_dtype(OpCase(option="5", magnitude=20.0), OpCase(option="30")),
     drawn=drawn(option=["0.5", "5", "50"]),
 )
 def softcap(device: Device, case: OpCase) -> None:
@@ -294,7 +290,7 @@ def token_masks(device: Device, case: OpCase) -> None:
     device.compare("masked logits", result, Bounded(expected, np.zeros_like(expected)))
 
 
-@kind("op.matmul_reduce", corpus=each(OpCase(width=32), OpCase(width=48, tokens=1)), drawn=drawn(), examples=15)
+@kind("op.matmul_reduce", corpus=each_dtype(OpCase(width=32), OpCase(width=48, tokens=1)), drawn=drawn(), examples=15)
 def matmul_reduce(device: Device, case: OpCase) -> None:
     """The product, then the sum over ranks: of one rank here, it is the product."""
     device.need_dtype(case.dtype)

@@ -45,9 +45,14 @@ def logits_of(device: Device, case: SampleCase) -> Tensor:
     return device.tensor(case.spread * rng.normal(size=(case.rows, case.vocab)), "float32")
 
 
+def seed_of(case: SampleCase, row: int) -> int:
+    """64 bits, of which both halves differ between rows."""
+    return (case.seed * 7919 + 104729 * row + (row << 40)) & (2**64 - 1)
+
+
 def arguments(device: Device, case: SampleCase, *, position: int = 11) -> dict[str, Tensor]:
     rows = range(case.rows)
-    seeds = [(case.seed * 7919 + 104729 * row + (row << 40)) & (2**64 - 1) for row in rows]
+    seeds = [seed_of(case, row) for row in rows]
     halves = {
         "seed_low": [np.int32(np.uint32(seed & 0xFFFFFFFF)) for seed in seeds],
         "seed_high": [np.int32(np.uint32(seed >> 32)) for seed in seeds],
@@ -62,8 +67,7 @@ def arguments(device: Device, case: SampleCase, *, position: int = 11) -> dict[s
 
 
 def uniform_of(case: SampleCase, row: int, position: int = 11) -> float:
-    seed = (case.seed * 7919 + 104729 * row + (row << 40)) & (2**64 - 1)
-    return oracle.philox_uniform(seed, row % 3, position + row)
+    return oracle.philox_uniform(seed_of(case, row), row % 3, position + row)
 
 
 def judge(device: Device, case: SampleCase, ids: Tensor, logits: Tensor, position: int = 11) -> None:

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from anychip.config import EngineConfig
+from anychip.entrypoints.cli.options import parse_device_options
 from anychip.errors import ConfigError
 from anychip.hub import located
 from anychip.model_config import load_model_config
 from anychip.tokenizer.tokenizer import Tokenizer
-from anychip_conformance.device import manifest_of, parse_options
+from anychip_conformance.device import manifest_of
 from anychip_conformance.layer_errors import LayerError, compare
 
 _TEXT = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fib"
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         manifest_of(name)
     config = located(EngineConfig(model=arguments.model, dtype=arguments.dtype))
     tokens = token_ids(arguments, config)
-    options = parse_options(arguments.device_opt)
+    options = parse_device_options(arguments.device_opt)
     with tempfile.TemporaryDirectory(prefix="anychip-layers-") as folder:
         rows = compare(config, arguments.device, options, arguments.against, tokens, Path(folder))
     first = next((row.name for row in rows if row.beyond), None)

@@ -10,12 +10,12 @@ from anychip.plugin_api.moe import MoESpec
 
 def undeclared(spec: AttentionSpec | LinearSpec | MoESpec, capabilities: Capabilities) -> list[str]:
     """Every reason; empty where the device declares all that the spec asks for."""
-    if isinstance(spec, AttentionSpec):
-        return _attention(spec, capabilities)
     reasons = []
     if spec.dtype not in capabilities.dtypes:
         reasons.append(f"dtype {spec.dtype}; there are {', '.join(sorted(capabilities.dtypes))}")
-    if spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
+    if isinstance(spec, AttentionSpec):
+        reasons += _attention(spec, capabilities)
+    elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
         there = ", ".join(sorted(capabilities.quantization)) or "none"
         reasons.append(f"quantization {spec.scheme.name}; there are {there}")
     if spec.invariant and not capabilities.batch_invariant:
@@ -25,8 +25,6 @@ def undeclared(spec: AttentionSpec | LinearSpec | MoESpec, capabilities: Capabil
 
 def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:
     reasons = []
-    if spec.dtype not in capabilities.dtypes:
-        reasons.append(f"dtype {spec.dtype}; there are {', '.join(sorted(capabilities.dtypes))}")
     if spec.kv_dtype not in capabilities.kv_dtypes:
         reasons.append(f"a cache of {spec.kv_dtype}; there are {', '.join(sorted(capabilities.kv_dtypes))}")
     if capabilities.head_dims is not None and spec.head_dim not in capabilities.head_dims:
@@ -37,7 +35,6 @@ def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:
         ("ALiBi", spec.alibi, capabilities.alibi),
         ("sinks", spec.sinks, capabilities.sinks),
         ("MLA", spec.kind == "mla", capabilities.mla),
-        ("batch invariance", spec.invariant, capabilities.batch_invariant),
     ):
         if wanted and not declared:
             reasons.append(name)

@@ -81,7 +81,7 @@ def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
     if name == "auto":
         chosen, reason = _choose_auto(plugins)
     else:
-        chosen, reason = _choose_named(name, plugins), "named by --device"
+        chosen, reason = choose_named(name, plugins), "named by --device"
     manifest = chosen.manifest
     indexes = _indexes(config, chosen, index_text)
     decision = manifest.negotiate(config, chosen.probe)
@@ -107,7 +107,8 @@ def _choose_auto(plugins: Plugins) -> tuple[Candidate, str]:
     )  # fmt: skip
 
 
-def _choose_named(name: str, plugins: Plugins) -> Candidate:
+def choose_named(name: str, plugins: Plugins) -> Candidate:
+    """The platform of that name, which can run. Raises DeviceUnavailable with cause and remedy."""
     manifest = plugins.platforms.get(name)
     if manifest is None:
         for broken in plugins.broken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from anychip.config import EngineConfig, Environment
@@ -67,7 +68,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
     values: dict[str, Any] = {
         name: value for name, value in vars(arguments).items() if name in EngineConfig.__struct_fields__
     }
-    values["device_options"] = dict(_pair(text) for text in arguments.device_options)
+    values["device_options"] = parse_device_options(arguments.device_options)
     return EngineConfig(**values)
 
 
@@ -94,6 +95,11 @@ def parse_count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 4096, 4k or 2G")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_device_options(texts: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE of every --device-opt. Raises ConfigError."""
+    return dict(_pair(text) for text in texts)
 
 
 def _pair(text: str) -> tuple[str, str]:
