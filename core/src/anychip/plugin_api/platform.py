@@ -56,6 +56,9 @@ class Platform:
 
     capabilities: Capabilities = Capabilities()
     step_rules: StepRules = StepRules()
+    profiled_tokens: int | None = None
+    """Tokens of the step that is measured at the start, for devices on which a maximal one takes seconds: what it holds
+    is scaled up. None: a maximal one."""
 
     def __init__(self, context: PlatformContext) -> None:
         self.context = context

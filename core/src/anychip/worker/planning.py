@@ -15,11 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import WorkerSpec
-from anychip.errors import ConfigError
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Communicator, PeakMemory, Platform, Shard, WeightView
+from anychip.plugin_api import Communicator, PeakMemory, Shard, WeightView
 from anychip.registry.plugins import load_plugins
 from anychip.weights.files import checkpoint_views
 from anychip.weights.register import WeightRegister, load_weights
@@ -27,7 +26,7 @@ from anychip.worker.held import held_bytes
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.open_platform import open_for
 from anychip.worker.preparation import Preparation, prepare
-from anychip.worker.sizing import measure_maximal_step, memory_plan
+from anychip.worker.sizing import check_weights_fit, measure_maximal_step, memory_plan
 from anychip.worker.torch_program import TorchStepProgram
 
 _LEAST_LAYERS = 4
@@ -48,7 +47,7 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
         whole = prepared_for(load_model_config(spec.config.model))
         shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))
         weights = _weights(whole, shard) * (whole.num_shards if per_host else 1)
-        _check_free(platform, weights)
+        check_weights_fit(platform, weights)
         notes = list(ops.notes)
         if manifest.seam == "torch":
             activations = _activations(prepared_for(_first_layers(whole)), shard)
@@ -83,15 +82,6 @@ class AbsentRanks(Communicator):
 def _weights(prepared: Preparation, shard: Shard) -> int:
     with FakeTensorMode():
         return held_bytes(prepared.source.build_layers(shard, WeightRegister()))
-
-
-def _check_free(platform: Platform, weights: int) -> None:
-    free = platform.memory(platform.context.device_indexes[0]).free
-    if free is not None and weights > free:
-        raise ConfigError(
-            f"the weights take {weights / 2**30:.1f} GiB on each of {platform.name}'s devices and "
-            f"{free / 2**30:.1f} GiB are free; use more devices with --tensor-parallel-size, or --quantization int4"
-        )
 
 
 def _first_layers(prepared: Preparation) -> ModelConfig:

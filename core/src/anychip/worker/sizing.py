@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from anychip.config import EngineConfig
+from anychip.errors import ConfigError
 from anychip.messages import LateInputs, MemoryPlan, NewRow, StepDecision
 from anychip.model_config import ModelConfig
 from anychip.plugin_api import KVPlan, PeakMemory, Platform, ShapeKey, ShapePolicy, StepLimits, StepProgram
@@ -78,11 +79,24 @@ def kv_budget(
     return int(memory.total * config.memory_fraction) - in_use - activations.nbytes - graphs - pending
 
 
+def check_weights_fit(platform: Platform, nbytes: int) -> None:
+    """Raises ConfigError when weights of so many bytes do not fit into the memory that a device has free."""
+    free = platform.memory(platform.context.device_indexes[0]).free
+    if free is not None and nbytes > free:
+        raise ConfigError(
+            f"the weights take {nbytes / 2**30:.1f} GiB on each of {platform.name}'s devices and "
+            f"{free / 2**30:.1f} GiB are free: {(nbytes - free) / 2**30:.1f} GiB are missing; use more devices with "
+            "--tensor-parallel-size, or --quantization int4"
+        )
+
+
 def measure_maximal_step(
     platform: Platform, program: StepProgram, batch: InputBatch, kv: KVPlan, limits: StepLimits
 ) -> PeakMemory:
-    """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough."""
-    lengths = maximal_rows(limits)
+    """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough; of a smaller
+    one, scaled up, where the platform asks for that."""
+    tokens = min(limits.max_num_tokens, platform.profiled_tokens or limits.max_num_tokens)
+    lengths = maximal_rows(limits, tokens)
     per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
     num_blocks = 1 + sum(map(sum, per_request))
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
@@ -110,12 +124,13 @@ def measure_maximal_step(
         runner.launch(decision)
         runner.sample(LateInputs(0, {})).fetch()
 
-    return platform.measure(run)
+    peak = platform.measure(run)
+    return PeakMemory(nbytes=peak.nbytes * limits.max_num_tokens // tokens, exact=peak.exact)
 
 
-def maximal_rows(limits: StepLimits) -> list[int]:
-    """Prompt lengths that fill the token budget, as long as the model allows."""
-    left, lengths = limits.max_num_tokens, list[int]()
+def maximal_rows(limits: StepLimits, tokens: int) -> list[int]:
+    """Prompt lengths that make up so many tokens, as long as the model allows."""
+    left, lengths = tokens, list[int]()
     while left and len(lengths) < limits.max_num_reqs:
         lengths.append(min(left, limits.max_model_len - 1))
         left -= lengths[-1]

@@ -14,32 +14,49 @@ from anychip.plugin_api import (
     Requirement,
     hookimpl,
 )
-from anychip_cpu.probe import available_cores
+from anychip_cpu.native import REMEDY
+from anychip_cpu.probe import cores_by_node
 
 
 @dataclass(frozen=True, kw_only=True)
 class CpuOptions(PluginOptions):
     threads: int = field(default=0, metadata={"help": "threads per worker; 0: the cores over the workers"})
+    isa: str = field(
+        default="", metadata={"help": "kernels to use: avx512_bf16, avx512, avx2, generic, reference; '': the fastest"}
+    )
     kv_cache_gib: float = field(default=4.0, metadata={"help": "most memory for the KV cache, in GiB"})
 
 
 def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
-    """Workers on one host share its cores evenly."""
+    """Workers on one host share its cores evenly, each within as few NUMA nodes as that allows."""
     if placement.world_size == 1 or "threads" in config.device_options:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, available_cores() // placement.world_size))}
+    cores = cores_by_node()
+    share = cores[placement.rank * len(cores) // placement.world_size :][: max(1, len(cores) // placement.world_size)]
+    # With more ranks than cores nobody is bound: the scheduler spreads them better than a rule.
+    bound = {"GOMP_CPU_AFFINITY": " ".join(map(str, share))} if len(cores) >= placement.world_size else {}
+    return {"OMP_NUM_THREADS": str(max(1, len(share))), **bound}
 
 
 MANIFEST = PlatformManifest(
     name="cpu",
     package="anychip-cpu",
     api_version=API_VERSION,
-    summary="host CPUs, PyTorch kernels",
+    summary="host CPUs",
     probe="anychip_cpu.probe:probe",
     platform="anychip_cpu.platform:CpuPlatform",
     options=CpuOptions,
     worker_env=worker_env,
-    requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),),
+    requirements=(
+        Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),
+        Requirement(
+            kind="tool",
+            name="compiled kernels",
+            probe="anychip_cpu.native:version",
+            remedy=f"plain PyTorch serves, several times slower: {REMEDY}",
+            optional=True,
+        ),
+    ),
     priority=0,
 )
 

@@ -1,17 +1,38 @@
-"""Peak resident memory of a call, from the kernel's own high-water mark."""
+"""Memory in huge pages, and the peak resident memory of a call, from the kernel's own high-water mark."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from anychip.plugin_api import PeakMemory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+
+
+HUGE_PAGE = 2 << 20
+
+
+def zeroed(nbytes: int) -> Tensor:
+    """uint8 [nbytes] zeros. From two huge pages on, in huge pages where the system gives them, and resident only as it
+    is written: a stream of weights then misses the address cache 512 times less often."""
+    # A planner builds layers of fake tensors, which hold nothing.
+    fake = type(torch.empty(0)) is not Tensor
+    if fake or nbytes < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    # Room to begin at a huge page's boundary; what is never touched costs address space alone.
+    area = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    skip = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % HUGE_PAGE
+    return torch.frombuffer(area, dtype=torch.uint8, offset=skip, count=nbytes)
 
 
 def peak_resident(fn: Callable[[], Any]) -> PeakMemory:

@@ -1,6 +1,113 @@
-"""Overrides of single ops: none yet, the reference runs on the host as it is."""
+"""Overrides of ops by compiled kernels."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-OVERRIDES: Mapping[str, Callable[..., Any]] = {}
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import ActFormat, op_override
+from anychip_cpu.native import DTYPES, Kernels
+
+CODES = {torch.float32: DTYPES["float32"], torch.bfloat16: DTYPES["bfloat16"]}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_clamped": 2}
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x [..., width] as rows and how far they lie apart, copied only where its strides are not those of rows."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.stride(0)
+    x = x.contiguous()
+    return x, x.shape[-1]
+
+
+class CpuOps:
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def overrides(self) -> Mapping[str, Callable[..., Any]]:
+        names = ("embedding", "rms_norm", "gated_activation", "sample", "residual_norm_quant", "gate_up_act_quant")
+        return {name: getattr(self, name) for name in names}
+
+    @op_override("embedding", version=1)
+    def embedding(self, *, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+        # A copy must be held while its address is in use.
+        ids, weight = ids.to(torch.int32).contiguous(), weight.contiguous()
+        out = weight.new_empty((len(ids), weight.shape[1]))
+        row_bytes = weight.shape[1] * weight.element_size()
+        self._kernels.embedding(
+            ids.data_ptr(), weight.data_ptr(), out.data_ptr(), len(ids), len(weight), row_bytes, first
+        )
+        return out
+
+    @op_override("rms_norm", version=1)
+    def rms_norm(self, *, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+        return self.residual_norm_quant(x=x, residual=None, weight=weight, eps=eps, unit_offset=unit_offset)[0]
+
+    @op_override("residual_norm_quant", version=1)
+    def residual_norm_quant(
+        self,
+        *,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        unit_offset: bool = False,
+        out_format: ActFormat | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        held, ldx = rows_of(x)
+        weight = weight.contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype)
+        total, added, ldr = x, 0, 0
+        if residual is not None:
+            residual, ldr = rows_of(residual)
+            total, added = torch.empty(x.shape, dtype=x.dtype), residual.data_ptr()
+        width = x.shape[-1]
+        self._kernels.rms_norm(
+            CODES[x.dtype], held.data_ptr(), added, weight.data_ptr(), out.data_ptr(), total.data_ptr(),
+            x.numel() // max(1, width), width, ldx, ldr, eps, unit_offset,
+        )  # fmt: skip
+        return out, total
+
+    @op_override("gated_activation", version=1)
+    def gated_activation(self, *, gate_up: Tensor, activation: str) -> Tensor:
+        return self.gate_up_act_quant(gate_up=gate_up, activation=activation)
+
+    @op_override("gate_up_act_quant", version=1)
+    def gate_up_act_quant(self, *, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
+        held, ldx = rows_of(gate_up)
+        width = gate_up.shape[-1] // 2
+        out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype)
+        self._kernels.gated_activation(
+            CODES[gate_up.dtype], held.data_ptr(), out.data_ptr(), out.numel() // max(1, width), width, ldx,
+            ACTIVATIONS[activation],
+        )  # fmt: skip
+        return out
+
+    @op_override("sample", version=1)
+    def sample(
+        self,
+        *,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed_low: Tensor,
+        seed_high: Tensor,
+        sample_index: Tensor,
+        position: Tensor,
+        all_greedy: bool = False,
+    ) -> Tensor:
+        held, ld = rows_of(logits.float())
+        ids = torch.empty(len(logits), dtype=torch.int32)
+        floats = [t.float().contiguous() for t in (temperature, top_p, min_p)]
+        ints = [t.to(torch.int32).contiguous() for t in (top_k, seed_low, seed_high, sample_index, position)]
+        temperature, top_p, min_p = floats
+        self._kernels.sample(
+            held.data_ptr(), len(logits), logits.shape[-1], ld, 0 if all_greedy else temperature.data_ptr(),
+            ints[0].data_ptr(), top_p.data_ptr(), min_p.data_ptr(), *(t.data_ptr() for t in ints[1:]), ids.data_ptr(),
+        )  # fmt: skip
+        return ids

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from anychip.ops.reference import reference_linear
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -21,16 +25,23 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     PlatformContext,
+    Unsupported,
 )
-from anychip_cpu import CpuOptions
+from anychip.types import itemsize
+from anychip_cpu import CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import GlooCommunicator
+from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
-from anychip_cpu.linear import reference_linear
-from anychip_cpu.memory import peak_resident
+from anychip_cpu.linear import CpuLinear
+from anychip_cpu.memory import HUGE_PAGE, peak_resident, zeroed
 from anychip_cpu.moe import GroupedMoE
-from anychip_cpu.ops import OVERRIDES
-from anychip_cpu.probe import meminfo
+from anychip_cpu.ops import CpuOps
+from anychip_cpu.packing import why_not
+from anychip_cpu.paged_attention import CpuPagedAttention
+from anychip_cpu.probe import available_cores, meminfo
+
+_log = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.5
 
@@ -40,14 +51,25 @@ class CpuPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
     )
+    profiled_tokens = 64
 
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)
         options = context.options
         assert isinstance(options, CpuOptions)
         self.cpu_options = options
+        cores = available_cores()
+        if options.threads > cores:
+            raise Unsupported(self.name, [f"threads={options.threads}: this process may use {cores} cores"])
         if options.threads:
             torch.set_num_threads(options.threads)
+        self.kernels = native.load(options.isa)
+        if self.kernels is None:
+            if not options.isa:
+                _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
+        else:
+            self.kernels.set_threads(torch.get_num_threads())
+            self.isa = options.isa or native.usable()[0]
 
     def memory(self, device: int) -> MemoryInfo:
         info = meminfo()
@@ -62,20 +84,37 @@ class CpuPlatform(Platform):
     def measure(self, fn: Callable[[], Any]) -> PeakMemory:
         return peak_resident(fn)
 
+    def allocate(self, nbytes: int, tag: str) -> Tensor:
+        return zeroed(nbytes)
+
+    def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
+        nbytes = math.prod(shape) * itemsize(dtype)
+        if nbytes < 2 * HUGE_PAGE:
+            return super().empty(shape, dtype, tag)
+        return zeroed(nbytes).view(getattr(torch, dtype)).view(tuple(shape))
+
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
-        return SdpaPagedAttention(spec)
+        return SdpaPagedAttention(spec) if self.kernels is None else CpuPagedAttention(spec, self.kernels, self.isa)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
-        return GroupedMoE(spec, self)
+        if (
+            self.kernels is None
+            or why_not(spec.scheme, spec.hidden_size)
+            or why_not(spec.scheme, spec.intermediate_size)
+        ):
+            return GroupedMoE(spec, self)
+        return CpuMoE(spec, self, self.kernels, self.isa)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         self.check(spec)
-        return reference_linear(spec, self)
+        if self.kernels is None or why_not(spec.scheme, spec.in_features):
+            return reference_linear(spec, self)
+        return CpuLinear(spec, self, self.kernels, self.isa)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
-        return OVERRIDES
+        return {} if self.kernels is None else CpuOps(self.kernels).overrides()
 
     def graph_capture(self) -> GraphCapture:
         return GraphCapture()

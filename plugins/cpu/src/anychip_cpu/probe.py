@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
 
@@ -28,6 +29,20 @@ def probe() -> ProbeResult:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_by_node() -> list[int]:
+    """Those cores, NUMA node by node."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(available_cores()))
+    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda node: int(node.name[4:]))
+    ordered = [core for node in nodes for core in _listed(node / "cpulist") if core in allowed]
+    return ordered + sorted(allowed - set(ordered))
+
+
+def _listed(path: Path) -> list[int]:
+    """Cores of a list such as 0-3,8."""
+    ranges = [part.split("-") for part in path.read_text().strip().split(",") if part]
+    return [core for bounds in ranges for core in range(int(bounds[0]), int(bounds[-1]) + 1)]
 
 
 def total_memory() -> int | None:

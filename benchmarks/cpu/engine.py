@@ -1,0 +1,104 @@
+"""One engine in a process of its own, driven by lines: `compare.py` starts it, and asks for workload after workload.
+
+python benchmarks/cpu/engine.py anychip|vllm MODEL [--quantization SCHEME]
+
+Prints one JSON line when it is ready, and one for each line read, "WORKLOAD SEED". Everything else goes to stderr.
+Needs nothing of the repository but workloads.py, so that it runs in another engine's environment too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+BEGAN = time.perf_counter()
+Generate = Callable[[list], None]
+
+
+def anychip_engine(model: str, quantization: str | None) -> Generate:
+    from anychip import LLM, SamplingParams
+
+    llm = LLM(model, device="cpu", skip_tokenizer=True, quantization=quantization, max_model_len=4096)
+
+    def generate(requests: list) -> None:
+        prompts = [prompt for prompt, _ in requests]
+        params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in requests]
+        llm.generate(prompts, params)
+
+    return generate
+
+
+def vllm_engine(model: str, quantization: str | None) -> Generate:
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_CPU_OMP_THREADS_BIND="0-1")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=model, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=True, skip_tokenizer_init=True)
+
+    def generate(requests: list) -> None:
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        params = [
+            SamplingParams(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
+            for _, count in requests
+        ]
+        llm.generate(prompts, params, use_tqdm=False)
+
+    return generate
+
+
+def measure(generate: Generate, requests: list) -> dict[str, float]:
+    """Seconds, and of one stream the seconds of its first token, apart."""
+    first = 0.0
+    if len(requests) == 1 and requests[0][1] > 1:
+        # Another prompt of the same length: this one would be found in the cache.
+        began = time.perf_counter()
+        generate([([token + 1 for token in requests[0][0]], 1)])
+        first = time.perf_counter() - began
+    began = time.perf_counter()
+    generate(requests)
+    return {"seconds": time.perf_counter() - began, "first_s": first}
+
+
+def resident() -> int:
+    """Bytes of this process and its children, with what they have mapped."""
+    total, waiting = 0, [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            waiting += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        except OSError:
+            continue
+        total += next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS")), 0)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engine", choices=("anychip", "vllm"))
+    parser.add_argument("model")
+    parser.add_argument("--quantization")
+    arguments = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.insert(0, str(Path(__file__).parent))
+    import workloads
+
+    engine = anychip_engine if arguments.engine == "anychip" else vllm_engine
+    generate = engine(arguments.model, arguments.quantization)
+
+    def answer(values: dict) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    answer({"ready_s": time.perf_counter() - BEGAN, "resident": resident()})
+    for line in sys.stdin:
+        name, seed = line.split()
+        answer({**measure(generate, workloads.requests(name, int(seed))), "resident": resident()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""What is asked of every engine: fixed seeds, token ids that every model's vocabulary has, greedy, no early end.
+
+a) one stream: 128 tokens in, 128 out · b) 16 ragged requests at once, 64 to 256 in, 32 to 128 out · c) 16 requests that
+share 512 tokens and have 32 of their own, 32 out · d) one prompt of 2,048 tokens, 1 out
+"""
+
+from __future__ import annotations
+
+import random
+
+Request = tuple[list[int], int]
+"""A prompt's token ids, and the tokens to write."""
+
+NAMES = ("a", "b", "c", "d")
+
+
+def requests(name: str, seed: int) -> list[Request]:
+    rng = random.Random(f"{name}{seed}")
+    if name == "b":
+        return [(ids(rng, rng.randint(64, 256)), rng.randint(32, 128)) for _ in range(16)]
+    if name == "c":
+        shared = ids(rng, 512)
+        return [(shared + ids(rng, 32), 32) for _ in range(16)]
+    return [(ids(rng, 128), 128)] if name == "a" else [(ids(rng, 2048), 1)]
+
+
+def ids(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(3, 31000) for _ in range(count)]

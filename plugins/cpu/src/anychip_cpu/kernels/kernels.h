@@ -1,0 +1,19 @@
+// Every kernel, for this library's vector type.
+#pragma once
+
+#include "attention_types.h"
+#include "elementwise.h"
+#include "moe_types.h"
+#include "weights.h"
+
+namespace anychip {
+
+void gemm(const Gemm& g);
+void rows(const Gemm& g);  // weights as a checkpoint has them
+float read(const float* data, int64_t count);
+void norm(const Norm& a);
+void gate(const Gate& a);
+void attention(const AttentionCall& call);
+void moe(const Moe& a);
+
+}  // namespace anychip

@@ -1,0 +1,285 @@
+// The Python module. Tensors come as addresses, structures as bytes that Python packed: no header of torch is needed
+// to build this, and no version of torch to run it. Arguments are the callers' to get right; anychip_cpu is the only one.
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kernels.h"
+#include "packing.h"
+#include "plan.h"
+#include "pool.h"
+#include "routing.h"
+#include "sampling.h"
+#include "shared_memory.h"
+
+namespace anychip {
+namespace {
+
+// Reads arguments one after the other; the first wrong one stays as Python's error.
+class Arguments {
+ public:
+  Arguments(PyObject* const* args, Py_ssize_t count) : next_(args), end_(args + count) {}
+
+  int64_t integer() {
+    if (PyObject* value = take()) return PyLong_AsLongLong(value);
+    return 0;
+  }
+  double real() {
+    if (PyObject* value = take()) return PyFloat_AsDouble(value);
+    return 0;
+  }
+  template <class T>
+  T* address() {
+    return (T*)integer();
+  }
+  DType type() { return DType(integer()); }
+  // Bytes that hold a T.
+  template <class T>
+  const T* structure() {
+    static const T none{};
+    PyObject* value = take();
+    char* data = nullptr;
+    Py_ssize_t size = 0;
+    if (!value || PyBytes_AsStringAndSize(value, &data, &size) < 0) return &none;
+    if (size != sizeof(T)) {
+      PyErr_Format(PyExc_ValueError, "a structure of %zd bytes; the kernels were built for %zu", size, sizeof(T));
+      return &none;
+    }
+    return (const T*)data;
+  }
+  bool failed() const { return PyErr_Occurred() != nullptr; }
+
+ private:
+  PyObject* take() {
+    if (next_ != end_) return *next_++;
+    PyErr_SetString(PyExc_TypeError, "too few arguments");
+    return nullptr;
+  }
+  PyObject* const* next_;
+  PyObject* const* end_;
+};
+
+template <class Fn>
+PyObject* without_gil(const Fn& fn) {
+  bool memory = true;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    fn();
+  } catch (const std::bad_alloc&) {
+    memory = false;
+  }
+  Py_END_ALLOW_THREADS;
+  if (!memory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+using Args = PyObject* const*;
+
+PyObject* open_threads(PyObject*, Args args, Py_ssize_t count) {
+  PyObject* path = count ? args[0] : Py_None;
+  PyObject* encoded = PyUnicode_EncodeFSDefault(path);
+  if (!encoded) return nullptr;
+  const bool found = open_pool(PyBytes_AsString(encoded));
+  Py_DECREF(encoded);
+  return PyBool_FromLong(found);
+}
+
+PyObject* set_thread_count(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const int64_t threads = a.integer();
+  if (a.failed()) return nullptr;
+  set_threads(int(threads));
+  Py_RETURN_NONE;
+}
+
+// (weights, source, rows, first, span, lane)
+PyObject* pack_rows(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  PackRows p;
+  p.w = a.structure<PackedWeights>()->weights();
+  p.source = a.address<void>();
+  p.rows = a.integer(), p.first = a.integer(), p.span = a.integer(), p.lane = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { pack(p); });
+}
+
+// (weights, x, x type, m, ldx, bias, out, out type, ldo, plain): plain weights lie row by row
+PyObject* linear(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Gemm g;
+  g.w = a.structure<PackedWeights>()->weights();
+  g.x = a.address<void>(), g.x_type = a.type(), g.m = a.integer(), g.ldx = a.integer();
+  g.bias = a.address<void>();
+  g.out = a.address<void>(), g.out_type = a.type(), g.ldo = a.integer();
+  const bool plain = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { plain ? rows(g) : gemm(g); });
+}
+
+// (data, bytes): reads them, for the memory's speed
+PyObject* read_memory(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const auto* data = a.address<float>();
+  const int64_t bytes = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { read(data, bytes / int64_t(sizeof(float))); });
+}
+
+// (type, x, residual, weight, out, total, rows, width, ldx, ldr, eps, unit_offset)
+PyObject* rms_norm(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Norm n;
+  n.type = a.type();
+  n.x = a.address<void>(), n.residual = a.address<void>(), n.weight = a.address<void>();
+  n.out = a.address<void>(), n.total = a.address<void>();
+  n.rows = a.integer(), n.width = a.integer(), n.ldx = a.integer(), n.ldr = a.integer();
+  n.eps = float(a.real()), n.unit_offset = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { norm(n); });
+}
+
+// (type, x, out, rows, width, ldx, activation)
+PyObject* gated_activation(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Gate g;
+  g.type = a.type(), g.x = a.address<void>(), g.out = a.address<void>();
+  g.rows = a.integer(), g.width = a.integer(), g.ldx = a.integer(), g.activation = Activation(a.integer());
+  if (a.failed()) return nullptr;
+  return without_gil([&] { gate(g); });
+}
+
+// (ids, weight, out, tokens, rows, row bytes, first): an id that the rows do not hold becomes zeros
+PyObject* embedding(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const auto* ids = a.address<int32_t>();
+  const auto* weight = a.address<char>();
+  auto* out = a.address<char>();
+  const int64_t tokens = a.integer(), rows = a.integer(), bytes = a.integer(), first = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] {
+    parallel_for(tokens, std::max<int64_t>(8, tokens / (4 * num_threads())), [&](int64_t i, int64_t end) {
+      for (; i < end; ++i) {
+        const int64_t row = ids[i] - first;
+        if (row >= 0 && row < rows) std::memcpy(out + i * bytes, weight + row * bytes, bytes);
+        else std::memset(out + i * bytes, 0, bytes);
+      }
+    });
+  });
+}
+
+// (query_start, seq_lens, rows, kv_heads, group, window) -> (items, merges) as bytes
+PyObject* plan(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const auto *query_start = a.address<int32_t>(), *seq_lens = a.address<int32_t>();
+  const int64_t rows = a.integer(), kv_heads = a.integer(), group = a.integer(), window = a.integer();
+  if (a.failed()) return nullptr;
+  const Plan made = plan_attention(query_start, seq_lens, rows, kv_heads, group, window, num_threads());
+  const auto bytes = [](const auto& list) {
+    return PyBytes_FromStringAndSize((const char*)list.data(), Py_ssize_t(list.size() * sizeof(list[0])));
+  };
+  return Py_BuildValue("NN", bytes(made.items), bytes(made.merges));
+}
+
+// (layer, batch, items, merges, q, ldq, k, ldk, v, ldv, cache, out)
+PyObject* paged_attention(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const Layer* layer = a.structure<Layer>();
+  Batch batch = *a.structure<Batch>();
+  if (a.failed() || count != 12) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "12 arguments");
+  char *items = nullptr, *merges = nullptr;
+  Py_ssize_t item_bytes = 0, merge_bytes = 0;
+  if (PyBytes_AsStringAndSize(args[2], &items, &item_bytes) < 0) return nullptr;
+  if (PyBytes_AsStringAndSize(args[3], &merges, &merge_bytes) < 0) return nullptr;
+  batch.items = (const AttentionItem*)items, batch.num_items = item_bytes / Py_ssize_t(sizeof(AttentionItem));
+  batch.merges = (const AttentionMerge*)merges, batch.num_merges = merge_bytes / Py_ssize_t(sizeof(AttentionMerge));
+  Arguments rest(args + 4, count - 4);
+  AttentionCall call{*layer, batch, nullptr, nullptr, nullptr, 0, 0, 0, nullptr, nullptr};
+  call.q = rest.address<void>(), call.ldq = rest.integer();
+  call.k = rest.address<void>(), call.ldk = rest.integer();
+  call.v = rest.address<void>(), call.ldv = rest.integer();
+  call.cache = rest.address<char>(), call.out = rest.address<void>();
+  if (rest.failed()) return nullptr;
+  return without_gil([&] { attention(call); });
+}
+
+// (experts, type, x, ldx, out, ids, weights, tokens, top_k)
+PyObject* fused_moe(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const Experts* experts = a.structure<Experts>();
+  Moe m{*experts, DType::f32, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+  m.type = a.type(), m.x = a.address<void>(), m.ldx = a.integer(), m.out = a.address<void>();
+  m.ids = a.address<int64_t>(), m.weights = a.address<float>(), m.tokens = a.integer(), m.top_k = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { moe(m); });
+}
+
+// (type, logits, bias, tokens, experts, ld, top_k, sigmoid, renormalize, scale, weights, ids)
+PyObject* route_tokens(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Route r;
+  r.type = a.type(), r.logits = a.address<void>(), r.bias = a.address<float>();
+  r.tokens = a.integer(), r.experts = a.integer(), r.ld = a.integer(), r.top_k = a.integer();
+  r.sigmoid = a.integer(), r.renormalize = a.integer(), r.scale = float(a.real());
+  r.weights = a.address<float>(), r.ids = a.address<int64_t>();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { route(r); });
+}
+
+// (logits, rows, vocab, ld, temperature, top_k, top_p, min_p, seed_low, seed_high, sample_index, position, ids)
+PyObject* sample_tokens(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Sample s;
+  s.logits = a.address<float>(), s.rows = a.integer(), s.vocab = a.integer(), s.ld = a.integer();
+  s.temperature = a.address<float>(), s.top_k = a.address<int32_t>();
+  s.top_p = a.address<float>(), s.min_p = a.address<float>();
+  s.seed_low = a.address<int32_t>(), s.seed_high = a.address<int32_t>();
+  s.sample_index = a.address<int32_t>(), s.position = a.address<int32_t>();
+  s.ids = a.address<int32_t>();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { sample(s); });
+}
+
+// (region, rank, ranks, slot bytes, data, elements, type, timeout in seconds) -> whether every rank came
+PyObject* shared_all_reduce(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  SharedReduce r;
+  r.region = a.address<char>(), r.rank = a.integer(), r.ranks = a.integer(), r.slot_bytes = a.integer();
+  r.data = a.address<char>(), r.elements = a.integer(), r.type = a.type();
+  r.timeout_s = a.real();
+  if (a.failed()) return nullptr;
+  bool met = false;
+  Py_BEGIN_ALLOW_THREADS;
+  met = all_reduce(r);
+  Py_END_ALLOW_THREADS;
+  return PyBool_FromLong(met);
+}
+
+#define ENTRY(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
+PyMethodDef methods[] = {
+    ENTRY("open_threads", open_threads),
+    ENTRY("set_threads", set_thread_count),
+    ENTRY("pack_rows", pack_rows),
+    ENTRY("linear", linear),
+    ENTRY("read", read_memory),
+    ENTRY("rms_norm", rms_norm),
+    ENTRY("gated_activation", gated_activation),
+    ENTRY("embedding", embedding),
+    ENTRY("plan", plan),
+    ENTRY("attention", paged_attention),
+    ENTRY("route", route_tokens),
+    ENTRY("moe", fused_moe),
+    ENTRY("sample", sample_tokens),
+    ENTRY("all_reduce", shared_all_reduce),
+    {nullptr, nullptr, 0, nullptr},
+};
+#undef ENTRY
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernels", "Kernels of anychip-cpu; see native.py.", -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace anychip
+
+#define INIT(module) PyInit_##module
+#define NAMED(module) INIT(module)
+PyMODINIT_FUNC NAMED(ANYCHIP_MODULE)() { return PyModule_Create(&anychip::definition); }

@@ -1,0 +1,63 @@
+// Packed weights and their layouts, as tables of kernels share them.
+#pragma once
+
+#include "types.h"
+
+namespace anychip {
+
+// y = x W^T: n outputs, k inputs, in panels of kPanel outputs. By kind a panel holds
+//   f32, i8 (float activations), fp8  [k, padded to 2][kPanel]
+//   bf16                              [k / 2][kPanel][2]
+//   i4                                [k / 8][kPanel] words of eight inputs, the first in the low bits
+//   i8 for quantized activations      [k / 4][kPanel][4]
+// Rows past n and inputs past k are zero.
+struct Weights {
+  DType kind;
+  int64_t n, k;
+  const void* panels;
+  int64_t panel_bytes;
+  // [groups][n, padded to kPanel]. w = (q - zero) * scale: `zeros` hold zero * scale, of int4 with 8 taken off both
+  // value and zero; null: no zero points.
+  const float* scales;
+  const float* zeros;
+  int64_t groups, group_size;
+  // [n padded]: 128 times the sum of an output's weights, where activations are bytes; null elsewhere
+  const int32_t* sums;
+  // Activations are rounded to `rounding` (i8 or fp8; f32: they are not) and back before the product, with a scale for
+  // every `rounding_group` inputs of a row, or with the fixed one.
+  DType rounding;
+  int64_t rounding_group;
+  const float* fixed_scale;  // [1] or null
+
+  bool quantized() const { return kind != DType::f32 && kind != DType::bf16; }
+  const char* panel(int64_t index) const { return (const char*)panels + index * panel_bytes; }
+};
+
+// As Python packs them: every field is eight bytes wide. Keep in step with anychip_cpu/packing.py.
+struct PackedWeights {
+  int64_t kind, n, k;
+  const void* panels;
+  int64_t panel_bytes;
+  const float *scales, *zeros;
+  int64_t groups, group_size;
+  const int32_t* sums;
+  int64_t rounding, rounding_group;
+  const float* fixed_scale;
+
+  Weights weights() const {
+    return {DType(kind), n, k, panels, panel_bytes, scales, zeros, groups, group_size, sums, DType(rounding), rounding_group, fixed_scale};
+  }
+};
+
+struct Gemm {
+  Weights w;
+  const void* x;  // [m, k], rows ldx elements apart
+  DType x_type;
+  int64_t m, ldx;
+  const void* bias;  // [n] of out_type, or null
+  void* out;         // [m, n], rows ldo elements apart
+  DType out_type;
+  int64_t ldo;
+};
+
+}  // namespace anychip

@@ -1,0 +1,205 @@
+"""Paged attention in one compiled call per layer: norm, rotation, the write and the attention itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    BatchView,
+    KVLayout,
+    QKNorm,
+    Recorder,
+    Rope,
+    ShapeKey,
+    Unsupported,
+)
+from anychip_cpu.native import DTYPES, Kernels, fields
+from anychip_cpu.packing import round_up
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+_LANES = 16
+"""Head dims are padded to a multiple, so that vectors never leave their head."""
+
+
+@dataclass(slots=True)
+class CpuPlan:
+    batch: bytes
+    """kernels/attention_types.h's Batch."""
+    items: bytes
+    merges: bytes
+    block_size: int
+    num_tokens: int
+    padded: bool
+    """Whether some tokens belong to no row: their output is zeros."""
+    held: tuple[Tensor, ...]
+    """Keeps what the batch points to alive."""
+
+
+class CpuPagedAttention(AttentionBackend):
+    """The cache's layout is kernels/attention_types.h's: what products want, not what core sees."""
+
+    def __init__(self, spec: AttentionSpec, kernels: Kernels, name: str) -> None:
+        reasons = []
+        if spec.kind != "decoder":
+            reasons.append(f"attention of kind {spec.kind} is not implemented")
+        if spec.kv_dtype not in (spec.dtype, "int8", "float8_e4m3fn"):
+            reasons.append(
+                f"a {spec.kv_dtype} cache under {spec.dtype} queries; there are {spec.dtype}, int8, float8_e4m3fn"
+            )
+        if reasons:
+            raise Unsupported("anychip-cpu attention", reasons)
+        super().__init__(spec)
+        self.name = f"cpu-{name}"
+        self._kernels = kernels
+        self._padded_dim = round_up(spec.head_dim, _LANES)
+        self._dtype = getattr(torch, spec.kv_dtype)
+        self._layer: tuple[tuple[object, ...], bytes] = ((), b"")
+
+    # -- the cache ----------------------------------------------------------------------------------------
+
+    def kv_layout(self) -> KVLayout:
+        per_token = 2 * self.spec.num_kv_heads * self._padded_dim * self._dtype.itemsize
+        return KVLayout(block_sizes=BLOCK_SIZES, page_bytes=lambda size: per_token * size, opaque=True)
+
+    def make_cache(self, raw: Tensor, num_blocks: int, block_size: int) -> Tensor:
+        return raw.view(num_blocks, 2, -1)
+
+    def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
+        cache[list(dst)] = cache[list(src)]
+        return cache
+
+    def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
+        cache[list(ids)] = 0
+        return cache
+
+    def export_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
+        keys, values = self._views(cache[list(ids)])
+        return torch.stack([self._flat(keys), self._flat(values)], dim=1)[..., : self.spec.head_dim].contiguous()
+
+    def import_blocks(self, cache: Tensor, ids: Sequence[int], data: Tensor) -> Tensor:
+        pages = cache[list(ids)]
+        spare = self._padded_dim - self.spec.head_dim
+        # Keys are multiplied pair by pair of dimensions: an odd one's neighbour counts, and must be zero.
+        padded = torch.nn.functional.pad(data, (0, spare))
+        for view, plane in zip(self._views(pages), padded.unbind(1), strict=True):
+            view.copy_(plane.reshape(view.shape))
+        cache[list(ids)] = pages
+        return cache
+
+    def _views(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in pages [blocks, 2, bytes] as [blocks, block_size, num_kv_heads, padded_dim]; where one
+        lies in pairs, it is two: tokens [block_size / 2, 2] or dimensions [padded_dim / 2, 2]."""
+        heads, dim, width = self.spec.num_kv_heads, self._padded_dim, self._dtype.itemsize
+        blocks, size = len(pages), pages.shape[2] // (heads * dim * width)
+        typed = pages if width == 1 else pages.view(self._dtype)
+        keys, values = typed[:, 0], typed[:, 1]
+        if width == 2:
+            keys = keys.view(blocks, heads, dim // 2, size, 2).permute(0, 3, 1, 2, 4)
+            return keys, values.view(blocks, heads, size // 2, dim, 2).permute(0, 2, 4, 1, 3)
+        keys = keys.view(blocks, heads, dim, size).permute(0, 3, 1, 2)
+        return keys, values.view(blocks, heads, size, dim).transpose(1, 2)
+
+    def _flat(self, view: Tensor) -> Tensor:
+        return view.reshape(len(view), -1, self.spec.num_kv_heads, self._padded_dim)
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        batch: BatchView,
+        shape: ShapeKey,
+        *,
+        group: int,
+        into: object | None = None,
+        recorder: Recorder | None = None,
+    ) -> CpuPlan:
+        starts, lengths = _ints(batch.query_start), _ints(batch.seq_lens)
+        table = batch.block_table.to(torch.int32)
+        if table.stride(-1) != 1:
+            table = table.contiguous()
+        slots, positions = (t.to(torch.int64).contiguous() for t in (batch.slot_mapping, batch.positions))
+        rows, tokens = len(lengths), len(slots)
+        spec = self.spec
+        items, merges = self._kernels.plan(
+            starts.data_ptr(), lengths.data_ptr(), rows, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads,
+            spec.window or 0,
+        )  # fmt: skip
+        described = fields(
+            starts.data_ptr(), lengths.data_ptr(), table.data_ptr(), slots.data_ptr(), positions.data_ptr(),
+            rows, tokens, table.stride(0), 0, 0, 0, 0,
+        )  # fmt: skip
+        padded = int(starts[-1]) != tokens or int(starts[0]) != 0
+        return CpuPlan(
+            described, items, merges, batch.block_size, tokens, padded, (starts, lengths, table, slots, positions)
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: Tensor,
+        plan: CpuPlan,
+        layer: AttentionLayer,
+        *,
+        rope: Rope | None = None,
+        qk_norm: QKNorm | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        q, ldq = _heads_of(q)
+        keys, ldk, values, ldv = 0, 0, 0, 0
+        if k is not None and v is not None:
+            k, ldk = _heads_of(k)
+            v, ldv = _heads_of(v)
+            keys, values = k.data_ptr(), v.data_ptr()
+        result = (torch.zeros if plan.padded else torch.empty)(q.shape, dtype=q.dtype)
+        self._kernels.attention(
+            self._described(layer, rope, qk_norm, plan.block_size), plan.batch, plan.items, plan.merges,
+            q.data_ptr(), ldq, keys, ldk, values, ldv, cache.data_ptr(), result.data_ptr(),
+        )  # fmt: skip
+        return result, cache
+
+    def _described(self, layer: AttentionLayer, rope: Rope | None, qk_norm: QKNorm | None, block_size: int) -> bytes:
+        """kernels/attention_types.h's Layer, made anew when something in it is another object than before."""
+        parts = (layer, rope, qk_norm, block_size, layer.k_scale, layer.v_scale, layer.sinks, layer.alibi_slopes)
+        known, described = self._layer
+        if len(known) == len(parts) and all(a is b for a, b in zip(known, parts, strict=True)):
+            return described
+        spec = self.spec
+        k_scale = layer.k_scale
+        turned = (0, 0, 0, 0) if rope is None else (
+            rope.cos.data_ptr(), rope.sin.data_ptr(), rope.rotary_dim, int(rope.interleaved)
+        )  # fmt: skip
+        normed = (0, 0, 0.0, 0) if qk_norm is None else (
+            qk_norm.q_weight.data_ptr(), qk_norm.k_weight.data_ptr(), float(qk_norm.eps), int(qk_norm.unit_offset)
+        )  # fmt: skip
+        described = fields(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, self._padded_dim, block_size,
+            DTYPES[spec.dtype], DTYPES[spec.kv_dtype], spec.window or 0, float(layer.scale), float(spec.softcap or 0),
+            _address(k_scale), _address(layer.v_scale), int(k_scale is not None and k_scale.numel() > 1),
+            _address(layer.sinks), _address(layer.alibi_slopes), *turned, *normed,
+        )  # fmt: skip
+        self._layer = (parts, described)
+        return described
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ints(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int32).contiguous()
+
+
+def _heads_of(x: Tensor) -> tuple[Tensor, int]:
+    """x [num_tokens, heads, head_dim] with each token's heads together, and how far tokens lie apart."""
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = x.contiguous()
+    return x, x.stride(0)
