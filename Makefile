@@ -13,7 +13,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation known_bad suite oracle new_plugin diff_numerics fakes))
 SIMULATED := fake-static fake-hostlen fake-spmd
 
-.PHONY: serve test lint equality mutation conformance matrix check-full bench docs clean wheels try-wheels bump
+CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
+
+.PHONY: serve test lint equality mutation conformance matrix sanitize check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -42,7 +44,10 @@ conformance: $(VENV)/dev.done  ## every profile on every device that runs here, 
 matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
 	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
 
-check-full: lint test equality mutation conformance try-wheels docs
+sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan, in an environment of their own
+	$(BIN)/python tools/sanitize.py
+
+check-full: lint test equality mutation conformance try-wheels sanitize docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py
@@ -68,7 +73,7 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/serve.done: $(VENV)/bin/python constraints.txt core/pyproject.toml plugins/cpu/pyproject.toml
+$(VENV)/serve.done: $(VENV)/bin/python constraints.txt core/pyproject.toml plugins/cpu/pyproject.toml $(CPU_KERNELS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e core -e plugins/cpu
 	touch $@
 

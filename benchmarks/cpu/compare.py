@@ -73,9 +73,9 @@ class Llama:
     """llama.cpp's own benchmark: it starts in a second, so each run is a process. Workloads a and d alone."""
 
     name = "llama.cpp"
-    ready: dict[str, Any] = {}
 
     def __init__(self, program: str, model: str) -> None:
+        self.ready: dict[str, Any] = {}
         self._command = [program, "-m", model, "-t", "2", "-fa", "1", "-r", "1", "-o", "json"]
 
     def run(self, workload: str, seed: int) -> dict[str, Any] | None:
@@ -165,11 +165,15 @@ def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ratios = [ours[number] / row["value"] for number, row in found.items()]
             rows.append(
                 {
-                    "workload": workload, "engine": engine, "unit": UNITS[workload],
-                    "median": statistics.median(values), "least": min(values), "most": max(values),
+                    "workload": workload,
+                    "engine": engine,
+                    "unit": UNITS[workload],
+                    "median": statistics.median(values),
+                    "least": min(values),
+                    "most": max(values),
                     "anychip_over_it": statistics.median(ratios),
                     "bandwidth_gb_s": statistics.median(b for row in found.values() for b in row["bandwidth_gb_s"]),
-                }  # fmt: skip
+                }
             )
     return rows
 

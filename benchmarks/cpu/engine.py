@@ -34,7 +34,9 @@ def anychip_engine(model: str, quantization: str | None) -> Generate:
 
 
 def vllm_engine(model: str, quantization: str | None) -> Generate:
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_CPU_OMP_THREADS_BIND="0-1")
+    os.environ.update(
+        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_CPU_OMP_THREADS_BIND="0-1"
+    )
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=model, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=True, skip_tokenizer_init=True)

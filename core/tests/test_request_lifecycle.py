@@ -11,12 +11,12 @@ from types import FrameType
 import httpx
 import pytest
 
-import anychip_cpu.attention
 from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
 from anychip.entrypoints.openai.app import make_app
 from anychip.launch import async_llm, engine_main
 from anychip.launch.async_llm import AsyncLLM
+from anychip_cpu import native
 
 PAGE = Path(__file__).parents[2] / "docs" / "request-lifecycle.md"
 MAX_FRAMES, MAX_HOPS = 20, 2
@@ -71,16 +71,17 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
         hops.append(type(message).__name__)
         await send(self, message)
 
-    product = anychip_cpu.attention.F.scaled_dot_product_attention
+    kernels = native.load("")
+    attention = kernels.attention
 
-    def watched_kernel(*args, **more):
+    def watched_kernel(*args):
         names = frames_of_ours(sys._getframe(), until="EngineLoop.run")
         if not kernel and names[0] == "EngineLoop.run":
             kernel.extend(names)
-        return product(*args, **more)
+        return attention(*args)
 
     monkeypatch.setattr(AsyncEngine, "_send", watched_send)
-    monkeypatch.setattr(anychip_cpu.attention.F, "scaled_dot_product_attention", watched_kernel)
+    monkeypatch.setattr(kernels, "attention", watched_kernel)
     monkeypatch.setattr(async_llm, "Child", EngineThread)
     asyncio.get_running_loop().set_task_factory(make_task)
 
@@ -105,6 +106,7 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
     return api, kernel, hops
 
 
+@pytest.mark.skipif(not native.usable(), reason="the page lists the way to a compiled kernel")
 def test_the_page_lists_what_a_request_really_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     api, kernel, hops = asyncio.run(traced_request(monkeypatch))
     block = PAGE.read_text().split("```text\n")[1].split("```")[0]

@@ -1,7 +1,8 @@
-"""Compiles the kernels, once for each instruction set: all that the target knows go into one wheel, and those of the processor
-are chosen when a platform is opened. They need a C++17 compiler and Python's headers, nothing of torch. Where one cannot
-be compiled, the package is installed without it: `anychip doctor` says what is missing."""
+"""Compiles the kernels, once for each instruction set: all that the target knows go into one wheel, and a processor's
+are chosen when a platform is opened. They need a C++17 compiler and Python's headers, nothing of torch. Where one
+cannot be compiled, the package is installed without it, and `anychip doctor` says so."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -12,6 +13,8 @@ SOURCES = Path("src/anychip_cpu/kernels")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
 X86 = {"avx512_bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 VARIANTS = {"generic": [], **(X86 if platform.machine().lower() in ("x86_64", "amd64") else {})}
+# `make sanitize` sets it: faults of address and undefined behaviour then end the process with a report.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("ANYCHIP_SANITIZE") else []
 
 
 def extension(name, flags):
@@ -21,7 +24,16 @@ def extension(name, flags):
         depends=sorted(str(path) for path in SOURCES.rglob("*.h")),
         define_macros=[("ANYCHIP_MODULE", f"_kernels_{name}")],
         # GCC 12 takes the undefined parts of its own intrinsics for mistakes.
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", *flags],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-Wno-uninitialized",
+            *flags,
+            *SANITIZERS,
+        ],
+        extra_link_args=SANITIZERS,
         py_limited_api=True,
         optional=True,
     )
@@ -38,7 +50,8 @@ class BuildVariants(build_ext):
             extra_postargs=ext.extra_compile_args,
             depends=ext.depends,
         )
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
+        path = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(objects, path, target_lang="c++", extra_postargs=ext.extra_link_args)
 
 
 setup(

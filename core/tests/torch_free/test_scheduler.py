@@ -93,6 +93,27 @@ def test_preemption_takes_the_youngest_and_keeps_its_prefix_blocks():
     assert old.num_output == young.num_output == 9
 
 
+def test_requests_that_arrive_together_share_what_the_first_computes():
+    """The second waits a step, while the first computes their common blocks, and is scheduled before that step's
+    result is in; a third, which shares nothing, does not wait."""
+    scheduler = make_scheduler()
+    common = list(range(10, 18))
+    first, second = make_request("a", [*common, 3], arrival=1), make_request("b", [*common, 4], arrival=2)
+    other = make_request("c", list(range(30, 36)), arrival=3)
+    for request in (first, second, other):
+        scheduler.add(request)
+    step = scheduler.schedule()
+    assert counts(step.decision) == [9, 6]
+    assert second.status is RequestStatus.WAITING
+    following = scheduler.schedule()
+    assert counts(following.decision) == [1, 1, 1]
+    assert second.cached_tokens == 8
+    answer(scheduler, step)
+    answer(scheduler, following)
+    run_to_end(scheduler)
+    assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
+
+
 def test_blocks_of_steps_in_flight_are_waited_for_rather_than_preempting_again():
     scheduler = make_scheduler(num_blocks=5, max_num_seqs=2, prefix_caching=False)
     first = make_request("a", list(range(8)), max_output=2, arrival=1)

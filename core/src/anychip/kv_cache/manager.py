@@ -223,6 +223,17 @@ class KVCacheManager:
                     self.pool.offer(self._key(index, hashes[(at + 1) * ratio - 1]), block)
             request.num_cached_blocks[index] = full
 
+    def completes(self, request: Request, num_tokens: int) -> list[bytes]:
+        """Hashes of the blocks that computing so many more tokens makes full."""
+        size = self.hash_block_size
+        first, last = request.num_computed // size, min(request.num_computed + num_tokens, request.num_known) // size
+        return extend_hashes(request, size)[first:last]
+
+    def next_full(self, request: Request) -> bytes | None:
+        """Hash of the first full block that a request has yet to compute; None: its tokens end before."""
+        hashes, at = extend_hashes(request, self.hash_block_size), request.num_computed // self.hash_block_size
+        return hashes[at] if at < len(hashes) else None
+
     def free(self, request: Request) -> None:
         """Releases everything, the sequence's end first, so that shared beginnings are evicted last."""
         for table in request.block_ids:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
@@ -61,7 +60,7 @@ class Attention:
             out_features=hidden_size,
             bias=bias if output_bias is None else output_bias,
         )
-        self.sizes = [heads.count, kv_heads.count, kv_heads.count]
+        self.heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
         self.head_dim = dim
         self.backend = builder.platform.attention(spec)
         self.layer = AttentionLayer(index=index, scale=scale, ops=builder.ops)
@@ -94,8 +93,7 @@ class Attention:
         return self.qkv.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        parts = torch.split(self.qkv(x), self.sizes, dim=-1)
-        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
+        q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
         index = self.layer.index
         attended, context.caches[index] = self.backend.forward(
             q,

@@ -90,10 +90,11 @@ class LinearKernel:
     def __init__(self, spec: LinearSpec, platform: Platform) -> None:
         self.spec = spec
         self.platform = platform
+        self._accepts = ActFormat(dtype=spec.dtype)
 
     @property
     def accepts(self) -> ActFormat:
-        return ActFormat(dtype=self.spec.dtype)
+        return self._accepts
 
     def begin(self) -> Packed:
         """Allocates the packed weights through the platform."""

@@ -148,6 +148,7 @@ class Scheduler:
 
     def _admit_waiting(self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow]) -> None:
         admitted: list[Request] = []
+        coming = self._coming(rows, counts)
         for request in self.waiting:
             if not self._free_slots or room.tokens_left <= 0 or room.rows_left <= 0:
                 break
@@ -155,6 +156,10 @@ class Scheduler:
                 continue
             resumed = request.status is RequestStatus.PREEMPTED
             cached = self.kv.start(request)
+            if coming and self.kv.next_full(request) in coming:
+                # This very step computes what the request would compute again: a step later it is shared.
+                self.kv.cancel_start(request)
+                continue
             behind = request.num_known - request.num_computed
             granted = room.grant(behind, prefill=behind > 1)
             if granted <= 0 or not self.kv.allocate(request, granted):
@@ -165,6 +170,8 @@ class Scheduler:
             request.slot = self._free_slots.pop()
             request.become(RequestStatus.RUNNING)
             room.take(granted, prefill=behind > 1)
+            if self.kv.prefix_caching:
+                coming.update(self.kv.completes(request, granted))
             admitted.append(request)
             rows.append(request)
             counts.append(granted)
@@ -174,6 +181,13 @@ class Scheduler:
             self.waiting = [request for request in self.waiting if id(request) not in gone]
             for request in admitted:
                 insort(self.running, request, key=self.policy.key)
+
+    def _coming(self, rows: list[Request], counts: list[int]) -> set[bytes]:
+        """Hashes of the blocks that prefills of this step make full."""
+        if not self.kv.prefix_caching:
+            return set()
+        prefills = [(request, count) for request, count in zip(rows, counts, strict=True) if count > 1]
+        return {block for request, count in prefills for block in self.kv.completes(request, count)}
 
     @staticmethod
     def _waits_for_parent(request: Request) -> bool:
@@ -191,6 +205,8 @@ class Scheduler:
         for request, count in zip(rows, counts, strict=True):
             computed = request.num_computed + count
             request.num_computed = computed
+            if count > 1:
+                self.kv.offer(request)  # whoever reads it runs in a later step
             if computed == len(request.token_ids) + request.num_promised:
                 request.num_promised += 1
                 sampling.append(request)

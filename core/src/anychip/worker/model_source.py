@@ -22,6 +22,7 @@ from anychip.weights.files import checkpoint_files, checkpoint_views, tensor_nam
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.worker.held import held_bytes
+from anychip.worker.sizing import check_weights_fit
 
 _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 """Short names of --kv-cache-dtype."""
@@ -64,7 +65,10 @@ class CheckpointSource:
 
     def build(self, shard: Shard) -> StepModel:
         register = WeightRegister()
+        free = self.platform.memory(self.platform.context.device_indexes[0]).free
         model = self.build_layers(shard, register)
+        # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
+        check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
             self.progress = LoadProgress(0, shown=False)
             views = dummy_views(register, self.dtype)

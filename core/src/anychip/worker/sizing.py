@@ -79,9 +79,8 @@ def kv_budget(
     return int(memory.total * config.memory_fraction) - in_use - activations.nbytes - graphs - pending
 
 
-def check_weights_fit(platform: Platform, nbytes: int) -> None:
-    """Raises ConfigError when weights of so many bytes do not fit into the memory that a device has free."""
-    free = platform.memory(platform.context.device_indexes[0]).free
+def check_weights_fit(platform: Platform, nbytes: int, free: int | None) -> None:
+    """Raises ConfigError when weights of so many bytes do not fit into a device's free memory, where that is known."""
     if free is not None and nbytes > free:
         raise ConfigError(
             f"the weights take {nbytes / 2**30:.1f} GiB on each of {platform.name}'s devices and "

@@ -27,6 +27,10 @@ class CpuOptions(PluginOptions):
     kv_cache_gib: float = field(default=4.0, metadata={"help": "most memory for the KV cache, in GiB"})
 
 
+CORES_VARIABLE = "ANYCHIP_CPU_CORES"
+"""Of a worker process: the cores that it binds itself to."""
+
+
 def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
     """Workers on one host share its cores evenly, each within as few NUMA nodes as that allows."""
     if placement.world_size == 1 or "threads" in config.device_options:
@@ -34,7 +38,7 @@ def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
     cores = cores_by_node()
     share = cores[placement.rank * len(cores) // placement.world_size :][: max(1, len(cores) // placement.world_size)]
     # With more ranks than cores nobody is bound: the scheduler spreads them better than a rule.
-    bound = {"GOMP_CPU_AFFINITY": " ".join(map(str, share))} if len(cores) >= placement.world_size else {}
+    bound = {CORES_VARIABLE: ",".join(map(str, share))} if len(cores) >= placement.world_size else {}
     return {"OMP_NUM_THREADS": str(max(1, len(share))), **bound}
 
 

@@ -90,11 +90,12 @@ class CpuMoE(ReferenceMoE):
         if s.num_groups > 1 or router_logits.dtype not in CODES:
             return super().route(router_logits, bias)
         logits, ld = rows_of(router_logits)
-        weights = torch.empty(len(logits), s.top_k)
-        expert_ids = torch.empty(len(logits), s.top_k, dtype=torch.int64)
+        rows = logits.shape[0]
+        weights = torch.empty(rows, s.top_k)
+        expert_ids = torch.empty(rows, s.top_k, dtype=torch.int64)
         wide = None if bias is None else bias.float().contiguous()
         self._kernels.route(
-            CODES[logits.dtype], logits.data_ptr(), 0 if wide is None else wide.data_ptr(), len(logits),
+            CODES[logits.dtype], logits.data_ptr(), 0 if wide is None else wide.data_ptr(), rows,
             logits.shape[1], ld, s.top_k, s.scoring == "sigmoid", s.renormalize, float(s.router_scale),
             weights.data_ptr(), expert_ids.data_ptr(),
         )  # fmt: skip
@@ -103,17 +104,17 @@ class CpuMoE(ReferenceMoE):
     def experts(
         self, x: Tensor, routing: Routing, packed: PackedExperts, *, expert_map: Tensor | None = None
     ) -> Tensor:
-        ids = routing.expert_ids.long()
+        ids, weights = routing.expert_ids, routing.weights
         if expert_map is not None:
-            ids = expert_map[ids].long()
+            ids = expert_map[ids.long()]
         if packed.expert_ids is not None:
-            ids = torch.where(ids < 0, ids, packed.expert_ids[ids.clamp(min=0)])
-        ids, weights = ids.contiguous(), routing.weights.float().contiguous()
+            ids = torch.where(ids < 0, ids, packed.expert_ids[ids.long().clamp(min=0)])
+        ids, weights = ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
         held, ldx = rows_of(x)
         out = torch.empty(x.shape, dtype=x.dtype)
         self._kernels.moe(
             packed.described, CODES[x.dtype], held.data_ptr(), ldx, out.data_ptr(), ids.data_ptr(),
-            weights.data_ptr(), len(x), ids.shape[1],
+            weights.data_ptr(), x.shape[0], ids.shape[1],
         )  # fmt: skip
         return out
 

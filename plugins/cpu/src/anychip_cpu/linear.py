@@ -18,6 +18,7 @@ class PackedLinear:
     held: Panels | Tensor
     """In panels; or plain [out_features, in_features], as the checkpoint has them."""
     bias: Tensor | None  # [out_features]
+    plain: bool = False
     described: bytes = b""
     """kernels/weights.h's PackedWeights, once they are finished."""
 
@@ -57,16 +58,17 @@ class CpuLinear(LinearKernel):
         """Shares a plain weight's storage: its rows are read as they lie."""
         rows, columns = weight.shape
         described = fields(DTYPES[self.spec.dtype], rows, columns, weight.data_ptr(), 0, 0, 0, 1, columns, 0, 0, 0, 0)
-        return PackedLinear(weight, None, described)
+        return PackedLinear(weight, None, True, described)
 
     def apply(self, x: Tensor, packed: PackedLinear, *, out: Tensor | None = None) -> Tensor:
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        result = x.new_empty((x.shape[0], self.spec.out_features)) if out is None or out.stride(-1) != 1 else out
+        rows, ldx = x.shape[0], x.stride(0)
+        if x.stride(1) != 1:
+            x, ldx = x.contiguous(), x.shape[1]
+        result = x.new_empty((rows, self.spec.out_features)) if out is None or out.stride(1) != 1 else out
         dtype = CODES[x.dtype]
         bias = 0 if packed.bias is None else packed.bias.data_ptr()
         self._kernels.linear(
-            packed.described, x.data_ptr(), dtype, x.shape[0], x.stride(0), bias,
-            result.data_ptr(), dtype, result.stride(0), isinstance(packed.held, Tensor),
+            packed.described, x.data_ptr(), dtype, rows, ldx, bias, result.data_ptr(), dtype, result.stride(0),
+            packed.plain,
         )  # fmt: skip
         return result if out is None or result is out else out.copy_(result)

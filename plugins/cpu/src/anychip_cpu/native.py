@@ -79,12 +79,7 @@ def load(isa: str) -> Kernels | None:
 
 @cache
 def _opened(name: str) -> Kernels:
-    kernels = importlib.import_module(_module(name))
-    # The runtime whose threads torch uses, so that there is one pool.
-    torch_dir = Path(str(importlib.import_module("torch").__file__)).parent / "lib"
-    libraries = sorted([*torch_dir.glob("libtorch_cpu.so"), *torch_dir.glob("libtorch_cpu.dylib")])
-    kernels.open_threads(str(libraries[0]) if libraries else "")
-    return kernels
+    return importlib.import_module(_module(name))
 
 
 def _module(name: str) -> str:

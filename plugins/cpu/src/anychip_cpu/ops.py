@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,15 +60,15 @@ class CpuOps:
     ) -> tuple[Tensor, Tensor]:
         held, ldx = rows_of(x)
         weight = weight.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype)
+        shape, dtype = x.shape, x.dtype
+        out = torch.empty(shape, dtype=dtype)
         total, added, ldr = x, 0, 0
         if residual is not None:
             residual, ldr = rows_of(residual)
-            total, added = torch.empty(x.shape, dtype=x.dtype), residual.data_ptr()
-        width = x.shape[-1]
+            total, added = torch.empty(shape, dtype=dtype), residual.data_ptr()
         self._kernels.rms_norm(
-            CODES[x.dtype], held.data_ptr(), added, weight.data_ptr(), out.data_ptr(), total.data_ptr(),
-            x.numel() // max(1, width), width, ldx, ldr, eps, unit_offset,
+            CODES[dtype], held.data_ptr(), added, weight.data_ptr(), out.data_ptr(), total.data_ptr(),
+            math.prod(shape[:-1]), shape[-1], ldx, ldr, eps, unit_offset,
         )  # fmt: skip
         return out, total
 
@@ -79,9 +80,10 @@ class CpuOps:
     def gate_up_act_quant(self, *, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
         held, ldx = rows_of(gate_up)
         width = gate_up.shape[-1] // 2
-        out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype)
+        rows = gate_up.shape[:-1]
+        out = torch.empty((*rows, width), dtype=gate_up.dtype)
         self._kernels.gated_activation(
-            CODES[gate_up.dtype], held.data_ptr(), out.data_ptr(), out.numel() // max(1, width), width, ldx,
+            CODES[gate_up.dtype], held.data_ptr(), out.data_ptr(), math.prod(rows), width, ldx,
             ACTIVATIONS[activation],
         )  # fmt: skip
         return out

@@ -120,9 +120,7 @@ class Panels:
         in the matrix; kinds and forms are QuantScheme's."""
         if kind == "":
             held = (tensor.to(getattr(torch, self.dtype)) if self.scheme is None else tensor).contiguous()
-            self.kernels.pack_rows(
-                self.described(index), held.data_ptr(), len(held), place.start + row, span, lane
-            )
+            self.kernels.pack_rows(self.described(index), held.data_ptr(), len(held), place.start + row, span, lane)
         elif kind == "input_scale":
             assert self.input_scale is not None
             # Parts of one product see the same activations: the widest range holds them all.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,9 +29,9 @@ from anychip.plugin_api import (
     Unsupported,
 )
 from anychip.types import itemsize
-from anychip_cpu import CpuOptions, native
+from anychip_cpu import CORES_VARIABLE, CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
-from anychip_cpu.communicator import GlooCommunicator
+from anychip_cpu.communicator import communicator
 from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
 from anychip_cpu.linear import CpuLinear
@@ -55,21 +56,25 @@ class CpuPlatform(Platform):
 
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)
+        if bound := os.environ.get(CORES_VARIABLE):
+            os.sched_setaffinity(0, {int(core) for core in bound.split(",")})
         options = context.options
         assert isinstance(options, CpuOptions)
         self.cpu_options = options
         cores = available_cores()
         if options.threads > cores:
             raise Unsupported(self.name, [f"threads={options.threads}: this process may use {cores} cores"])
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        threads = options.threads or min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
         self.kernels = native.load(options.isa)
-        if self.kernels is None:
+        if self.kernels is not None:
+            self.isa = options.isa or native.usable()[0]
+            self.kernels.set_threads(threads)
+            # One pool: what is left to torch is too small to share out, and its threads would wait on our cores.
+            torch.set_num_threads(1)
+        else:
             if not options.isa:
                 _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
-        else:
-            self.kernels.set_threads(torch.get_num_threads())
-            self.isa = options.isa or native.usable()[0]
+            torch.set_num_threads(threads)
 
     def memory(self, device: int) -> MemoryInfo:
         info = meminfo()
@@ -120,4 +125,4 @@ class CpuPlatform(Platform):
         return GraphCapture()
 
     def communicator(self, group: GroupSpec) -> Communicator:
-        return GlooCommunicator(group) if group.size > 1 else Communicator(group)
+        return communicator(group, self.kernels)

@@ -4,6 +4,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <mutex>
+
 #include "kernels.h"
 #include "packing.h"
 #include "plan.h"
@@ -59,11 +61,15 @@ class Arguments {
   PyObject* const* end_;
 };
 
+// One call at a time: kernels share the pool and storage that is kept between calls.
+std::mutex in_use;
+
 template <class Fn>
 PyObject* without_gil(const Fn& fn) {
   bool memory = true;
   Py_BEGIN_ALLOW_THREADS;
   try {
+    std::lock_guard<std::mutex> lock(in_use);
     fn();
   } catch (const std::bad_alloc&) {
     memory = false;
@@ -74,15 +80,6 @@ PyObject* without_gil(const Fn& fn) {
 }
 
 using Args = PyObject* const*;
-
-PyObject* open_threads(PyObject*, Args args, Py_ssize_t count) {
-  PyObject* path = count ? args[0] : Py_None;
-  PyObject* encoded = PyUnicode_EncodeFSDefault(path);
-  if (!encoded) return nullptr;
-  const bool found = open_pool(PyBytes_AsString(encoded));
-  Py_DECREF(encoded);
-  return PyBool_FromLong(found);
-}
 
 PyObject* set_thread_count(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -256,7 +253,6 @@ PyObject* shared_all_reduce(PyObject*, Args args, Py_ssize_t count) {
 
 #define ENTRY(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    ENTRY("open_threads", open_threads),
     ENTRY("set_threads", set_thread_count),
     ENTRY("pack_rows", pack_rows),
     ENTRY("linear", linear),

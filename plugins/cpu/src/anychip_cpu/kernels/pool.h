@@ -1,4 +1,4 @@
-// Work on every core through the OpenMP runtime that torch has loaded, so that a process has one pool of threads.
+// Threads of the kernels' own. They are awake while steps follow one another, and sleep when nothing comes.
 #pragma once
 
 #include <atomic>
@@ -9,9 +9,7 @@
 
 namespace anychip {
 
-// Finds the runtime in an already loaded library (its path, or "" for the global scope). Without one, or with
-// threads == 1, work runs in the calling thread. Returns whether it was found.
-bool open_pool(const char* library);
+// The calling thread counts: n - 1 are started. Not while work runs.
 void set_threads(int threads);
 int num_threads();
 

@@ -7,17 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from anychip_cpu.native import built, load
 
 PROGRAM = """
 import sys
 import torch
 from anychip.plugin_api import GroupSpec
-from anychip_cpu.communicator import GlooCommunicator
+from anychip_cpu.communicator import communicator
+from anychip_cpu.native import load
 
-rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+rank, size, store, isa = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 spec = GroupSpec(ranks=tuple(range(size)), rank=rank, purpose="test", max_message_bytes=1 << 20,
                  store=f"file://{store}", timeout_s=60)
-c = GlooCommunicator(spec)
+c = communicator(spec, load(isa))
+assert c.name == ("gloo" if isa == "reference" else "shared-memory"), c.name
 for dtype in (torch.float32, torch.bfloat16):
     for n in (0, 1, 7, 64):
         mine = torch.full((n, 3), float(rank + 1), dtype=dtype)
@@ -26,6 +31,11 @@ for dtype in (torch.float32, torch.bfloat16):
         assert gathered.shape == (n, 3 * size)
         for r in range(size):
             assert gathered[:, 3 * r : 3 * r + 3].eq(r + 1).all(), "all_gather"
+# Longer than a slot; by place and rank, so that a piece at a wrong place shows.
+long = torch.arange(700_000, dtype=torch.float32) % 1000 + rank
+assert c.all_reduce(long.clone()).equal((long - rank) * size + sum(range(size))), "all_reduce in pieces"
+c.restore()
+assert c.all_reduce(torch.ones(3)).tolist() == [float(size)] * 3, "all_reduce after restore"
 sizes = [2 * r + 1 for r in range(size)]
 uneven = c.all_gather_v(torch.full((sizes[rank], 2), float(rank)), sizes)
 assert uneven[:, 0].tolist() == [float(r) for r in range(size) for _ in range(sizes[r])], "all_gather_v"
@@ -50,9 +60,11 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_collective_brings_each_ranks_numbers_to_the_right_place(size: int, tmp_path: Path) -> None:
-    arguments = [str(size), str(tmp_path / "store")]
+@pytest.mark.parametrize(("size", "isa"), [(2, "reference"), (3, "reference"), (3, "generic")])
+def test_every_collective_brings_each_ranks_numbers_to_the_right_place(size: int, isa: str, tmp_path: Path) -> None:
+    if isa != "reference" and not built():
+        pytest.skip("no kernels were compiled")
+    arguments = [str(size), str(tmp_path / "store"), isa]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(rank), *arguments],
@@ -65,3 +77,12 @@ def test_every_collective_brings_each_ranks_numbers_to_the_right_place(size: int
     for process in processes:
         out, error = process.communicate(timeout=120)
         assert out.strip() == "fine", error[-1500:]
+
+
+def test_a_rank_that_never_comes_is_an_error_within_the_timeout(tmp_path: Path) -> None:
+    if not built():
+        pytest.skip("no kernels were compiled")
+    kernels = load("generic")
+    region = torch.zeros(2 * 64 + 4 * 4096, dtype=torch.uint8)
+    mine = torch.ones(8)
+    assert not kernels.all_reduce(region.data_ptr(), 0, 2, 4096, mine.data_ptr(), 8, 0, 0.05)
