@@ -69,12 +69,9 @@ class CpuPlatform(Platform):
         if self.kernels is not None:
             self.isa = options.isa or native.usable()[0]
             self.kernels.set_threads(threads)
-            # One pool: what is left to torch is too small to share out, and its threads would wait on our cores.
-            torch.set_num_threads(1)
-        else:
-            if not options.isa:
-                _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
-            torch.set_num_threads(threads)
+        elif not options.isa:
+            _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
+        torch.set_num_threads(threads)
 
     def memory(self, device: int) -> MemoryInfo:
         info = meminfo()
@@ -87,6 +84,10 @@ class CpuPlatform(Platform):
         return most if free is None else min(most, int((free - profile.nbytes) * _SHARE_OF_FREE_MEMORY))
 
     def measure(self, fn: Callable[[], Any]) -> PeakMemory:
+        # Weights are loaded: what steps leave to torch is too small to share out, and two pools would wait on the same
+        # cores.
+        if self.kernels is not None:
+            torch.set_num_threads(1)
         return peak_resident(fn)
 
     def allocate(self, nbytes: int, tag: str) -> Tensor:

@@ -51,11 +51,11 @@ def round_activations(x: Tensor, scheme: QuantScheme, input_scale: Tensor | None
     most = INT8_MAX if scheme.name == "int8-w8a8" else FP8_MAX
     size = scheme.group_size if scheme.activations == "group" and scheme.group_size else wide.shape[-1]
     columns = wide.shape[-1]
-    padded = torch.nn.functional.pad(wide, (0, -columns % size)).view(len(wide), -1, size)
+    padded = torch.nn.functional.pad(wide, (0, -columns % size)).view(len(wide), cdiv(columns, size), size)
     scale = padded.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY) / most
     scaled = padded / scale
     rounded = scaled.round() if scheme.name == "int8-w8a8" else to_fp8(scaled).float()
-    return (rounded * scale).view(len(wide), -1)[:, :columns]
+    return (rounded * scale).flatten(1)[:, :columns]
 
 
 @dataclass(slots=True)
