@@ -13,7 +13,9 @@ from anychip.entrypoints.cli.main import main
 from anychip.errors import ConfigError
 from anychip.launch.plan import plan_engine
 from anychip.messages import MemoryPlan
+from anychip.plugin_api import MemoryInfo
 from anychip_conformance.equality.quantized_models import make_quantized_checkpoint
+from anychip_cpu.platform import CpuPlatform
 
 _SIZES = {"vocab_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048}
 CONFIGS = {
@@ -92,6 +94,14 @@ def test_weights_beyond_the_devices_memory_are_refused(tmp_path):
         ConfigError, match="the weights take [0-9.]+ GiB on each of cpu's devices and [0-9.]+ GiB are free"
     ):
         plan_engine(EngineConfig(model=model, device="cpu", load_format="dummy"))
+
+
+def test_a_start_without_the_memory_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    model = config_folder("llama", tmp_path)
+    monkeypatch.setattr(CpuPlatform, "memory", lambda self, device: MemoryInfo(free=1000, total=1 << 40))
+    monkeypatch.setattr("anychip.worker.model_source.load_weights", None)
+    with pytest.raises(ConfigError, match="the weights take .* are free: .* GiB are missing"):
+        LLM(model, device="cpu", load_format="dummy", skip_tokenizer=True)
 
 
 def test_the_command_prints_every_line(tmp_path, capsys):
