@@ -28,7 +28,6 @@ from anychip.plugin_api import (
     PlatformContext,
     Unsupported,
 )
-from anychip.types import itemsize
 from anychip_cpu import CORES_VARIABLE, CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
@@ -94,10 +93,11 @@ class CpuPlatform(Platform):
         return zeroed(nbytes)
 
     def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
-        nbytes = math.prod(shape) * itemsize(dtype)
+        kind = getattr(torch, dtype)
+        nbytes = math.prod(shape) * kind.itemsize
         if nbytes < 2 * HUGE_PAGE:
             return super().empty(shape, dtype, tag)
-        return zeroed(nbytes).view(getattr(torch, dtype)).view(tuple(shape))
+        return zeroed(nbytes).view(kind).view(tuple(shape))
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
