@@ -114,13 +114,14 @@ def main() -> None:
     parser.add_argument("--llama-bench", nargs=2, metavar=("PROGRAM", "MODEL"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    engines: list[Engine | Llama] = [Engine("anychip", sys.executable, arguments.checkpoint, arguments.quantization)]
-    if arguments.vllm:
-        engines.append(Engine("vllm", arguments.vllm, arguments.checkpoint))
-    if arguments.llama_bench:
-        engines.append(Llama(*arguments.llama_bench))
+    engines: list[Engine | Llama] = []
     rounds: list[dict[str, Any]] = []
     try:
+        engines.append(Engine("anychip", sys.executable, arguments.checkpoint, arguments.quantization))
+        if arguments.vllm:
+            engines.append(Engine("vllm", arguments.vllm, arguments.checkpoint))
+        if arguments.llama_bench:
+            engines.append(Llama(*arguments.llama_bench))
         for engine in engines:
             if isinstance(engine, Engine):
                 engine.run("a", 9_999)  # first-use costs

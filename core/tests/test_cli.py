@@ -43,7 +43,7 @@ def test_doctor_says_what_is_chosen_and_why_not_the_others(tmp_path: Path):
     done = anychip("doctor", "--hot-path", HOME=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "chosen: first by --device auto" in done.stdout
-    assert "rms_norm: reference" in done.stdout
+    assert "softcap: reference" in done.stdout
     assert "remedy: " in done.stdout
     assert sorted(tmp_path.rglob("*")) == before, "doctor writes nothing"
 
@@ -75,7 +75,7 @@ def test_chat_answers_until_an_empty_line():
         (("--device", "cuda"), "device 'cuda' cannot start"),
         (("--device", "tpux"), "device 'tpux' is unknown; installed are"),
         (("--device", "cpu:99"), "cpu has devices 0, 1"),
-        (("--device", "cpu", "--device-opt", "thread=1"), "no such option; it has kv_cache_gib, threads"),
+        (("--device", "cpu", "--device-opt", "thread=1"), "no such option; it has isa, kv_cache_gib, threads"),
         (("--device", "cpu", "--device-opt", "threads"), "is not KEY=VALUE"),
         (("/nowhere",), "model '/nowhere' is not a folder"),
         (("--dtype", "float7"), "dtype is 'float7'"),

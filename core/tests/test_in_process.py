@@ -91,11 +91,14 @@ def test_four_sequences_share_the_prompts_blocks_and_differ(llm):
     assert pool(llm).num_free == pool(llm).num_usable
 
 
-def test_a_seed_gives_the_same_tokens_whoever_shares_the_batch(llm):
+def test_a_seed_gives_the_same_tokens_whoever_shares_the_batch():
+    """In float32: a product's last bit may depend on how many rows it has, and in bfloat16 that bit is wide enough to
+    turn a draw."""
     seeded = SamplingParams(temperature=0.9, top_p=0.95, seed=42, max_tokens=10)
-    alone = llm.generate("def f(", seeded)[0].outputs[0].token_ids
     others = SamplingParams(temperature=1.0, max_tokens=10)
-    among = llm.generate(["x", "def f(", "class A"], [others, seeded, others])[1].outputs[0].token_ids
+    with LLM(dtype="float32", num_kv_blocks=256) as llm:
+        alone = llm.generate("def f(", seeded)[0].outputs[0].token_ids
+        among = llm.generate(["x", "def f(", "class A"], [others, seeded, others])[1].outputs[0].token_ids
     assert among == alone
 
 

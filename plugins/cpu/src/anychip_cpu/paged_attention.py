@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ class CpuPagedAttention(AttentionBackend):
         self._kernels = kernels
         self._padded_dim = round_up(spec.head_dim, _LANES)
         self._dtype = getattr(torch, spec.kv_dtype)
-        self._layer: tuple[tuple[object, ...], bytes] = ((), b"")
+        self._known: tuple[Any, ...] | None = None
+        """What `_described` last described, and the description."""
 
     # -- the cache ----------------------------------------------------------------------------------------
 
@@ -168,10 +170,13 @@ class CpuPagedAttention(AttentionBackend):
 
     def _described(self, layer: AttentionLayer, rope: Rope | None, qk_norm: QKNorm | None, block_size: int) -> bytes:
         """kernels/attention_types.h's Layer, made anew when something in it is another object than before."""
-        parts = (layer, rope, qk_norm, block_size, layer.k_scale, layer.v_scale, layer.sinks, layer.alibi_slopes)
-        known, described = self._layer
-        if len(known) == len(parts) and all(a is b for a, b in zip(known, parts, strict=True)):
-            return described
+        known = self._known
+        if (
+            known is not None and known[0] is layer and known[1] is rope and known[2] is qk_norm
+            and known[3] == block_size and known[4] is layer.k_scale and known[5] is layer.v_scale
+            and known[6] is layer.sinks and known[7] is layer.alibi_slopes
+        ):  # fmt: skip
+            return known[8]
         spec = self.spec
         k_scale = layer.k_scale
         turned = (0, 0, 0, 0) if rope is None else (
@@ -186,7 +191,9 @@ class CpuPagedAttention(AttentionBackend):
             _address(k_scale), _address(layer.v_scale), int(k_scale is not None and k_scale.numel() > 1),
             _address(layer.sinks), _address(layer.alibi_slopes), *turned, *normed,
         )  # fmt: skip
-        self._layer = (parts, described)
+        self._known = (
+            layer, rope, qk_norm, block_size, k_scale, layer.v_scale, layer.sinks, layer.alibi_slopes, described
+        )  # fmt: skip
         return described
 
 

@@ -168,7 +168,7 @@ void gemm_typed(const Gemm& g) {
         });
       }
       std::atomic<int64_t> next{0};
-      const int64_t grain = std::max<int64_t>(1, std::min<int64_t>(8, panels / (4 * num_threads())));
+      const int64_t grain = panel_grain(panels);
       parallel([&](int, int) {
         auto* data = own ? own_left.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)) : shared;
         const LeftBlock<V, B> left(rows, end - begin, data, most);

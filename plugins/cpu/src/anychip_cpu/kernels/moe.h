@@ -54,7 +54,7 @@ template <class V, class B, class X, class WeightsOf, class RowOf, class Fn>
 void each_product(const std::vector<ExpertBlock>& blocks, const X* x, int64_t ldx, const WeightsOf& weights_of,
                   const RowOf& row_of, const Fn& fn) {
   const int64_t panels = cdiv<int64_t>(weights_of(0).n, kPanel);
-  const int64_t shares = std::min(panels, std::max<int64_t>(1, cdiv<int64_t>(8 * num_threads(), blocks.size())));
+  const int64_t shares = std::min(panels, std::max<int64_t>(1, cdiv<int64_t>(32 * num_threads(), blocks.size())));
   parallel_for(blocks.size() * shares, 1, [&](int64_t item, int64_t end) {
     static thread_local Scratch store;
     alignas(64) float c[kBlockRows * kPanel];

@@ -11,6 +11,11 @@
 
 namespace anychip {
 
+// Panels that a thread takes at a time: few, so that nobody waits long for the last.
+inline int64_t panel_grain(int64_t panels) {
+  return std::max<int64_t>(1, std::min<int64_t>(8, panels / (16 * num_threads())));
+}
+
 constexpr int kQuantizedRows = 6;  // of a tile: its sums, and those of the group at hand
 
 // acc += rows times strip and, if kSums, sums += rows, over inputs [begin, end): groups end at multiples of eight.
@@ -252,7 +257,7 @@ void gemm_bytes(const Gemm& g, const Store& store) {
         }
       }
     });
-    parallel_for(panels, std::max<int64_t>(1, std::min<int64_t>(8, panels / (4 * num_threads()))),
+    parallel_for(panels, panel_grain(panels),
                  [&](int64_t panel, int64_t stop) {
                    alignas(64) float c[kBlockRows * kPanel];
                    for (; panel < stop; ++panel) {

@@ -1,7 +1,7 @@
 """What each kernel reaches of what the machine gives: memory as our probe reads it, arithmetic as torch's own bfloat16
 product does it.
 
-python benchmarks/cpu/kernels.py [--isa avx2] [--output FILE.json]
+python benchmarks/cpu/kernel_rates.py [--isa avx2] [--output FILE.json]
 
 Weights are larger than the caches and change from call to call, as layers do. `share` is of the bandwidth probed beside
 it for products of a few rows, and of torch's product for the others.
