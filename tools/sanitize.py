@@ -3,7 +3,7 @@ and UndefinedBehaviorSanitizer.
 
 python tools/sanitize.py [--isa avx2]
 
-The build goes to a folder of its own that stands before the installed plugin; the sanitizers' runtime is preloaded,
+One variant, the fastest of this processor unless another is named. The build goes to a folder of its own that stands before the installed plugin; the sanitizers' runtime is preloaded,
 since Python itself is built without it. Leaks are not looked for: Python leaks on purpose.
 """
 
@@ -16,6 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from anychip_conformance.manifest import frozen
+from anychip_cpu.native import usable
+
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "plugins/cpu"
 SECTIONS = ("attn", "kv", "linear", "moe", "op", "sample")
@@ -23,12 +26,12 @@ SECTIONS = ("attn", "kv", "linear", "moe", "op", "sample")
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--isa", default="")
+    parser.add_argument("--isa", default=usable()[0])
     isa = parser.parse_args().isa
     python = sys.executable
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "ANYCHIP_SANITIZE": "1"}
+        environment = {**os.environ, "ANYCHIP_SANITIZE": isa}
         build = [python, "setup.py", "-q", "build", "--build-base", f"{folder}/work", "--build-lib", f"{folder}/lib"]
         subprocess.run(build, cwd=PLUGIN, env=environment, check=True)
         environment |= {
@@ -37,7 +40,7 @@ def main() -> None:
             "PYTHONPATH": f"{folder}/lib",
             "PYTHONMALLOC": "malloc",
         }
-        cases = listed(python)
+        cases = [name for name in frozen().cases if name.split(".")[0] in SECTIONS]
         anychip = str(Path(python).with_name("anychip"))
         command = [
             python,
@@ -52,12 +55,6 @@ def main() -> None:
         ]
         result = subprocess.run([*command, *(part for case in cases for part in ("--case", case))], env=environment)
     sys.exit(result.returncode)
-
-
-def listed(python: str) -> list[str]:
-    code = "from anychip_conformance.manifest import frozen; print(*frozen().cases)"
-    names = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    return [name for name in names if name.split(".")[0] in SECTIONS]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from anychip_cpu.memory import zeroed
 from anychip_cpu.native import Kernels, load
+from anychip_cpu.probe import available_cores
 
 SIZE = 1 << 30
 
@@ -19,7 +20,7 @@ def _opened() -> tuple[Kernels, torch.Tensor]:
     kernels = load("")
     if kernels is None:
         raise SystemExit("no compiled kernels are here; see anychip doctor")
-    kernels.set_threads(torch.get_num_threads())
+    kernels.set_threads(available_cores())
     return kernels, zeroed(SIZE).fill_(1)
 
 

@@ -13,8 +13,10 @@ SOURCES = Path("src/anychip_cpu/kernels")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
 X86 = {"avx512_bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 VARIANTS = {"generic": [], **(X86 if platform.machine().lower() in ("x86_64", "amd64") else {})}
-# `make sanitize` sets it: faults of address and undefined behaviour then end the process with a report.
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("ANYCHIP_SANITIZE") else []
+# `make sanitize` names a variant here, to be built alone: faults of address and undefined behaviour then end the process
+# with a report.
+SANITIZED = os.environ.get("ANYCHIP_SANITIZE")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZED else []
 
 
 def extension(name, flags):
@@ -26,7 +28,7 @@ def extension(name, flags):
         # GCC 12 takes the undefined parts of its own intrinsics for mistakes.
         extra_compile_args=[
             "-std=c++17",
-            "-O3",
+            "-O1" if SANITIZED else "-O3",
             "-g0",
             "-fvisibility=hidden",
             "-Wno-uninitialized",
@@ -56,6 +58,6 @@ class BuildVariants(build_ext):
 
 setup(
     cmdclass={"build_ext": BuildVariants},
-    ext_modules=[extension(name, flags) for name, flags in VARIANTS.items()],
+    ext_modules=[extension(name, flags) for name, flags in VARIANTS.items() if SANITIZED in (None, name)],
     options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": True}},
 )

@@ -115,7 +115,9 @@ def test_attention_equals_the_reference_on_ragged_batches(
         results.append(
             backend.forward(q, k, v, cache, backend.plan(batch, key(batch), group=0), layer, rope=turn, qk_norm=norm)[0]
         )
-    torch.testing.assert_close(results[0], results[1], rtol=3e-5, atol=3e-5)
+    # A turned key's last bit depends on the order of its sums, and now and then decides how a narrow cache rounds it.
+    bound = 3e-5 if kv_dtype == "float32" or not rope else 2e-3
+    torch.testing.assert_close(results[0], results[1], rtol=bound, atol=bound)
 
 
 def key(batch):

@@ -12,7 +12,7 @@ from anychip_cpu.memory import zeroed
 from anychip_cpu.native import DTYPES, Kernels, fields
 
 PANEL = 32
-_STEP = {"float32": 2, "bfloat16": 2, "int8": 2, "float8_e4m3fn": 2, "int4": 8}
+_STEP = {"float32": 2, "bfloat16": 2, "int8": 8, "float8_e4m3fn": 2, "int4": 8}
 """Inputs that lie together."""
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
 _STORED = {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
@@ -61,8 +61,7 @@ class Panels:
             scheme is not None and scheme.name == "int8-w8a8" and scheme.activations == "token" and count == 1
             and scheme.group_size is None
         )  # fmt: skip
-        step = 4 if exact else _STEP[stored]
-        nbytes = round_up(columns, step) * outputs * _BITS[stored] // 8
+        nbytes = round_up(columns, _STEP[stored]) * outputs * _BITS[stored] // 8
         groups = 1 if scheme is None or not scheme.group_size else -(-columns // scheme.group_size)
         grouped = (count, groups, outputs)
         return cls(

@@ -98,7 +98,7 @@ class Item {
         with_constant<V::MR>(int(first(t + 1) - first(t)), [&](auto m) {
           F acc[m][N];
           clear<V, m, N>(acc);
-          multiply<V, m, N, B>(acc, queries_ + first(t) * dims, 2, 2 * m, strips, l_.block_size, dims / 2);
+          multiply<V, m, N, B, false>(acc, queries_ + first(t) * dims, 2, 2 * m, strips, l_.block_size, dims / 2);
           float* out = scores_ + first(t) * kKeys + (token - key);
           for (int i = 0; i < m; ++i)
             for (int n = 0; n < N; ++n) V::store(out + i * kKeys + n * W, acc[i][n]);
@@ -108,42 +108,65 @@ class Item {
 
   // A row's scores become weights, relative to the greatest score so far.
   void soften(int64_t m, int64_t key) {
-    float* row = scores_ + m * kKeys;
-    const int64_t query = position(m), head = item_.head * group_ + m % group_;
+    const int64_t query = position(m);
     const int64_t width = std::min<int64_t>(kKeys, round_up<int64_t>(item_.key_end - key, V::NV * V::W));
     const int64_t last = std::min<int64_t>(query + 1, item_.key_end) - key;
     const int64_t since = std::max<int64_t>(l_.window ? query + 1 - l_.window : 0, item_.key_begin) - key;
+    const float scale = float(l_.scale) * factor(l_.k_scale);
     const bool whole = last >= width && since <= 0;
-    const F scale = V::set1(float(l_.scale) * factor(l_.k_scale)), low = V::set1(float(since)), high = V::set1(float(last));
+    if (whole && scale > 0 && !l_.softcap && !l_.slopes) return weigh_scores(m, width, scale, scale * highest(m, width));
+    weigh_scores(m, width, 1, shape_scores(m, key, width, since, last, scale));
+  }
+
+  float highest(int64_t m, int64_t width) const {
+    const float* row = scores_ + m * kKeys;
+    F first = V::set1(kHidden), second = first;
+    for (int64_t i = 0; i < width; i += 2 * V::W) {
+      first = V::max(first, V::load(row + i));
+      second = V::max(second, V::load(row + i + V::W));
+    }
+    return V::most(V::max(first, second));
+  }
+
+  // Scores as the softmax sees them: scaled, capped, biased, hidden outside [since, last). Returns the greatest.
+  float shape_scores(int64_t m, int64_t key, int64_t width, int64_t since, int64_t last, float scale) {
+    float* row = scores_ + m * kKeys;
+    const int64_t query = position(m), head = item_.head * group_ + m % group_;
+    const F low = V::set1(float(since)), high = V::set1(float(last));
     F best = V::set1(kHidden);
     for (int64_t i = 0; i < width; i += V::W) {
-      F x = V::mul(V::load(row + i), scale);
+      F x = V::mul(V::load(row + i), V::set1(scale));
       const F index = V::add(V::iota(), V::set1(float(i)));
       if (l_.softcap) x = V::mul(V::set1(float(l_.softcap)), tanh<V>(V::div(x, V::set1(float(l_.softcap)))));
       if (l_.slopes) x = V::fma(V::set1(l_.slopes[head]), V::add(index, V::set1(float(key - query))), x);
-      if (!whole) {
-        x = V::select_less(index, high, x, V::set1(kHidden));
-        x = V::select_less(index, low, V::set1(kHidden), x);
-      }
+      x = V::select_less(index, high, x, V::set1(kHidden));
+      x = V::select_less(index, low, V::set1(kHidden), x);
       best = V::max(best, x);
       V::store(row + i, x);
     }
-    const float most = std::max(most_[m], V::most(best));
-    shrink_[m] = most_[m] == kHidden ? 0.0f : std::exp(most_[m] - most);
-    const bool any = most != kHidden;
-    F sum = V::zero();
+    return V::most(best);
+  }
+
+  // weights = e^(scale * scores - greatest); sums of before shrink where this tile's greatest score is above theirs.
+  void weigh_scores(int64_t m, int64_t width, float scale, float highest) {
+    const float* row = scores_ + m * kKeys;
     L* weights = weights_ + m * kKeys;
-    for (int64_t i = 0; i < width; i += V::W) {
-      F x = V::zero();
-      if (any) {
-        x = V::sub(V::load(row + i), V::set1(most));
-        x = V::select_less(x, V::set1(-87), V::zero(), exp<V>(x));
-      }
-      sum = V::add(sum, x);
-      V::store(weights + i, x);
-    }
-    total_[m] = total_[m] * shrink_[m] + V::sum(sum);
+    const float most = std::max(most_[m], highest);
+    shrink_[m] = most_[m] == most ? 1.0f : most_[m] == kHidden ? 0.0f : std::exp(most_[m] - most);
     most_[m] = most;
+    if (most == kHidden) {  // nothing that this query sees
+      std::fill(weights, weights + width, L{});
+      return;
+    }
+    F first = V::zero(), second = first;
+    const F factor = V::set1(scale), less = V::set1(-most);
+    for (int64_t i = 0; i < width; i += 2 * V::W) {
+      const F x = weight_of<V>(V::fma(V::load(row + i), factor, less));
+      const F y = weight_of<V>(V::fma(V::load(row + i + V::W), factor, less));
+      first = V::add(first, x), second = V::add(second, y);
+      V::store(weights + i, x), V::store(weights + i + V::W, y);
+    }
+    total_[m] = total_[m] * shrink_[m] + V::sum(V::add(first, second));
   }
 
   struct Segment {
@@ -184,7 +207,7 @@ class Item {
         for (int s = 0; s < count; ++s) {
           const B* b[N];
           for (int n = 0; n < N; ++n) b[n] = segments[s].values + (column + n * W) * side;
-          multiply<V, m, N, B>(acc, weights_ + first(t) * kKeys + segments[s].at, kKeys, 2, b, l_.padded_dim, segments[s].pairs);
+          multiply<V, m, N, B, false>(acc, weights_ + first(t) * kKeys + segments[s].at, kKeys, 2, b, l_.padded_dim, segments[s].pairs);
         }
         for (int i = 0; i < m; ++i)
           for (int n = 0; n < N; ++n) V::store(sums + i * l_.padded_dim + n * W, acc[i][n]);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "integer.h"
 #include "pool.h"
 #include "quantized.h"
 #include "tile.h"
@@ -168,7 +169,7 @@ void gemm_typed(const Gemm& g) {
         });
       }
       std::atomic<int64_t> next{0};
-      const int64_t grain = panel_grain(panels);
+      const int64_t grain = fair_grain(panels);
       parallel([&](int, int) {
         auto* data = own ? own_left.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)) : shared;
         const LeftBlock<V, B> left(rows, end - begin, data, most);
@@ -192,11 +193,12 @@ void gemm_typed(const Gemm& g) {
 
 template <class V>
 void gemm(const Gemm& g) {
-  if (g.w.sums) {
-    const auto store = [](const Gemm& g, const float* c, int64_t row, int64_t rows, int64_t panel) {
-      store_panel<V>(g, c, row, rows, panel);
-    };
-    return gemm_bytes<V>(g, store);
+  const auto store = [&](const float* c, int64_t row, int64_t rows, int64_t panel) {
+    store_panel<V>(g, c, row, rows, panel);
+  };
+  if (g.w.sums) return integer_gemm<V, W8A8<V>>(g, store);
+  if constexpr (V::kFastBytes) {
+    if (FixedPoint<V>::serves(g)) return integer_gemm<V, FixedPoint<V>>(g, store);
   }
   if (g.w.kind == DType::bf16) gemm_typed<V, bf16>(g);
   else gemm_typed<V, float>(g);

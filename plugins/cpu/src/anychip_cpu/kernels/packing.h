@@ -69,13 +69,14 @@ inline void pack(const PackRows& a) {
           to[i] = word;
         }
     });
-  } else if (a.w.sums) {
-    int32_t* sums = const_cast<int32_t*>(a.w.sums);
+  } else if (a.w.kind == DType::i8) {
     pack_as<int8_t>(a, [k](char* panel, const int8_t* rows, int count, int lane) {
       transpose((uint32_t*)panel + lane, (const char*)rows, k, count, k / 4);
       for (int64_t input = k / 4 * 4; input < k; ++input)
         for (int i = 0; i < count; ++i) panel[(input / 4 * kPanel + lane + i) * 4 + input % 4] = char(rows[i * k + input]);
     });
+    if (!a.w.sums) return;
+    int32_t* sums = const_cast<int32_t*>(a.w.sums);
     parallel_for(a.rows, 64, [&](int64_t i, int64_t end) {
       for (; i < end; ++i) {
         const int8_t* row = (const int8_t*)a.source + i * k;
@@ -85,8 +86,8 @@ inline void pack(const PackRows& a) {
       }
     });
   } else {
-    pack_as<int8_t>(a, [k](char* panel, const int8_t* rows, int count, int lane) {
-      transpose((int8_t*)panel + lane, (const char*)rows, k, count, k);
+    pack_as<fp8>(a, [k](char* panel, const fp8* rows, int count, int lane) {
+      transpose((uint8_t*)panel + lane, (const char*)rows, k, count, k);
     });
   }
 }

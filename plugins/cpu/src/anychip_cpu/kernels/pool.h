@@ -1,6 +1,7 @@
 // Threads of the kernels' own. They are awake while steps follow one another, and sleep when nothing comes.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -34,6 +35,11 @@ void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
     for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
       fn(begin, begin + grain < n ? begin + grain : n);
   });
+}
+
+// Pieces of work that a thread takes at a time of `count` alike: few, so that nobody waits long for the last.
+inline int64_t fair_grain(int64_t count) {
+  return std::max<int64_t>(1, std::min<int64_t>(8, count / (16 * num_threads())));
 }
 
 // Storage that grows and is kept for the next call. One for each use and thread: declare it static thread_local.

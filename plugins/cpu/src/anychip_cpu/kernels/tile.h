@@ -36,52 +36,68 @@ ANYCHIP_INLINE void clear(typename V::F (&acc)[M][N]) {
     for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
 }
 
+// A few sums alone would wait for one another: so many sets of them take turns.
+template <int M, int N>
+constexpr int kSets = M * N <= 2 ? 4 : M * N <= 8 ? 2 : 1;
+
+// The first of S sets of sums becomes the sum of all.
+template <class V, int S, int M, int N>
+ANYCHIP_INLINE void add_sets(typename V::F (&sets)[S][M][N]) {
+  for (int s = 1; s < S; ++s)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) sets[0][m][n] = V::add(sets[0][m][n], sets[s][m][n]);
+}
+
 // acc[m][n] += sum over pairs of left row m times strip n, W columns from b[n] on. Element h of pair p of row m is
-// a[m * row + p * pair + h].
-template <class V, int M, int N, class B>
+// a[m * row + p * pair + h]. kStream: the strips come from memory, and are asked for ahead.
+template <class V, int M, int N, class B, bool kStream = true>
 ANYCHIP_INLINE void multiply(typename V::F (&acc)[M][N], const Left<V, B>* a, size_t row, size_t pair,
                              const B* const (&b)[N], size_t columns, size_t pairs) {
-  constexpr size_t kAhead = 2048 / sizeof(B);
-  // A few sums alone would wait for one another: halves of a pair, or pairs in turn, get sums of their own.
-  constexpr bool kTwice = M * N <= 4;
-  typename V::F second[kTwice ? M : 1][kTwice ? N : 1];
-  if constexpr (kTwice) clear<V, M, N>(second);
-  auto& odd = [&]() -> typename V::F(&)[M][N] {
-    if constexpr (kTwice) return second;
-    else return acc;
-  }();
-  const auto step = [&](typename V::F (&sums)[M][N], typename V::F (&others)[M][N], size_t p) __attribute__((always_inline)) {
+  [[maybe_unused]] constexpr size_t kAhead = 8192 / sizeof(B);
+  constexpr bool kPairs = std::is_same_v<Left<V, B>, bf16>;  // one product for both halves of a pair
+  constexpr int S = kSets<M, N>, kTurns = kPairs ? S : (S + 1) / 2;
+  typename V::F sets[S][M][N];
+  for (int s = 1; s < S; ++s) clear<V, M, N>(sets[s]);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sets[0][m][n] = acc[m][n];
+  const auto half = [&](typename V::F (&sums)[M][N], auto h, const auto* x, size_t at) __attribute__((always_inline)) {
+    typename V::F w[N];
+    for (int n = 0; n < N; ++n) w[n] = V::template half<decltype(h)::value>(b[n] + at, columns);
+    for (int m = 0; m < M; ++m) {
+      const auto value = V::set1(x[m * row + decltype(h)::value]);
+      for (int n = 0; n < N; ++n) sums[m][n] = V::fma(value, w[n], sums[m][n]);
+    }
+  };
+  const auto step = [&](size_t p, auto turn) __attribute__((always_inline)) {
+    constexpr int kTurn = decltype(turn)::value;
     const size_t at = p * 2 * columns;
     const auto* x = a + p * pair;
-    for (int n = 0; n < N; ++n) __builtin_prefetch(b[n] + at + kAhead);
-    if constexpr (std::is_same_v<Left<V, B>, bf16>) {
+    if constexpr (kStream)
+      for (int n = 0; n < N; ++n) __builtin_prefetch(b[n] + at + kAhead, 0, 2);
+    if constexpr (kPairs) {
       typename V::Pair w[N];
       for (int n = 0; n < N; ++n) w[n] = V::pair(b[n] + at);
       for (int m = 0; m < M; ++m) {
         const auto both = V::pair1(x + m * row);
-        for (int n = 0; n < N; ++n) sums[m][n] = V::dot(sums[m][n], both, w[n]);
+        for (int n = 0; n < N; ++n) sets[kTurn][m][n] = V::dot(sets[kTurn][m][n], both, w[n]);
       }
     } else {
-      typename V::F w[N];
-      for (int n = 0; n < N; ++n) w[n] = V::template half<0>(b[n] + at, columns);
-      for (int m = 0; m < M; ++m) {
-        const auto value = V::set1(x[m * row]);
-        for (int n = 0; n < N; ++n) sums[m][n] = V::fma(value, w[n], sums[m][n]);
-      }
-      for (int n = 0; n < N; ++n) w[n] = V::template half<1>(b[n] + at, columns);
-      for (int m = 0; m < M; ++m) {
-        const auto value = V::set1(x[m * row + 1]);
-        for (int n = 0; n < N; ++n) others[m][n] = V::fma(value, w[n], others[m][n]);
-      }
+      half(sets[2 * kTurn % S], std::integral_constant<int, 0>{}, x, at);
+      half(sets[(2 * kTurn + 1) % S], std::integral_constant<int, 1>{}, x, at);
     }
   };
   size_t p = 0;
-  if constexpr (kTwice && std::is_same_v<Left<V, B>, bf16>)
-    for (; p + 2 <= pairs; p += 2) step(acc, odd, p), step(odd, acc, p + 1);
-  for (; p < pairs; ++p) step(acc, odd, p);
-  if constexpr (kTwice)
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = V::add(acc[m][n], second[m][n]);
+  if constexpr (kTurns == 4)
+    for (; p + 4 <= pairs; p += 4) {
+      step(p, std::integral_constant<int, 0>{}), step(p + 1, std::integral_constant<int, 1>{});
+      step(p + 2, std::integral_constant<int, 2>{}), step(p + 3, std::integral_constant<int, 3>{});
+    }
+  if constexpr (kTurns == 2)
+    for (; p + 2 <= pairs; p += 2) step(p, std::integral_constant<int, 0>{}), step(p + 1, std::integral_constant<int, 1>{});
+  for (; p < pairs; ++p) step(p, std::integral_constant<int, 0>{});
+  add_sets<V, S, M, N>(sets);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) acc[m][n] = sets[0][m][n];
 }
 
 // One row of x as row `to` of a left operand [pairs][rows][2]; an odd end is filled up with zero.

@@ -6,10 +6,10 @@
 namespace anychip {
 
 // y = x W^T: n outputs, k inputs, in panels of kPanel outputs. By kind a panel holds
-//   f32, i8 (float activations), fp8  [k, padded to 2][kPanel]
-//   bf16                              [k / 2][kPanel][2]
-//   i4                                [k / 8][kPanel] words of eight inputs, the first in the low bits
-//   i8 for quantized activations      [k / 4][kPanel][4]
+//   f32, fp8  [k, padded to 2][kPanel]
+//   bf16      [k / 2][kPanel][2]
+//   i8        [k / 4][kPanel] words of four inputs, padded to a multiple of eight inputs
+//   i4        [k / 8][kPanel] words of eight, the first in the low bits
 // Rows past n and inputs past k are zero.
 struct Weights {
   DType kind;

@@ -12,6 +12,7 @@ struct Avx2 {
   static constexpr int MR = 6;  // 6 x 2 accumulators of 16 registers
   static constexpr int NV = 2;
   static constexpr bool kHasDot = false;
+  static constexpr bool kFastBytes = false;
   using F = __m256;
   using I = __m256i;
 
@@ -94,6 +95,11 @@ struct Avx2 {
   static F nibble(const uint32_t* p) {
     const __m256i words = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)p), 4 * J);
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(words, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+  }
+  template <int J>
+  static F byte(const uint32_t* p) {
+    const __m256i words = _mm256_loadu_si256((const __m256i*)p);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(J < 3 ? _mm256_slli_epi32(words, 24 - 8 * J) : words, 24));
   }
 
   static I zero_i() { return _mm256_setzero_si256(); }

@@ -14,6 +14,7 @@ struct Avx512 {
   static constexpr int MR = 12;  // rows of a tile: 12 x 2 accumulators of 32 registers
   static constexpr int NV = 2;   // vectors of a tile
   static constexpr bool kHasDot = kDot;
+  static constexpr bool kFastBytes = true;  // products of bytes in one instruction
   using F = __m512;
   using I = __m512i;
 
@@ -89,6 +90,13 @@ struct Avx512 {
     return _mm512_permutexvar_ps(J ? _mm512_srli_epi32(words, 4 * J) : words, table);  // looks at four bits alone
   }
 
+  // Byte J of four in every word.
+  template <int J>
+  static F byte(const uint32_t* p) {
+    const __m512i words = _mm512_loadu_si512(p);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(J < 3 ? _mm512_slli_epi32(words, 24 - 8 * J) : words, 24));
+  }
+
 #ifdef __AVX512BF16__
   using Pair = __m512bh;
   static Pair pair(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -104,6 +112,13 @@ struct Avx512 {
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
   static I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  // Weights in bytes, 128 added; or the even or odd of their nibbles, which have 8 added.
+  template <int kBits, int kOdd>
+  static I unsigned_bytes(const uint32_t* p) {
+    const I words = _mm512_loadu_si512(p);
+    if (kBits == 8) return _mm512_xor_si512(words, _mm512_set1_epi32(int32_t(0x80808080)));
+    return _mm512_and_si512(kOdd ? _mm512_srli_epi32(words, 4) : words, _mm512_set1_epi32(0x0f0f0f0f));
+  }
   // Sums of four products of unsigned by signed bytes, added to c.
   static I dot4(I c, I a, I b) { return _mm512_dpbusd_epi32(c, a, b); }
 

@@ -12,6 +12,7 @@ struct Generic {
   static constexpr int MR = 6;  // 6 x 4 accumulators: ARM has 32 registers
   static constexpr int NV = 4;
   static constexpr bool kHasDot = false;
+  static constexpr bool kFastBytes = false;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
@@ -90,6 +91,10 @@ struct Generic {
   template <int J>
   static F nibble(const uint32_t* p) {
     return __builtin_convertvector((I)((copied<U>(p) >> (4 * J)) & 15) - 8, F);
+  }
+  template <int J>
+  static F byte(const uint32_t* p) {
+    return __builtin_convertvector((I)(copied<U>(p) << (24 - 8 * J)) >> 24, F);
   }
 
   static I zero_i() { return I{0, 0, 0, 0}; }

@@ -1,0 +1,239 @@
+// Products in whole numbers, of which a processor adds up four bytes at a time.
+//
+// W8A8 takes activations as a byte, as its scheme asks. FixedPoint serves weights of a byte or half of one that are to
+// meet bfloat16 activations as they are: a row becomes 16-bit fixed point, in two bytes a value, which keeps 2^-16 of its
+// greatest value; bfloat16 itself keeps 2^-9 of that.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "pool.h"
+#include "tile.h"
+#include "weights.h"
+
+namespace anychip {
+
+// The greatest magnitude in x [k].
+template <class V, class X>
+float largest_of(const X* x, int64_t k) {
+  using F = typename V::F;
+  F most = V::zero();
+  int64_t i = 0;
+  for (; i + V::W <= k; i += V::W) {
+    const F value = V::load(x + i);
+    most = V::max(most, V::max(value, V::mul(value, V::set1(-1))));
+  }
+  float largest = V::most(most);
+  for (; i < k; ++i) largest = std::max(largest, std::fabs(to_float(x[i])));
+  return std::max(largest, 1e-12f);
+}
+
+inline int32_t four_bytes(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return four;
+}
+
+// -- activations in a byte ---------------------------------------------------------------------------------------
+
+// Rows as unsigned bytes, 128 added, symmetric, rounded to nearest: tile by tile [quads][its rows][4].
+template <class V>
+struct W8A8 {
+  static constexpr int kRows = V::MR;  // of a tile
+  static int64_t row_bytes(const Weights& w) { return round_up<int64_t>(w.k, 4); }
+  static int64_t row_sums(const Weights&) { return 0; }
+
+  template <class X>
+  static float pack(uint8_t* out, int32_t*, int64_t count, const X* x, const Weights& w) {
+    const float scale = largest_of<V>(x, w.k) / 127.0f;
+    int64_t i = 0;
+    for (; i < w.k; ++i) out[i / 4 * 4 * count + i % 4] = uint8_t(int(std::nearbyint(to_float(x[i]) / scale)) + 128);
+    for (; i % 4; ++i) out[i / 4 * 4 * count + i % 4] = 128;
+    return scale;
+  }
+
+  template <int M>
+  static void tile(float* c, const uint8_t* a, const float* row_scales, const int32_t*, const Weights& w, int64_t panel) {
+    constexpr int N = V::NV, W = V::W;
+    const int8_t* values = (const int8_t*)w.panel(panel);
+    const int64_t quads = cdiv<int64_t>(w.k, 4);
+    for (int column = 0; column < kPanel; column += N * W) {
+      typename V::I acc[M][N];
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) acc[m][n] = V::zero_i();
+      const uint8_t* x = a;
+      for (int64_t q = 0; q < quads; ++q, x += 4 * M) {
+        const int8_t* at = values + (q * kPanel + column) * 4;
+        typename V::I b[N];
+        for (int n = 0; n < N; ++n) b[n] = V::load_i(at + n * W * 4);
+        if constexpr (M <= 4)
+          for (int n = 0; n < N; ++n) __builtin_prefetch(at + n * W * 4 + 2048);
+        for (int m = 0; m < M; ++m)
+          for (int n = 0; n < N; ++n) acc[m][n] = V::dot4(acc[m][n], V::set1_i(four_bytes(x + 4 * m)), b[n]);
+      }
+      for (int n = 0; n < N; ++n) {
+        const int64_t place = panel * kPanel + column + n * W;
+        const auto scale = V::load(w.scales + place);
+        int32_t sums[W], held[W];
+        std::memcpy(sums, w.sums + place, sizeof sums);
+        for (int m = 0; m < M; ++m) {
+          std::memcpy(held, &acc[m][n], sizeof held);
+          for (int i = 0; i < W; ++i) held[i] -= sums[i];
+          const auto exact = V::to_float(V::load_i(held));
+          V::store(c + m * kPanel + column + n * W, V::mul(V::mul(exact, V::set1(row_scales[m])), scale));
+        }
+      }
+    }
+  }
+};
+
+// -- activations in 16-bit fixed point -----------------------------------------------------------------------------
+
+// Rows by eight inputs: [eights][2][high, low][its rows][4], the first half of an eight being what the even nibbles of a
+// word meet, or its first four bytes. Weights are taken as unsigned, `kOffset` more than they are; what that adds is
+// taken off again by the rows' sums over each group.
+template <class V>
+struct FixedPoint {
+  static constexpr int kRows = 6;
+  static constexpr int64_t kMost = 32;  // rows; of more, weights are expanded once for all
+
+  static bool serves(const Gemm& g) {
+    return (g.w.kind == DType::i4 || g.w.kind == DType::i8) && g.w.rounding == DType::f32 && g.x_type == DType::bf16 &&
+           g.m <= kMost;
+  }
+  static int64_t row_bytes(const Weights& w) { return cdiv<int64_t>(w.k, 8) * 16; }
+  static int64_t row_sums(const Weights& w) { return w.groups; }
+
+  template <class X>
+  static float pack(uint8_t* out, int32_t* sums, int64_t count, const X* x, const Weights& w) {
+    constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    const float scale = largest_of<V>(x, w.k) / 32512.0f, factor = 1 / scale;
+    for (int64_t group = 0; group < w.groups; ++group) {
+      const int64_t begin = group * w.group_size, end = std::min(w.k, begin + w.group_size);
+      int32_t sum = 0;
+      for (int64_t i = begin; i < end; i += 8) {
+        int32_t fixed[8] = {};
+        for (int64_t j = 0; j < std::min<int64_t>(8, end - i); ++j) {
+          const float whole = to_float(x[i + j]) * factor + kToInteger;
+          fixed[j] = four_bytes(&whole) - 0x4b400000;
+          sum += fixed[j];
+        }
+        uint8_t* to = out + i * 2 * count;
+        for (int half = 0; half < 2; ++half)
+          for (int j = 0; j < 4; ++j) {
+            const int32_t value = fixed[w.kind == DType::i4 ? 2 * j + half : 4 * half + j];
+            to[half * 8 * count + j] = uint8_t((value + 128) >> 8);
+            to[half * 8 * count + 4 * count + j] = uint8_t(value);
+          }
+      }
+      sums[group] = sum;
+    }
+    return scale;
+  }
+
+  template <int M>
+  static void tile(float* c, const uint8_t* a, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
+    if (w.kind == DType::i4) kind_tile<M, 4>(c, a, row_scales, sums, w, panel);
+    else kind_tile<M, 8>(c, a, row_scales, sums, w, panel);
+  }
+
+ private:
+  template <int M, int kBits>
+  static void kind_tile(float* c, const uint8_t* a, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
+    constexpr int N = V::NV, W = V::W, kWords = kBits / 4;  // words of eight inputs
+    constexpr int S = M == 1 ? 2 : 1;                       // one row's sums would wait for one another
+    using F = typename V::F;
+    using I = typename V::I;
+    const int64_t padded = round_up<int64_t>(w.n, kPanel);
+    for (int column = 0; column < kPanel; column += N * W) {
+      const uint32_t* words = (const uint32_t*)w.panel(panel) + column;
+      F total[M][N];
+      clear<V, M, N>(total);
+      for (int64_t group = 0; group < w.groups; ++group) {
+        const int64_t begin = group * w.group_size / 8, end = cdiv<int64_t>(std::min(w.k, (group + 1) * w.group_size), 8);
+        I sets[S][2][M][N];
+        for (auto& set : sets)
+          for (auto& part : set)
+            for (auto& row : part)
+              for (I& sum : row) sum = V::zero_i();
+        for (int64_t eight = begin; eight < end; ++eight) {
+          const uint32_t* at = words + eight * kWords * kPanel;
+          const uint8_t* x = a + eight * 16 * M;
+          for (int n = 0; n < N * kWords; ++n) __builtin_prefetch(at + n * W + 1024, 0, 2);
+          const auto add = [&](auto which) __attribute__((always_inline)) {
+            constexpr int kOdd = decltype(which)::value;
+            I b[N];
+            for (int n = 0; n < N; ++n)
+              b[n] = V::template unsigned_bytes<kBits, kOdd>(at + (kWords - 1) * kOdd * kPanel + n * W);
+            for (int m = 0; m < M; ++m)
+              for (int part = 0; part < 2; ++part) {
+                const I value = V::set1_i(four_bytes(x + (2 * kOdd + part) * 4 * M + 4 * m));
+                for (int n = 0; n < N; ++n) sets[kOdd % S][part][m][n] = V::dot4(sets[kOdd % S][part][m][n], b[n], value);
+              }
+          };
+          add(std::integral_constant<int, 0>{});
+          add(std::integral_constant<int, 1>{});
+        }
+        const int64_t place = group * padded + panel * kPanel + column;
+        for (int n = 0; n < N; ++n)
+          for (int m = 0; m < M; ++m) {
+            F high = V::to_float(sets[0][0][m][n]), low = V::to_float(sets[0][1][m][n]);
+            if constexpr (S == 2) {
+              high = V::add(high, V::to_float(sets[1][0][m][n]));
+              low = V::add(low, V::to_float(sets[1][1][m][n]));
+            }
+            const float sum = float(sums[m * w.groups + group]);
+            const F signed_sum = V::add(V::fma(high, V::set1(256), low), V::set1(-float(1 << (kBits - 1)) * sum));
+            total[m][n] = V::fma(signed_sum, V::load(w.scales + place + n * W), total[m][n]);
+            if (w.zeros) total[m][n] = V::fma(V::set1(-sum), V::load(w.zeros + place + n * W), total[m][n]);
+          }
+      }
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) V::store(c + m * kPanel + column + n * W, V::mul(total[m][n], V::set1(row_scales[m])));
+    }
+  }
+};
+
+// -- both ----------------------------------------------------------------------------------------------------------
+
+// store(c, row, rows, panel) takes the products of some rows with a panel.
+template <class V, class Form, class Store>
+void integer_gemm(const Gemm& g, const Store& store) {
+  const Weights& w = g.w;
+  const int64_t panels = cdiv<int64_t>(w.n, kPanel), width = Form::row_bytes(w), groups = Form::row_sums(w);
+  static Scratch left_store, scale_store, sum_store;
+  for (int64_t row = 0; row < g.m; row += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, g.m - row), tiles = cdiv<int64_t>(rows, Form::kRows);
+    uint8_t* left = left_store.get<uint8_t>(rows * width);
+    float* scales = scale_store.get<float>(rows);
+    int32_t* sums = sum_store.get<int32_t>(rows * groups + 1);
+    const auto first = [&](int64_t tile) { return rows * tile / tiles; };
+    parallel_for(tiles, 1, [&](int64_t t, int64_t stop) {
+      for (; t < stop; ++t) {
+        const int64_t begin = first(t), count = first(t + 1) - begin;
+        for (int64_t m = 0; m < count; ++m) {
+          uint8_t* to = left + begin * width + 4 * m;
+          int32_t* sum = sums + (begin + m) * groups;
+          const int64_t at = (row + begin + m) * g.ldx;
+          scales[begin + m] = g.x_type == DType::bf16 ? Form::pack(to, sum, count, (const bf16*)g.x + at, w)
+                                                      : Form::pack(to, sum, count, (const float*)g.x + at, w);
+        }
+      }
+    });
+    parallel_for(panels, fair_grain(panels), [&](int64_t panel, int64_t stop) {
+      alignas(64) float c[kBlockRows * kPanel];
+      for (; panel < stop; ++panel) {
+        for (int64_t t = 0; t < tiles; ++t)
+          with_constant<Form::kRows>(int(first(t + 1) - first(t)), [&](auto count) {
+            constexpr int M = decltype(count)::value;
+            const int64_t m = first(t);
+            Form::template tile<M>(c + m * kPanel, left + m * width, scales + m, sums + m * groups, w, panel);
+          });
+        store(c, row, rows, panel);
+      }
+    });
+  }
+}
+
+}  // namespace anychip
