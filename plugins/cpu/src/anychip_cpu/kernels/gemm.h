@@ -16,6 +16,7 @@ namespace anychip {
 
 constexpr int64_t kOuterInputs = 2048; // of a block, at most: 96 x 2048 float32 are 768 KB
 constexpr int64_t kInnerInputs = 512;  // of a pass: 32 KB of bf16 panel stay in L1
+constexpr int64_t kWorthPacking = 16384; // values of a left operand, from which on threads share its packing
 constexpr int64_t kDirectTiles = 2;    // from more tiles on, a quantized panel is dequantized once for all
 
 // Rows of tile `index` of `tiles` that share `rows` as evenly as they can.
@@ -151,40 +152,27 @@ void gemm_typed(const Gemm& g) {
   const int64_t panels = cdiv<int64_t>(w.n, kPanel);
   const bool direct = w.quantized() && g.m <= kQuantizedRows * kDirectTiles;
   const int64_t outer = direct ? w.k : kOuterInputs;
-  static Scratch shared_left, shared_sums;
-  static thread_local Scratch own_left;
+  static Scratch left_store, sum_store;
   for (int64_t row = 0; row < g.m; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, g.m - row);
-    float* sums = w.k > outer ? shared_sums.get<float>(panels * rows * kPanel) : nullptr;
+    float* sums = w.k > outer ? sum_store.get<float>(panels * rows * kPanel) : nullptr;
     for (int64_t begin = 0; begin < w.k; begin += outer) {
       const int64_t end = std::min(w.k, begin + outer);
-      // A few rows are packed by each thread for itself, which is cheaper than waiting for one another.
-      const bool own = rows * (end - begin) <= 16384;
-      Left<V, B>* shared = own ? nullptr : shared_left.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin));
-      const int64_t most = direct ? kQuantizedRows : V::MR;
-      if (!own) {
-        const LeftBlock<V, B> left(rows, end - begin, shared, most);
-        parallel_for(left.tiles, 1, [&](int64_t t, int64_t stop) {
-          for (; t < stop; ++t) pack_rows(g, left, row, begin, end, t);
-        });
-      }
-      std::atomic<int64_t> next{0};
-      const int64_t grain = fair_grain(panels);
-      parallel([&](int, int) {
-        auto* data = own ? own_left.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)) : shared;
-        const LeftBlock<V, B> left(rows, end - begin, data, most);
-        if (own)
-          for (int64_t t = 0; t < left.tiles; ++t) pack_rows(g, left, row, begin, end, t);
+      const LeftBlock<V, B> left(rows, end - begin, left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)),
+                                 direct ? kQuantizedRows : V::MR);
+      // A few rows are packed sooner than another thread would have begun.
+      parallel_for(left.tiles, rows * (end - begin) <= kWorthPacking ? left.tiles : 1, [&](int64_t t, int64_t stop) {
+        for (; t < stop; ++t) pack_rows(g, left, row, begin, end, t);
+      });
+      stream_for(panels, 1, [&](int64_t panel, int64_t stop) {
         alignas(64) float c[kBlockRows * kPanel];
-        for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < panels;) {
-          for (int64_t panel = first; panel < std::min(first + grain, panels); ++panel) {
-            float* kept = sums ? sums + panel * rows * kPanel : nullptr;
-            if (begin) std::memcpy(c, kept, sizeof(float) * rows * kPanel);
-            else std::memset(c, 0, sizeof(float) * rows * kPanel);
-            panel_product<V, B>(c, left, w, panel, begin, direct);
-            if (end < w.k) std::memcpy(kept, c, sizeof(float) * rows * kPanel);
-            else store_panel<V>(g, c, row, rows, panel);
-          }
+        for (; panel < stop; ++panel) {
+          float* kept = sums ? sums + panel * rows * kPanel : nullptr;
+          if (begin) std::memcpy(c, kept, sizeof(float) * rows * kPanel);
+          else std::memset(c, 0, sizeof(float) * rows * kPanel);
+          panel_product<V, B>(c, left, w, panel, begin, direct);
+          if (end < w.k) std::memcpy(kept, c, sizeof(float) * rows * kPanel);
+          else store_panel<V>(g, c, row, rows, panel);
         }
       });
     }

@@ -221,7 +221,7 @@ void integer_gemm(const Gemm& g, const Store& store) {
         }
       }
     });
-    parallel_for(panels, fair_grain(panels), [&](int64_t panel, int64_t stop) {
+    stream_for(panels, 1, [&](int64_t panel, int64_t stop) {
       alignas(64) float c[kBlockRows * kPanel];
       for (; panel < stop; ++panel) {
         for (int64_t t = 0; t < tiles; ++t)

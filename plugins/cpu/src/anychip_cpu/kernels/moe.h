@@ -55,7 +55,7 @@ void each_product(const std::vector<ExpertBlock>& blocks, const X* x, int64_t ld
                   const RowOf& row_of, const Fn& fn) {
   const int64_t panels = cdiv<int64_t>(weights_of(0).n, kPanel);
   const int64_t shares = std::min(panels, std::max<int64_t>(1, cdiv<int64_t>(32 * num_threads(), blocks.size())));
-  parallel_for(blocks.size() * shares, 1, [&](int64_t item, int64_t end) {
+  stream_for(blocks.size() * shares, 1, [&](int64_t item, int64_t end) {
     static thread_local Scratch store;
     alignas(64) float c[kBlockRows * kPanel];
     for (; item < end; ++item) {

@@ -37,11 +37,6 @@ void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
   });
 }
 
-// Pieces of work that a thread takes at a time of `count` alike: few, so that nobody waits long for the last.
-inline int64_t fair_grain(int64_t count) {
-  return std::max<int64_t>(1, std::min<int64_t>(8, count / (16 * num_threads())));
-}
-
 // Storage that grows and is kept for the next call. One for each use and thread: declare it static thread_local.
 class Scratch {
  public:
@@ -65,5 +60,30 @@ class Scratch {
   std::unique_ptr<void, Free> held_;
   size_t size_ = 0;
 };
+
+// As parallel_for, for work that reads memory from one end to the other: a thread goes through a share of its own, in
+// order, so that what is asked for ahead is what it comes to next, and then helps the others.
+template <class Fn>
+void stream_for(int64_t n, int64_t grain, const Fn& fn) {
+  if (n <= grain || num_threads() == 1) {
+    if (n > 0) fn(int64_t(0), n);
+    return;
+  }
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  static Scratch store;
+  const int64_t threads = num_threads();
+  Share* shares = store.get<Share>(threads);
+  for (int64_t t = 0; t < threads; ++t) new (&shares[t]) Share{{n * t / threads}, n * (t + 1) / threads};
+  parallel([&](int thread, int) {
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(thread + i) % threads];
+      for (int64_t begin; (begin = share.next.fetch_add(grain, std::memory_order_relaxed)) < share.end;)
+        fn(begin, std::min(begin + grain, share.end));
+    }
+  });
+}
 
 }  // namespace anychip

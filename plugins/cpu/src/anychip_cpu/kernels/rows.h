@@ -64,7 +64,7 @@ template <class V, class T>
 void rows_typed(const Gemm& g) {
   constexpr int N = V::NV == 2 && V::W == 8 ? 2 : 4;      // weight rows of a tile
   constexpr int M = V::W == 8 ? 4 : 6;                     // of x
-  parallel_for(cdiv<int64_t>(g.w.n, N), 16, [&](int64_t tile, int64_t end) {
+  stream_for(cdiv<int64_t>(g.w.n, N), 16, [&](int64_t tile, int64_t end) {
     for (; tile < end; ++tile) {
       const int64_t column = tile * N;
       for (int64_t row = 0; row < g.m; row += M)
