@@ -15,7 +15,7 @@ SIMULATED := fake-static fake-hostlen fake-spmd
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
-.PHONY: serve test lint equality mutation conformance matrix sanitize check-full bench docs clean wheels try-wheels bump
+.PHONY: serve test lint equality mutation conformance matrix sanitize amx check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -44,10 +44,13 @@ conformance: $(VENV)/dev.done  ## every profile on every device that runs here, 
 matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
 	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
 
-sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan, in an environment of their own
-	$(BIN)/python tools/sanitize.py
+sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan
+	$(BIN)/python tools/check_kernels.py sanitized
 
-check-full: lint test equality mutation conformance try-wheels sanitize docs
+amx: $(VENV)/dev.done  ## the CPU's kernels for AMX, its registers emulated
+	$(BIN)/python tools/check_kernels.py emulated-amx
+
+check-full: lint test equality mutation conformance try-wheels sanitize amx docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py

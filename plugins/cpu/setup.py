@@ -11,12 +11,20 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/anychip_cpu/kernels")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
-X86 = {"avx512_bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+BF16 = [*AVX512, "-mavx512bf16"]
+X86 = {
+    "avx512_amx": [*BF16, "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": BF16,
+    "avx512": AVX512,
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
 VARIANTS = {"generic": [], **(X86 if platform.machine().lower() in ("x86_64", "amd64") else {})}
-# `make sanitize` names a variant here, to be built alone: faults of address and undefined behaviour then end the process
-# with a report.
-SANITIZED = os.environ.get("ANYCHIP_SANITIZE")
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZED else []
+# tools/check_kernels.py builds one variant alone: AMX's with its registers as arrays, or any with sanitizers, which end
+# the process with a report of faults of address and undefined behaviour.
+CHOSEN = os.environ.get("ANYCHIP_VARIANT")
+if CHOSEN:
+    VARIANTS = {CHOSEN: {**VARIANTS, "avx512_amx_emulated": [*BF16, "-DANYCHIP_EMULATE_AMX"]}[CHOSEN]}
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("ANYCHIP_SANITIZE") else []
 
 
 def extension(name, flags):
@@ -28,7 +36,7 @@ def extension(name, flags):
         # GCC 12 takes the undefined parts of its own intrinsics for mistakes.
         extra_compile_args=[
             "-std=c++17",
-            "-O1" if SANITIZED else "-O3",
+            "-O1" if SANITIZERS else "-O3",
             "-g0",
             "-fvisibility=hidden",
             "-Wno-uninitialized",
@@ -58,6 +66,6 @@ class BuildVariants(build_ext):
 
 setup(
     cmdclass={"build_ext": BuildVariants},
-    ext_modules=[extension(name, flags) for name, flags in VARIANTS.items() if SANITIZED in (None, name)],
+    ext_modules=[extension(name, flags) for name, flags in VARIANTS.items()],
     options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": True}},
 )

@@ -55,15 +55,16 @@ def parts_of(scheme, rows, columns):
     columns=st.sampled_from([8, 40, 64, 200, 2100]),
     sizes=st.lists(st.sampled_from([1, 7, 32, 64, 100]), min_size=1, max_size=3),
     bias=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
     isa=st.sampled_from(VARIANTS),
     threads=st.sampled_from([1, min(2, available_cores())]),
     seed=st.integers(0, 2**16),
 )
-def test_products_equal_the_reference(open_cpu, scheme, tokens, columns, sizes, bias, isa, threads, seed):
+def test_products_equal_the_reference(open_cpu, scheme, tokens, columns, sizes, bias, dtype, isa, threads, seed):
     torch.manual_seed(seed)
     offsets = np.cumsum([0, *sizes]).tolist()
     spec = LinearSpec(
-        in_features=columns, out_features=offsets[-1], dtype="float32", bias=bias, scheme=SCHEMES[scheme],
+        in_features=columns, out_features=offsets[-1], dtype=dtype, bias=bias, scheme=SCHEMES[scheme],
         parts=tuple(LinearPart(name=f"p{i}", offset=offsets[i], rows=size) for i, size in enumerate(sizes)),
     )  # fmt: skip
     opened = open_cpu(isa, threads)
@@ -80,9 +81,10 @@ def test_products_equal_the_reference(open_cpu, scheme, tokens, columns, sizes, 
                 for kernel, weights in zip(kernels, packed, strict=True):
                     kernel.load(weights, name, piece, row=64 * number if kind == "" else 0)
     packed = [kernel.finish(weights) for kernel, weights in zip(kernels, packed, strict=True)]
-    x = torch.randn(tokens, columns + 3)[:, :columns]
+    x = torch.randn(tokens, columns + 3)[:, :columns].to(getattr(torch, dtype))
     mine, theirs = (kernel.apply(x, weights) for kernel, weights in zip(kernels, packed, strict=True))
-    torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4 * columns**0.5)
+    bound = 2e-4 if dtype == "float32" else 1e-2
+    torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * columns**0.5)
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -115,15 +117,16 @@ def test_a_head_reads_the_embeddings_own_storage(open_cpu, isa, dtype):
     bias=st.booleans(),
     sizes=st.sampled_from([(32, 16), (64, 48), (96, 32)]),
     hide=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
     isa=st.sampled_from(VARIANTS),
     threads=st.sampled_from([1, min(2, available_cores())]),
     seed=st.integers(0, 2**16),
 )
-def test_experts_equal_the_reference(open_cpu, scheme, tokens, activation, bias, sizes, hide, isa, threads, seed):
+def test_experts_equal_the_reference(open_cpu, scheme, tokens, activation, bias, sizes, hide, dtype, isa, threads, seed):
     torch.manual_seed(seed)
     hidden, middle = sizes
     spec = MoESpec(
-        num_experts=5, top_k=2, hidden_size=hidden, intermediate_size=middle, dtype="float32", activation=activation,
+        num_experts=5, top_k=2, hidden_size=hidden, intermediate_size=middle, dtype=dtype, activation=activation,
         bias=bias, scheme=SCHEMES[scheme],
     )  # fmt: skip
     opened = open_cpu(isa, threads)
@@ -138,7 +141,7 @@ def test_experts_equal_the_reference(open_cpu, scheme, tokens, activation, bias,
                 for kernel, weights in zip(kernels, packed, strict=True):
                     kernel.load(weights, expert, f"{part}.{kind}" if kind else part, tensor)
     packed = [kernel.finish(weights) for kernel, weights in zip(kernels, packed, strict=True)]
-    x, logits = torch.randn(tokens, hidden), torch.randn(tokens, 5)
+    x, logits = torch.randn(tokens, hidden).to(getattr(torch, dtype)), torch.randn(tokens, 5)
     expert_map = torch.tensor([-1, 1, 2, 3, 4]) if hide else None
     routings = [kernel.route(logits) for kernel in kernels]
     assert routings[0].expert_ids.equal(routings[1].expert_ids)
@@ -147,7 +150,8 @@ def test_experts_equal_the_reference(open_cpu, scheme, tokens, activation, bias,
         kernel.experts(x, routings[1], weights, expert_map=expert_map)
         for kernel, weights in zip(kernels, packed, strict=True)
     )
-    torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3 * float(theirs.abs().max()))
+    bound = 2e-3 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * float(theirs.abs().max()))
 
 
 @pytest.mark.skipif(not COMPILED, reason="no kernels were compiled")

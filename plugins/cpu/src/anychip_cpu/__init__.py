@@ -22,7 +22,8 @@ from anychip_cpu.probe import cores_by_node
 class CpuOptions(PluginOptions):
     threads: int = field(default=0, metadata={"help": "threads per worker; 0: the cores over the workers"})
     isa: str = field(
-        default="", metadata={"help": "kernels to use: avx512_bf16, avx512, avx2, generic, reference; '': the fastest"}
+        default="",
+        metadata={"help": "kernels to use: avx512_amx, avx512_bf16, avx512, avx2, generic, reference; '': the fastest"},
     )
     kv_cache_gib: float = field(default=4.0, metadata={"help": "most memory for the KV cache, in GiB"})
 

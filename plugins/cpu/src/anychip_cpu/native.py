@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
 import struct
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from anychip.plugin_api import Unsupported
+
+_log = logging.getLogger(__name__)
 
 Kernels = Any
 """An extension module; its functions and their arguments are documented in kernels/module.cpp."""
@@ -29,11 +32,16 @@ REFERENCE = "reference"
 REMEDY = "its kernels were not compiled; install a C++17 compiler and Python's headers, and anychip-cpu again"
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+EMULATED_AMX = "avx512_amx_emulated"
+"""AMX's kernels with its registers as arrays: of a build for tests alone, and never chosen by itself."""
+
 _NEEDS: dict[str, frozenset[str]] = {
+    "avx512_amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
     "avx512_bf16": _AVX512 | {"avx512_bf16"},
     "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "generic": frozenset(),
+    EMULATED_AMX: _AVX512 | {"avx512_bf16"},
 }
 """By variant, fastest first, the processor's features that it uses."""
 
@@ -69,12 +77,24 @@ def load(isa: str) -> Kernels | None:
     """The kernels of a variant, "" for the fastest; None for plain PyTorch, asked for or all that there is. Raises
     Unsupported for a variant that is not here."""
     names = usable()
-    if isa == REFERENCE or (not isa and not names):
-        return None
-    if isa and isa not in names:
+    if isa and isa not in (*names, REFERENCE):
         why = "was not built" if isa not in built() else "needs a processor with " + ", ".join(sorted(_NEEDS[isa]))
         raise Unsupported("anychip-cpu", [f"isa={isa}: {why}; there are {_listed([*names, REFERENCE])}"])
-    return _opened(isa or names[0])
+    for name in [isa] if isa else names:
+        if name == REFERENCE:
+            return None
+        try:
+            return _opened(name)
+        except ImportError as error:  # the system may forbid what the processor has
+            if isa:
+                raise Unsupported("anychip-cpu", [f"isa={isa}: {error}"]) from error
+            _log.warning("kernels %s are passed over: %s", name, error)
+    return None
+
+
+def name_of(kernels: Kernels) -> str:
+    """The variant that a module is."""
+    return str(kernels.__name__).rpartition("_kernels_")[2]
 
 
 @cache

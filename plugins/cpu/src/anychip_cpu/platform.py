@@ -66,7 +66,7 @@ class CpuPlatform(Platform):
         threads = options.threads or min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
         self.kernels = native.load(options.isa)
         if self.kernels is not None:
-            self.isa = options.isa or native.usable()[0]
+            self.isa = native.name_of(self.kernels)
             self.kernels.set_threads(threads)
         elif not options.isa:
             _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)

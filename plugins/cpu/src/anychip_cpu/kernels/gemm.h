@@ -6,11 +6,13 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "integer.h"
 #include "pool.h"
 #include "quantized.h"
 #include "tile.h"
 #include "weights.h"
+#include "whole.h"
 
 namespace anychip {
 
@@ -184,9 +186,12 @@ void gemm(const Gemm& g) {
   const auto store = [&](const float* c, int64_t row, int64_t rows, int64_t panel) {
     store_panel<V>(g, c, row, rows, panel);
   };
-  if (g.w.sums) return integer_gemm<V, W8A8<V>>(g, store);
+  if (g.w.sums) return whole_gemm<W8A8<V>>(g, store);
   if constexpr (V::kFastBytes) {
-    if (FixedPoint<V>::serves(g)) return integer_gemm<V, FixedPoint<V>>(g, store);
+    if (FixedPoint<V>::serves(g)) return whole_gemm<FixedPoint<V>>(g, store);
+  }
+  if constexpr (V::kTiles) {
+    if (TiledRows<V>::serves(g.w, g.m)) return whole_gemm<TiledRows<V>>(g, store);
   }
   if (g.w.kind == DType::bf16) gemm_typed<V, bf16>(g);
   else gemm_typed<V, float>(g);

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "pool.h"
 #include "tile.h"
 #include "weights.h"
 
@@ -44,8 +43,10 @@ struct W8A8 {
   static int64_t row_bytes(const Weights& w) { return round_up<int64_t>(w.k, 4); }
   static int64_t row_sums(const Weights&) { return 0; }
 
+  // Row m of a tile of `count`; returns its scale.
   template <class X>
-  static float pack(uint8_t* out, int32_t*, int64_t count, const X* x, const Weights& w) {
+  static float pack(uint8_t* out, int64_t m, int64_t count, const X* x, const Weights& w, int32_t*) {
+    out += 4 * m;
     const float scale = largest_of<V>(x, w.k) / 127.0f;
     int64_t i = 0;
     for (; i < w.k; ++i) out[i / 4 * 4 * count + i % 4] = uint8_t(int(std::nearbyint(to_float(x[i]) / scale)) + 128);
@@ -53,8 +54,13 @@ struct W8A8 {
     return scale;
   }
 
+  static void tile(float* c, const uint8_t* a, int count, const float* row_scales, const int32_t*, const Weights& w, int64_t panel) {
+    with_constant<kRows>(count, [&](auto rows) { tile_of<decltype(rows)::value>(c, a, row_scales, w, panel); });
+  }
+
+ private:
   template <int M>
-  static void tile(float* c, const uint8_t* a, const float* row_scales, const int32_t*, const Weights& w, int64_t panel) {
+  static void tile_of(float* c, const uint8_t* a, const float* row_scales, const Weights& w, int64_t panel) {
     constexpr int N = V::NV, W = V::W;
     const int8_t* values = (const int8_t*)w.panel(panel);
     const int64_t quads = cdiv<int64_t>(w.k, 4);
@@ -99,14 +105,15 @@ struct FixedPoint {
   static constexpr int64_t kMost = 32;  // rows; of more, weights are expanded once for all
 
   static bool serves(const Gemm& g) {
-    return (g.w.kind == DType::i4 || g.w.kind == DType::i8) && g.w.rounding == DType::f32 && g.x_type == DType::bf16 &&
+    return V::kFastBytes && (g.w.kind == DType::i4 || g.w.kind == DType::i8) && g.w.rounding == DType::f32 && g.x_type == DType::bf16 &&
            g.m <= kMost;
   }
   static int64_t row_bytes(const Weights& w) { return cdiv<int64_t>(w.k, 8) * 16; }
   static int64_t row_sums(const Weights& w) { return w.groups; }
 
   template <class X>
-  static float pack(uint8_t* out, int32_t* sums, int64_t count, const X* x, const Weights& w) {
+  static float pack(uint8_t* out, int64_t m, int64_t count, const X* x, const Weights& w, int32_t* sums) {
+    out += 4 * m;
     constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
     const float scale = largest_of<V>(x, w.k) / 32512.0f, factor = 1 / scale;
     for (int64_t group = 0; group < w.groups; ++group) {
@@ -132,15 +139,17 @@ struct FixedPoint {
     return scale;
   }
 
-  template <int M>
-  static void tile(float* c, const uint8_t* a, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
-    if (w.kind == DType::i4) kind_tile<M, 4>(c, a, row_scales, sums, w, panel);
-    else kind_tile<M, 8>(c, a, row_scales, sums, w, panel);
+  static void tile(float* c, const uint8_t* a, int count, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
+    with_constant<kRows>(count, [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      if (w.kind == DType::i4) tile_of<M, 4>(c, a, row_scales, sums, w, panel);
+      else tile_of<M, 8>(c, a, row_scales, sums, w, panel);
+    });
   }
 
  private:
   template <int M, int kBits>
-  static void kind_tile(float* c, const uint8_t* a, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
+  static void tile_of(float* c, const uint8_t* a, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
     constexpr int N = V::NV, W = V::W, kWords = kBits / 4;  // words of eight inputs
     constexpr int S = M == 1 ? 2 : 1;                       // one row's sums would wait for one another
     using F = typename V::F;
@@ -194,46 +203,5 @@ struct FixedPoint {
     }
   }
 };
-
-// -- both ----------------------------------------------------------------------------------------------------------
-
-// store(c, row, rows, panel) takes the products of some rows with a panel.
-template <class V, class Form, class Store>
-void integer_gemm(const Gemm& g, const Store& store) {
-  const Weights& w = g.w;
-  const int64_t panels = cdiv<int64_t>(w.n, kPanel), width = Form::row_bytes(w), groups = Form::row_sums(w);
-  static Scratch left_store, scale_store, sum_store;
-  for (int64_t row = 0; row < g.m; row += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, g.m - row), tiles = cdiv<int64_t>(rows, Form::kRows);
-    uint8_t* left = left_store.get<uint8_t>(rows * width);
-    float* scales = scale_store.get<float>(rows);
-    int32_t* sums = sum_store.get<int32_t>(rows * groups + 1);
-    const auto first = [&](int64_t tile) { return rows * tile / tiles; };
-    parallel_for(tiles, 1, [&](int64_t t, int64_t stop) {
-      for (; t < stop; ++t) {
-        const int64_t begin = first(t), count = first(t + 1) - begin;
-        for (int64_t m = 0; m < count; ++m) {
-          uint8_t* to = left + begin * width + 4 * m;
-          int32_t* sum = sums + (begin + m) * groups;
-          const int64_t at = (row + begin + m) * g.ldx;
-          scales[begin + m] = g.x_type == DType::bf16 ? Form::pack(to, sum, count, (const bf16*)g.x + at, w)
-                                                      : Form::pack(to, sum, count, (const float*)g.x + at, w);
-        }
-      }
-    });
-    stream_for(panels, 1, [&](int64_t panel, int64_t stop) {
-      alignas(64) float c[kBlockRows * kPanel];
-      for (; panel < stop; ++panel) {
-        for (int64_t t = 0; t < tiles; ++t)
-          with_constant<Form::kRows>(int(first(t + 1) - first(t)), [&](auto count) {
-            constexpr int M = decltype(count)::value;
-            const int64_t m = first(t);
-            Form::template tile<M>(c + m * kPanel, left + m * width, scales + m, sums + m * groups, w, panel);
-          });
-        store(c, row, rows, panel);
-      }
-    });
-  }
-}
 
 }  // namespace anychip

@@ -6,6 +6,11 @@
 
 #include <mutex>
 
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 #include "packing.h"
 #include "plan.h"
@@ -278,4 +283,14 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernels", "Kernels of anychip-
 
 #define INIT(module) PyInit_##module
 #define NAMED(module) INIT(module)
-PyMODINIT_FUNC NAMED(ANYCHIP_MODULE)() { return PyModule_Create(&anychip::definition); }
+PyMODINIT_FUNC NAMED(ANYCHIP_MODULE)() {
+#if defined(__AMX_BF16__)
+  // Linux gives a process the tile registers when it asks.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData)) {
+    PyErr_SetString(PyExc_ImportError, "the system does not let this process use AMX");
+    return nullptr;
+  }
+#endif
+  return PyModule_Create(&anychip::definition);
+}

@@ -61,17 +61,31 @@ void each_product(const std::vector<ExpertBlock>& blocks, const X* x, int64_t ld
     for (; item < end; ++item) {
       const ExpertBlock& block = blocks[item / shares];
       const Weights w = weights_of(block.expert);
+      const int64_t share = item % shares;
+      const auto panels_of_share = [&](const auto& product) {
+        for (int64_t panel = panels * share / shares; panel < panels * (share + 1) / shares; ++panel) {
+          product(panel);
+          fn(block, panel, c);
+        }
+      };
+      const auto place = [&](int64_t m) { return row_of(block.begin + m); };
+      if constexpr (V::kTiles && std::is_same_v<B, bf16>) {
+        if (TiledRows<V>::serves(w, block.rows)) {
+          static thread_local Scratch stores[3];
+          const WholeRows<TiledRows<V>> left(block.rows, w, stores);
+          for (int64_t t = 0; t < left.tiles; ++t) left.pack(t, x, ldx, w, place);
+          panels_of_share([&](int64_t panel) { left.times_panel(c, w, panel); });
+          continue;
+        }
+      }
       const bool direct = w.quantized() && block.rows <= kQuantizedRows * kDirectTiles;
       const LeftBlock<V, B> left(block.rows, w.k, store.get<Left<V, B>>(LeftBlock<V, B>::size(block.rows, w.k)),
                                  direct ? kQuantizedRows : V::MR);
-      for (int64_t t = 0; t < left.tiles; ++t)
-        pack_tile(left, t, w, x, ldx, 0, w.k, [&](int64_t m) { return row_of(block.begin + m); });
-      const int64_t share = item % shares;
-      for (int64_t panel = panels * share / shares; panel < panels * (share + 1) / shares; ++panel) {
+      for (int64_t t = 0; t < left.tiles; ++t) pack_tile(left, t, w, x, ldx, 0, w.k, place);
+      panels_of_share([&](int64_t panel) {
         std::memset(c, 0, sizeof(float) * block.rows * kPanel);
         panel_product<V, B>(c, left, w, panel, 0, direct);
-        fn(block, panel, c);
-      }
+      });
     }
   });
 }

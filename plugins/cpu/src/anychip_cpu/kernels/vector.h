@@ -12,7 +12,9 @@
 
 namespace anychip {
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__) || defined(ANYCHIP_EMULATE_AMX)
+using Vector = Avx512Amx;
+#elif defined(__AVX512BF16__)
 using Vector = Avx512<true>;
 #elif defined(__AVX512F__)
 using Vector = Avx512<false>;

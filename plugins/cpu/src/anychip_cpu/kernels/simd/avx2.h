@@ -13,6 +13,7 @@ struct Avx2 {
   static constexpr int NV = 2;
   static constexpr bool kHasDot = false;
   static constexpr bool kFastBytes = false;
+  static constexpr bool kTiles = false;
   using F = __m256;
   using I = __m256i;
 

@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int NV = 2;   // vectors of a tile
   static constexpr bool kHasDot = kDot;
   static constexpr bool kFastBytes = true;  // products of bytes in one instruction
+  static constexpr bool kTiles = false;  // AMX
   using F = __m512;
   using I = __m512i;
 
@@ -137,6 +138,11 @@ struct Avx512 {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16));
 #endif
   }
+};
+
+// With AMX for products of many rows; see amx.h.
+struct Avx512Amx : Avx512<false> {
+  static constexpr bool kTiles = true;
 };
 
 }  // namespace anychip

@@ -13,6 +13,7 @@ struct Generic {
   static constexpr int NV = 4;
   static constexpr bool kHasDot = false;
   static constexpr bool kFastBytes = false;
+  static constexpr bool kTiles = false;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));

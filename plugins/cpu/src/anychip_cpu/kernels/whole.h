@@ -1,0 +1,74 @@
+// The product for forms of the left operand that take a row whole, from its first input to its last.
+//
+// A form says how many rows make a tile (kRows), what a row takes (row_bytes, and row_sums int32), puts a row in its place
+// in a tile (pack, which returns its scale), and multiplies a tile with a panel (tile).
+#pragma once
+
+#include <algorithm>
+
+#include "pool.h"
+#include "tile.h"
+#include "weights.h"
+
+namespace anychip {
+
+// Some rows, tile after tile.
+template <class Form>
+struct WholeRows {
+  int64_t rows, tiles, width, groups;
+  uint8_t* bytes;
+  float* scales;
+  int32_t* sums;
+
+  // In storage that `stores` keeps: bytes, scales and sums.
+  WholeRows(int64_t rows, const Weights& w, Scratch (&stores)[3])
+      : rows(rows), tiles(cdiv<int64_t>(rows, Form::kRows)), width(Form::row_bytes(w)), groups(Form::row_sums(w)),
+        bytes(stores[0].get<uint8_t>((rows + Form::kRows) * width)),  // the last tile may be read as if it were full
+        scales(stores[1].get<float>(rows)), sums(stores[2].get<int32_t>(rows * groups + 1)) {}
+
+  int64_t first(int64_t tile) const { return rows * tile / tiles; }
+  int count(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
+
+  // row_of(m) of x is row m.
+  template <class X, class RowOf>
+  void pack(int64_t tile, const X* x, int64_t ldx, const Weights& w, const RowOf& row_of) const {
+    for (int64_t m = 0; m < count(tile); ++m) {
+      const int64_t row = first(tile) + m;
+      scales[row] = Form::pack(bytes + first(tile) * width, m, count(tile), x + row_of(row) * ldx, w, sums + row * groups);
+    }
+  }
+
+  // c [rows, to a full last tile][kPanel] becomes the product with a panel.
+  void times_panel(float* c, const Weights& w, int64_t panel) const {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t m = first(t);
+      Form::tile(c + m * kPanel, bytes + m * width, count(t), scales + m, sums + m * groups, w, panel);
+    }
+  }
+};
+
+// store(c, row, rows, panel) takes the products of some rows with a panel.
+template <class Form, class Store>
+void whole_gemm(const Gemm& g, const Store& store) {
+  static Scratch stores[3];
+  const int64_t panels = cdiv<int64_t>(g.w.n, kPanel);
+  for (int64_t row = 0; row < g.m; row += kBlockRows) {
+    const WholeRows<Form> left(std::min(kBlockRows, g.m - row), g.w, stores);
+    const auto row_of = [&](int64_t m) { return row + m; };
+    parallel_for(left.tiles, 1, [&](int64_t t, int64_t stop) {
+      for (; t < stop; ++t) {
+        if (g.x_type == DType::bf16) left.pack(t, (const bf16*)g.x, g.ldx, g.w, row_of);
+        else left.pack(t, (const float*)g.x, g.ldx, g.w, row_of);
+      }
+    });
+    stream_for(panels, 1, [&](int64_t panel, int64_t stop) {
+      alignas(64) float c[kBlockRows * kPanel];
+      for (; panel < stop; ++panel) {
+        left.times_panel(c, g.w, panel);
+        store(c, row, left.rows, panel);
+      }
+    });
+  }
+}
+
+}  // namespace anychip
