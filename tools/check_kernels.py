@@ -1,12 +1,12 @@
-"""Builds the CPU's kernels in a way that is not shipped, and runs conformance's attention, product, mixture and op sections
-on them.
+"""Builds the CPU's kernels in a way that is not shipped, and runs conformance's attention, product, mixture and op
+sections on them.
 
 python tools/check_kernels.py sanitized [--isa avx2]   AddressSanitizer and UndefinedBehaviorSanitizer
 python tools/check_kernels.py emulated-amx             AMX's registers as arrays, for processors that have none
 
-The build goes to a folder of its own that stands before the installed plugin. Of sanitized kernels there is one variant,
-this processor's fastest unless another is named; the sanitizers' runtime is preloaded, since Python itself is built
-without it. Leaks are not looked for: Python leaks on purpose.
+The build goes to a folder of its own that stands before the installed plugin. Of sanitized kernels there is one
+variant, this processor's fastest unless another is named; the sanitizers' runtime is preloaded, since Python itself is
+built without it. Leaks are not looked for: Python leaks on purpose.
 """
 
 from __future__ import annotations

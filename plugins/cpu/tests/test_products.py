@@ -122,7 +122,9 @@ def test_a_head_reads_the_embeddings_own_storage(open_cpu, isa, dtype):
     threads=st.sampled_from([1, min(2, available_cores())]),
     seed=st.integers(0, 2**16),
 )
-def test_experts_equal_the_reference(open_cpu, scheme, tokens, activation, bias, sizes, hide, dtype, isa, threads, seed):
+def test_experts_equal_the_reference(
+    open_cpu, scheme, tokens, activation, bias, sizes, hide, dtype, isa, threads, seed
+):
     torch.manual_seed(seed)
     hidden, middle = sizes
     spec = MoESpec(

@@ -32,7 +32,7 @@ from anychip.plugin_api.manifest import (
     ProbeResult,
     Requirement,
 )
-from anychip.plugin_api.memory import MemoryInfo, PeakMemory
+from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.moe import ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, op_override
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
@@ -66,6 +66,6 @@ __all__ = [
     "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme",
     "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
     "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel",
-    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "dense_page_bytes", "hookimpl",
-    "op_override",
+    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes",
+    "hookimpl", "op_override",
 ]  # fmt: skip

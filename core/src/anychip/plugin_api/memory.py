@@ -19,3 +19,12 @@ class PeakMemory:
 
     nbytes: int
     exact: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsKey:
+    """Whose weights: `name` tells a model's shard, in the form asked for, from others; `contents` changes with the
+    checkpoint's files."""
+
+    name: str
+    contents: str

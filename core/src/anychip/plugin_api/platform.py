@@ -19,13 +19,13 @@ from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.graph import GraphCapture, RegionCompiler, ShapePolicy
 from anychip.plugin_api.linear import LinearKernel, LinearSpec
 from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
-from anychip.plugin_api.memory import MemoryInfo, PeakMemory
+from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.moe import FusedMoE, MoESpec
 from anychip.plugin_api.refusals import undeclared
 from anychip.plugin_api.step import KVPlan, ModelSource, StepProgram
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, UntypedStorage
 
 
 class ReferenceKernels(Protocol):
@@ -119,6 +119,15 @@ class Platform:
         """Runs fn and reports the most it held. The default cannot see and says 0, inexactly."""
         fn()
         return PeakMemory(nbytes=0, exact=False)
+
+    def keep_weights(self, key: WeightsKey, storages: Sequence[UntypedStorage]) -> None:
+        """Offers all of a model's weights, as `load` left them and before `finish`, for later starts. The default keeps
+        nothing."""
+
+    def restore_weights(self, key: WeightsKey, storages: Sequence[UntypedStorage]) -> bool:
+        """Fills the storages with what was kept of the same model. False: that cannot be, they are as they were, and
+        the checkpoint is read."""
+        return False
 
     def sleep(self, tags: Sequence[str]) -> None:
         """Gives memory back, by tag; contents may be lost."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -20,6 +20,7 @@ class LoadProgress:
     def __init__(self, total_bytes: int, *, shown: bool) -> None:
         self.nbytes = 0
         self.seconds = 0.0
+        self._how = "read"
         self._bar = Progress(
             TextColumn("loading weights"),
             BarColumn(),
@@ -40,11 +41,18 @@ class LoadProgress:
                 self._bar.update(self._task, completed=self.nbytes)
         self.seconds = time.perf_counter() - start
 
+    def restore(self, nbytes: int, fn: Callable[[], bool]) -> bool:
+        """Runs fn, which restores weights of so many bytes, or says False."""
+        start = time.perf_counter()
+        if not fn():
+            return False
+        self.nbytes, self.seconds, self._how = nbytes, time.perf_counter() - start, "restored as they were packed"
+        return True
+
     def __str__(self) -> str:
         gigabytes = self.nbytes / 1e9
-        return (
-            f"weights: {gigabytes:.2f} GB read in {self.seconds:.2f} s ({gigabytes / max(self.seconds, 1e-9):.1f} GB/s)"
-        )
+        rate = gigabytes / max(self.seconds, 1e-9)
+        return f"weights: {gigabytes:.2f} GB {self._how} in {self.seconds:.2f} s ({rate:.1f} GB/s)"
 
 
 class CountedView:

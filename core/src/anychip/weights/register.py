@@ -35,6 +35,11 @@ class WeightRegister:
     rename: Callable[[str], str] = str
     """From a checkpoint's names to those that are wanted."""
 
+    def finish(self) -> None:
+        """Once every tensor is with its layers."""
+        for finish in self.finishers:
+            finish()
+
     def want(self, name: str, shape: tuple[int, ...] | None, take: Take) -> None:
         """A tensor that several parts are cut from is wanted once by each of them."""
         slot = self.slots.setdefault(name, WeightSlot(name, shape, []))
@@ -63,5 +68,3 @@ def load_weights(register: WeightRegister, views: Iterator[tuple[str, WeightView
         shape = missing[names[0]].shape
         extent = f" of shape {list(shape)} ({prod(shape)} values)" if shape is not None else ""
         raise CheckpointError(f"{origin} lacks tensor {names[0]!r}{extent}{more}")
-    for finish in register.finishers:
-        finish()

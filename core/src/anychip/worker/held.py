@@ -1,4 +1,4 @@
-"""How many bytes of tensors an object holds, whatever layouts its kernels chose."""
+"""What tensors an object holds, whatever layouts its kernels chose."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 _OPAQUE = frozenset({"torch", "numpy", "rich", "msgspec", *sys.stdlib_module_names})
 """Packages whose objects are not looked into: layers, kernels, plugins and modelling code are."""
@@ -14,7 +14,12 @@ _OPAQUE = frozenset({"torch", "numpy", "rich", "msgspec", *sys.stdlib_module_nam
 
 def held_bytes(root: object) -> int:
     """The sum over storages that tensors reachable from `root` lie in, each counted once."""
-    storages: dict[int, int] = {}
+    return sum(storage.nbytes() for storage in held_storages(root))
+
+
+def held_storages(root: object) -> list[UntypedStorage]:
+    """Each once, in an order that is the same for objects built alike."""
+    storages: dict[int, UntypedStorage] = {}
     seen: set[int] = set()
     waiting: list[object] = [root]
     while waiting:
@@ -24,10 +29,10 @@ def held_bytes(root: object) -> int:
         seen.add(id(item))
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
+            storages[storage._cdata] = storage
         else:
             waiting.extend(_parts(item))
-    return sum(storages.values())
+    return list(storages.values())
 
 
 def _parts(item: object) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,14 @@ from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
-from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel
+from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel, WeightsKey
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
 from anychip.weights.dummy import dummy_views
 from anychip.weights.files import checkpoint_files, checkpoint_views, tensor_names
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
-from anychip.worker.held import held_bytes
+from anychip.worker.held import held_bytes, held_storages
 from anychip.worker.sizing import check_weights_fit
 
 _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
@@ -71,14 +72,31 @@ class CheckpointSource:
         check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
             self.progress = LoadProgress(0, shown=False)
-            views = dummy_views(register, self.dtype)
+            load_weights(register, self.progress.track(dummy_views(register, self.dtype)), self.model.folder)
         else:
-            total = sum(path.stat().st_size for path in checkpoint_files(self.folder))
-            self.progress = LoadProgress(total, shown=shard.rank == 0)
-            views = checkpoint_views(self.folder)
-        load_weights(register, self.progress.track(views), self.model.folder)
+            self._fill(model, shard, register)
+        register.finish()
         self.held_bytes += held_bytes(model)
         return model
+
+    def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
+        """From what the platform kept of an earlier start, or from the checkpoint."""
+        files = checkpoint_files(self.folder)
+        self.progress = LoadProgress(sum(path.stat().st_size for path in files), shown=shard.rank == 0)
+        key = self._key(shard, files)
+        weights = held_storages(model)
+        total = sum(storage.nbytes() for storage in weights)
+        if self.progress.restore(total, lambda: self.platform.restore_weights(key, weights)):
+            return
+        load_weights(register, self.progress.track(checkpoint_views(self.folder)), self.model.folder)
+        self.platform.keep_weights(key, weights)
+
+    def _key(self, shard: Shard, files: Sequence[Path]) -> WeightsKey:
+        form = (str(self.folder.resolve()), self.dtype, self.kv_dtype, self.config.quantization, shard.rank, shard.size)
+        stats = [(path.name, path.stat()) for path in files]
+        contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
+        name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
+        return WeightsKey(name=name, contents=digest)
 
     def build_layers(self, shard: Shard, register: WeightRegister) -> StepModel:
         """The model with its weights allocated and not loaded."""

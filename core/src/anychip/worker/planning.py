@@ -99,6 +99,7 @@ def _activations(prepared: Preparation, shard: Shard) -> PeakMemory:
     register = WeightRegister()
     model = prepared.source.build_layers(shard, register)
     load_weights(register, _stand_ins(prepared, register), prepared.model.folder)
+    register.finish()
     program = TorchStepProgram(
         platform=prepared.platform,
         model=model,

@@ -25,6 +25,9 @@ class CpuOptions(PluginOptions):
         default="",
         metadata={"help": "kernels to use: avx512_amx, avx512_bf16, avx512, avx2, generic, reference; '': the fastest"},
     )
+    packed_weights: str = field(
+        default="", metadata={"help": "folder that keeps packed weights, for faster starts; '': none"}
+    )
     kv_cache_gib: float = field(default=4.0, metadata={"help": "most memory for the KV cache, in GiB"})
 
 

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from anychip.ops.reference import reference_linear
 from anychip.plugin_api import (
@@ -27,6 +28,7 @@ from anychip.plugin_api import (
     Platform,
     PlatformContext,
     Unsupported,
+    WeightsKey,
 )
 from anychip_cpu import CORES_VARIABLE, CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
@@ -40,6 +42,7 @@ from anychip_cpu.ops import CpuOps
 from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import available_cores, meminfo
+from anychip_cpu.weights_cache import WeightsCache
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +74,9 @@ class CpuPlatform(Platform):
         elif not options.isa:
             _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
         torch.set_num_threads(threads)
+        folder = options.packed_weights
+        isa = native.REFERENCE if self.kernels is None else self.isa
+        self._packed = WeightsCache(Path(folder).expanduser(), isa) if folder else None
 
     def memory(self, device: int) -> MemoryInfo:
         info = meminfo()
@@ -98,6 +104,13 @@ class CpuPlatform(Platform):
         if nbytes < 2 * HUGE_PAGE:
             return super().empty(shape, dtype, tag)
         return zeroed(nbytes).view(kind).view(tuple(shape))
+
+    def keep_weights(self, key: WeightsKey, storages: Sequence[UntypedStorage]) -> None:
+        if self._packed is not None:
+            self._packed.keep(key, storages)
+
+    def restore_weights(self, key: WeightsKey, storages: Sequence[UntypedStorage]) -> bool:
+        return self._packed is not None and self._packed.restore(key, storages)
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
