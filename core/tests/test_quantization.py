@@ -93,7 +93,9 @@ def test_experts_are_read_from_containers_too(container, tmp_path):
     check_greedy(model, Case("qwen3-moe", 64, True, False, True, "cpu"), tmp_path)
 
 
-@pytest.mark.parametrize(("scheme", "family"), [("int8", "llama"), ("int4", "llama"), ("int4", "qwen3-moe")])
+@pytest.mark.parametrize(
+    ("scheme", "family"), [("int8", "llama"), ("int4", "llama"), ("int8", "qwen3"), ("int4", "qwen3-moe")]
+)
 def test_a_plain_checkpoint_is_quantized_at_load(scheme, family, tmp_path):
     model = make_checkpoint(family, tmp_path)
     with torch.no_grad():
@@ -103,6 +105,8 @@ def test_a_plain_checkpoint_is_quantized_at_load(scheme, family, tmp_path):
             elif "experts" in name:  # one scheme for all three matrices, whose groups divide 64 and 32 features
                 for expert in parameter:
                     expert.copy_(as_loaded(expert, scheme, 32))
+        # The head is int8 under int4 too; tied, it is a copy, and the embedding stays plain.
+        model.lm_head.weight = torch.nn.Parameter(as_loaded(model.lm_head.weight, "int8", 0))
     check_greedy(model, Case(family, 64, True, False, True, "cpu"), tmp_path, quantization=scheme)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from anychip.layers.build import Builder
 from anychip.plugin_api import LinearPart, LinearSpec, WeightView
 from anychip.types import cdiv
-from anychip.weights.matrix import Span, stream
+from anychip.weights.matrix import Matrix, Span, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class VocabParallelEmbedding:
     """[num_tokens] ids to [num_tokens, hidden_size]."""
 
     def __init__(self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int) -> None:
+        self.name = name
         self.ops = builder.ops
         self.communicator = builder.shard.communicator
         self.share = VocabularyShare.of(builder, vocab_size)
@@ -54,7 +55,8 @@ class VocabParallelEmbedding:
 class LMHead:
     """Hidden states [num_rows, hidden_size] to logits [num_rows, vocab_size], gathered on every rank.
 
-    Tied, the kernel adopts the embedding's storage, and packs a copy only where its layout needs one.
+    Tied, the kernel adopts the embedding's storage, and packs a copy only where its layout needs one, or where the head
+    is quantized.
     """
 
     def __init__(
@@ -69,38 +71,54 @@ class LMHead:
         self.vocab_size = vocab_size
         self.communicator = builder.shard.communicator
         share = VocabularyShare.of(builder, vocab_size)
+        held = share.held(vocab_size)
+        formats = builder.formats.for_head()
+        scheme = formats.scheme(name, hidden_size)
+        parts = [LinearPart(name="all", offset=0, rows=held.count)]
+        if held.count < share.count:
+            parts.append(LinearPart(name="tail", offset=held.count, rows=share.count - held.count))
         self.kernel = builder.platform.linear(
             LinearSpec(
                 in_features=hidden_size,
                 out_features=share.count,
-                parts=(LinearPart(name="all", offset=0, rows=share.count),),
+                parts=tuple(parts),
                 dtype=builder.dtype,
+                scheme=scheme,
             )
         )
-        self.tied = tied
         builder.weights.finishers.append(self._finish)
         if tied is not None:
             builder.weights.ignored += (f"{name}.weight",)
+        self.adopted = tied.weight if tied is not None and scheme is None else None
+        if self.adopted is not None:
             return
         self.packed = self.kernel.begin()
+        formats.want(
+            builder.weights,
+            Matrix(
+                name=name if tied is None else tied.name,
+                shape=(vocab_size, hidden_size),
+                rows=held,
+                columns=Span(0, hidden_size),
+                scheme=scheme,
+                put=self._put,
+            ),
+        )
 
-        def take(view: WeightView) -> None:
-            held = share.held(vocab_size)
-            stream(view, held, Span(0, hidden_size), self._put)
-            tail = torch.zeros(share.count - held.count, hidden_size)
-            if len(tail):
-                self._put(tail, held.count)
-
-        builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), take)
-
-    def _put(self, rows: Tensor, first: int) -> None:
-        self.kernel.load(self.packed, "all", rows, row=first)
+    def _put(self, kind: str, tensor: Tensor, row: int = 0) -> None:
+        self.kernel.load(self.packed, f"all.{kind}" if kind else "all", tensor, row=row)
 
     def _finish(self) -> None:
-        if self.tied is not None:
-            self.packed = self.kernel.adopt(self.tied.weight)
-        else:
-            self.packed = self.kernel.finish(self.packed)
+        if self.adopted is not None:
+            self.packed = self.kernel.adopt(self.adopted)
+            return
+        for part in self.kernel.spec.parts[1:]:  # logits of no token, which nobody reads: any finite number serves
+            shape = (part.rows, self.kernel.spec.in_features)
+            scheme = self.kernel.spec.scheme
+            self.kernel.load(self.packed, part.name, torch.zeros(shape, dtype=torch.int8 if scheme else None))
+            if scheme:
+                self.kernel.load(self.packed, f"{part.name}.scale", torch.ones(part.rows))
+        self.packed = self.kernel.finish(self.packed)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.communicator.all_gather(self.kernel.apply(hidden, self.packed))

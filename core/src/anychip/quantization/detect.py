@@ -8,7 +8,7 @@ from typing import Any
 
 from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import Platform, QuantScheme, Unsupported
-from anychip.quantization.format import PlainFormat, QuantizeAtLoad, WeightFormat
+from anychip.quantization.format import GROUP_SIZES, PlainFormat, QuantizeAtLoad, WeightFormat
 
 METHODS = {
     "gptq": "anychip.quantization.gptq:GPTQ",
@@ -56,6 +56,13 @@ class CheckedFormat:
 
     def for_router(self) -> WeightFormat:
         return CheckedFormat(self._inner.for_router(), self._platform)
+
+    def for_head(self) -> WeightFormat:
+        """Plain where the device lacks the head's scheme: it may take what the other matrices are in."""
+        inner = self._inner.for_head()
+        scheme = inner.scheme("head", GROUP_SIZES[0])
+        lacks = scheme is not None and scheme.name not in self._platform.capabilities.quantization
+        return PlainFormat() if lacks else CheckedFormat(inner, self._platform)
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         """Raises Unsupported, naming what the platform takes."""

@@ -30,11 +30,18 @@ class WeightFormat(Protocol):
         """The format of matrices that pick experts: small, and a wrong pick costs more than a rounded product."""
         ...
 
+    def for_head(self) -> WeightFormat:
+        """The format of the output head: often most of what a small model reads for a token, and what decides it."""
+        ...
+
 
 class PlainFormat:
     """One tensor, `weight`, of any floating dtype."""
 
     def for_router(self) -> WeightFormat:
+        return self
+
+    def for_head(self) -> WeightFormat:
         return self
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
@@ -57,13 +64,17 @@ GROUP_SIZES = (128, 64, 32)
 
 
 class QuantizeAtLoad:
-    """Plain matrices, quantized as they stream: int8 by channel or int4 by group, both symmetric."""
+    """Plain matrices, quantized as they stream: int8 by channel or int4 by group, both symmetric. Of int4 the head is
+    int8."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def for_router(self) -> WeightFormat:
         return PlainFormat()
+
+    def for_head(self) -> WeightFormat:
+        return QuantizeAtLoad("int8")
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if self.name == "int8":
@@ -109,6 +120,9 @@ class Container(ABC):
 
     def for_router(self) -> WeightFormat:
         return self
+
+    def for_head(self) -> WeightFormat:
+        return self.plain
 
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         if matrix.scheme is None:
