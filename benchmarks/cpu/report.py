@@ -29,6 +29,7 @@ def main() -> None:
     page = PAGE.read_text()
     page = filled(page, "comparison", comparison_table(comparisons))
     page = filled(page, "ready", ready_table(comparisons))
+    page = filled(page, "starts", starts_table())
     kernels = RESULTS / "kernels.json"
     if kernels.exists():
         page = filled(page, "kernels", kernel_table(json.loads(kernels.read_text())))
@@ -74,6 +75,23 @@ def ready_table(comparisons: dict[str, Any]) -> str:
                 f"| {model} | {engine} | {ready['seconds']:.1f} "
                 f"| {ready['resident'] / 2**30:.2f} | {last / 2**30:.2f} |"
             )
+    return "\n".join(lines)
+
+
+def starts_table() -> str:
+    """Of `anychip bench startup --output startup-MODEL-plain.json`, and -kept.json with packed weights."""
+    lines = [
+        "| model | weights | ready after, s: median, most | engine's resident memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("startup-*.json")):
+        _, model, how = path.stem.split("-")
+        report = json.loads(path.read_text())
+        seconds = report["seconds"]
+        lines.append(
+            f"| {model} | {'kept' if how == 'kept' else 'from the checkpoint'} "
+            f"| {seconds['p50']:.1f}, {seconds['max']:.1f} | {report['engine_mib']['p50']:.0f} |"
+        )
     return "\n".join(lines)
 
 

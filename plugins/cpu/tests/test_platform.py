@@ -16,6 +16,11 @@ def test_a_variant_that_is_not_here_is_refused_with_those_that_are(open_cpu):
         open_cpu("sse1")
 
 
+@pytest.mark.parametrize("isa", native.usable())
+def test_a_variant_goes_by_its_name(open_cpu, isa):
+    assert open_cpu(isa).isa == isa
+
+
 def test_more_threads_than_cores_are_refused_by_name(open_cpu):
     with pytest.raises(Unsupported, match=rf"threads={available_cores() + 1}: this process may use"):
         open_cpu(threads=available_cores() + 1)

@@ -275,7 +275,9 @@ PyMethodDef methods[] = {
 };
 #undef ENTRY
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernels", "Kernels of anychip-cpu; see native.py.", -1, methods,
+#define TEXT(name) #name
+#define NAME_OF(module) TEXT(module)
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, NAME_OF(ANYCHIP_MODULE), "Kernels of anychip-cpu; see native.py.", -1, methods,
                           nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
