@@ -88,6 +88,33 @@ def test_products_equal_the_reference(open_cpu, scheme, tokens, columns, sizes, 
 
 
 @pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_huge_activation_does_not_flatten_the_others(open_cpu, isa, scheme):
+    """Models have them: one input a thousand times its neighbours, which few outputs weigh."""
+    torch.manual_seed(0)
+    rows, columns = 64, 1024
+    spec = LinearSpec(
+        in_features=columns, out_features=rows, dtype="bfloat16", scheme=SCHEMES[scheme],
+        parts=(LinearPart(name="all", offset=0, rows=rows),),
+    )  # fmt: skip
+    opened = open_cpu(isa, 1)
+    kernel, x = opened.linear(spec), torch.randn(3, columns).bfloat16()
+    x[:, 5] = 2000
+    parts = parts_of(spec.scheme, rows, columns)
+    parts[""][:, 5] = 8 if scheme == "int4" else 0  # which is zero
+    packed = kernel.begin()
+    for kind, tensor in parts.items():
+        kernel.load(packed, f"all.{kind}" if kind else "all", tensor)
+    mine = kernel.apply(x, kernel.finish(packed)).double()
+    values = parts[""].double() - (8 if scheme == "int4" else 0)
+    weight = values * parts["scale"].double().view(rows, -1).repeat_interleave(
+        columns // parts["scale"].view(rows, -1).shape[1], 1
+    )
+    exact = x.double() @ weight.T
+    assert ((mine - exact).norm(dim=1) < 0.01 * exact.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_reads_the_embeddings_own_storage(open_cpu, isa, dtype):
     torch.manual_seed(0)

@@ -82,16 +82,15 @@ struct TiledRows {
 
   static bool serves(const Weights& w, int64_t rows) { return V::kTiles && w.kind == DType::bf16 && rows >= kLeast; }
   static int64_t row_bytes(const Weights& w) { return 2 * round_up<int64_t>(w.k, kInputs); }
-  static int64_t row_sums(const Weights&) { return 0; }
+  static int64_t blocks(const Weights&) { return 0; }
 
   template <class X>
-  static float pack(uint8_t* out, int64_t m, int64_t, const X* x, const Weights& w, int32_t*) {
+  static void pack(uint8_t* out, int64_t m, int64_t, const X* x, const Weights& w, float*, int32_t*) {
     bf16* to = (bf16*)(out + m * row_bytes(w));
     int64_t i = 0;
     for (; i + V::W <= w.k; i += V::W) V::store(to + i, V::load(x + i));
     for (; i < w.k; ++i) to[i] = to_bf16(to_float(x[i]));
     for (; i < row_bytes(w) / 2; ++i) to[i] = bf16{0};
-    return 1;
   }
 
   static void tile(float* c, const uint8_t* a, int, const float*, const int32_t*, const Weights& w, int64_t panel) {

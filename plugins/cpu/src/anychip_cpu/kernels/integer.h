@@ -1,8 +1,9 @@
 // Products in whole numbers, of which a processor adds up four bytes at a time.
 //
 // W8A8 takes activations as a byte, as its scheme asks. FixedPoint serves weights of a byte or half of one that are to
-// meet bfloat16 activations as they are: a row becomes 16-bit fixed point, in two bytes a value, which keeps 2^-16 of its
-// greatest value; bfloat16 itself keeps 2^-9 of that.
+// meet bfloat16 activations as they are: a block of a row becomes 16-bit fixed point, in two bytes a value, which keeps
+// 2^-16 of its greatest value; bfloat16 itself keeps 2^-9 of that. Blocks keep a model's few huge activations from
+// flattening the others of their row.
 #pragma once
 
 #include <algorithm>
@@ -41,17 +42,16 @@ template <class V>
 struct W8A8 {
   static constexpr int kRows = V::MR;  // of a tile
   static int64_t row_bytes(const Weights& w) { return round_up<int64_t>(w.k, 4); }
-  static int64_t row_sums(const Weights&) { return 0; }
+  static int64_t blocks(const Weights&) { return 1; }
 
-  // Row m of a tile of `count`; returns its scale.
+  // Row m of a tile of `count`.
   template <class X>
-  static float pack(uint8_t* out, int64_t m, int64_t count, const X* x, const Weights& w, int32_t*) {
+  static void pack(uint8_t* out, int64_t m, int64_t count, const X* x, const Weights& w, float* scales, int32_t*) {
     out += 4 * m;
-    const float scale = largest_of<V>(x, w.k) / 127.0f;
+    const float scale = *scales = largest_of<V>(x, w.k) / 127.0f;
     int64_t i = 0;
     for (; i < w.k; ++i) out[i / 4 * 4 * count + i % 4] = uint8_t(int(std::nearbyint(to_float(x[i]) / scale)) + 128);
     for (; i % 4; ++i) out[i / 4 * 4 * count + i % 4] = 128;
-    return scale;
   }
 
   static void tile(float* c, const uint8_t* a, int count, const float* row_scales, const int32_t*, const Weights& w, int64_t panel) {
@@ -97,27 +97,29 @@ struct W8A8 {
 // -- activations in 16-bit fixed point -----------------------------------------------------------------------------
 
 // Rows by eight inputs: [eights][2][high, low][its rows][4], the first half of an eight being what the even nibbles of a
-// word meet, or its first four bytes. Weights are taken as unsigned, `kOffset` more than they are; what that adds is
-// taken off again by the rows' sums over each group.
+// word meet, or its first four bytes. A block is a group of the weights', or kBlock inputs where they have one scale.
+// Weights are taken as unsigned, with 8 or 128 added; what that adds is taken off again by the rows' sums over each block.
 template <class V>
 struct FixedPoint {
   static constexpr int kRows = 6;
   static constexpr int64_t kMost = 32;  // rows; of more, weights are expanded once for all
+  static constexpr int64_t kBlock = 128;
 
   static bool serves(const Gemm& g) {
     return V::kFastBytes && (g.w.kind == DType::i4 || g.w.kind == DType::i8) && g.w.rounding == DType::f32 && g.x_type == DType::bf16 &&
            g.m <= kMost;
   }
   static int64_t row_bytes(const Weights& w) { return cdiv<int64_t>(w.k, 8) * 16; }
-  static int64_t row_sums(const Weights& w) { return w.groups; }
+  static int64_t block_size(const Weights& w) { return w.groups > 1 ? w.group_size : kBlock; }
+  static int64_t blocks(const Weights& w) { return cdiv(w.k, block_size(w)); }
 
   template <class X>
-  static float pack(uint8_t* out, int64_t m, int64_t count, const X* x, const Weights& w, int32_t* sums) {
+  static void pack(uint8_t* out, int64_t m, int64_t count, const X* x, const Weights& w, float* scales, int32_t* sums) {
     out += 4 * m;
     constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-    const float scale = largest_of<V>(x, w.k) / 32512.0f, factor = 1 / scale;
-    for (int64_t group = 0; group < w.groups; ++group) {
-      const int64_t begin = group * w.group_size, end = std::min(w.k, begin + w.group_size);
+    for (int64_t block = 0; block < blocks(w); ++block) {
+      const int64_t begin = block * block_size(w), end = std::min(w.k, begin + block_size(w));
+      const float factor = 32512.0f / largest_of<V>(x + begin, end - begin);
       int32_t sum = 0;
       for (int64_t i = begin; i < end; i += 8) {
         int32_t fixed[8] = {};
@@ -134,9 +136,9 @@ struct FixedPoint {
             to[half * 8 * count + 4 * count + j] = uint8_t(value);
           }
       }
-      sums[group] = sum;
+      scales[block] = 1 / factor;
+      sums[block] = sum;
     }
-    return scale;
   }
 
   static void tile(float* c, const uint8_t* a, int count, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
@@ -159,8 +161,8 @@ struct FixedPoint {
       const uint32_t* words = (const uint32_t*)w.panel(panel) + column;
       F total[M][N];
       clear<V, M, N>(total);
-      for (int64_t group = 0; group < w.groups; ++group) {
-        const int64_t begin = group * w.group_size / 8, end = cdiv<int64_t>(std::min(w.k, (group + 1) * w.group_size), 8);
+      for (int64_t block = 0; block < blocks(w); ++block) {
+        const int64_t begin = block * block_size(w) / 8, end = cdiv<int64_t>(std::min(w.k, (block + 1) * block_size(w)), 8);
         I sets[S][2][M][N];
         for (auto& set : sets)
           for (auto& part : set)
@@ -184,22 +186,24 @@ struct FixedPoint {
           add(std::integral_constant<int, 0>{});
           add(std::integral_constant<int, 1>{});
         }
-        const int64_t place = group * padded + panel * kPanel + column;
+        const int64_t place = (w.groups > 1 ? block * padded : 0) + panel * kPanel + column;
         for (int n = 0; n < N; ++n)
           for (int m = 0; m < M; ++m) {
+            const int64_t at = m * blocks(w) + block;
             F high = V::to_float(sets[0][0][m][n]), low = V::to_float(sets[0][1][m][n]);
             if constexpr (S == 2) {
               high = V::add(high, V::to_float(sets[1][0][m][n]));
               low = V::add(low, V::to_float(sets[1][1][m][n]));
             }
-            const float sum = float(sums[m * w.groups + group]);
+            const float sum = float(sums[at]);
             const F signed_sum = V::add(V::fma(high, V::set1(256), low), V::set1(-float(1 << (kBits - 1)) * sum));
-            total[m][n] = V::fma(signed_sum, V::load(w.scales + place + n * W), total[m][n]);
-            if (w.zeros) total[m][n] = V::fma(V::set1(-sum), V::load(w.zeros + place + n * W), total[m][n]);
+            F exact = V::mul(signed_sum, V::load(w.scales + place + n * W));
+            if (w.zeros) exact = V::fma(V::set1(-sum), V::load(w.zeros + place + n * W), exact);
+            total[m][n] = V::fma(exact, V::set1(row_scales[at]), total[m][n]);
           }
       }
       for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) V::store(c + m * kPanel + column + n * W, V::mul(total[m][n], V::set1(row_scales[m])));
+        for (int n = 0; n < N; ++n) V::store(c + m * kPanel + column + n * W, total[m][n]);
     }
   }
 };

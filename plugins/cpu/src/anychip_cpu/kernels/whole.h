@@ -1,7 +1,7 @@
 // The product for forms of the left operand that take a row whole, from its first input to its last.
 //
-// A form says how many rows make a tile (kRows), what a row takes (row_bytes, and row_sums int32), puts a row in its place
-// in a tile (pack, which returns its scale), and multiplies a tile with a panel (tile).
+// A form says how many rows make a tile (kRows) and what a row takes: row_bytes, and a scale and a sum for each of its
+// `blocks`. It puts a row in its place in a tile (pack), and multiplies a tile with a panel (tile).
 #pragma once
 
 #include <algorithm>
@@ -15,16 +15,16 @@ namespace anychip {
 // Some rows, tile after tile.
 template <class Form>
 struct WholeRows {
-  int64_t rows, tiles, width, groups;
+  int64_t rows, tiles, width, blocks;
   uint8_t* bytes;
   float* scales;
   int32_t* sums;
 
   // In storage that `stores` keeps: bytes, scales and sums.
   WholeRows(int64_t rows, const Weights& w, Scratch (&stores)[3])
-      : rows(rows), tiles(cdiv<int64_t>(rows, Form::kRows)), width(Form::row_bytes(w)), groups(Form::row_sums(w)),
+      : rows(rows), tiles(cdiv<int64_t>(rows, Form::kRows)), width(Form::row_bytes(w)), blocks(Form::blocks(w)),
         bytes(stores[0].get<uint8_t>((rows + Form::kRows) * width)),  // the last tile may be read as if it were full
-        scales(stores[1].get<float>(rows)), sums(stores[2].get<int32_t>(rows * groups + 1)) {}
+        scales(stores[1].get<float>(rows * blocks + 1)), sums(stores[2].get<int32_t>(rows * blocks + 1)) {}
 
   int64_t first(int64_t tile) const { return rows * tile / tiles; }
   int count(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
@@ -34,7 +34,7 @@ struct WholeRows {
   void pack(int64_t tile, const X* x, int64_t ldx, const Weights& w, const RowOf& row_of) const {
     for (int64_t m = 0; m < count(tile); ++m) {
       const int64_t row = first(tile) + m;
-      scales[row] = Form::pack(bytes + first(tile) * width, m, count(tile), x + row_of(row) * ldx, w, sums + row * groups);
+      Form::pack(bytes + first(tile) * width, m, count(tile), x + row_of(row) * ldx, w, scales + row * blocks, sums + row * blocks);
     }
   }
 
@@ -42,7 +42,7 @@ struct WholeRows {
   void times_panel(float* c, const Weights& w, int64_t panel) const {
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = first(t);
-      Form::tile(c + m * kPanel, bytes + m * width, count(t), scales + m, sums + m * groups, w, panel);
+      Form::tile(c + m * kPanel, bytes + m * width, count(t), scales + m * blocks, sums + m * blocks, w, panel);
     }
   }
 };
