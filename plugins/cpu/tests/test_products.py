@@ -115,6 +115,24 @@ def test_a_huge_activation_does_not_flatten_the_others(open_cpu, isa, scheme):
 
 
 @pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_none(open_cpu, isa, bad):
+    spec = LinearSpec(
+        in_features=256, out_features=32, dtype="bfloat16", scheme=SCHEMES["int8"],
+        parts=(LinearPart(name="all", offset=0, rows=32),),
+    )  # fmt: skip
+    kernel = open_cpu(isa, 1).linear(spec)
+    packed = kernel.begin()
+    for kind, tensor in parts_of(spec.scheme, 32, 256).items():
+        kernel.load(packed, f"all.{kind}" if kind else "all", tensor)
+    x = torch.ones(2, 256).bfloat16()
+    x[0, 200] = bad
+    result = kernel.apply(x, kernel.finish(packed))
+    assert not result[0].isfinite().any()
+    assert result[1].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_reads_the_embeddings_own_storage(open_cpu, isa, dtype):
     torch.manual_seed(0)

@@ -106,8 +106,8 @@ struct FixedPoint {
   static constexpr int64_t kBlock = 128;
 
   static bool serves(const Gemm& g) {
-    return V::kFastBytes && (g.w.kind == DType::i4 || g.w.kind == DType::i8) && g.w.rounding == DType::f32 && g.x_type == DType::bf16 &&
-           g.m <= kMost;
+    const bool narrow = g.w.kind == DType::i4 || g.w.kind == DType::i8;
+    return V::kFastBytes && narrow && g.w.rounding == DType::f32 && g.x_type == DType::bf16 && g.m <= kMost;
   }
   static int64_t row_bytes(const Weights& w) { return cdiv<int64_t>(w.k, 8) * 16; }
   static int64_t block_size(const Weights& w) { return w.groups > 1 ? w.group_size : kBlock; }
@@ -120,11 +120,13 @@ struct FixedPoint {
     for (int64_t block = 0; block < blocks(w); ++block) {
       const int64_t begin = block * block_size(w), end = std::min(w.k, begin + block_size(w));
       const float factor = 32512.0f / largest_of<V>(x + begin, end - begin);
+      float unsound = 0;  // NaN where the block holds one, or an infinity: no integer says so
       int32_t sum = 0;
       for (int64_t i = begin; i < end; i += 8) {
         int32_t fixed[8] = {};
         for (int64_t j = 0; j < std::min<int64_t>(8, end - i); ++j) {
-          const float whole = to_float(x[i + j]) * factor + kToInteger;
+          const float value = to_float(x[i + j]), whole = value * factor + kToInteger;
+          unsound += value * 0.0f;
           fixed[j] = four_bytes(&whole) - 0x4b400000;
           sum += fixed[j];
         }
@@ -136,7 +138,7 @@ struct FixedPoint {
             to[half * 8 * count + 4 * count + j] = uint8_t(value);
           }
       }
-      scales[block] = 1 / factor;
+      scales[block] = 1 / factor + unsound;
       sums[block] = sum;
     }
   }
