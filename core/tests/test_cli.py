@@ -75,7 +75,10 @@ def test_chat_answers_until_an_empty_line():
         (("--device", "cuda"), "device 'cuda' cannot start"),
         (("--device", "tpux"), "device 'tpux' is unknown; installed are"),
         (("--device", "cpu:99"), "cpu has devices 0, 1"),
-        (("--device", "cpu", "--device-opt", "thread=1"), "no such option; it has isa, kv_cache_gib, packed_weights, threads"),
+        (
+            ("--device", "cpu", "--device-opt", "thread=1"),
+            "no such option; it has isa, kv_cache_gib, packed_weights, threads",
+        ),
         (("--device", "cpu", "--device-opt", "threads"), "is not KEY=VALUE"),
         (("/nowhere",), "model '/nowhere' is not a folder"),
         (("--dtype", "float7"), "dtype is 'float7'"),
