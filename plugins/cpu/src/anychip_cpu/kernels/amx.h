@@ -80,7 +80,7 @@ struct TiledRows {
   static constexpr int64_t kLeast = 16;  // rows; fewer stream the weights as fast through vectors
   static constexpr int64_t kInputs = 32;
 
-  static bool serves(const Weights& w, int64_t rows) { return V::kTiles && w.kind == DType::bf16 && rows >= kLeast; }
+  static bool serves(const Weights& w, int64_t rows) { return w.kind == DType::bf16 && rows >= kLeast; }
   static int64_t row_bytes(const Weights& w) { return 2 * round_up<int64_t>(w.k, kInputs); }
   static int64_t blocks(const Weights&) { return 0; }
 

@@ -1,6 +1,9 @@
 // Elementary functions on vectors.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "tile.h"
 
 namespace anychip {
@@ -52,6 +55,21 @@ ANYCHIP_INLINE typename V::F tanh(typename V::F x) {
   series = V::fma(series, square, V::set1(-1.0f / 3));
   series = V::fma(V::mul(series, square), x, x);
   return V::select_less(square, V::set1(0.01f), series, wide);
+}
+
+// The greatest magnitude in x [k], and never zero.
+template <class V, class X>
+float largest_of(const X* x, int64_t k) {
+  using F = typename V::F;
+  F most = V::zero();
+  int64_t i = 0;
+  for (; i + V::W <= k; i += V::W) {
+    const F value = V::load(x + i);
+    most = V::max(most, V::max(value, V::mul(value, V::set1(-1))));
+  }
+  float largest = V::most(most);
+  for (; i < k; ++i) largest = std::max(largest, std::fabs(to_float(x[i])));
+  return std::max(largest, 1e-12f);
 }
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, swiglu_clamped = 2 };

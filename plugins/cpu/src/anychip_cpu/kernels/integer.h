@@ -9,25 +9,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "functions.h"
 #include "tile.h"
 #include "weights.h"
 
 namespace anychip {
-
-// The greatest magnitude in x [k].
-template <class V, class X>
-float largest_of(const X* x, int64_t k) {
-  using F = typename V::F;
-  F most = V::zero();
-  int64_t i = 0;
-  for (; i + V::W <= k; i += V::W) {
-    const F value = V::load(x + i);
-    most = V::max(most, V::max(value, V::mul(value, V::set1(-1))));
-  }
-  float largest = V::most(most);
-  for (; i < k; ++i) largest = std::max(largest, std::fabs(to_float(x[i])));
-  return std::max(largest, 1e-12f);
-}
 
 inline int32_t four_bytes(const void* p) {
   int32_t four;
@@ -107,7 +93,7 @@ struct FixedPoint {
 
   static bool serves(const Gemm& g) {
     const bool narrow = g.w.kind == DType::i4 || g.w.kind == DType::i8;
-    return V::kFastBytes && narrow && g.w.rounding == DType::f32 && g.x_type == DType::bf16 && g.m <= kMost;
+    return narrow && g.w.rounding == DType::f32 && g.x_type == DType::bf16 && g.m <= kMost;
   }
   static int64_t row_bytes(const Weights& w) { return cdiv<int64_t>(w.k, 8) * 16; }
   static int64_t block_size(const Weights& w) { return w.groups > 1 ? w.group_size : kBlock; }

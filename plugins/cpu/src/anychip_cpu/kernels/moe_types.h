@@ -5,7 +5,7 @@
 
 namespace anychip {
 
-// Every field is eight bytes wide. Keep in step with anychip_cpu/moe.py.
+// Every field is eight bytes wide. Keep in step with anychip_cpu/experts.py.
 struct Experts {
   PackedWeights gate_up, down;  // the first expert's
   int64_t experts, hidden, intermediate;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "bytes.h"
+#include "functions.h"
 #include "pool.h"
 #include "tile.h"
 #include "weights.h"
@@ -152,9 +153,7 @@ void round_row(float* out, const X* x, const Weights& w) {
   const float limit = w.rounding == DType::i8 ? 127.0f : 448.0f;
   for (int64_t begin = 0; begin < w.k; begin += w.rounding_group) {
     const int64_t end = std::min(w.k, begin + w.rounding_group);
-    float largest = 0;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(to_float(x[i])));
-    const float scale = w.fixed_scale ? *w.fixed_scale : std::max(largest, 1e-12f) / limit;
+    const float scale = w.fixed_scale ? *w.fixed_scale : largest_of<V>(x + begin, end - begin) / limit;
     for (int64_t i = begin; i < end; ++i) {
       const float scaled = to_float(x[i]) / scale;
       out[i] = scale * (w.rounding == DType::i8 ? std::nearbyint(scaled) : decode(encode_fp8(scaled)));
