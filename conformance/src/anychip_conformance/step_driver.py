@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anychip.messages import LateInputs, NewRow, StepDecision, StepResult
+from anychip.messages import LateInputs, LogitEdits, NewRow, StepDecision, StepResult
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
 from anychip_conformance.equality import VOCAB_SIZE
@@ -32,9 +32,13 @@ class StepDriver:
         zeros: list[int] | None = None,
         computed: dict[int, int] | None = None,
         masks: dict[int, set[int]] | None = None,
+        edits: dict[int, dict[int, tuple[float, float]]] | None = None,
+        scored: set[int] | None = None,
     ) -> StepResult:
         """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
-        slot: how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn."""
+        slot: how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn.
+        `edits` likewise: token id to the scale and the shift of its logit. `scored` slots, when they are new, report
+        their prompt's log-probabilities."""
         self._step += 1
         rows = [
             NewRow(
@@ -50,6 +54,8 @@ class StepDriver:
                 seed=slot,
                 sample_index=0,
                 logprobs=_TOP,
+                score_from=0 if slot in (scored or ()) else len(ids),
+                score_top=_TOP,
             )
             for slot, (ids, blocks) in (new or {}).items()
         ]
@@ -66,7 +72,8 @@ class StepDriver:
             )
         )
         packed = {place: _bitmask(allowed) for place, allowed in (masks or {}).items()}
-        return self.worker.sample(LateInputs(step_id=self._step, masks=packed)).fetch()
+        changed = {place: _logit_edits(row) for place, row in (edits or {}).items()}
+        return self.worker.sample(LateInputs(step_id=self._step, masks=packed, edits=changed)).fetch()
 
     def close(self) -> None:
         self.worker.close("judged")
@@ -81,3 +88,8 @@ def _bitmask(allowed: set[int]) -> bytes:
     for token in allowed:
         words[token // 32] |= np.uint32(1 << token % 32)
     return words.tobytes()
+
+
+def _logit_edits(row: dict[int, tuple[float, float]]) -> LogitEdits:
+    scales, shifts = (np.asarray(column, dtype=np.float32) for column in zip(*row.values(), strict=True))
+    return LogitEdits(np.asarray(list(row), dtype=np.int32).tobytes(), scales.tobytes(), shifts.tobytes())

@@ -47,6 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     executor: Literal["auto", "inline", "multiprocess"] = "auto"
     policy: str = "fcfs"
     max_waiting: int = 4096
+    max_waiting_tokens: int = 4_000_000
+    grammar_timeout_s: float = 1.0
     seed: int = 0
     require_native: bool = False
     timeout_s: float = 120.0
@@ -54,7 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         at_least = {
             "max_num_seqs": 1, "max_num_batched_tokens": 1, "tensor_parallel_size": 1, "max_model_len": 2,
-            "block_size": 1, "num_kv_blocks": 2, "kv_cache_bytes": 1, "max_waiting": 1,
+            "block_size": 1, "num_kv_blocks": 2, "kv_cache_bytes": 1, "max_waiting": 1, "max_waiting_tokens": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

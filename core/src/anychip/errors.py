@@ -6,6 +6,7 @@
     │   │   └── ContextTooLong
     │   ├── UnknownModel           404
     │   ├── QueueFull              429
+    │   ├── RequestTimeout         408, past its deadline
     │   ├── ConfigError            a setting, before anything is loaded
     │   ├── CheckpointError        names the tensor and the file
     │   ├── KVCacheTooSmall        says what would fit
@@ -67,6 +68,13 @@ class QueueFull(UserError):
 
     status = 429
     code = "queue_full"
+
+
+class RequestTimeout(UserError):
+    """The request did not end within the time that it was given."""
+
+    status = 408
+    code = "deadline_exceeded"
 
 
 class ConfigError(UserError):
@@ -150,8 +158,8 @@ class RequestAborted(AnychipError):
 _BY_NAME: dict[str, type[AnychipError]] = {
     cls.__name__: cls
     for cls in (
-        InvalidRequest, ContextTooLong, UnknownModel, QueueFull, ConfigError, CheckpointError, KVCacheTooSmall,
-        DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
+        InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
+        KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
     )
 }  # fmt: skip
 

@@ -24,6 +24,12 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     stop_ids: tuple[int, ...]
     priority: int = 0
     cache_salt: str = ""
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The words that may not be completed, as tokens."""
+    tenant: str = ""
+    """Whose request it is, for policies that share the device fairly."""
+    deadline: float | None = None
+    """Seconds from its arrival at the engine after which it ends with an error."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -53,6 +59,8 @@ class SequenceDelta(msgspec.Struct, array_like=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens from the second on, with the first new token."""
     cached_tokens: int = 0
     error: tuple[str, str] | None = None
     """Class name and message of what refused the request."""
@@ -150,6 +158,10 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     sample_index: int
     logprobs: int
     """-1: none; otherwise how many of the most likely tokens to report."""
+    score_from: int
+    """First position whose next prompt token is to be scored; num_prompt: none."""
+    score_top: int
+    """How many of the most likely tokens to report with a score."""
 
 
 class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -170,15 +182,24 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     zeros: list[int]
 
 
-class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """What sampling needs that was not known when the step was launched.
+class LogitEdits(msgspec.Struct, frozen=True, array_like=True):
+    """Changes to single logits of a row, equally long: int32 ids, each once; float32 scales and shifts. A logit is
+    divided by its scale where it is positive, multiplied where it is negative, and then shifted."""
 
-    `masks` maps a position among the step's sampling rows to a packed bitmask of allowed tokens: bit i of word
-    i // 32, little-endian.
+    ids: bytes
+    scales: bytes
+    shifts: bytes
+
+
+class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What sampling needs that was not known when the step was launched, by position among its sampling rows.
+
+    A mask is a packed bitmask of allowed tokens: bit i of word i // 32, little-endian.
     """
 
     step_id: int
     masks: dict[int, bytes]
+    edits: dict[int, LogitEdits] = {}
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -188,6 +209,8 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
     token_ids: bytes
     logprobs: dict[int, TokenLogprobs]
     """By position among the sampling rows; only rows that asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    """By position among the decision's rows: of the prompt tokens that follow those computed, in order."""
 
 
 ToEngine = AddRequest | Abort | Shutdown

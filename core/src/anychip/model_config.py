@@ -81,7 +81,7 @@ def load_model_config(model: str) -> ModelConfig:
         raise CheckpointError(f"{folder / 'config.json'} holds a value that cannot be: {error}") from error
 
 
-_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p")
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:

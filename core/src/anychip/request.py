@@ -6,16 +6,22 @@ Does not hold text (engine/output_processor does) or decide anything (scheduler/
 from __future__ import annotations
 
 import enum
-from typing import Protocol
+import math
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from anychip.messages import LogitEdits, TokenLogprobs
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
+if TYPE_CHECKING:
+    from anychip.scheduler.beam_search import BeamSearch
+
 
 class LogitsProcessor(Protocol):
-    """Restricts the next token of one sequence. Grammars, bad words and logit biases plug in here."""
+    """Restricts the next token of one sequence. Grammars and bad words plug in here. An AnychipError that it raises
+    ends the request."""
 
     def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
         """Clears bits of `mask` for the token at `position`, where all earlier ids of the request are known.
@@ -26,6 +32,14 @@ class LogitsProcessor(Protocol):
 
     def applies(self, position: int) -> bool:
         """Whether the token at `position` is restricted at all; False costs nothing."""
+        ...
+
+
+class LogitsEditor(Protocol):
+    """Changes single logits of one sequence: penalties and biases."""
+
+    def edits(self, request: Request) -> LogitEdits | None:
+        """For the next token, where all earlier ids of the request are known; None: no change."""
         ...
 
 
@@ -54,9 +68,10 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "epoch", "finish_reason", "fork_of",
-        "index", "max_output", "num_cached_blocks", "num_computed", "num_promised", "num_prompt",
-        "priority", "processors", "request_id", "sampling", "seed", "slot", "status", "stop_ids", "token_ids",
+        "arrival", "beams", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "editor", "epoch",
+        "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed", "num_promised",
+        "num_prompt", "priority", "processors", "prompt_logprobs", "reenters", "request_id", "sampling",
+        "seed", "slot", "status", "stop_ids", "tenant", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +89,9 @@ class Request:
         cache_salt: str = "",
         fork_of: Request | None = None,
         processors: tuple[LogitsProcessor, ...] = (),
+        editor: LogitsEditor | None = None,
+        tenant: str = "",
+        deadline: float = math.inf,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -88,6 +106,10 @@ class Request:
         self.cache_salt = cache_salt
         self.fork_of = fork_of
         self.processors = processors
+        self.editor = editor
+        self.tenant = tenant
+        self.deadline = deadline  # on the monotonic clock
+        self.beams: BeamSearch | None = None  # the search that the sequence is a beam of
 
         self.status = RequestStatus.WAITING
         self.epoch = 0
@@ -96,6 +118,8 @@ class Request:
         self.num_promised = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's second token and on
+        self.reenters = False  # its slot's tokens and blocks were replaced: the workers are told anew
         self.block_ids: list[list[BlockId]] = []  # by KV group; the KV cache manager alone mutates it
         self.block_hashes: list[bytes] = []
         self.num_cached_blocks: list[int] = []  # by KV group: leading blocks already offered to the prefix cache
@@ -107,6 +131,15 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to be computed."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and self.index == 0
+            and len(self.prompt_logprobs) < self.num_prompt - 1
+        )
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -140,6 +140,7 @@ def make_core(scheduler: Scheduler, *, max_in_flight: int = 1, seed: int = 0, **
         max_model_len=4096,
         max_in_flight=max_in_flight,
         max_waiting=64,
+        max_waiting_tokens=100_000,
         seed=seed,
     )
 

@@ -22,7 +22,7 @@ def sampling(**body):
 
 
 def test_the_embedded_model_recommends_its_own():
-    assert load_model_config("quickstart").sampling_defaults == RECOMMENDED
+    assert load_model_config("quickstart").sampling_defaults == RECOMMENDED | {"repetition_penalty": 1.05}
 
 
 def test_what_is_no_number_is_no_recommendation(tmp_path):

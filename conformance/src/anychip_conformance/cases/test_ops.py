@@ -12,7 +12,7 @@ from anychip_conformance.case import kind
 from anychip_conformance.choices import DTYPES, CaseDtype, each_dtype
 from anychip_conformance.device import Device, seen, unchanged
 from anychip_conformance.oracle import vectorised as oracle
-from anychip_conformance.oracle.rounding import rounded
+from anychip_conformance.oracle.rounding import U32, rounded
 from anychip_conformance.oracle.vectorised import Bounded
 
 _dtype = st.sampled_from(["any", "narrow"])
@@ -288,6 +288,34 @@ def token_masks(device: Device, case: OpCase) -> None:
     result = device.ops.ops.apply_token_masks(logits=logits.clone(), masks=device.tensor(masks.view(np.int32), "int32"))
     expected = np.where(allowed, seen(logits), -np.inf)
     device.compare("masked logits", result, Bounded(expected, np.zeros_like(expected)))
+
+
+@kind("op.edit_logits", corpus=[OpCase(width=width) for width in (1, 2, 33, 100)], drawn=drawn())
+def edit_logits(device: Device, case: OpCase) -> None:
+    """Named logits are divided by their scale where positive, multiplied where negative, then shifted; the others keep
+    their bits, and so does the argument. An id that stands in a row twice counts once."""
+    rng = np.random.default_rng(case.seed)
+    logits = device.tensor(rng.normal(size=(case.tokens, case.width)), "float32")
+    count = max(1, case.width // 3)
+    ids = np.stack([rng.permutation(case.width)[:count] for _ in range(case.tokens)])
+    scales = rng.choice([0.5, 1.0, 1.3, 2.0], size=ids.shape).astype(np.float32)
+    shifts = rng.choice([0.0, -1.5, 0.25, 100.0], size=ids.shape).astype(np.float32)
+    doubled = [np.concatenate((values, values[:, :1], values[:, :1]), axis=1) for values in (ids, scales, shifts)]
+    before = logits.clone()
+    result = device.ops.ops.edit_logits(
+        logits=logits,
+        ids=device.tensor(doubled[0], "int32"),
+        scales=device.tensor(doubled[1], "float32"),
+        shifts=device.tensor(doubled[2], "float32"),
+    )
+    device.same_bits("input logits", logits, before)
+    expected = seen(before).copy()
+    old = np.take_along_axis(expected, ids, -1)
+    new = np.where(old > 0, old / scales, old * scales.astype(np.float64)) + shifts
+    np.put_along_axis(expected, ids, new, -1)
+    bound = np.zeros_like(expected)
+    np.put_along_axis(bound, ids, 2 * U32 * (np.abs(new) + np.abs(new - shifts)), -1)
+    device.compare("edited logits", result, Bounded(expected, bound))
 
 
 @kind("op.matmul_reduce", corpus=each_dtype(OpCase(width=32), OpCase(width=48, tokens=1)), drawn=drawn(), examples=15)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from anychip.messages import TokenLogprobs
 from anychip.plugin_api import GraphLevel
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.choices import widest
@@ -104,6 +105,62 @@ def masks(device: Device, case: Nothing) -> None:
         assert result.logprobs[0].top_ids[0] == wanted, "a mask has moved the log-probabilities"
 
     driven(device, check)
+
+
+@kind("step.edits", deadline_s=_DEADLINE_S)
+def edits(device: Device, case: Nothing) -> None:
+    """A row's edits hold for that row alone, few or many, and come before its mask; log-probabilities are of the
+    logits before them."""
+
+    def check(driver: StepDriver) -> None:
+        wanted = expected(device, 1)[0]
+        other, third = [token for token in (3, 64, 65) if token != wanted][:2]
+        every_but_one = {token: (1.0, -100.0) for token in range(VOCAB_SIZE) if token != other}
+        result = driver.step(
+            new={slot: (TEXT, [slot + 1]) for slot in range(4)},
+            tokens={slot: len(TEXT) for slot in range(4)},
+            edits={0: {wanted: (1.0, -100.0), other: (1.0, 100.0)}, 2: every_but_one, 3: {other: (1.0, 100.0)}},
+            masks={3: {third}},
+        )
+        found = tokens_of(result)
+        assert found == [other, wanted, other, third], f"got {found}, expected {[other, wanted, other, third]}"
+        assert result.logprobs[0].top_ids[0] == wanted, "an edit has moved the log-probabilities"
+
+    driven(device, check)
+
+
+@kind("step.scores", deadline_s=_DEADLINE_S)
+def scores(device: Device, case: Nothing) -> None:
+    """A prompt's log-probabilities are those of its tokens after the ones before them, in one step and in several,
+    beside rows that ask for none; the last token's follower is nobody's to score."""
+
+    def check(driver: StepDriver) -> None:
+        split = 5
+        both = {0: (TEXT, [1]), 1: (TEXT, [2]), 2: (TEXT, [3])}
+        first = driver.step(new=both, tokens={0: len(TEXT), 1: split, 2: len(TEXT)}, scored={0, 1})
+        rest = driver.step(tokens={0: 1, 1: len(TEXT) - split})
+        whole, parts = first.prompt_logprobs[0], first.prompt_logprobs[1] + rest.prompt_logprobs[1]
+        assert set(first.prompt_logprobs) == {0, 1} and set(rest.prompt_logprobs) == {1}, "rows that asked for none"
+        assert len(whole) == len(parts) == len(TEXT) - 1, f"{len(whole)} and {len(parts)} of {len(TEXT) - 1} scores"
+        for position, token in enumerate(TEXT[1:]):
+            # What a draw after the same tokens reports is the measure.
+            prefix = TEXT[: position + 1]
+            last = driver.step(new={3: (prefix, [4])}, tokens={3: len(prefix)}, finished=[3]).logprobs[0]
+            for found in (whole[position], parts[position]):
+                assert found.top_ids[0] == last.top_ids[0], f"after {position + 1} tokens: another likeliest token"
+                near = abs(found.top[0] - last.top[0]) < _NEAR and abs(found.chosen - _of(last, token, found)) < _NEAR
+                assert near, f"token {position + 1}: {found.chosen} and {found.top[0]}, expected {last.top[0]}"
+
+    driven(device, check)
+
+
+_NEAR = 0.05
+"""Between log-probabilities of one position computed in steps of different shapes, in bfloat16."""
+
+
+def _of(last: TokenLogprobs, token: int, found: TokenLogprobs) -> float:
+    """The token's log-probability, where it is among the likeliest; what was found has no other witness elsewhere."""
+    return last.top[last.top_ids.index(token)] if token in last.top_ids else found.chosen
 
 
 @kind("step.zeroed", deadline_s=_DEADLINE_S)

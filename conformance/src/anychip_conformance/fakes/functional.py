@@ -25,6 +25,7 @@ from anychip.plugin_api import (
     Recorder,
     Rope,
     Routing,
+    Scores,
     Section,
     ShapeKey,
     StepModel,
@@ -145,9 +146,10 @@ def edited(backend: AttentionBackend, cache: Tensor, copies: Sequence[tuple[int,
 
 
 def forward_body(
-    model: StepModel, kv: KVPlan, caches: Sequence[Tensor], last_ids: Tensor, fields: Mapping[str, Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """One forward pass: the new caches by layer, and logits for every row, padded ones included."""
+    model: StepModel, ops: Ops, kv: KVPlan, caches: Sequence[Tensor], last_ids: Tensor, fields: Mapping[str, Tensor]
+) -> tuple[list[Tensor], Tensor, *tuple[Tensor, ...]]:
+    """One forward pass: the new caches by layer, logits for every row, padded ones included, and where targets are
+    given the scores of every token, of which those with a target count."""
     ids = fields["input_ids"]
     ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
     plans = [
@@ -161,7 +163,12 @@ def forward_body(
     ]
     context = ForwardContext(plans, list(caches), kv.layer_groups)
     hidden = model.forward(ids, fields["positions"], context)
-    return context.caches, model.logits(hidden[fields["logits_indices"]])
+    logits = model.logits(hidden[fields["logits_indices"]])
+    if "score_targets" not in fields:
+        return context.caches, logits
+    targets = fields["score_targets"].clamp(min=0)
+    scores = ops.logprobs(logits=model.logits(hidden).float(), token_ids=targets, num_top=MAX_LOGPROBS)
+    return context.caches, logits, *scores
 
 
 def sample_body(
@@ -176,8 +183,12 @@ def sample_body(
     """One draw for every row, padded ones included: the new last ids, then what OUTPUT_NAMES lists."""
     given = dict(fields)
     logits = logits.float()
-    masks = given.pop("masks", None)
-    scored = logits if masks is None else ops.apply_token_masks(logits=logits, masks=masks)
+    masks, edits = given.pop("masks", None), [given.pop(f"edit_{name}", None) for name in ("ids", "scales", "shifts")]
+    scored = logits
+    if edits[0] is not None:
+        scored = ops.edit_logits(logits=scored, **dict(zip(("ids", "scales", "shifts"), edits, strict=True)))
+    if masks is not None:
+        scored = ops.apply_token_masks(logits=scored, masks=masks)
     ids = ops.sample(logits=scored, all_greedy=False, **given)
     last_ids = last_ids.index_copy(0, slots.long(), ids)
     if not with_logprobs:
@@ -185,8 +196,16 @@ def sample_body(
     return last_ids, ids, *ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
 
 
-def outputs(results: Sequence[Tensor], num_samples: int) -> ReadyOutputs:
+def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Scores | None:
+    """Of every token's scores, those of the tokens that had a target."""
+    if targets is None:
+        return None
+    logprobs, top_ids, top = (value.numpy()[targets >= 0] for value in values)
+    return Scores(logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
+
+
+def outputs(results: Sequence[Tensor], num_samples: int, scores: Scores | None = None) -> ReadyOutputs:
     """What OUTPUT_NAMES lists, of the rows that are no padding."""
     host = {name: value[:num_samples].numpy() for name, value in zip(OUTPUT_NAMES, results, strict=False)}
     host["token_ids"] = host["token_ids"].reshape(-1, 1)
-    return ReadyOutputs(HostOutputs(**host))
+    return ReadyOutputs(HostOutputs(**host, scores=scores))

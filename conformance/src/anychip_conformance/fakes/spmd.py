@@ -25,6 +25,7 @@ from anychip.plugin_api import (
     Platform,
     ReadyOutputs,
     SamplingInputs,
+    Scores,
     Shard,
     StepInputs,
     StepLimits,
@@ -33,6 +34,7 @@ from anychip.plugin_api import (
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
+    chosen_scores,
     edited,
     forward_body,
     outputs,
@@ -120,6 +122,7 @@ class SpmdState:
 class SpmdHidden:
     logits: list[Tensor]
     slots: Tensor
+    scores: Scores | None
 
 
 class SpmdStepProgram(StepProgram):
@@ -162,12 +165,13 @@ class SpmdStepProgram(StepProgram):
     def forward(self, state: SpmdState, inputs: StepInputs) -> tuple[SpmdState, SpmdHidden]:
         fields = tensors(inputs.arena, inputs.sections)
 
-        def one(rank: int) -> tuple[list[Tensor], Tensor]:
-            return forward_body(self.models[rank], self.kv, state.caches[rank], state.last_ids[rank], fields)
+        def one(rank: int) -> tuple[list[Tensor], Tensor, *tuple[Tensor, ...]]:
+            return forward_body(self.models[rank], self.ops, self.kv, state.caches[rank], state.last_ids[rank], fields)
 
         results = self._on_every_device(one)
-        caches = [caches for caches, _ in results]
-        return SpmdState(caches, state.last_ids), SpmdHidden([logits for _, logits in results], fields["sample_slots"])
+        caches, logits = [result[0] for result in results], [result[1] for result in results]
+        scores = chosen_scores(results[0][2:], inputs.score_targets)
+        return SpmdState(caches, state.last_ids), SpmdHidden(logits, fields["sample_slots"], scores)
 
     def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, ReadyOutputs]:
         fields = tensors(late.arena, late.sections)
@@ -184,7 +188,7 @@ class SpmdStepProgram(StepProgram):
 
         results = self._on_every_device(one)
         last_ids = [result[0] for result in results]
-        return SpmdState(state.caches, last_ids), outputs(results[0][1:], late.num_samples)
+        return SpmdState(state.caches, last_ids), outputs(results[0][1:], late.num_samples, hidden.scores)
 
     def _on_every_device(self, fn: Callable[[int], R]) -> list[R]:
         def guarded(rank: int) -> R:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anychip.plugin_api import (
-    FEATURES,
+    SCORES,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
@@ -29,6 +29,7 @@ from anychip.plugin_api import (
     Platform,
     ReadyOutputs,
     SamplingInputs,
+    Scores,
     ShapeKey,
     ShapePolicy,
     Shard,
@@ -36,11 +37,13 @@ from anychip.plugin_api import (
     StepLimits,
     StepProgram,
     StepRules,
+    sampling_features,
 )
 from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
+    chosen_scores,
     edited,
     forward_body,
     outputs,
@@ -79,7 +82,7 @@ class DonatedState:
 class StaticHidden:
     logits: Tensor
     slots: Tensor
-    num_samples: int
+    scores: Scores | None
 
 
 class StaticShapes(ShapePolicy):
@@ -159,7 +162,8 @@ class StaticStepProgram(StepProgram):
         start = time.perf_counter()
         for key in keys:
             self._compile_step(key)
-            for features in _feature_sets():
+            self._compile_step(replace(key, features=(SCORES,)))
+            for features in sampling_features(self.vocab_size):
                 if (key.num_reqs, features) not in self._samplers:
                     self._compile_sampler(replace(key, features=features))
         return CompileReport(num_programs=self.num_compilations, seconds=time.perf_counter() - start)
@@ -172,8 +176,8 @@ class StaticStepProgram(StepProgram):
         fields = tensors(blank.arena, blank.sections)
         names = list(fields)
 
-        def step(caches: list[Tensor], last_ids: Tensor, *values: Tensor) -> tuple[list[Tensor], Tensor]:
-            return forward_body(self.model, self.kv, caches, last_ids, dict(zip(names, values, strict=True)))
+        def step(caches: list[Tensor], last_ids: Tensor, *values: Tensor) -> tuple[object, ...]:
+            return forward_body(self.model, self.ops, self.kv, caches, last_ids, dict(zip(names, values, strict=True)))
 
         caches, last_ids = self.initial_state(self._num_blocks).take()
         self._steps[key] = self._compile(step, (caches, last_ids, *fields.values()))
@@ -215,8 +219,8 @@ class StaticStepProgram(StepProgram):
             raise UncompiledShape(f"no compiled step for {inputs.key}")
         caches, last_ids = state.take()
         fields = tensors(inputs.arena, inputs.sections)
-        caches, logits = step(caches, last_ids, *fields.values())
-        hidden = StaticHidden(logits, fields["sample_slots"], inputs.num_samples)
+        caches, logits, *scores = step(caches, last_ids, *fields.values())
+        hidden = StaticHidden(logits, fields["sample_slots"], chosen_scores(scores, inputs.score_targets))
         return DonatedState(caches, last_ids), hidden
 
     @torch.inference_mode()
@@ -229,7 +233,7 @@ class StaticStepProgram(StepProgram):
         caches, last_ids = state.take()
         fields = tensors(late.arena, late.sections)
         last_ids, *results = draw(last_ids, hidden.logits.float(), hidden.slots, *fields.values())
-        return DonatedState(caches, last_ids), outputs(results, late.num_samples)
+        return DonatedState(caches, last_ids), outputs(results, late.num_samples, hidden.scores)
 
 
 class CompiledCall:
@@ -255,11 +259,3 @@ def _signature(arguments: object) -> list[tuple[tuple[int, ...], torch.dtype]]:
         arguments = list(arguments.values())
     assert isinstance(arguments, list | tuple)
     return [entry for argument in arguments for entry in _signature(argument)]
-
-
-def _feature_sets() -> list[tuple[str, ...]]:
-    """Every subset of FEATURES, in their order."""
-    sets: list[tuple[str, ...]] = [()]
-    for feature in FEATURES:
-        sets += [(*chosen, feature) for chosen in sets]
-    return sets

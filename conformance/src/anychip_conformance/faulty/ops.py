@@ -152,6 +152,21 @@ def mask_of_the_first_row(*, logits: Tensor, masks: Tensor) -> Tensor:
     return sampling.apply_token_masks(logits=logits, masks=masks[:1].expand(len(logits), -1))
 
 
+@fault("op-edits-divide-always", "op", op="edit_logits", killed_by="op.edit_logits.003")
+def edits_divide_always(*, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    """A negative logit is divided by its scale too: a penalty becomes a reward."""
+    old = logits.gather(-1, ids.long())
+    return logits.scatter(-1, ids.long(), old / scales + shifts)
+
+
+@fault("op-edits-add-up", "op", op="edit_logits", killed_by="op.edit_logits.003")
+def edits_add_up(*, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    """An edit that stands in a row twice, to fill it up, is applied twice."""
+    old = logits.gather(-1, ids.long())
+    new = torch.where(old > 0, old / scales, old * scales) + shifts
+    return logits.scatter_add(-1, ids.long(), new - old)
+
+
 @fault("op-matmul-not-reduced", "op", op="matmul_reduce", killed_by="e2e.tensor_parallel.001")
 def matmul_not_reduced(*, x: Tensor, kernel: Any, packed: Any, communicator: Any) -> Tensor:
     """The sum over ranks is left out."""

@@ -114,7 +114,7 @@ class LastIdsByRow(StaticStepProgram):
 
     def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
         rows = torch.arange(len(hidden.slots), dtype=hidden.slots.dtype)
-        return super().sample(state, StaticHidden(hidden.logits, rows, hidden.num_samples), late)
+        return super().sample(state, StaticHidden(hidden.logits, rows, hidden.scores), late)
 
 
 @fault("step-last-ids-late", "step", killed_by="step.promised_ids.001")
@@ -144,6 +144,28 @@ class CompilesWhileServing(StaticStepProgram):
         return super().forward(state, inputs)
 
 
+@fault("step-scores-the-token-itself", "step", killed_by="step.scores.001")
+class ScoresTheTokenItself(StaticStepProgram):
+    """A prompt token is scored after itself, not after those before it."""
+
+    def forward(self, state: DonatedState, inputs: StepInputs) -> Any:
+        if inputs.score_targets is not None:
+            targets = inputs.score_targets
+            targets[targets >= 0] = inputs.input_ids[targets >= 0]
+        return super().forward(state, inputs)
+
+
+@fault("step-edits-of-the-first-row", "step", killed_by="step.edits.001")
+class EditsOfTheFirstRow(StaticStepProgram):
+    """The first row's edits change every row."""
+
+    def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
+        for edits in (late.edit_ids, late.edit_scales, late.edit_shifts):
+            if edits is not None:
+                edits[:] = edits[:1]
+        return super().sample(state, hidden, late)
+
+
 @fault("step-masks-logprobs", "step", killed_by="step.masks.001")
 class MasksLogprobs(StaticStepProgram):
     """Log-probabilities are of the logits after the mask."""
@@ -152,5 +174,5 @@ class MasksLogprobs(StaticStepProgram):
         if late.masks is not None:
             masks = torch.from_numpy(late.masks.copy())
             masked = self.ops.apply_token_masks(logits=hidden.logits.float(), masks=masks[: len(hidden.logits)])
-            hidden = StaticHidden(masked, hidden.slots, hidden.num_samples)
+            hidden = StaticHidden(masked, hidden.slots, hidden.scores)
         return super().sample(state, hidden, late)

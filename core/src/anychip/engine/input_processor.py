@@ -37,10 +37,17 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        tenant: str = "",
+        deadline: float | None = None,
+        truncate_prompt_tokens: int | None = None,
     ) -> AddRequest:
-        """Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextTooLong when prompt
-        and max_tokens exceed the model's length."""
+        """`truncate_prompt_tokens` keeps that many of the prompt's last tokens; -1: as many as fit.
+
+        Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextTooLong when prompt and
+        max_tokens exceed the model's length."""
         ids = self.tokenize(prompt, add_special_tokens)
+        if truncate_prompt_tokens is not None:
+            ids = ids[-self._kept(truncate_prompt_tokens, sampling) :]
         room = self.max_model_len - len(ids)
         asked = sampling.max_tokens
         if room < 1 or (asked or 1) > room:
@@ -52,12 +59,12 @@ class InputProcessor:
             )
         if sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need the tokenizer, which is off", param="stop")
-        bad_stop = next((t for t in sampling.stop_token_ids if t >= self.vocab_size), None)
-        if bad_stop is not None:
-            raise InvalidRequest(
-                f"stop_token_ids holds {bad_stop}, the vocabulary has {self.vocab_size}",
-                param="stop_token_ids",
-            )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            bad = next((t for t in getattr(sampling, name) or () if t >= self.vocab_size), None)
+            if bad is not None:
+                raise InvalidRequest(f"{name} holds {bad}, the vocabulary has {self.vocab_size}", param=name)
+        if sampling.structured is not None and sampling.ignore_eos:
+            raise InvalidRequest("ignore_eos and structured output exclude each other", param="ignore_eos")
         stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self.eos_token_ids)
         return AddRequest(
             request_id=request_id,
@@ -67,7 +74,30 @@ class InputProcessor:
             stop_ids=stop_ids,
             priority=priority,
             cache_salt=cache_salt,
+            bad_token_ids=self._bad_tokens(sampling.bad_words),
+            tenant=tenant,
+            deadline=deadline,
         )
+
+    def _kept(self, asked: int, sampling: SamplingParams) -> int:
+        if asked == -1:
+            return max(1, self.max_model_len - (sampling.max_tokens or 1))
+        if asked < 1:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {asked}; expected 1 or more, or -1 for as many as fit",
+                param="truncate_prompt_tokens",
+            )
+        return asked
+
+    def _bad_tokens(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word at a text's beginning, and after a space."""
+        if not words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidRequest("bad_words need the tokenizer, which is off", param="bad_words")
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+        found = (tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        return tuple(dict.fromkeys(ids for ids in found if ids))
 
     def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):

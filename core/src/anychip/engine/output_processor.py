@@ -19,6 +19,8 @@ class _Sequence:
                 tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
             )
         self.stops = sampling.stop
+        self.keeps_stops = sampling.include_stop_str_in_output
+        self.stop_token_ids = frozenset(sampling.stop_token_ids)
         self.min_tokens = sampling.min_tokens
         self.longest_stop = max(map(len, self.stops), default=0)
         self.text = ""
@@ -34,8 +36,11 @@ class _Sequence:
             finish_reason=delta.finish_reason,
         )
         self.num_tokens += len(delta.token_ids)
+        if delta.finish_reason == "stop" and delta.token_ids[-1] in self.stop_token_ids:
+            output.stop_reason = delta.token_ids[-1]
         if self.detokenizer is not None:
-            visible = delta.token_ids[:-1] if delta.finish_reason == "stop" else delta.token_ids
+            hides_last = delta.finish_reason == "stop" and not (self.keeps_stops and output.stop_reason is not None)
+            visible = delta.token_ids[:-1] if hides_last else delta.token_ids
             searched_from = max(0, len(self.text) - self.longest_stop + 1)
             self.text += self.detokenizer.add(visible)
             if delta.finish_reason is not None:
@@ -55,7 +60,7 @@ class _Sequence:
         found = [(at, stop) for at, stop in found if at >= 0]
         if found:
             at, stop = min(found, key=lambda hit: hit[0] + len(hit[1]))
-            self.text = self.text[:at]
+            self.text = self.text[: at + len(stop) if self.keeps_stops else at]
             output.finish_reason, output.stop_reason = "stop", stop
 
 
@@ -96,6 +101,7 @@ class OutputProcessor:
             prompt_token_ids=request.prompt_token_ids,
             outputs=[output],
             cached_tokens=request.cached_tokens,
+            prompt_logprobs=delta.prompt_logprobs,
             finished=finished,
         ), output.finish_reason is not None and delta.finish_reason is None
 
@@ -118,5 +124,6 @@ def merge(outputs: list[RequestOutput]) -> RequestOutput:
         prompt_token_ids=last.prompt_token_ids,
         outputs=[sequences[index] for index in sorted(sequences)],
         cached_tokens=last.cached_tokens,
+        prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
         finished=last.finished,
     )

@@ -17,8 +17,8 @@ class SequenceOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | None = None
-    """The stop string that ended the sequence."""
+    stop_reason: str | int | None = None
+    """The stop string, or the one of the request's stop tokens, that ended the sequence."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,4 +29,6 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[SequenceOutput]
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens from the second on, with the first output."""
     finished: bool = False

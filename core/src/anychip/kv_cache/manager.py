@@ -6,6 +6,7 @@ blocks are short it says so and the scheduler decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from anychip.kv_cache.block_pool import BlockPool
@@ -48,7 +49,7 @@ class KVCacheManager:
         request.num_cached_blocks = [0] * len(self.groups)
         if request.fork_of is not None and self._fork(request.fork_of, request):
             return request.num_computed
-        if not self.prefix_caching:
+        if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
             return 0
         blocks = self._longest_hit(request)
         self._share_hit(request, blocks)
@@ -128,6 +129,20 @@ class KVCacheManager:
         child.block_hashes = parent.block_hashes[: shared // self.hash_block_size]
         child.num_computed = shared
         return True
+
+    def adopt(self, moves: Sequence[tuple[Request, Request]]) -> None:
+        """Each (request, source) gives the request the source's blocks in place of its own, all moves at once. The
+        next to write a shared block copies it."""
+        snapshots = [
+            ([list(table) for table in source.block_ids], list(source.block_hashes), list(source.num_cached_blocks))
+            for _, source in moves
+        ]
+        for tables, _, _ in snapshots:
+            for block in (block for table in tables for block in table if block != NULL_BLOCK):
+                self.pool.take(block)
+        for (request, _), (tables, hashes, cached) in zip(moves, snapshots, strict=True):
+            self.free(request)
+            request.block_ids, request.block_hashes, request.num_cached_blocks = tables, hashes, cached
 
     # -- growth -------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import msgspec
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.engine.engine_core import EngineCore
+from anychip.engine.grammars import PendingGrammars
 from anychip.errors import ConfigError
 from anychip.executor.inline import InlineExecutor
 from anychip.executor.multiprocess import MultiprocessExecutor
@@ -23,6 +24,8 @@ from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins
 from anychip.scheduler.policy import make_policy
 from anychip.scheduler.scheduler import Scheduler
+from anychip.structured_output.processor import GrammarCompiler
+from anychip.tokenizer.tokenizer import Tokenizer
 
 WORKER = "anychip.worker.worker:Worker"
 """Loaded by name, in the process that will run it: nothing that imports this module reaches torch."""
@@ -57,8 +60,21 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
         max_model_len=max_model_len,
         max_in_flight=config.max_in_flight,
         max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
         seed=config.seed,
+        grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )
+
+
+def pending_grammars(config: EngineConfig, model: ModelConfig) -> PendingGrammars:
+    """The tokenizer is read when the first grammar comes."""
+
+    def tokenizer_json() -> str:
+        text: str = Tokenizer.load(config.tokenizer or config.model, model.vocab_size).raw.to_str()
+        return text
+
+    compiler = GrammarCompiler(tokenizer_json, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+    return PendingGrammars(compiler)
 
 
 def check_length(config: EngineConfig, model: ModelConfig) -> None:

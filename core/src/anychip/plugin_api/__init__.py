@@ -17,7 +17,18 @@ from anychip.plugin_api.attention import (
 )
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
-from anychip.plugin_api.graph import FEATURES, GraphCapture, Recorder, RegionCompiler, ShapeKey, ShapePolicy
+from anychip.plugin_api.graph import (
+    EDIT_WIDTHS,
+    SCORES,
+    GraphCapture,
+    Recorder,
+    RegionCompiler,
+    ShapeKey,
+    ShapePolicy,
+    edits_feature,
+    edits_width,
+    sampling_features,
+)
 from anychip.plugin_api.hooks import hookimpl
 from anychip.plugin_api.linear import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
 from anychip.plugin_api.manifest import (
@@ -46,6 +57,7 @@ from anychip.plugin_api.step import (
     ModelSource,
     ReadyOutputs,
     SamplingInputs,
+    Scores,
     Section,
     Shard,
     StepInputs,
@@ -57,15 +69,16 @@ from anychip.plugin_api.version import API_VERSION
 from anychip.types import NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "FEATURES", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS",
-    "PADDING_SLOT", "SCHEMES", "ActFormat", "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView",
-    "Capabilities", "CommandManifest", "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo",
-    "EngineConfig", "Event", "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel",
-    "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo",
-    "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory", "Placement", "Platform", "PlatformContext",
-    "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme",
-    "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
-    "SamplingInputs", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel",
-    "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes",
-    "hookimpl", "op_override",
+    "API_VERSION", "EDIT_WIDTHS", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS",
+    "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "AttentionBackend", "AttentionLayer", "AttentionSpec",
+    "BatchView", "Capabilities", "CommandManifest", "Communicator", "CompileReport", "Decision", "DeviceFault",
+    "DeviceInfo", "EngineConfig", "Event", "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture",
+    "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec",
+    "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PeakMemory", "Placement", "Platform",
+    "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm",
+    "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope",
+    "Routing", "SamplingInputs", "Scores", "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs",
+    "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Unsupported", "WeightView",
+    "WeightsKey", "dense_page_bytes", "edits_feature", "edits_width", "hookimpl", "op_override",
+    "sampling_features",
 ]  # fmt: skip

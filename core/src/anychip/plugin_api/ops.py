@@ -26,6 +26,7 @@ OP_VERSIONS = {
     "gated_activation": 1,
     "softcap": 1,
     "apply_token_masks": 1,
+    "edit_logits": 1,
     "sample": 1,
     "logprobs": 1,
     "qkv_norm_rope": 1,
@@ -74,6 +75,13 @@ class Ops(Protocol):
 
     def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
         """Minus infinity where a packed bitmask [rows, words] int32 has a 0 bit."""
+        ...
+
+    def edit_logits(self, *, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+        """logits [rows, vocab_size] with single ones changed: ids [rows, width] int32, scales and shifts float32. A
+        named logit is divided by its scale where it is positive, multiplied where it is negative, then shifted. An
+        id may stand in a row several times, always with the same scale and shift, and counts once: rows with fewer
+        edits are filled up like that. The argument stays as it was."""
         ...
 
     def sample(

@@ -60,6 +60,7 @@ class StepInputs:
     sample_slots: np.ndarray  # [num_reqs] int32, slot of each sampling row
     block_tables: tuple[np.ndarray, ...]  # by KV group: [num_reqs, num_pages] int32
     slot_mappings: tuple[np.ndarray, ...]  # by KV group: [num_tokens] of the declared slot dtype
+    score_targets: np.ndarray | None  # [num_tokens] int32, with SCORES: the id to score after a token; -1: none
     num_rows: int  # unpadded
     num_tokens: int
     num_samples: int
@@ -71,6 +72,7 @@ class SamplingInputs:
     """By sampling row, padded to key.num_reqs: what drawing a token needs. Lies in one buffer, `arena`.
 
     `masks` is a packed bitmask of allowed tokens, bit i of word i // 32 for token i; None when no row has one.
+    `edit_*` are what Ops.edit_logits takes, applied before the masks; None when no row has any.
     """
 
     key: ShapeKey
@@ -85,18 +87,31 @@ class SamplingInputs:
     sample_index: np.ndarray  # [num_reqs] int32, which of a request's n sequences
     position: np.ndarray  # [num_reqs] int32, of the token to be drawn
     masks: np.ndarray | None  # [num_reqs, ceil(vocab_size / 32)] int32
+    edit_ids: np.ndarray | None  # [num_reqs, width] int32
+    edit_scales: np.ndarray | None  # [num_reqs, width] float32
+    edit_shifts: np.ndarray | None  # [num_reqs, width] float32
     num_samples: int
     all_greedy: bool
 
 
 @dataclass(slots=True, kw_only=True)
+class Scores:
+    """Of the step's tokens that had a target, in their order."""
+
+    logprobs: np.ndarray  # [num_scored] of the targets
+    top_ids: np.ndarray  # [num_scored, MAX_LOGPROBS]
+    top_logprobs: np.ndarray
+
+
+@dataclass(slots=True, kw_only=True)
 class HostOutputs:
-    """What a step produced, on the host. Logprobs are present when key.features asked for them."""
+    """What a step produced, on the host. Logprobs and scores are present when the features asked for them."""
 
     token_ids: np.ndarray  # [num_samples, tokens per row]
     chosen_logprobs: np.ndarray | None = None  # [num_samples]
     top_ids: np.ndarray | None = None  # [num_samples, MAX_LOGPROBS]
     top_logprobs: np.ndarray | None = None
+    scores: Scores | None = None
 
 
 class StepOutputs(Protocol):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from anychip.plugin_api.attention import BatchView
-from anychip.plugin_api.graph import ShapeKey
+from anychip.plugin_api.graph import SCORES, ShapeKey, edits_width
 from anychip.plugin_api.step import SamplingInputs, Section, StepInputs
 from anychip.types import NULL_BLOCK, PADDING_SLOT
 
@@ -44,16 +44,21 @@ def step_layout(key: ShapeKey, num_groups: int, slot_dtype: str) -> Layout:
     for group in range(num_groups):
         fields += ((f"block_table_{group}", (key.num_reqs, key.num_pages), "int32"),)
         fields += ((f"slot_mapping_{group}", tokens, slot_dtype),)
+    if SCORES in key.features:
+        fields += (("score_targets", tokens, "int32"),)
     return _place(fields)
 
 
 @lru_cache(_REMEMBERED)
-def sampling_layout(num_rows: int, mask_words: int) -> Layout:
-    """The arrays of SamplingInputs, by name; mask_words 0: no masks."""
+def sampling_layout(num_rows: int, mask_words: int, num_edits: int = 0) -> Layout:
+    """The arrays of SamplingInputs, by name; mask_words 0: no masks; num_edits 0: no edits."""
     fields: _Fields = tuple((name, (num_rows,), "float32") for name in SAMPLING_FLOATS)
     fields += tuple((name, (num_rows,), "int32") for name in SAMPLING_INTS)
     if mask_words:
         fields += (("masks", (num_rows, mask_words), "int32"),)
+    if num_edits:
+        shape = (num_rows, num_edits)
+        fields += (("edit_ids", shape, "int32"), ("edit_scales", shape, "float32"), ("edit_shifts", shape, "float32"))
     return _place(fields)
 
 
@@ -83,6 +88,8 @@ def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_sl
     for group in range(num_groups):
         views[f"block_table_{group}"].fill(NULL_BLOCK)
         views[f"slot_mapping_{group}"].fill(PADDING_SLOT)
+    if "score_targets" in views:
+        views["score_targets"].fill(-1)
     return step_inputs(key, arena, layout, views, num_rows=0, num_tokens=0, num_samples=0, max_query_len=0)
 
 
@@ -112,6 +119,7 @@ def step_inputs(
         sample_slots=views["sample_slots"],
         block_tables=tuple(views[f"block_table_{group}"] for group in groups),
         slot_mappings=tuple(views[f"slot_mapping_{group}"] for group in groups),
+        score_targets=views.get("score_targets"),
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_samples=num_samples,
@@ -148,10 +156,14 @@ def batch_view(
 
 
 def blank_sampling_inputs(key: ShapeKey, vocab_size: int) -> SamplingInputs:
-    """Sampling of padding alone; key.features says whether masks are there."""
-    layout = sampling_layout(key.num_reqs, mask_words(vocab_size) if "masks" in key.features else 0)
+    """Sampling of padding alone; key.features says whether masks and edits are there."""
+    words = mask_words(vocab_size) if "masks" in key.features else 0
+    layout = sampling_layout(key.num_reqs, words, edits_width(key.features))
     arena = np.zeros(arena_size(layout), dtype=np.uint8)
-    return sampling_inputs(key, arena, layout, array_views(arena, layout), num_samples=0, all_greedy=False)
+    views = array_views(arena, layout)
+    if "edit_scales" in views:
+        views["edit_scales"].fill(1)
+    return sampling_inputs(key, arena, layout, views, num_samples=0, all_greedy=False)
 
 
 def sampling_inputs(
@@ -169,6 +181,9 @@ def sampling_inputs(
         arena=arena,
         sections=layout,
         masks=views.get("masks"),
+        edit_ids=views.get("edit_ids"),
+        edit_scales=views.get("edit_scales"),
+        edit_shifts=views.get("edit_shifts"),
         num_samples=num_samples,
         all_greedy=all_greedy,
         **{name: views[name] for name in (*SAMPLING_FLOATS, *SAMPLING_INTS)},

@@ -12,8 +12,9 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, NewRow, SequenceDelta, StepDecision, StepResult
+from anychip.messages import DeviceRules, NewRow, SequenceDelta, StepDecision, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
+from anychip.sampling_params import MAX_N
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.step_room import StepRoom
 from anychip.types import FinishReason, RequestId, Slot
@@ -28,6 +29,8 @@ class ScheduledStep:
     decision: StepDecision
     sampling: list[Request]
     epochs: list[int]
+    scoring: dict[int, tuple[Request, int]]
+    """By position among the decision's rows: whose prompt tokens it scores, and the epoch."""
 
 
 class Scheduler:
@@ -49,6 +52,8 @@ class Scheduler:
         self.running: list[Request] = []  # by policy key
         self.requests: dict[tuple[RequestId, int], Request] = {}
         self.num_preemptions = 0
+        self.waiting_tokens = 0
+        """Of the prompts that wait."""
         self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
         self._finished_slots: list[int] = []
         self._next_step = 1
@@ -57,7 +62,14 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.requests[request.request_id, request.index] = request
-        insort(self.waiting, request, key=self.policy.key)
+        self._wait(request)
+
+    def sequences(self, request_id: RequestId) -> list[Request]:
+        """A request's sequences that have not ended."""
+        first = self.requests.get((request_id, 0))
+        count = MAX_N if first is None else first.sampling.num_sequences
+        found = (self.requests.get((request_id, index)) for index in range(count))
+        return [request for request in found if request is not None]
 
     def abort(self, request_id: RequestId, index: int) -> bool:
         """Ends a request in any state; steps in flight for it are dropped when they return."""
@@ -70,6 +82,7 @@ class Scheduler:
             self.kv.free(request)
         else:
             self._drop_from(self.waiting, request)
+            self.waiting_tokens -= request.num_prompt
         self._finish(request, "abort")
         return True
 
@@ -83,7 +96,7 @@ class Scheduler:
         request.num_promised = 0
         request.num_computed = 0
         request.become(RequestStatus.PREEMPTED)
-        insort(self.waiting, request, key=self.policy.key)
+        self._wait(request)
         self.num_preemptions += 1
 
     @property
@@ -99,18 +112,34 @@ class Scheduler:
         counts: list[int] = []
         new_rows: list[NewRow] = []
         if self.rules.mix_prefill_decode:
-            preempted = self._grow_running(room, rows, counts, None)
+            preempted = self._grow_running(room, rows, counts, new_rows, None)
         else:
-            preempted = self._grow_running(room, rows, counts, True)
+            preempted = self._grow_running(room, rows, counts, new_rows, True)
         if not preempted and self.waiting:
             self._admit_waiting(room, rows, counts, new_rows)
         if not rows and not self.rules.mix_prefill_decode:
-            self._grow_running(room, rows, counts, False)
+            self._grow_running(room, rows, counts, new_rows, False)
         if not rows:
-            return None
+            if self._stalled():
+                self.preempt(self.running[-1])
+                self._admit_waiting(room, rows, counts, new_rows)
+            if not rows:
+                return None
         return self._step(rows, counts, new_rows)
 
-    def _grow_running(self, room: StepRoom, rows: list[Request], counts: list[int], only: bool | None) -> bool:
+    def _stalled(self) -> bool:
+        """Whether beams wait for beams of theirs that cannot enter: what runs last must make room."""
+        return bool(
+            self.waiting
+            and len(self.running) > 1
+            and any(request.beams for request in self.running)
+            and not any(request.num_promised for request in self.running)
+            and not self.kv.pool.num_deferred
+        )
+
+    def _grow_running(
+        self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow], only: bool | None
+    ) -> bool:
         """Gives running requests their tokens, preempting from the end when blocks are short. `only` restricts
         to prefills (True) or decodes (False). Returns whether anybody was preempted."""
         running, allocate, preempted = self.running, self.kv.allocate, False
@@ -118,6 +147,8 @@ class Scheduler:
         while position < len(running):
             request = running[position]
             position += 1
+            if request.beams is not None and request.num_promised:
+                continue  # its next token is the search's to choose
             known = len(request.token_ids)
             behind = min(known + request.num_promised, request.num_prompt + request.max_output - 1)
             behind -= request.num_computed
@@ -144,6 +175,9 @@ class Scheduler:
                 room.take(granted, prefill=prefill)
                 rows.append(request)
                 counts.append(granted)
+                if request.reenters:
+                    request.reenters = False
+                    new_rows.append(_new_row(request))
         return preempted
 
     def _admit_waiting(self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow]) -> None:
@@ -156,7 +190,7 @@ class Scheduler:
                 continue
             resumed = request.status is RequestStatus.PREEMPTED
             cached = self.kv.start(request)
-            if coming and self.kv.next_full(request) in coming:
+            if coming and not request.scores_prompt and self.kv.next_full(request) in coming:
                 # This very step computes what the request would compute again: a step later it is shared.
                 self.kv.cancel_start(request)
                 continue
@@ -180,6 +214,7 @@ class Scheduler:
             gone = set(map(id, admitted))
             self.waiting = [request for request in self.waiting if id(request) not in gone]
             for request in admitted:
+                self.waiting_tokens -= request.num_prompt
                 insort(self.running, request, key=self.policy.key)
 
     def _coming(self, rows: list[Request], counts: list[int]) -> set[bytes]:
@@ -202,7 +237,10 @@ class Scheduler:
     def _step(self, rows: list[Request], counts: list[int], new_rows: list[NewRow]) -> ScheduledStep:
         sampling: list[Request] = []
         epochs: list[int] = []
-        for request, count in zip(rows, counts, strict=True):
+        scoring: dict[int, tuple[Request, int]] = {}
+        for position, (request, count) in enumerate(zip(rows, counts, strict=True)):
+            if request.sampling.prompt_logprobs is not None and request.scores_prompt:
+                scoring[position] = (request, request.epoch)
             computed = request.num_computed + count
             request.num_computed = computed
             if count > 1:
@@ -225,7 +263,7 @@ class Scheduler:
         )
         self.kv.pool.launched(self._next_step)
         self._next_step += 1
-        return ScheduledStep(decision, sampling, epochs)
+        return ScheduledStep(decision, sampling, epochs, scoring)
 
     # -- a result in --------------------------------------------------------------------------------------
 
@@ -235,11 +273,17 @@ class Scheduler:
         tokens = array("i")
         tokens.frombytes(result.token_ids)
         deltas: list[SequenceDelta] = []
+        for position, (request, epoch) in step.scoring.items():
+            if request.epoch == epoch:
+                request.prompt_logprobs += result.prompt_logprobs.get(position, [])
         offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
         for position, (request, epoch, token) in enumerate(zip(step.sampling, step.epochs, tokens, strict=True)):
             if request.epoch != epoch:
                 continue
             request.num_promised -= 1
+            if request.beams is not None:
+                deltas += self._advance_beams(request, result.logprobs[position])
+                continue
             token_ids = request.token_ids
             token_ids.append(token)
             known = len(token_ids)
@@ -247,6 +291,8 @@ class Scheduler:
             delta = SequenceDelta(request.request_id, request.index, [token])
             if num_output == 1:
                 delta.cached_tokens = request.cached_tokens
+                if request.sampling.prompt_logprobs is not None and not request.index:
+                    delta.prompt_logprobs = request.prompt_logprobs
             if position in result.logprobs:
                 delta.logprobs = [result.logprobs[position]]
             deltas.append(delta)
@@ -257,6 +303,15 @@ class Scheduler:
             elif num_output >= request.max_output:
                 delta.finish_reason = self._end(request, "length")
         return deltas
+
+    def _advance_beams(self, request: Request, likeliest: TokenLogprobs) -> list[SequenceDelta]:
+        search = request.beams
+        assert search is not None
+        ends = search.take(request.index, likeliest, self.kv)
+        if ends:
+            for beam in search.members:
+                self.abort(beam.request_id, beam.index)
+        return ends
 
     def _end(self, request: Request, reason: FinishReason) -> FinishReason:
         self.kv.offer(request)
@@ -280,6 +335,10 @@ class Scheduler:
         self._finished_slots.append(request.slot)
         request.slot = None
 
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=self.policy.key)
+        self.waiting_tokens += request.num_prompt
+
     def _drop_from(self, ordered: list[Request], request: Request) -> None:
         position = bisect_left(ordered, self.policy.key(request), key=self.policy.key)
         while ordered[position] is not request:  # equal keys stand together
@@ -301,5 +360,14 @@ def _new_row(request: Request) -> NewRow:
         min_p=sampling.min_p,
         seed=request.seed,
         sample_index=request.index,
-        logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
+        logprobs=_reported(request),
+        score_from=len(request.prompt_logprobs) if request.scores_prompt else request.num_prompt,
+        score_top=sampling.prompt_logprobs or 0,
     )
+
+
+def _reported(request: Request) -> int:
+    """How many of the likeliest tokens the workers report; -1: none."""
+    if request.beams is not None:
+        return 2 * request.beams.width
+    return -1 if request.sampling.logprobs is None else request.sampling.logprobs

@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anychip.messages import LateInputs, NewRow, StepDecision
+from anychip.messages import LateInputs, LogitEdits, NewRow, StepDecision
 from anychip.plugin_api import (
+    EDIT_WIDTHS,
     NULL_BLOCK,
     PADDING_SLOT,
+    SCORES,
     SamplingInputs,
     ShapeKey,
     ShapePolicy,
     StepInputs,
     StepLimits,
+    edits_feature,
 )
 from anychip.plugin_api.step_layout import (
     mask_words,
@@ -42,6 +45,7 @@ class StepRows:
     counts: np.ndarray  # [num_rows] tokens computed
     starts: np.ndarray  # [num_rows] position of each row's first token
     sampling: np.ndarray  # indexes of the rows that sample
+    scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
 
 
 class InputBatch:
@@ -72,6 +76,9 @@ class InputBatch:
         self._floats = {name: np.zeros(slots, dtype=np.float32) for name in _FLOATS}
         self._ints = {name: np.zeros(slots, dtype=np.int32) for name in _INTS}
         self.num_logprobs = np.full(slots, -1, dtype=np.int32)
+        self._score_from = np.zeros(slots, dtype=np.int32)
+        self._score_until = np.zeros(slots, dtype=np.int32)
+        self.score_top = np.zeros(slots, dtype=np.int32)
 
     # -- deltas -------------------------------------------------------------------------------------------
 
@@ -93,7 +100,8 @@ class InputBatch:
         self._num_computed[slots] = ends
         sampling = np.flatnonzero(ends == self._num_known[slots])
         self._num_known[slots[sampling]] += 1
-        return StepRows(decision.step_id, slots, counts, starts, sampling)
+        scored = np.minimum(ends, self._score_until[slots]) - np.maximum(starts, self._score_from[slots])
+        return StepRows(decision.step_id, slots, counts, starts, sampling, np.maximum(scored, 0))
 
     def _enter(self, row: NewRow) -> None:
         slot, ids = row.slot, np.frombuffer(row.token_ids, dtype=np.int32)
@@ -111,6 +119,9 @@ class InputBatch:
         self._ints["top_k"][slot] = min(row.top_k, 2**31 - 1)
         self._ints["sample_index"][slot] = row.sample_index
         self.num_logprobs[slot] = row.logprobs
+        self._score_from[slot] = row.score_from
+        self._score_until[slot] = row.num_prompt - 1  # the last token is followed by no prompt
+        self.score_top[slot] = row.score_top
 
     # -- a step's inputs ----------------------------------------------------------------------------------
 
@@ -124,7 +135,7 @@ class InputBatch:
             num_reqs=num_rows,
             max_query_len=max_query,
             num_pages=max(-(-longest // size) for size in self.block_sizes),
-            features=(),
+            features=(SCORES,) if rows.scored.any() else (),
         )
         layout = step_layout(key, len(self._tables), self._slot_dtype)
         arena, views = self.ring.take(layout)
@@ -139,6 +150,8 @@ class InputBatch:
             target[:num_rows, :pages] = table[rows.slots, :pages]
             target[:num_rows, pages:] = NULL_BLOCK
             target[num_rows:] = NULL_BLOCK
+        if "score_targets" in views:
+            self._fill_targets(views["score_targets"], rows)
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
         return step_inputs(
@@ -167,6 +180,15 @@ class InputBatch:
             mapping = table[token_slots, positions // size].astype(self._slot_dtype) * size + positions % size
             _fill(views[f"slot_mapping_{group}"], mapping, PADDING_SLOT)
 
+    def _fill_targets(self, targets: np.ndarray, rows: StepRows) -> None:
+        targets.fill(-1)
+        first_tokens = np.cumsum(rows.counts) - rows.counts
+        for row in np.flatnonzero(rows.scored).tolist():
+            slot, start = rows.slots[row], int(rows.starts[row])
+            first = max(start, int(self._score_from[slot]))
+            count, at = int(rows.scored[row]), int(first_tokens[row]) + first - start
+            targets[at : at + count] = self._tokens[slot, first + 1 : first + 1 + count]
+
     @staticmethod
     def _dummy_rows(views: dict[str, np.ndarray], num_rows: int, num_tokens: int) -> None:
         """Gives each padded row one padded token on the null block, as far as there are padded tokens."""
@@ -185,7 +207,11 @@ class InputBatch:
             features.append("logprobs")
         if late.masks:
             features.append("masks")
-        layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0)
+        longest = max((len(edits.ids) // 4 for edits in late.edits.values()), default=0)
+        width = next(width for width in EDIT_WIDTHS if width >= longest) if longest else 0
+        if width:
+            features.append(edits_feature(width))
+        layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0, width)
         arena, views = self.ring.take(layout)
         for name, by_slot in self._floats.items():
             _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
@@ -196,6 +222,8 @@ class InputBatch:
             views["masks"].fill(-1)
             for position, mask in late.masks.items():
                 views["masks"][position] = np.frombuffer(mask, dtype=np.int32)
+        if width:
+            _fill_edits(views, late.edits)
         return sampling_inputs(
             replace(key, features=tuple(features)),
             arena,
@@ -204,6 +232,21 @@ class InputBatch:
             num_samples=len(slots),
             all_greedy=not self._floats["temperature"][slots].any(),
         )
+
+
+def _fill_edits(views: dict[str, np.ndarray], edits: dict[int, LogitEdits]) -> None:
+    """Rows without edits, and what is left of the others' width, change a token by nothing or once more."""
+    views["edit_ids"].fill(0)
+    views["edit_scales"].fill(1)
+    views["edit_shifts"].fill(0)
+    for position, row in edits.items():
+        for name, data, dtype in (
+            ("edit_ids", row.ids, np.int32), ("edit_scales", row.scales, np.float32),
+            ("edit_shifts", row.shifts, np.float32),
+        ):  # fmt: skip
+            values, target = np.frombuffer(data, dtype=dtype), views[name][position]
+            target[: len(values)] = values
+            target[len(values) :] = values[0]
 
 
 def _fill(target: np.ndarray, values: np.ndarray, padding: int | float) -> None:

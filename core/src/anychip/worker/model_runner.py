@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from anychip.messages import LateInputs, StepDecision, StepResult, TokenLogprobs
-from anychip.plugin_api import HostOutputs, ShapeKey, StepOutputs, StepProgram
+from anychip.plugin_api import HostOutputs, Scores, ShapeKey, StepOutputs, StepProgram
 from anychip.worker.input_batch import InputBatch, StepRows
 
 
@@ -38,31 +40,54 @@ class ModelRunner:
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
         self.batch.ring.used()
         wanted = self.batch.num_logprobs[rows.slots[rows.sampling]]
-        return RunnerResult(rows.step_id, outputs, wanted)
+        scored = [
+            (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
+        ]
+        return RunnerResult(rows.step_id, outputs, wanted, scored)
 
 
 class RunnerResult:
-    """executor.PendingResult over a program's outputs. `num_logprobs` [num_samples]: -1 for rows without."""
+    """executor.PendingResult over a program's outputs. `num_logprobs` [num_samples]: -1 for rows without. `scored`
+    has (row, tokens, likeliest to report) of the rows with scored tokens."""
 
-    def __init__(self, step_id: int, outputs: StepOutputs, num_logprobs: np.ndarray) -> None:
+    def __init__(
+        self, step_id: int, outputs: StepOutputs, num_logprobs: np.ndarray, scored: Sequence[tuple[int, int, int]]
+    ) -> None:
         self._step_id = step_id
         self._outputs = outputs
         self._num_logprobs = num_logprobs
+        self._scored = scored
 
     def fetch(self) -> StepResult:
         host = self._outputs.fetch()
         ids = np.ascontiguousarray(host.token_ids[:, 0], dtype=np.int32)
-        return StepResult(self._step_id, ids.tobytes(), self._logprobs(host))
+        return StepResult(self._step_id, ids.tobytes(), self._logprobs(host), self._scores(host.scores))
 
     def _logprobs(self, host: HostOutputs) -> dict[int, TokenLogprobs]:
         if host.chosen_logprobs is None or host.top_ids is None or host.top_logprobs is None:
             return {}
-        found: dict[int, TokenLogprobs] = {}
-        for row in np.flatnonzero(self._num_logprobs >= 0).tolist():
-            count = int(self._num_logprobs[row])
-            found[row] = TokenLogprobs(
-                float(host.chosen_logprobs[row]),
-                host.top_ids[row, :count].tolist(),
-                host.top_logprobs[row, :count].tolist(),
-            )
+        return {
+            row: _entry(host.chosen_logprobs, host.top_ids, host.top_logprobs, row, int(self._num_logprobs[row]))
+            for row in _rows(self._num_logprobs >= 0)
+        }
+
+    def _scores(self, scores: Scores | None) -> dict[int, list[TokenLogprobs]]:
+        found: dict[int, list[TokenLogprobs]] = {}
+        if scores is not None:
+            start = 0
+            for row, tokens, top in self._scored:
+                found[row] = [
+                    _entry(scores.logprobs, scores.top_ids, scores.top_logprobs, start + at, top)
+                    for at in range(tokens)
+                ]
+                start += tokens
         return found
+
+
+def _entry(chosen: np.ndarray, top_ids: np.ndarray, top: np.ndarray, row: int, count: int) -> TokenLogprobs:
+    return TokenLogprobs(float(chosen[row]), top_ids[row, :count].tolist(), top[row, :count].tolist())
+
+
+def _rows(marked: np.ndarray) -> list[int]:
+    rows: list[int] = np.flatnonzero(marked).tolist()
+    return rows

@@ -150,4 +150,6 @@ def _profile_row(slot: int, length: int, tables: list[list[int]]) -> NewRow:
         seed=0,
         sample_index=0,
         logprobs=0,
+        score_from=length,
+        score_top=0,
     )

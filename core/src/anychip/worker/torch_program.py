@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from anychip.plugin_api import (
     Platform,
     Recorder,
     SamplingInputs,
+    Scores,
     ShapeKey,
     StepInputs,
     StepLimits,
@@ -31,6 +33,11 @@ from anychip.plugin_api import (
     StepProgram,
 )
 from anychip.plugin_api.step_layout import batch_view, blank_step_inputs
+
+_SCORED_AT_ONCE = 128
+"""Prompt tokens whose logits exist at once."""
+
+_SCORE_NAMES = ("scores", "score_ids", "score_tops")
 
 
 @dataclass(slots=True)
@@ -43,6 +50,7 @@ class TorchState:
 class TorchHidden:
     logits: Tensor | None  # [rows, vocab_size]; None when no row samples
     sample_slots: Tensor  # [rows]
+    scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
 
 
 @dataclass(slots=True)
@@ -125,17 +133,29 @@ class TorchStepProgram(StepProgram):
         fields = arena_views(arena, inputs.sections)
         plans = self._plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
-        logits = self._run(state, fields, plans, rows)
-        return state, TorchHidden(logits, fields["sample_slots"][: inputs.num_samples])
+        hidden = self._run(state, fields, plans)
+        scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
+        return state, TorchHidden(self._logits(hidden, rows), fields["sample_slots"][: inputs.num_samples], scores)
 
-    def _run(
-        self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object], rows: Tensor
-    ) -> Tensor | None:
+    def _run(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor:
         ids = fields["input_ids"]
         ids = torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
         context = ForwardContext(plans, state.caches, self.kv.layer_groups)
-        hidden = self.model.forward(ids, fields["positions"], context)
+        return self.model.forward(ids, fields["positions"], context)
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
         return self.model.logits(hidden[rows]) if len(rows) else None
+
+    def _scores(self, hidden: Tensor, targets: np.ndarray) -> tuple[Tensor, ...]:
+        """In parts, so that the logits of a whole chunk of prompt never exist at once."""
+        scored = np.flatnonzero(targets >= 0)
+        parts = []
+        for start in range(0, len(scored), _SCORED_AT_ONCE):
+            tokens = scored[start : start + _SCORED_AT_ONCE]
+            wanted = torch.from_numpy(targets[tokens]).to(self.device)
+            logits = self.model.logits(hidden[torch.from_numpy(tokens).to(self.device)]).float()
+            parts.append(self.ops.logprobs(logits=logits, token_ids=wanted, num_top=MAX_LOGPROBS))
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def _plans(
         self,
@@ -156,25 +176,34 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def sample(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs) -> tuple[TorchState, StepOutputs]:
+        results = dict(zip(_SCORE_NAMES, hidden.scores, strict=False))
+        if hidden.logits is None or late.num_samples == 0:
+            results["token_ids"] = torch.empty((0, 1), dtype=torch.int32)
+        else:
+            results |= self._draw(state, hidden.logits[: late.num_samples], hidden.sample_slots, late)
+        host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
+        return state, TorchOutputs(host, self.platform.event())
+
+    def _draw(self, state: TorchState, logits: Tensor, slots: Tensor, late: SamplingInputs) -> dict[str, Tensor]:
         count = late.num_samples
-        if hidden.logits is None or count == 0:
-            return state, TorchOutputs({"token_ids": torch.empty((0, 1), dtype=torch.int32)}, self.platform.event())
         arena = torch.from_numpy(late.arena).to(self.device, non_blocking=True)
         fields = {name: view[:count] for name, view in arena_views(arena, late.sections).items()}
-        logits = hidden.logits[:count].float()
+        logits = logits.float()
         scored = logits
+        if "edit_ids" in fields:
+            ids, scales, shifts = (fields.pop(name) for name in ("edit_ids", "edit_scales", "edit_shifts"))
+            scored = self.ops.edit_logits(logits=scored, ids=ids, scales=scales, shifts=shifts)
         if "masks" in fields:
-            scored = self.ops.apply_token_masks(logits=logits, masks=fields.pop("masks"))
+            scored = self.ops.apply_token_masks(logits=scored, masks=fields.pop("masks"))
         ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
         # Graphs read this storage, so it is rewritten whole: not every device writes by index in place.
-        state.last_ids.copy_(state.last_ids.index_copy(0, hidden.sample_slots[:count].long(), ids))
+        state.last_ids.copy_(state.last_ids.index_copy(0, slots[:count].long(), ids))
         results = {"token_ids": ids.unsqueeze(-1)}
         if "logprobs" in late.key.features:
             names = ("chosen_logprobs", "top_ids", "top_logprobs")
             found = self.ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
             results |= dict(zip(names, found, strict=True))
-        host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
-        return state, TorchOutputs(host, self.platform.event())
+        return results
 
     # -- graphs -------------------------------------------------------------------------------------------
 
@@ -191,7 +220,7 @@ class TorchStepProgram(StepProgram):
         plans = self._plans(inputs, fields, recorder=recorder)
 
         def step() -> Tensor | None:
-            return self._run(self._state, fields, plans, fields["logits_indices"])
+            return self._logits(self._run(self._state, fields, plans), fields["logits_indices"])
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
         self._captured[key] = CapturedStep(handle, arena, plans)
@@ -206,4 +235,9 @@ class TorchOutputs:
 
     def fetch(self) -> HostOutputs:
         self._event.wait()
-        return HostOutputs(**{name: tensor.numpy() for name, tensor in self._host.items()})
+        arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
+        scores = None
+        if _SCORE_NAMES[0] in arrays:
+            logprobs, top_ids, top = (arrays.pop(name) for name in _SCORE_NAMES)
+            scores = Scores(logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
+        return HostOutputs(**arrays, scores=scores)

@@ -14,6 +14,12 @@ def apply_token_masks(*, logits: Tensor, masks: Tensor) -> Tensor:
     return logits.masked_fill(allowed == 0, -torch.inf)
 
 
+def edit_logits(*, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    index = ids.long()
+    old = logits.gather(-1, index)
+    return logits.scatter(-1, index, torch.where(old > 0, old / scales, old * scales) + shifts)
+
+
 def sample(
     *,
     logits: Tensor,

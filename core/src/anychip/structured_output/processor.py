@@ -1,0 +1,85 @@
+"""A grammar as a restriction on one sequence, and the cache of compiled ones."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from anychip.errors import InvalidRequest
+from anychip.request import Request
+from anychip.sampling_params import StructuredOutput
+from anychip.structured_output.grammar import compiled, refusal
+
+_CACHED = 128
+
+
+class GrammarProcessor:
+    """request.LogitsProcessor: the tokens that keep a sequence inside its grammar; once it is complete, the end."""
+
+    def __init__(self, matcher: LLMatcher, wanted: StructuredOutput, num_prompt: int) -> None:
+        self._matcher = matcher
+        self._wanted = wanted
+        self._seen = num_prompt
+
+    def applies(self, position: int) -> bool:
+        return True
+
+    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
+        """Raises InvalidRequest when following the grammar costs more than it may."""
+        new = request.token_ids[self._seen :]
+        self._seen = len(request.token_ids)
+        if new and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(new)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise refusal(self._wanted, self._matcher.get_error())
+
+
+class GrammarCompiler:
+    """Compiles in a thread of its own, so that nobody's step waits. `tokenizer_json` is called once, when the first
+    grammar is wanted."""
+
+    def __init__(self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._cache: OrderedDict[StructuredOutput, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def submit(self, wanted: StructuredOutput, *, num_prompt: int, count: int) -> Future[list[GrammarProcessor]]:
+        """Processors for `count` sequences; or the InvalidRequest that says why there are none."""
+
+        def make() -> list[GrammarProcessor]:
+            return [GrammarProcessor(self.matcher(wanted), wanted, num_prompt) for _ in range(count)]
+
+        return self._thread.submit(make)
+
+    def matcher(self, wanted: StructuredOutput) -> LLMatcher:
+        """One at its beginning, compiled now if it is not remembered. Raises InvalidRequest."""
+        with self._lock:
+            found = self._cache.get(wanted)
+            if found is None:
+                found = self._cache[wanted] = compiled(wanted, self._load())
+                if len(self._cache) > _CACHED:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(wanted)
+            return found.deep_copy()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self) -> LLTokenizer:
+        if self._tokenizer is None:
+            if not self._eos_token_ids:
+                raise InvalidRequest("structured output needs a model with an end-of-sequence token")
+            self._tokenizer = LLTokenizer(
+                self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+            )
+        return self._tokenizer
