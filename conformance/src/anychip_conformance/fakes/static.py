@@ -53,7 +53,7 @@ from anychip_conformance.fakes.functional import (
 
 _MAX_TOKENS = 64
 _MAX_ROWS = 16
-_SHAPES = ((4, 4), (16, 16), (_MAX_TOKENS, 16))
+_SHAPES = ((16, 16), (_MAX_TOKENS, 16))
 """(tokens, rows) of the compiled steps."""
 
 

@@ -19,7 +19,8 @@ from anychip.executor.protocol import Executor
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import AddRequest, SequenceDelta
 from anychip.request import LogitsProcessor, Request
-from anychip.scheduler.beam_search import BeamSearch
+from anychip.sampling_params import MAX_LOGPROBS
+from anychip.scheduler.beam_search import BeamSearch, num_candidates
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
 from anychip.types import RequestId
 
@@ -99,8 +100,11 @@ class EngineCore:
                 "lower max_tokens or the number of beams",
                 param="beam_width",
             )
-        if len(message.stop_ids) > width:
-            raise InvalidRequest(f"{len(message.stop_ids)} stop tokens for {width} beams", param="stop_token_ids")
+        if num_candidates(width, len(set(message.stop_ids))) > MAX_LOGPROBS:
+            raise InvalidRequest(
+                f"{len(message.stop_ids)} stop tokens and {width} beams are {MAX_LOGPROBS} together at most",
+                param="stop_token_ids",
+            )
 
     def _start(self, message: AddRequest, grammars: Sequence[LogitsProcessor]) -> None:
         """`grammars` has one for each sequence, or none at all."""

@@ -83,10 +83,12 @@ class LogitEditor:
         self._scales = np.ones(256, dtype=np.float32)
         self._shifts = np.zeros(256, dtype=np.float32)
         for token, bias in sampling.logit_bias.items():
-            self._shifts[self._entry(token)] += bias
+            entry = self._entry(token)
+            self._shifts[entry] += bias
         if self._repetition != 1:
             for token in set(prompt_token_ids):
-                self._scales[self._entry(token)] = self._repetition
+                entry = self._entry(token)
+                self._scales[entry] = self._repetition
 
     def edits(self, request: Request) -> LogitEdits | None:
         """What the next token's logits need, where every earlier id of the request is known."""

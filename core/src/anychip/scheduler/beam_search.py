@@ -16,6 +16,11 @@ from anychip.request import Request, RequestStatus
 from anychip.types import FinishReason
 
 
+def num_candidates(width: int, num_stop_ids: int) -> int:
+    """How many likeliest tokens of each beam a round needs: even if all stop tokens are among them, enough go on."""
+    return width + max(width, num_stop_ids)
+
+
 class Continuation(NamedTuple):
     """A beam and the token that continues it."""
 
@@ -54,6 +59,7 @@ class BeamSearch:
         self.stop_ids = first.stop_ids
         self.beams = [Beam() for _ in range(self.width)]
         self.finished: list[Hypothesis] = []
+        self.num_candidates = num_candidates(self.width, len(self.stop_ids))
         self._candidates: dict[int, TokenLogprobs] = {}
 
     def take(self, beam: int, likeliest: TokenLogprobs, kv: KVCacheManager) -> list[SequenceDelta]:

@@ -369,5 +369,5 @@ def _new_row(request: Request) -> NewRow:
 def _reported(request: Request) -> int:
     """How many of the likeliest tokens the workers report; -1: none."""
     if request.beams is not None:
-        return 2 * request.beams.width
+        return request.beams.num_candidates
     return -1 if request.sampling.logprobs is None else request.sampling.logprobs
