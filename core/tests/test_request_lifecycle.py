@@ -13,7 +13,7 @@ import pytest
 
 from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
-from anychip.entrypoints.openai.app import make_app
+from anychip.entrypoints.http.app import make_app
 from anychip.launch import async_llm, engine_main
 from anychip.launch.async_llm import AsyncLLM
 from anychip_cpu import native

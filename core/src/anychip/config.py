@@ -24,6 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     served_model_name: str | None = None
     tokenizer: str | None = None
     skip_tokenizer: bool = False
+    chat_template: str | None = None
     device: str = "auto"
     device_options: dict[str, str] = {}
     dtype: str = "auto"
@@ -48,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     policy: str = "fcfs"
     max_waiting: int = 4096
     max_waiting_tokens: int = 4_000_000
+    max_queue_s: float | None = None
+    """Refuse a request whose wait, at the rate of the last seconds, would be longer."""
     grammar_timeout_s: float = 1.0
     seed: int = 0
     require_native: bool = False
@@ -85,6 +88,47 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return 2 if self.overlap else 1
 
 
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine is served over HTTP. Raises ConfigError at construction."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    """A Unix socket instead of host and port."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    api_key: str | None = None
+    api_keys: str | None = None
+    """A file of hashed keys, as `anychip hash-key` writes them."""
+    key_concurrency: int | None = None
+    """Requests that one key may have open at once."""
+    admin_port: int | None = None
+    admin_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    ui: bool = True
+    lenient: bool = False
+    max_body_bytes: int = 8 * 2**20
+    request_timeout_s: float | None = None
+    """The longest that a request may take; one may ask for less."""
+    ready_within_s: float = 10.0
+    """Without forward progress for so long, the server is not ready."""
+    drain_s: float = 30.0
+    restarts: int = 5
+    """Of a dead engine, within ten minutes."""
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    log_prompts: bool = False
+    otel_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("TLS takes both --tls-cert and --tls-key")
+        if self.admin_port is not None and not self.admin_key:
+            raise ConfigError("--admin-port takes an --admin-key: whoever reaches the port could stop the server")
+        if self.key_concurrency is not None and self.key_concurrency < 1:
+            raise ConfigError(f"key_concurrency is {self.key_concurrency}; expected 1 or more")
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's place: its rank, the devices that its process drives, where ranks meet."""
 
@@ -112,6 +156,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     device: str = "auto"
     api_key: str | None = None
+    admin_key: str | None = None
 
     @classmethod
     def read(cls) -> Environment:

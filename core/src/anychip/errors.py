@@ -5,6 +5,7 @@
     │   ├── InvalidRequest         400, names the parameter
     │   │   └── ContextTooLong
     │   ├── UnknownModel           404
+    │   ├── UnknownResponse        404
     │   ├── QueueFull              429
     │   ├── RequestTimeout         408, past its deadline
     │   ├── ConfigError            a setting, before anything is loaded
@@ -63,11 +64,22 @@ class UnknownModel(UserError):
     param = "model"
 
 
+class UnknownResponse(UserError):
+    """No response of this id is kept for whoever asks."""
+
+    status = 404
+    code = "response_not_found"
+
+
 class QueueFull(UserError):
-    """As many requests wait as may."""
+    """As many requests wait as may, or run for one key. `retry_after` in seconds, where it is known."""
 
     status = 429
     code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class RequestTimeout(UserError):

@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cache_salt: str = ""
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     """The words that may not be completed, as tokens."""
+    structured_after: tuple[int, ...] = ()
+    """Tokens after which structured output begins; (): at once."""
     tenant: str = ""
     """Whose request it is, for policies that share the device fairly."""
     deadline: float | None = None
@@ -62,12 +64,35 @@ class SequenceDelta(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens from the second on, with the first new token."""
     cached_tokens: int = 0
+    queued_s: float | None = None
+    """With the first token: how long the request waited until it was first scheduled."""
     error: tuple[str, str] | None = None
     """Class name and message of what refused the request."""
 
 
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """How the engine stands. What counts events counts them since its start."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    """Of the prompts that wait."""
+    kv_blocks_used: int
+    kv_blocks: int
+    steps: int
+    preemptions: int
+    prefix_queries: int
+    """Prompt tokens that were looked up in the prefix cache."""
+    prefix_hits: int
+    """And those that were found there."""
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Sent after each step that brought anything, and every so often while there is nothing to do: an engine that
+    says nothing makes no progress."""
+
     deltas: list[SequenceDelta]
+    stats: EngineStats | None = None
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
@@ -119,6 +144,10 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     memory: MemoryPlan
     device: str
     notes: tuple[str, ...] = ()
+    kernels: dict[str, str] = {}
+    """By op: what serves it, and why."""
+    capabilities: dict[str, str] = {}
+    """What the device declares, as text."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):

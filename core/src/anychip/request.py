@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -68,10 +69,10 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "beams", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "editor", "epoch",
-        "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed", "num_promised",
-        "num_prompt", "priority", "processors", "prompt_logprobs", "reenters", "request_id", "sampling",
-        "seed", "slot", "status", "stop_ids", "tenant", "token_ids",
+        "arrival", "arrived_at", "beams", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline",
+        "editor", "epoch", "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed",
+        "num_promised", "num_prompt", "priority", "processors", "prompt_logprobs", "reenters", "request_id",
+        "sampling", "scheduled_at", "seed", "slot", "status", "stop_ids", "tenant", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -117,6 +118,8 @@ class Request:
         self.num_computed = 0
         self.num_promised = 0
         self.cached_tokens = 0
+        self.arrived_at = time.monotonic()
+        self.scheduled_at = self.arrived_at  # until it first is
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's second token and on
         self.reenters = False  # its slot's tokens and blocks were replaced: the workers are told anew

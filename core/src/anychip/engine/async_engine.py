@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import zmq
 import zmq.asyncio
 
 from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
-from anychip.engine.output_processor import OutputProcessor
+from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import AnychipError, EngineDead, InvalidRequest, RequestAborted, rebuild
 from anychip.messages import (
@@ -20,6 +20,7 @@ from anychip.messages import (
     AddRequest,
     EngineFailed,
     EngineReady,
+    EngineStats,
     Outputs,
     Shutdown,
     ToEngine,
@@ -39,6 +40,7 @@ class AsyncEngine:
         self._reader: asyncio.Task[None] | None = None
         self.dead: AnychipError | None = None
         self.outputs: OutputProcessor | None = None
+        self._on_stats: Callable[[EngineStats], None] = lambda stats: None
 
     def bind(self) -> None:
         """Opens the sockets, before the engine process starts."""
@@ -57,9 +59,10 @@ class AsyncEngine:
         """Whether the engine has reported, and no error."""
         return self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
 
-    def attach(self, outputs: OutputProcessor) -> None:
-        """Gives the engine what turns tokens into text, once the tokenizer is read."""
+    def attach(self, outputs: OutputProcessor, on_stats: Callable[[EngineStats], None]) -> None:
+        """Gives the engine what turns tokens into text, once the tokenizer is read, and who hears how it stands."""
         self.outputs = outputs
+        self._on_stats = on_stats
 
     async def generate(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
         """Streams a request's outputs until it is finished. Leaving the loop early aborts it.
@@ -78,17 +81,38 @@ class AsyncEngine:
         try:
             await self._send(request)
             while not finished:
-                item = await queue.get()
-                if isinstance(item, AnychipError):
+                items = [await queue.get()]
+                while not queue.empty():  # a caller who is slower than the engine gets more at once
+                    items.append(queue.get_nowait())
+                pieces = [item for item in items if isinstance(item, RequestOutput)]
+                if pieces:
+                    output = pieces[0] if len(pieces) == 1 else merge(pieces)
+                    finished = output.finished
+                    yield output
+                if isinstance(items[-1], AnychipError):
                     finished = True
-                    raise item
-                finished = item.finished
-                yield item
+                    raise items[-1]
         finally:
             del self._queues[request.request_id]
             if not finished:
                 self.outputs.drop(request.request_id)
                 self._abort_soon(Abort(request.request_id))
+
+    @property
+    def open_requests(self) -> list[str]:
+        """Ids of the requests that have not ended."""
+        return list(self._queues)
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request from aside: its caller gets RequestAborted. Returns whether there was one."""
+        queue = self._queues.get(request_id)
+        if queue is None:
+            return False
+        queue.put_nowait(RequestAborted(f"request {request_id} was aborted"))
+        if self.outputs is not None:
+            self.outputs.drop(request_id)
+        await self._send(Abort(request_id))
+        return True
 
     def fail(self, error: AnychipError) -> None:
         """The engine is gone: every open request learns why, and so does every later one."""
@@ -131,10 +155,11 @@ class AsyncEngine:
                 await self._deliver(message)
 
     async def _deliver(self, message: Outputs) -> None:
-        assert self.outputs is not None
+        if message.stats is not None:
+            self._on_stats(message.stats)
         for delta in message.deltas:
             queue = self._queues.get(delta.request_id)
-            if queue is None:
+            if queue is None or self.outputs is None:
                 continue
             if delta.error is not None:
                 self.outputs.drop(delta.request_id)

@@ -20,7 +20,8 @@ from anychip.messages import (
     Shutdown,
 )
 
-_IDLE_POLL_MS = 1000
+_IDLE_POLL_MS = 500
+"""An idle engine says that often that it lives."""
 
 
 class EngineLoop:
@@ -47,7 +48,7 @@ class EngineLoop:
             if core.has_work:
                 deltas += core.step()
             if deltas:
-                self.send(Outputs(deltas))
+                self.send(Outputs(deltas, core.scheduler.stats))
         core.drain()
 
     def close(self) -> None:
@@ -57,6 +58,7 @@ class EngineLoop:
         deltas: list[SequenceDelta] = []
         if wait and not self._requests.poll(_IDLE_POLL_MS):
             core.executor.check()
+            self.send(Outputs([], core.scheduler.stats))
         while self._requests.poll(0):
             message = to_engine_decoder.decode(self._requests.recv())
             if isinstance(message, AddRequest):

@@ -32,7 +32,8 @@ class PendingGrammars:
 
     def submit(self, message: AddRequest, wanted: StructuredOutput) -> None:
         num_prompt, count = len(message.prompt_token_ids), message.sampling.num_sequences
-        future = self._compiler.submit(wanted, num_prompt=num_prompt, count=count)
+        after = message.structured_after
+        future = self._compiler.submit(wanted, num_prompt=num_prompt, count=count, after=after)
         self._pending[message.request_id] = (message, future)
 
     def cancel(self, request_id: str) -> bool:

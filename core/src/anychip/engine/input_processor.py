@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from anychip.errors import ContextTooLong, InvalidRequest
 from anychip.messages import AddRequest
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+
+
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request is, beside its prompt and its sampling."""
+
+    priority: int = 0
+    cache_salt: str = ""
+    """Prompts share cached prefixes only under the same salt."""
+    tenant: str = ""
+    """Whose it is, for policies that share the device fairly."""
+    deadline: float | None = None
+    """Seconds after which it ends with an error."""
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    """Keeps that many of the prompt's last tokens; -1: as many as fit."""
+    structured_after: str = ""
+    """The text after which structured output begins, such as the end of reasoning; "": at once."""
 
 
 class InputProcessor:
@@ -29,25 +48,14 @@ class InputProcessor:
         self.eos_token_ids = tuple(eos_token_ids)
 
     def process(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-        add_special_tokens: bool = True,
-        tenant: str = "",
-        deadline: float | None = None,
-        truncate_prompt_tokens: int | None = None,
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None = None
     ) -> AddRequest:
-        """`truncate_prompt_tokens` keeps that many of the prompt's last tokens; -1: as many as fit.
-
-        Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextTooLong when prompt and
+        """Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextTooLong when prompt and
         max_tokens exceed the model's length."""
-        ids = self.tokenize(prompt, add_special_tokens)
-        if truncate_prompt_tokens is not None:
-            ids = ids[-self._kept(truncate_prompt_tokens, sampling) :]
+        options = options or RequestOptions()
+        ids = self.tokenize(prompt, options.add_special_tokens)
+        if options.truncate_prompt_tokens is not None:
+            ids = ids[-self._kept(options.truncate_prompt_tokens, sampling) :]
         room = self.max_model_len - len(ids)
         asked = sampling.max_tokens
         if room < 1 or (asked or 1) > room:
@@ -72,12 +80,18 @@ class InputProcessor:
             sampling=sampling,
             max_output=room if asked is None else asked,
             stop_ids=stop_ids,
-            priority=priority,
-            cache_salt=cache_salt,
+            priority=options.priority,
+            cache_salt=options.cache_salt,
             bad_token_ids=self._bad_tokens(sampling.bad_words),
-            tenant=tenant,
-            deadline=deadline,
+            tenant=options.tenant,
+            deadline=options.deadline,
+            structured_after=self._marker(options.structured_after),
         )
+
+    def _marker(self, text: str) -> tuple[int, ...]:
+        if not text or self.tokenizer is None:
+            return ()
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _kept(self, asked: int, sampling: SamplingParams) -> int:
         if asked == -1:

@@ -102,6 +102,7 @@ class OutputProcessor:
             outputs=[output],
             cached_tokens=request.cached_tokens,
             prompt_logprobs=delta.prompt_logprobs,
+            queued_s=delta.queued_s,
             finished=finished,
         ), output.finish_reason is not None and delta.finish_reason is None
 
@@ -124,6 +125,7 @@ def merge(outputs: list[RequestOutput]) -> RequestOutput:
         prompt_token_ids=last.prompt_token_ids,
         outputs=[sequences[index] for index in sorted(sequences)],
         cached_tokens=last.cached_tokens,
+        queued_s=next((o.queued_s for o in outputs if o.queued_s is not None), None),
         prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
         finished=last.finished,
     )

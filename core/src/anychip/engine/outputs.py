@@ -31,4 +31,6 @@ class RequestOutput:
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens from the second on, with the first output."""
+    queued_s: float | None = None
+    """With the first output: how long the request waited in the engine."""
     finished: bool = False

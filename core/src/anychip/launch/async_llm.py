@@ -1,53 +1,71 @@
-"""AsyncLLM: the engine in a process of its own, for servers. The process that holds this never loads torch."""
+"""AsyncLLM: the engine in a process of its own, for servers, watched and started again when it dies. The process that
+holds this never loads torch."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
-from anychip.engine.input_processor import InputProcessor, Prompt
+from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
-from anychip.errors import EngineDead, InvalidRequest
+from anychip.errors import AnychipError, EngineDead, QueueFull
 from anychip.hub import located
+from anychip.launch.build import load_tokenizer
 from anychip.launch.child import Child
 from anychip.launch.folder import private_folder
-from anychip.messages import WorkerReady
+from anychip.messages import EngineReady, EngineStats, WorkerReady
 from anychip.model_config import load_model_config
+from anychip.observability.flow import Flow
+from anychip.observability.metrics import Metrics, RequestClock
 from anychip.sampling_params import SamplingParams
+from anychip.structured_output.checker import CheckerSpec, GrammarChecker
 from anychip.tokenizer.tokenizer import Tokenizer
 
-_WATCH_INTERVAL_S = 0.25
+log = logging.getLogger("anychip.engine")
+
+_WATCH_INTERVAL_S = 0.1
 _DRAIN_S = 5.0
+_RESTART_WINDOW_S = 600.0
+_LONG_TEXT = 4096
+"""Characters above which a prompt is tokenized beside the event loop."""
 
 
 class AsyncLLM:
-    """`start` returns once the engine is ready; `close` ends its process."""
+    """`start` returns once the engine is ready; `close` ends its process. An engine that dies is started again, at
+    most `restarts` times in ten minutes; requests fail until it is ready."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, restarts: int = 5) -> None:
         self.config = located(config)
         self.model = load_model_config(self.config.model)
-        self._folder = private_folder()
-        self._child: Child | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self.metrics = Metrics(config.public_name)
+        self.flow = Flow()
+        self.stats: EngineStats | None = None
         self.tokenizer: Tokenizer | None = None
         self.max_model_len = 0
+        self.num_open = 0
+        """Requests that have not ended."""
+        self._restarts_left = restarts
+        self._restarted_at: deque[float] = deque()
+        self._life: _Life | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._progress_at = time.monotonic()
+        self._closing = False
 
     async def start(self) -> WorkerReady:
         """Starts the engine process; the tokenizer is read meanwhile. Raises what kept the engine from starting."""
-        folder = Path(self._folder.name)
-        self.engine = AsyncEngine(folder)
-        self.engine.bind()
-        self._child = Child("anychip.launch.engine_main", EngineSpec(config=self.config, folder=str(folder)))
-        self._watch = asyncio.create_task(self._watch_child(self._child))
+        self._life = _Life(self.config)
         if not self.config.skip_tokenizer:
-            self.tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model, self.model.vocab_size)
-        ready = await self.engine.ready()
+            self.tokenizer = load_tokenizer(self.config, self.model)
+        ready = await self._life.engine.ready()
         self.max_model_len = ready.max_model_len
         self.inputs = InputProcessor(
             tokenizer=self.tokenizer,
@@ -55,8 +73,18 @@ class AsyncLLM:
             max_model_len=self.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
         )
-        self.engine.attach(OutputProcessor(self.tokenizer))
+        self.grammars = self._grammar_checker()
+        self._adopt(ready)
+        self._supervisor = asyncio.create_task(self._supervise())
         return ready.worker
+
+    # -- what it is ---------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine that lives, or lived last."""
+        assert self._life is not None, "start first"
+        return self._life.engine
 
     @property
     def sampling_defaults(self) -> Mapping[str, float]:
@@ -64,51 +92,178 @@ class AsyncLLM:
         return {} if self.config.generation_config == "none" else self.model.sampling_defaults
 
     @property
-    def dead(self) -> Exception | None:
+    def dead(self) -> AnychipError | None:
         """What ended the engine; None while it lives."""
         return self.engine.dead
 
-    def generate(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-        add_special_tokens: bool = True,
+    @property
+    def silent_s(self) -> float:
+        """How long the engine has given no sign of life."""
+        return time.monotonic() - self._progress_at
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    async def accept(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Checks the request at once, raising InvalidRequest, or EngineDead when there is no engine to run it; the
-        iterator then streams its outputs."""
+        """Checks the request, raising UserError, or EngineDead when there is no engine to run it; the iterator then
+        runs it and streams its outputs."""
         if self.engine.dead is not None:
             raise self.engine.dead
-        request = self.inputs.process(
-            request_id,
-            prompt,
-            sampling,
-            priority=priority,
-            cache_salt=cache_salt,
-            add_special_tokens=add_special_tokens,
-        )
-        return self.engine.generate(request)
+        self._check_queue()
+        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
+            request = await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, options)
+        else:
+            request = self.inputs.process(request_id, prompt, sampling, options)
+        if sampling.structured is not None and self.grammars is not None:
+            await self.grammars.check(sampling.structured)
+        return self._watched(self.engine.generate(request))
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation as the model wants it."""
-        if self.tokenizer is None:
-            raise InvalidRequest("chat needs the tokenizer, which is off", param="messages")
-        return self.tokenizer.apply_chat_template(messages)
+    def _check_queue(self) -> None:
+        longest = self.config.max_queue_s
+        wait = None if longest is None else self.flow.wait_s(self.flow.waiting + 1)
+        if longest is not None and wait is not None and wait > longest:
+            raise QueueFull(
+                f"{self.flow.waiting} requests wait and a new one would for {wait:.1f} s, at most {longest} may pass",
+                retry_after=self.flow.retry_after_s(),
+            )
+
+    async def _watched(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+        """The same, with its times taken."""
+        clock, waits = RequestClock(self.metrics, self.config.public_name), True
+        self.flow.enter()
+        self.num_open += 1
+        error: BaseException | None = None
+        try:
+            async for output in outputs:
+                if waits:
+                    waits = False
+                    self.flow.leave(served=True)
+                clock.piece(output)
+                yield output
+        except QueueFull as full:
+            full.retry_after = self.flow.retry_after_s()
+            error = full
+            raise
+        except BaseException as other:
+            error = other
+            raise
+        finally:
+            self.num_open -= 1
+            if waits:
+                self.flow.leave(served=False)
+            await outputs.aclose()  # type: ignore[attr-defined]
+            clock.end(error)
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request, whose caller learns so. Returns whether there was one."""
+        return await self.engine.abort(request_id)
+
+    def kill_engine(self, why: str) -> None:
+        """Ends the engine process at once; a new one is started."""
+        assert self._life is not None
+        self._life.kill(why)
+
+    # -- life ---------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
+        self._closing = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        if self._life is not None:
+            await self._life.end(_DRAIN_S)
+        if self._supervisor is not None and self.grammars is not None:
+            await self.grammars.close()
+
+    async def _supervise(self) -> None:
+        while True:
+            assert self._life is not None
+            cause = await self._life.ended()
+            self.metrics.up.set(0)
+            await self._life.end(0.0)
+            if self._closing or not self._may_restart():
+                log.error("the engine is not started again: %s", cause)
+                return
+            log.warning("the engine died and is started again: %s", cause)
+            await self._restart()
+
+    def _may_restart(self) -> bool:
+        now = time.monotonic()
+        while self._restarted_at and now - self._restarted_at[0] > _RESTART_WINDOW_S:
+            self._restarted_at.popleft()
+        if len(self._restarted_at) >= self._restarts_left:
+            return False
+        self._restarted_at.append(now)
+        return True
+
+    async def _restart(self) -> None:
+        """Requests see the old engine, which is dead, until the new one is ready."""
+        began, life = time.monotonic(), _Life(self.config)
+        self.metrics.restarts.inc()
+        try:
+            ready = await life.engine.ready()
+        except AnychipError as error:
+            log.error("the engine could not be started again: %s", error)
+        except asyncio.CancelledError:
+            await life.end(0.0)
+            raise
+        else:
+            log.warning("the engine is ready again after %.1f s", time.monotonic() - began)
+            self._life = life
+            self._adopt(ready)
+            return
+        self._life = life  # dead: the supervisor tries again as long as it may
+
+    def _adopt(self, ready: EngineReady) -> None:
+        self.worker = ready.worker
+        self._progress_at = time.monotonic()
+        self.engine.attach(OutputProcessor(self.tokenizer), self._take)
+        self.metrics.up.set(1)
+        self.metrics.kv_blocks.set(ready.worker.memory.num_blocks - 1)
+
+    def _take(self, stats: EngineStats) -> None:
+        self._progress_at = time.monotonic()
+        self.stats = stats
+        self.metrics.take(stats)
+
+    def _grammar_checker(self) -> GrammarChecker | None:
+        if self.tokenizer is None:
+            return None
+        spec = CheckerSpec(self.tokenizer.raw.to_str(), self.model.vocab_size, tuple(self.model.eos_token_ids))
+        return GrammarChecker(spec, deadline_s=self.config.grammar_timeout_s)
+
+
+class _Life:
+    """One engine process, its sockets and their folder."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._folder: TemporaryDirectory[str] = private_folder()
+        folder = Path(self._folder.name)
+        self.engine = AsyncEngine(folder)
+        self.engine.bind()
+        self._child = Child("anychip.launch.engine_main", EngineSpec(config=config, folder=str(folder)))
+        self._death = asyncio.create_task(self._watch())
+
+    async def ended(self) -> AnychipError:
+        """Waits for the process's end; its requests have failed then."""
+        await self._death
+        assert self.engine.dead is not None
+        return self.engine.dead
+
+    async def end(self, drain_s: float) -> None:
+        """Ends the process, which has `drain_s` to do so by itself."""
+        self._death.cancel()
         await self.engine.close()
-        if self._child is not None:
-            # An engine that is still starting does not read messages.
-            await asyncio.to_thread(self._child.stop, _DRAIN_S if self.engine.is_ready else 0.0)
+        # An engine that is still starting does not read messages.
+        await asyncio.to_thread(self._child.stop, drain_s if self.engine.is_ready and not self.engine.dead else 0.0)
         self._folder.cleanup()
 
-    async def _watch_child(self, child: Child) -> None:
-        while (code := child.exit_code()) is None:
+    def kill(self, why: str) -> None:
+        self.engine.fail(EngineDead(f"the engine was ended: {why}"))
+        self._child.kill()
+
+    async def _watch(self) -> None:
+        while (code := self._child.exit_code()) is None:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         # Its last message may still be on the way, and says more than the status.
         with contextlib.suppress(asyncio.CancelledError):

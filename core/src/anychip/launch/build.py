@@ -66,11 +66,17 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
     )
 
 
+def load_tokenizer(config: EngineConfig, model: ModelConfig) -> Tokenizer:
+    """The configuration's tokenizer, with its chat template."""
+    folder = config.tokenizer or config.model
+    return Tokenizer.load(folder, model.vocab_size, chat_template=config.chat_template)
+
+
 def pending_grammars(config: EngineConfig, model: ModelConfig) -> PendingGrammars:
     """The tokenizer is read when the first grammar comes."""
 
     def tokenizer_json() -> str:
-        text: str = Tokenizer.load(config.tokenizer or config.model, model.vocab_size).raw.to_str()
+        text: str = load_tokenizer(config, model).raw.to_str()
         return text
 
     compiler = GrammarCompiler(tokenizer_json, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)

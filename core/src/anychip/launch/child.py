@@ -43,6 +43,10 @@ class Child:
             return self._process.wait(timeout_s)
         return None
 
+    def kill(self) -> None:
+        """Ends the child at once."""
+        self._process.kill()
+
     def stop(self, deadline_s: float) -> None:
         """Waits for the child to end by itself, then ends it."""
         if self.wait(deadline_s) is None:

@@ -17,7 +17,7 @@ from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import InvalidRequest
 from anychip.hub import located
-from anychip.launch.build import build_engine
+from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
@@ -43,7 +43,7 @@ class LLM:
         model_config = load_model_config(self.config.model)
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer:
-            self.tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model, model_config.vocab_size)
+            self.tokenizer = load_tokenizer(self.config, model_config)
         self.sampling_defaults = {} if self.config.generation_config == "none" else model_config.sampling_defaults
         self._folder = private_folder()
         try:

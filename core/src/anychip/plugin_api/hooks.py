@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from anychip.plugin_api.manifest import CommandManifest, ModelManifest, PlatformManifest, PolicyManifest
+    from anychip.plugin_api.manifest import (
+        CommandManifest,
+        ModelManifest,
+        ParserManifest,
+        PlatformManifest,
+        PolicyManifest,
+    )
 
 GROUP = "anychip"
 hookspec = pluggy.HookspecMarker(GROUP)
@@ -38,6 +44,11 @@ class HookSpecs:
     @hookspec
     def anychip_policies(self) -> Sequence[PolicyManifest]:
         """Scheduling policies beyond fcfs and priority."""
+        return ()
+
+    @hookspec
+    def anychip_parsers(self) -> Sequence[ParserManifest]:
+        """Parsers of tool calls and reasoning beyond core's own."""
         return ()
 
     @hookspec

@@ -169,3 +169,13 @@ class CommandManifest:
     name: str
     summary: str
     module: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParserManifest:
+    """A parser of model output: its name for --tool-parser or --reasoning-parser, and the dotted "module:Class". A
+    tool parser is made without arguments, a reasoning parser with (rest, *, inside), as core's own are."""
+
+    kind: Literal["tool", "reasoning"]
+    name: str
+    parser: str

@@ -30,6 +30,7 @@ class Plugins:
     platforms: dict[str, PlatformManifest] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
+    parsers: dict[str, dict[str, str]] = field(default_factory=lambda: {"tool": {}, "reasoning": {}})
     commands: dict[str, CommandManifest] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
@@ -69,6 +70,8 @@ def _add(found: Plugins, point: EntryPoint) -> None:
         found.models.update(dict.fromkeys(model.architectures, model.model))
     for policy in _flat(manager.hook.anychip_policies()):
         found.policies[policy.name] = policy.policy
+    for parser in _flat(manager.hook.anychip_parsers()):
+        found.parsers[parser.kind][parser.name] = parser.parser
     for command in _flat(manager.hook.anychip_commands()):
         found.commands[command.name] = command
 

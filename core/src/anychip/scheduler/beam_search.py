@@ -175,6 +175,7 @@ class BeamSearch:
             logprobs=found.beam.logprobs if sampling.logprobs is not None else None,
             prompt_logprobs=first.prompt_logprobs if scored else None,
             cached_tokens=first.cached_tokens,
+            queued_s=first.scheduled_at - first.arrived_at,
         )
 
 

@@ -7,12 +7,13 @@ them. Ids that steps in flight will sample count as promised, so the next step i
 from __future__ import annotations
 
 import sys
+import time
 from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, NewRow, SequenceDelta, StepDecision, StepResult, TokenLogprobs
+from anychip.messages import DeviceRules, EngineStats, NewRow, SequenceDelta, StepDecision, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
 from anychip.sampling_params import MAX_N
 from anychip.scheduler.policy import SchedulingPolicy
@@ -51,7 +52,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # by policy key
         self.running: list[Request] = []  # by policy key
         self.requests: dict[tuple[RequestId, int], Request] = {}
-        self.num_preemptions = 0
+        self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self.waiting_tokens = 0
         """Of the prompts that wait."""
         self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
@@ -102,6 +103,22 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        """How things stand now."""
+        pool = self.kv.pool
+        return EngineStats(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            waiting_tokens=self.waiting_tokens,
+            kv_blocks_used=pool.num_usable - pool.num_free,
+            kv_blocks=pool.num_usable,
+            steps=self._next_step - 1,
+            preemptions=self.num_preemptions,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+        )
 
     # -- a step out ---------------------------------------------------------------------------------------
 
@@ -201,6 +218,9 @@ class Scheduler:
                 break
             if not resumed:
                 request.cached_tokens = cached
+                request.scheduled_at = time.monotonic()
+                self.prefix_queries += request.num_prompt
+                self.prefix_hits += cached
             request.slot = self._free_slots.pop()
             request.become(RequestStatus.RUNNING)
             room.take(granted, prefill=behind > 1)
@@ -291,6 +311,7 @@ class Scheduler:
             delta = SequenceDelta(request.request_id, request.index, [token])
             if num_output == 1:
                 delta.cached_tokens = request.cached_tokens
+                delta.queued_s = request.scheduled_at - request.arrived_at
                 if request.sampling.prompt_logprobs is not None and not request.index:
                     delta.prompt_logprobs = request.prompt_logprobs
             if position in result.logprobs:

@@ -21,16 +21,22 @@ _CACHED = 128
 class GrammarProcessor:
     """request.LogitsProcessor: the tokens that keep a sequence inside its grammar; once it is complete, the end."""
 
-    def __init__(self, matcher: LLMatcher, wanted: StructuredOutput, num_prompt: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, wanted: StructuredOutput, num_prompt: int, *, after: Sequence[int] = ()
+    ) -> None:
+        """`after`: tokens of the output after which the grammar begins; (): at once."""
         self._matcher = matcher
         self._wanted = wanted
         self._seen = num_prompt
+        self._after = list(after)
 
     def applies(self, position: int) -> bool:
         return True
 
     def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
         """Raises InvalidRequest when following the grammar costs more than it may."""
+        if self._after and not self._begins(request):
+            return
         new = request.token_ids[self._seen :]
         self._seen = len(request.token_ids)
         if new and not self._matcher.is_stopped():
@@ -38,6 +44,13 @@ class GrammarProcessor:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             raise refusal(self._wanted, self._matcher.get_error())
+
+    def _begins(self, request: Request) -> bool:
+        count = len(self._after)
+        if request.num_output < count or request.token_ids[-count:] != self._after:
+            return False
+        self._after, self._seen = [], len(request.token_ids)
+        return True
 
 
 class GrammarCompiler:
@@ -53,11 +66,13 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
-    def submit(self, wanted: StructuredOutput, *, num_prompt: int, count: int) -> Future[list[GrammarProcessor]]:
+    def submit(
+        self, wanted: StructuredOutput, *, num_prompt: int, count: int, after: Sequence[int] = ()
+    ) -> Future[list[GrammarProcessor]]:
         """Processors for `count` sequences; or the InvalidRequest that says why there are none."""
 
         def make() -> list[GrammarProcessor]:
-            return [GrammarProcessor(self.matcher(wanted), wanted, num_prompt) for _ in range(count)]
+            return [GrammarProcessor(self.matcher(wanted), wanted, num_prompt, after=after) for _ in range(count)]
 
         return self._thread.submit(make)
 

@@ -8,29 +8,25 @@ from typing import Any
 
 import msgspec
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anychip.errors import CheckpointError, InvalidRequest
 from anychip.hub import resolve_folder
+from anychip.tokenizer.chat_template import ChatTemplate
 from anychip.tokenizer.sentencepiece import convert
 
 
 class Tokenizer:
-    """`raw` is the `tokenizers` object, for incremental decoding."""
+    """`raw` is the `tokenizers` object, for incremental decoding. `chat_template` None: the model has none."""
 
-    def __init__(self, raw: tokenizers.Tokenizer, settings: Mapping[str, Any], chat_template: str | None) -> None:
+    def __init__(self, raw: tokenizers.Tokenizer, chat_template: ChatTemplate | None) -> None:
         self.raw = raw
-        self.settings = settings
-        self._template = chat_template
-        self._environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        self._environment.globals["raise_exception"] = _refuse
+        self.chat_template = chat_template
+        self._texts: dict[int, str] = {}
 
     @classmethod
-    def load(cls, model: str, vocab_size: int | None = None) -> Tokenizer:
-        """Raises CheckpointError where the checkpoint has no tokenizer, or one that makes ids beyond `vocab_size`."""
+    def load(cls, model: str, vocab_size: int | None = None, *, chat_template: str | None = None) -> Tokenizer:
+        """`chat_template` is a file that replaces the checkpoint's. Raises CheckpointError where the checkpoint has no
+        tokenizer, or one that makes ids beyond `vocab_size`."""
         folder = resolve_folder(model)
         settings_path = folder / "tokenizer_config.json"
         settings = msgspec.json.decode(settings_path.read_bytes()) if settings_path.is_file() else {}
@@ -42,7 +38,11 @@ class Tokenizer:
                 f"the tokenizer of {folder} makes ids up to {last}, the model's vocabulary has {vocab_size}: "
                 "they do not belong together; give the model's own with --tokenizer"
             )
-        return cls(raw, settings, _chat_template(folder, settings))
+        names = {key: _special(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        if chat_template is not None:
+            return cls(raw, ChatTemplate.read(chat_template, names))
+        source = _chat_template(folder, settings)
+        return cls(raw, None if source is None else ChatTemplate(source, names))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
@@ -54,20 +54,16 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str:
         """One token as text; bytes that are no text of their own show as U+FFFD."""
-        return self.decode([token_id], skip_special_tokens=False)
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt for a conversation, ending where the assistant's turn begins. Raises InvalidRequest."""
-        if self._template is None:
-            raise InvalidRequest("the model has no chat template; use completions", param="messages")
-        names = {key: _special(self.settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        try:
-            text = self._environment.from_string(self._template).render(
-                messages=list(messages), add_generation_prompt=True, **names
-            )
-        except (TemplateError, TypeError) as error:
-            raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
+        text = self._texts.get(token_id)
+        if text is None:  # decoding takes some microseconds, and likely tokens are asked for again and again
+            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The prompt for a conversation; options are ChatTemplate.render's. Raises InvalidRequest."""
+        if self.chat_template is None:
+            raise InvalidRequest("the model has no chat template; use completions", param="messages")
+        return self.chat_template.render(messages, **options)
 
 
 def _content(folder: Path) -> str:
@@ -103,7 +99,3 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _special(token: Any) -> str:
     return str(token["content"]) if isinstance(token, Mapping) else str(token or "")
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from anychip.config import WorkerSpec
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import CompileReport, PeakMemory, Shard
+from anychip.plugin_api import Capabilities, CompileReport, PeakMemory, Shard
+from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import load_plugins
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.model_runner import ModelRunner, RunnerResult
@@ -66,7 +69,25 @@ class Worker:
             memory=memory,
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
             notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
+            kernels=self._kernels(),
+            capabilities={
+                field.name: _shown(getattr(self.platform.capabilities, field.name)) for field in fields(Capabilities)
+            },
         )
+
+    def _kernels(self) -> dict[str, str]:
+        """What serves each op; a composite one without an override is made of the single ones."""
+        served = {
+            name: "the single ops that it is made of" if source == "reference" and name in COMPOSITE_OPS else source
+            for name, source in self.ops.served_by.items()
+        }
+        model = getattr(self.program, "model", None)
+        if model is not None:
+            attention = sorted(
+                {f"{type(backend).__module__}.{type(backend).__qualname__}" for backend in model.attention}
+            )
+            served["attention"] = f"{self.platform.name} ({', '.join(attention)})"
+        return {name: f"{source}: no override" if source == "reference" else source for name, source in served.items()}
 
     def _torch_program(self, prepared: Preparation) -> TorchStepProgram:
         communicator = self.platform.communicator(prepared.tp_group(self.spec))
@@ -104,3 +125,14 @@ class Worker:
     def close(self, reason: str) -> None:
         self.program.close()
         self.platform.close(reason)
+
+
+def _declared(capabilities: Capabilities) -> dict[str, str]:
+    return {field.name: _shown(getattr(capabilities, field.name)) for field in fields(capabilities)}
+
+
+def _shown(value: object) -> str:
+    """A capability as people read it."""
+    if isinstance(value, frozenset | tuple):
+        return ", ".join(sorted(map(str, value))) or "none"
+    return "any" if value is None else str(getattr(value, "name", value)).lower()

@@ -7,30 +7,59 @@ import argparse
 from rich.console import Console
 from rich.markup import escape
 
-from anychip.config import Environment
-from anychip.entrypoints.cli.options import add_engine_options, engine_config
-from anychip.entrypoints.openai.server import serve
+from anychip.config import Environment, ServerConfig
+from anychip.entrypoints.cli.options import add_engine_options, engine_config, parse_count
+from anychip.entrypoints.http.server import serve
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import MemoryPlan, WorkerReady
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
+    """Every option's destination is a field of EngineConfig or ServerConfig; unset ones keep its default."""
     add_engine_options(parser, environment)
+    unset = argparse.SUPPRESS
     http = parser.add_argument_group("http")
-    http.add_argument("--host", default="127.0.0.1")
-    http.add_argument("--port", type=int, default=8000)
-    http.add_argument("--api-key", default=environment.api_key, help="asked for on /v1; also ANYCHIP_API_KEY")
+    http.add_argument("--host", default=unset)
+    http.add_argument("--port", type=int, default=unset)
+    http.add_argument("--uds", default=unset, metavar="PATH", help="a Unix socket instead of host and port")
+    http.add_argument("--tls-cert", default=unset, metavar="FILE")
+    http.add_argument("--tls-key", default=unset, metavar="FILE")
+    http.add_argument("--cors-origin", dest="cors_origins", action="append", default=unset, metavar="ORIGIN")
+    http.add_argument("--max-body", dest="max_body_bytes", type=parse_count, default=unset, metavar="BYTES")
+    http.add_argument("--lenient", action="store_true", default=unset, help="ignore unknown parameters, with a warning")
+    http.add_argument("--no-ui", dest="ui", action="store_false", default=unset, help="no page at /")
+    keys = parser.add_argument_group("keys")
+    keys.add_argument("--api-key", default=environment.api_key, help="asked for by every API; also ANYCHIP_API_KEY")
+    keys.add_argument("--api-keys", default=unset, metavar="FILE", help="several, hashed: `anychip hash-key`")
+    keys.add_argument("--key-concurrency", type=int, default=unset, help="requests that one key may have open")
+    keys.add_argument("--admin-port", type=int, default=unset)
+    keys.add_argument("--admin-key", default=environment.admin_key, help="also ANYCHIP_ADMIN_KEY")
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--chat-template", default=unset, metavar="FILE", help="instead of the checkpoint's")
+    chat.add_argument("--tool-parser", default=unset, help="auto, none, hermes, llama3_json, pythonic, mistral, ...")
+    chat.add_argument("--reasoning-parser", default=unset, help="auto, none, think, mistral, harmony, ...")
+    run_group = parser.add_argument_group("operation")
+    run_group.add_argument("--max-waiting", type=int, default=unset, help="requests that may wait for a slot")
+    run_group.add_argument("--max-waiting-tokens", type=parse_count, default=unset, help="of their prompts")
+    run_group.add_argument("--max-queue-s", type=float, default=unset, help="refuse requests that would wait longer")
+    run_group.add_argument("--request-timeout-s", type=float, default=unset)
+    run_group.add_argument("--grammar-timeout-s", type=float, default=unset)
+    run_group.add_argument("--ready-within-s", type=float, default=unset, help="/ready fails after such a silence")
+    run_group.add_argument("--drain-s", type=float, default=unset, help="what SIGTERM leaves requests in flight")
+    run_group.add_argument("--restarts", type=int, default=unset, help="of a dead engine, within ten minutes")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    serve(
-        engine_config(arguments),
-        host=arguments.host,
-        port=arguments.port,
-        api_key=arguments.api_key,
-        announce=announce,
-    )
+    serve(engine_config(arguments), server_config(arguments), announce=announce)
     return 0
+
+
+def server_config(arguments: argparse.Namespace) -> ServerConfig:
+    """Raises ConfigError."""
+    values = {name: value for name, value in vars(arguments).items() if name in ServerConfig.__struct_fields__}
+    if "cors_origins" in values:
+        values["cors_origins"] = tuple(values["cors_origins"])
+    return ServerConfig(**values)
 
 
 def announce(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float) -> None:

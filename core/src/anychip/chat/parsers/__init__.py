@@ -1,0 +1,1 @@
+"""Parsers of model output, one module a family; registry.py knows them by name."""

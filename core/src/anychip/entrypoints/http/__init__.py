@@ -1,0 +1,1 @@
+"""What every HTTP API shares: the application, keys, limits, errors, streams."""

@@ -1,0 +1,100 @@
+"""From a generation to an HTTP response: whole or as server-sent events, and ended when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from anychip.errors import AnychipError
+
+CLIENT_CLOSED = 499
+T = TypeVar("T")
+
+
+class Answer(Protocol):
+    """One request's generation, accepted, in the form of its API."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, once everything has ended. Leaving it early aborts what runs."""
+        ...
+
+    def events(self) -> AsyncIterator[bytes]:
+        """The response as server-sent events. Closing it early aborts what runs."""
+        ...
+
+    def failure(self, error: AnychipError) -> list[bytes]:
+        """The events of an error that comes when the status has been sent."""
+        ...
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def respond(answer: Answer, request: Request, *, stream: bool) -> Response:
+    """Errors before the first event keep their status: a stream's headers are sent with its first event."""
+    try:
+        if not stream:
+            return JSONResponse(await _unless_gone(answer.whole(), request))
+        events = answer.events()
+        first = await _unless_gone(_next(events), request)
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED)
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_after(first, events, answer), media_type="text/event-stream", headers=headers)
+
+
+def sse(content: Any, event: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+async def _after(first: bytes | None, events: AsyncIterator[bytes], answer: Answer) -> AsyncIterator[bytes]:
+    try:
+        if first is not None:
+            yield first
+        async for event in events:
+            yield event
+    except AnychipError as error:
+        for event in answer.failure(error):
+            yield event
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(events, None)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """Raises ClientGone, with the work cancelled, when the client leaves first."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()  # closes the engine's streams, which aborts their requests
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner

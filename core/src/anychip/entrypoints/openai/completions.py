@@ -1,0 +1,200 @@
+"""POST /v1/completions: prompts as texts or ids, several at once, with echo and log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from fastapi import Request
+
+from anychip.engine.output_processor import merge
+from anychip.engine.outputs import RequestOutput, SequenceOutput
+from anychip.entrypoints.http.answer import sse
+from anychip.entrypoints.http.errors import error_body
+from anychip.entrypoints.openai.protocol import CompletionBody
+from anychip.entrypoints.openai.responses import Json, Reply, usage
+from anychip.entrypoints.serving import Serving
+from anychip.errors import AnychipError, InvalidRequest
+from anychip.sampling_params import SamplingParams
+
+Streams = Sequence[AsyncIterator[RequestOutput]]
+MAX_PROMPTS = 256
+_DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a stream has sent of one choice."""
+
+    begun: bool = False
+    characters: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionAnswer:
+    """http.answer.Answer of the prompts of one body."""
+
+    body: CompletionBody
+    reply: Reply
+    streams: Streams
+    per_prompt: int
+    empty: bool
+    """max_tokens 0: the prompt is scored, and what was generated to get there is dropped."""
+    progress: dict[int, _Progress] = field(default_factory=dict)
+
+    async def whole(self) -> Json:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_collect(stream)) for stream in self.streams]
+        finals = [task.result() for task in tasks]
+        choices = [
+            self._choice(number, final, output) for number, final in enumerate(finals) for output in final.outputs
+        ]
+        generated = 0 if self.empty else sum(len(o.token_ids) for final in finals for o in final.outputs)
+        return self.reply.whole(choices, usage(finals, generated))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        last: dict[int, RequestOutput] = {}
+        generated = 0
+        async for number, piece in _interleave(self.streams):
+            last[number] = piece
+            for output in piece.outputs:
+                generated += 0 if self.empty else len(output.token_ids)
+                usages = usage(list(last.values()), generated) if self.body.continuous_usage else None
+                yield sse(self.reply.whole([self._choice(number, piece, output)], usages))
+        if self.body.include_usage:
+            yield sse(self.reply.whole([], usage(list(last.values()), generated)))
+        yield _DONE
+
+    def failure(self, error: AnychipError) -> list[bytes]:
+        return [sse(error_body(str(error), kind="server_error", code=type(error).__name__)), _DONE]
+
+    def _choice(self, number: int, piece: RequestOutput, output: SequenceOutput) -> Json:
+        index = number * self.per_prompt + output.index
+        progress = self.progress.setdefault(index, _Progress())
+        if self.empty:
+            output = SequenceOutput(index=output.index, logprobs=None, finish_reason="length")
+            if self.body.logprobs is not None:
+                output.logprobs = []
+        prompt_text = ""
+        if self.body.echo and not progress.begun:
+            prompt_text = self._prompt_text(piece)
+            progress.characters = len(prompt_text)
+        choice = self.reply.completion_choice(index, output, offset=progress.characters)
+        if not progress.begun:
+            progress.begun = True
+            if self.body.echo:
+                choice["text"] = prompt_text + choice["text"]
+                self._echo_logprobs(choice, piece)
+            if self.body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = self.reply.prompt_logprobs(piece)
+            if self.body.return_token_ids:
+                choice["prompt_token_ids"] = piece.prompt_token_ids
+        progress.characters += len(output.text)
+        return choice
+
+    def _prompt_text(self, piece: RequestOutput) -> str:
+        if self.reply.tokenizer is None:
+            return ""
+        return self.reply.tokenizer.decode(piece.prompt_token_ids, skip_special_tokens=self.body.skip_special_tokens)
+
+    def _echo_logprobs(self, choice: Json, piece: RequestOutput) -> None:
+        if self.body.logprobs is None:
+            return
+        scored = [None, *(piece.prompt_logprobs or [])][: len(piece.prompt_token_ids)]
+        before = self.reply.completion_logprobs(piece.prompt_token_ids, scored, 0)
+        after = choice["logprobs"] or {name: [] for name in before}
+        choice["logprobs"] = {name: before[name] + after[name] for name in before}
+
+
+async def accept_completion(serving: Serving, body: CompletionBody, request: Request) -> CompletionAnswer:
+    """Checks everything before anything runs. Raises UserError."""
+    serving.check_model(body.model)
+    prompts = body.prompts()
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequest(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request", param="prompt")
+    sampling = _sampling(serving, body)
+    options = serving.options(
+        request,
+        body.deadline,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+        add_special_tokens=body.add_special_tokens,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+    )
+    reply_id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
+    streams = [
+        await serving.llm.accept(
+            f"{reply_id}-{number}",
+            prompt,
+            sampling,
+            options,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    return CompletionAnswer(
+        body=body,
+        reply=Reply(
+            reply_id=reply_id,
+            kind="text_completion",
+            model=serving.model,
+            tokenizer=serving.llm.tokenizer,
+            return_token_ids=body.return_token_ids,
+        ),
+        streams=streams,
+        per_prompt=sampling.n,
+        empty=body.max_tokens == 0,
+    )
+
+
+def _sampling(serving: Serving, body: CompletionBody) -> SamplingParams:
+    if body.max_tokens == 0 and not (body.echo or body.prompt_logprobs is not None):
+        raise InvalidRequest("max_tokens 0 generates nothing; it goes with echo or prompt_logprobs", param="max_tokens")
+    sampling = body.sampling(
+        serving.llm.sampling_defaults, max_tokens=1 if body.max_tokens == 0 else body.max_tokens, logprobs=body.logprobs
+    )
+    if body.echo and body.logprobs is not None and sampling.prompt_logprobs is None:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=body.logprobs)
+    return sampling
+
+
+async def _collect(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+    return merge([piece async for piece in stream])
+
+
+async def _interleave(streams: Streams) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """Pieces of all streams as they come, each with its stream's number."""
+    if len(streams) == 1:
+        try:
+            async for piece in streams[0]:
+                yield 0, piece
+        finally:
+            await streams[0].aclose()  # type: ignore[attr-defined]
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput] | AnychipError | None] = asyncio.Queue()
+
+    async def pump(number: int, stream: AsyncIterator[RequestOutput]) -> None:
+        try:
+            async for piece in stream:
+                queue.put_nowait((number, piece))
+            queue.put_nowait(None)
+        except AnychipError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, AnychipError):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

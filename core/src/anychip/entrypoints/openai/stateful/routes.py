@@ -1,0 +1,152 @@
+"""/v1/responses: create, continue, ask for again, delete."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from anychip.entrypoints.http.answer import respond, sse
+from anychip.entrypoints.http.body import read_body, schema_of
+from anychip.entrypoints.openai.responses import Reply
+from anychip.entrypoints.openai.stateful.builder import ResponseBuilder
+from anychip.entrypoints.openai.stateful.protocol import Message, ResponsesBody
+from anychip.entrypoints.openai.stateful.store import ResponseStore, Stored
+from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.turn import Turn, TurnRequest
+from anychip.errors import AnychipError, InvalidRequest, UnknownResponse
+
+
+@dataclass(slots=True, kw_only=True)
+class ResponseAnswer:
+    """http.answer.Answer of one response, kept in the store once it has ended."""
+
+    turn: Turn
+    builder: ResponseBuilder
+    reply: Reply
+    store: ResponseStore | None
+    tenant: str
+    messages: list[Message]
+    input_items: list[Message]
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self.items():
+            pass
+        return self.builder.final
+
+    async def events(self) -> AsyncIterator[bytes]:
+        async for item in self.items():
+            yield sse(item, item["type"])
+
+    def failure(self, error: AnychipError) -> list[bytes]:
+        return [sse(self.builder.fail(str(error), "server_error"), "response.failed")]
+
+    async def items(self) -> AsyncIterator[dict[str, Any]]:
+        builder, num_output, reason, last = self.builder, 0, None, None
+        pieces = self.turn.pieces()
+        try:
+            async for piece in pieces:
+                if last is None:  # nothing is told before the engine has taken the request
+                    for item in builder.begin():
+                        yield item
+                last, reason = piece.request, piece.finish_reason
+                num_output += len(piece.output.token_ids)
+                if (found := self.reply.chat_logprobs(piece.output)) is not None:
+                    builder.logprobs += found["content"]
+                for event in piece.events:
+                    for item in builder.take(event):
+                        yield item
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+        for item in builder.end(reason, last, num_output):
+            if self.store is not None and item["type"].startswith(("response.completed", "response.incomplete")):
+                self._keep(self.store)
+            yield item
+
+    def _keep(self, store: ResponseStore) -> None:
+        conversation = [*self.messages, self.builder.message()]
+        store.put(Stored(self.tenant, self.builder.final, conversation, self.input_items))
+
+
+def response_routes(serving: Serving) -> APIRouter:
+    router, store = APIRouter(), ResponseStore()
+
+    @router.post("/v1/responses", openapi_extra=schema_of(ResponsesBody))
+    async def create(request: Request) -> Response:
+        with serving.keys.holding(request.state.tenant):
+            body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
+            return await respond(await accept_response(serving, store, body, request), request, stream=body.stream)
+
+    @router.get("/v1/responses/{response_id}")
+    async def get(response_id: str, request: Request) -> Response:
+        return JSONResponse(_found(store, response_id, request).response)
+
+    @router.get("/v1/responses/{response_id}/input_items")
+    async def input_items(response_id: str, request: Request) -> Response:
+        items = _found(store, response_id, request).input_items
+        return JSONResponse({"object": "list", "data": items, "has_more": False})
+
+    @router.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str, request: Request) -> Response:
+        _found(store, response_id, request)
+        store.delete(response_id, request.state.tenant)
+        return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
+
+    return router
+
+
+async def accept_response(
+    serving: Serving, store: ResponseStore, body: ResponsesBody, request: Request
+) -> ResponseAnswer:
+    """Checks everything before anything runs. Raises UserError."""
+    serving.check_model(body.model)
+    messages = body.messages()
+    if not messages:
+        raise InvalidRequest("input is empty", param="input")
+    before: list[Message] = []
+    if body.previous_response_id is not None:
+        before = list(_found(store, body.previous_response_id, request).messages)
+    conversation = [*before, *messages]
+    # Instructions are of this response alone: those of the one before are not carried over.
+    system = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    turn = await Turn.accept(
+        serving.llm,
+        serving.parsers,
+        (builder := ResponseBuilder(body, serving.model)).response_id,
+        TurnRequest(
+            messages=system + conversation,
+            sampling=body.sampling(serving.llm.sampling_defaults),
+            tools=[tool.tool() for tool in body.tools or ()],
+            tool_choice=body.choice(),
+            options=serving.options(
+                request,
+                body.deadline,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                truncate_prompt_tokens=-1 if body.truncation == "auto" else None,
+            ),
+            template_variables=(
+                {"reasoning_effort": body.reasoning.effort} if body.reasoning and body.reasoning.effort else {}
+            ),
+        ),
+    )
+    return ResponseAnswer(
+        turn=turn,
+        builder=builder,
+        reply=Reply(reply_id="", kind="response", model=serving.model, tokenizer=serving.llm.tokenizer),
+        store=None if body.store is False else store,
+        tenant=request.state.tenant,
+        messages=conversation,
+        input_items=[{"type": "message", **message} for message in messages],
+    )
+
+
+def _found(store: ResponseStore, response_id: str, request: Request) -> Stored:
+    """Raises UnknownResponse, also for another key's."""
+    stored = store.get(response_id, request.state.tenant)
+    if stored is None:
+        raise UnknownResponse(f"response {response_id[:80]!r} is not stored here")
+    return stored

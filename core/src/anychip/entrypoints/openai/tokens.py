@@ -1,0 +1,68 @@
+"""POST /tokenize and /detokenize: texts and conversations to ids, and back. Shapes: vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pydantic import Field
+
+from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.openai.protocol import MAX_MESSAGES, ChatMessage, TokenIds, ToolBody
+from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.turn import TurnRequest, render
+from anychip.errors import InvalidRequest
+from anychip.sampling_params import SamplingParams
+
+
+class TokenizeBody(Strict):
+    """A prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, max_length=MAX_MESSAGES)
+    tools: list[ToolBody] | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Strict):
+    model: str | None = None
+    tokens: TokenIds
+
+
+async def tokenize(serving: Serving, body: TokenizeBody) -> dict[str, Any]:
+    """Raises InvalidRequest."""
+    llm = serving.llm
+    serving.check_model(body.model)
+    if llm.tokenizer is None:
+        raise InvalidRequest("the tokenizer is off")
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give prompt or messages", param="prompt")
+    text, adds_special = body.prompt, body.add_special_tokens is not False
+    if text is None:
+        turn = TurnRequest(
+            messages=[message.for_template() for message in body.messages or ()],
+            sampling=SamplingParams(),
+            tools=[tool.tool() for tool in body.tools or ()],
+            add_generation_prompt=body.add_generation_prompt,
+        )
+        text, adds_special = await render(llm, turn), bool(body.add_special_tokens)
+    ids = await asyncio.to_thread(llm.tokenizer.encode, text, add_special_tokens=adds_special)
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": llm.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [llm.tokenizer.token(token) for token in ids]
+    return answer
+
+
+def detokenize(serving: Serving, body: DetokenizeBody) -> dict[str, Any]:
+    """Raises InvalidRequest for an id outside the vocabulary."""
+    llm = serving.llm
+    serving.check_model(body.model)
+    if llm.tokenizer is None:
+        raise InvalidRequest("the tokenizer is off")
+    bad = next((token for token in body.tokens if not 0 <= token < llm.model.vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"tokens holds {bad}; the vocabulary has {llm.model.vocab_size}", param="tokens")
+    return {"prompt": llm.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,0 +1,55 @@
+"""What the routes of every API work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from anychip.chat.parsers.registry import ChosenParsers, choose_parsers
+from anychip.config import ServerConfig
+from anychip.engine.input_processor import RequestOptions
+from anychip.entrypoints.http.keys import Keys
+from anychip.errors import InvalidRequest, UnknownModel
+from anychip.launch.async_llm import AsyncLLM
+from anychip.registry.plugins import load_plugins
+
+
+@dataclass(slots=True)
+class Serving:
+    """A started engine and how it is served."""
+
+    llm: AsyncLLM
+    config: ServerConfig
+    parsers: ChosenParsers
+    keys: Keys
+
+    @classmethod
+    def of(cls, llm: AsyncLLM, config: ServerConfig | None = None) -> Serving:
+        """Raises ConfigError for parsers and keys that cannot be."""
+        config = config or ServerConfig()
+        template = None if llm.tokenizer is None or llm.tokenizer.chat_template is None else llm.tokenizer.chat_template
+        source = None if template is None else template.source
+        return cls(
+            llm=llm,
+            config=config,
+            parsers=choose_parsers(config.tool_parser, config.reasoning_parser, source, load_plugins().parsers),
+            keys=Keys.of(config.api_key, config.api_keys, config.key_concurrency),
+        )
+
+    @property
+    def model(self) -> str:
+        """What clients call the model."""
+        return self.llm.config.public_name
+
+    def check_model(self, model: str | None) -> None:
+        """Raises UnknownModel."""
+        if model is not None and model != self.model:
+            raise UnknownModel(f"model {model!r} does not exist; this server serves {self.model!r}")
+
+    def options(self, request: Request, deadline: float | None, **more: object) -> RequestOptions:
+        """Of a request by a key's holder. Raises InvalidRequest."""
+        if deadline is not None and not 0 < deadline < float("inf"):
+            raise InvalidRequest(f"deadline is {deadline}; expected seconds above 0", param="deadline")
+        limits = [limit for limit in (deadline, self.config.request_timeout_s) if limit is not None]
+        return RequestOptions(tenant=request.state.tenant, deadline=min(limits, default=None), **more)  # type: ignore[arg-type]

@@ -1,0 +1,267 @@
+"""One assistant turn, whatever API asked for it: the prompt is made and checked, the output is read for reasoning and
+tool calls, and every API writes the same events in its own form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from anychip.chat.events import Content, Event, OutputParser, Reasoning, ToolArguments, ToolStart
+from anychip.chat.parsers.plain_json import ArgumentsOnly, JsonListTools
+from anychip.chat.parsers.reasoning import PlainText, TagReasoning
+from anychip.chat.parsers.registry import ChosenParsers
+from anychip.engine.input_processor import RequestOptions
+from anychip.engine.outputs import RequestOutput, SequenceOutput
+from anychip.errors import InvalidRequest
+from anychip.launch.async_llm import AsyncLLM
+from anychip.sampling_params import SamplingParams, StructuredOutput
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_RENDER_ASIDE = 64
+"""Messages above which the template is rendered beside the event loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+
+    def for_template(self) -> dict[str, Any]:
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolChoice:
+    """`named`: the one function that must be called."""
+
+    mode: Literal["none", "auto", "required", "named"] = "auto"
+    named: str = ""
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """`messages` are as templates take them: role, content, and tool_calls with arguments as objects."""
+
+    messages: Sequence[Mapping[str, Any]]
+    sampling: SamplingParams
+    tools: Sequence[Tool] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    options: RequestOptions = field(default_factory=RequestOptions)
+    add_generation_prompt: bool = True
+    prefill: str = ""
+    """How the answer begins already: the model continues it."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Piece:
+    """New output of one of a turn's sequences, and what it means. `finish_reason` is the API's, once it has ended."""
+
+    output: SequenceOutput
+    events: list[Event]
+    finish_reason: str | None
+    request: RequestOutput
+
+    @property
+    def index(self) -> int:
+        return self.output.index
+
+
+@dataclass(slots=True)
+class ToolCall:
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class AnswerSoFar:
+    """A sequence's events, put together."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, events: Sequence[Event]) -> None:
+        for event in events:
+            match event:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case ToolStart(_, call_id, name):
+                    self.calls.append(ToolCall(call_id, name))
+                case ToolArguments(index, text):
+                    self.calls[index].arguments += text
+
+
+class Turn:
+    """Accepted: `pieces` runs it."""
+
+    def __init__(self, request: TurnRequest, parsers: ChosenParsers, prompt: str, outputs: AsyncIterator[Any]) -> None:
+        self.request = request
+        self._parsers = parsers
+        self._prompt = prompt
+        self._outputs = outputs
+        self._readers: dict[int, OutputParser] = {}
+        self._answers: dict[int, AnswerSoFar] = {}
+
+    @classmethod
+    async def accept(cls, llm: AsyncLLM, parsers: ChosenParsers, request_id: str, request: TurnRequest) -> Turn:
+        """Raises UserError for whatever cannot be."""
+        check_tools(request.tools, request.tool_choice)
+        prompt = await render(llm, request)
+        sampling, options = request.sampling, request.options
+        if (forced := _forced_calls(request)) is not None:
+            if sampling.structured is not None:
+                raise InvalidRequest("a forced tool call leaves no room for response_format", param="tool_choice")
+            sampling = msgspec.structs.replace(sampling, structured=forced)
+        if parsers.shows_special_tokens:
+            sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
+        marker = _reasoning_end(parsers)
+        if sampling.structured is not None and marker and inside_reasoning(parsers, prompt):
+            options = msgspec.structs.replace(options, structured_after=marker)
+        # The template has written the special tokens.
+        options = msgspec.structs.replace(options, add_special_tokens=False)
+        return cls(request, parsers, prompt, await llm.accept(request_id, prompt, sampling, options))
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The turn's output as it comes. Closing it early aborts the turn."""
+        try:
+            async for output in self._outputs:
+                for sequence in output.outputs:
+                    yield self._piece(output, sequence)
+        finally:
+            await self._outputs.aclose()  # type: ignore[attr-defined]
+
+    def _piece(self, output: RequestOutput, sequence: SequenceOutput) -> Piece:
+        index = sequence.index
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._readers[index] = self._reader()
+        events = reader.feed(sequence.text) if sequence.text else []
+        if sequence.finish_reason is not None:
+            events += reader.finish()
+        if not self.request.tool_choice.parallel:
+            events = [e for e in events if not isinstance(e, ToolStart | ToolArguments) or e.index == 0]
+        answer = self._answers.setdefault(index, AnswerSoFar())
+        answer.add(events)
+        reason: str | None = sequence.finish_reason
+        if reason == "stop" and answer.calls:
+            reason = "tool_calls"
+        return Piece(sequence, events, reason, output)
+
+    def answer(self, index: int) -> AnswerSoFar:
+        """Everything that a sequence has said so far."""
+        return self._answers.setdefault(index, AnswerSoFar())
+
+    def _reader(self) -> OutputParser:
+        choice, parsers = self.request.tool_choice, self._parsers
+        calls: OutputParser = PlainText()
+        if choice.mode == "named":
+            calls = ArgumentsOnly(choice.named)
+        elif choice.mode == "required":
+            calls = JsonListTools()
+        elif self.request.tools and choice.mode == "auto":
+            calls = JsonListTools() if parsers.make_tools is None else parsers.make_tools()
+        if parsers.reasoning == "harmony":
+            return calls if choice.mode in ("named", "required") else parsers.make_reasoning()  # type: ignore[misc]
+        if parsers.make_reasoning is None:
+            return calls
+        reader: OutputParser = parsers.make_reasoning(calls, inside=inside_reasoning(parsers, self._prompt))
+        return reader
+
+
+async def render(llm: AsyncLLM, request: TurnRequest) -> str:
+    """The prompt of a turn. Raises InvalidRequest."""
+    if llm.tokenizer is None:
+        raise InvalidRequest("chat needs the tokenizer, which is off", param="messages")
+    # No prompt is shorter than its messages, and few tokens cover more than 64 characters.
+    characters = sum(len(str(message.get("content") or "")) for message in request.messages)
+    if characters > 64 * llm.max_model_len:
+        raise InvalidRequest(
+            f"the messages have {characters} characters, far beyond a context of {llm.max_model_len} tokens",
+            param="messages",
+        )
+    tools = [tool.for_template() for tool in request.tools] if request.tool_choice.mode != "none" else []
+    arguments: dict[str, Any] = {
+        "tools": tools,
+        "add_generation_prompt": request.add_generation_prompt,
+        "variables": request.template_variables,
+    }
+    if len(request.messages) > _RENDER_ASIDE:
+        text = await asyncio.to_thread(llm.tokenizer.apply_chat_template, request.messages, **arguments)
+    else:
+        text = llm.tokenizer.apply_chat_template(request.messages, **arguments)
+    return text + request.prefill
+
+
+def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
+    """Raises InvalidRequest."""
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"{len(tools)} tools, at most {MAX_TOOLS}", param="tools")
+    names = [tool.name for tool in tools]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest(
+                f"tool name {name[:80]!r} is not 1 to 64 letters, digits, dots, dashes or underscores", param="tools"
+            )
+    if len(set(names)) < len(names):
+        raise InvalidRequest("two tools have the same name", param="tools")
+    if choice.mode in ("required", "named") and not tools:
+        raise InvalidRequest("tool_choice asks for a call, and there are no tools", param="tool_choice")
+    if choice.mode == "named" and choice.named not in names:
+        raise InvalidRequest(
+            f"tool_choice names {choice.named!r}; the tools are {', '.join(names)}", param="tool_choice"
+        )
+
+
+def inside_reasoning(parsers: ChosenParsers, prompt: str) -> bool:
+    """Whether the prompt ends where the model is thinking already."""
+    make = parsers.make_reasoning
+    return isinstance(make, type) and issubclass(make, TagReasoning) and prompt.rstrip().endswith(make.start)
+
+
+def _reasoning_end(parsers: ChosenParsers) -> str:
+    make = parsers.make_reasoning
+    return make.end if isinstance(make, type) and issubclass(make, TagReasoning) else ""
+
+
+def _forced_calls(request: TurnRequest) -> StructuredOutput | None:
+    """The grammar of a call that must be; None where none must."""
+    choice = request.tool_choice
+    if choice.mode == "named":
+        tool = next(tool for tool in request.tools if tool.name == choice.named)
+        return StructuredOutput("json_schema", json.dumps(dict(tool.parameters)))
+    if choice.mode != "required":
+        return None
+    definitions: dict[str, Any] = {}
+    calls = [_call_schema(tool, definitions) for tool in request.tools]
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    schema["maxItems"] = 1 if not choice.parallel else 8
+    if definitions:
+        schema["$defs"] = definitions
+    return StructuredOutput("json_schema", json.dumps(schema))
+
+
+def _call_schema(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
+    parameters = dict(tool.parameters)
+    definitions |= parameters.pop("$defs", {})
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "parameters": parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }

@@ -1,0 +1,140 @@
+"""Prometheus metrics of one server, under `anychip_`; names follow vLLM's, so that dashboards carry over."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+import anychip
+from anychip.engine.outputs import RequestOutput
+from anychip.messages import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
+_STEPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+
+
+class Metrics:
+    """One registry per server: two in one process do not mix."""
+
+    def __init__(self, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model}
+        self._last: EngineStats | None = None
+        self.running = self._gauge("num_requests_running", "Requests that hold a slot")
+        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for a slot")
+        self.kv_usage = self._gauge("kv_cache_usage_ratio", "Share of KV blocks in use")
+        self.kv_blocks = self._gauge("kv_cache_blocks", "KV blocks that there are")
+        self.up = self._gauge("engine_up", "1 while an engine is ready")
+        self.progress = self._gauge("engine_last_progress_seconds", "Unix time of the engine's last sign of life")
+        self.steps = self._counter("engine_steps", "Steps launched")
+        self.restarts = self._counter("engine_restarts", "Times that a dead engine was started again")
+        self.queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self.hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self.preemptions = self._counter("num_preemptions", "Requests whose blocks were taken from them")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were begun")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.finished = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
+        self.failed = self._counter("request_failure", "Requests that ended with an error, by its kind", "error")
+        self.drafts = self._counter("spec_decode_num_drafts", "Drafts proposed by speculation")
+        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens proposed by speculation")
+        self.accepted = self._counter("spec_decode_num_accepted_tokens", "Proposed tokens that were right")
+        self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SECONDS)
+        self.inter_token = self._histogram("inter_token_latency_seconds", "Between a sequence's tokens", _STEPS)
+        self.end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the end", _SECONDS)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Until first scheduled", _SECONDS)
+        self.prefill_time = self._histogram("request_prefill_time_seconds", "Scheduled to first token", _SECONDS)
+        self.decode_time = self._histogram("request_decode_time_seconds", "First token to the end", _SECONDS)
+        self.prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
+        self.output_length = self._histogram("request_generation_tokens", "Tokens of a request's answers", _TOKENS)
+        http = ("method", "route", "status")
+        self.http_requests = Counter("anychip_http_requests", "HTTP requests", http, registry=self.registry)
+        self.http_seconds = Histogram(
+            "anychip_http_request_duration_seconds", "Until the response ended", ("route",), buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        info = Gauge("anychip_info", "What serves", ("version", "model_name"), registry=self.registry)
+        info.labels(anychip.__version__, model).set(1)
+
+    def render(self) -> bytes:
+        """The scrape's text."""
+        return generate_latest(self.registry)
+
+    def take(self, stats: EngineStats) -> None:
+        """The engine's newest word; its counters start anew when the engine does."""
+        last = self._last
+        if last is None or stats.steps < last.steps:
+            last = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._last = stats
+        self.running.set(stats.running)
+        self.waiting.set(stats.waiting)
+        self.kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
+        self.kv_blocks.set(stats.kv_blocks)
+        self.progress.set(time.time())
+        self.steps.inc(stats.steps - last.steps)
+        self.queries.inc(stats.prefix_queries - last.prefix_queries)
+        self.hits.inc(stats.prefix_hits - last.prefix_hits)
+        self.preemptions.inc(stats.preemptions - last.preemptions)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"anychip_{name}", text, tuple(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        made = Counter(f"anychip_{name}", text, (*self._labels, *labels), registry=self.registry)
+        return made if labels else made.labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(f"anychip_{name}", text, tuple(self._labels), buckets=buckets, registry=self.registry)
+        return made.labels(**self._labels)
+
+
+class RequestClock:
+    """One request's times, as its caller sees them."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self.arrived = time.monotonic()
+        self.first: float | None = None
+        self.last = self.arrived
+        self.queued_s: float | None = None
+        self.num_prompt = 0
+        self.num_output = 0
+        self._newest: dict[int, float] = {}
+
+    def piece(self, output: RequestOutput) -> None:
+        """New tokens."""
+        now, metrics = time.monotonic(), self._metrics
+        self.last = now
+        if self.first is None:
+            self.first, self.num_prompt = now, len(output.prompt_token_ids)
+            metrics.first_token.observe(now - self.arrived)
+            metrics.prompt_tokens.inc(self.num_prompt)
+            metrics.prompt_length.observe(self.num_prompt)
+        if output.queued_s is not None and self.queued_s is None:
+            self.queued_s = output.queued_s
+            metrics.queue_time.observe(output.queued_s)
+            metrics.prefill_time.observe(max(0.0, now - self.arrived - output.queued_s))
+        for sequence in output.outputs:
+            count = len(sequence.token_ids)
+            before = self._newest.get(sequence.index)
+            if before is not None and count:
+                metrics.inter_token.observe((now - before) / count)
+            self._newest[sequence.index] = now
+            self.num_output += count
+            metrics.generation_tokens.inc(count)
+            if sequence.finish_reason is not None:
+                metrics.finished.labels(self._model, sequence.finish_reason).inc()
+
+    def end(self, error: BaseException | None) -> None:
+        """The request is over."""
+        metrics = self._metrics
+        metrics.end_to_end.observe(self.last - self.arrived if error is None else time.monotonic() - self.arrived)
+        if self.first is not None:
+            metrics.decode_time.observe(self.last - self.first)
+            metrics.output_length.observe(self.num_output)
+        if error is not None:
+            metrics.failed.labels(self._model, type(error).__name__).inc()
