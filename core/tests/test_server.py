@@ -65,6 +65,14 @@ def server() -> Iterator[Server]:
     running.stop()
 
 
+def wait_until_ready(server: Server) -> None:
+    for _ in range(READY_S * 10):
+        if server.client.get("/ready").status_code == 200:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the server did not become ready again")
+
+
 def post(server: Server, path: str, body: object) -> httpx.Response:
     return server.client.post(path, content=body if isinstance(body, str) else json.dumps(body))
 
@@ -126,7 +134,7 @@ def test_models_version_and_health(server):
     ("path", "body", "status", "param", "expected"),
     [
         ("completions", {"prompt": "x", "max_tokns": 5}, 400, "max_tokns", "unknown parameter 'max_tokns'"),
-        ("chat/completions", CHAT | {"tools": []}, 400, "tools", "unknown parameter 'tools'"),
+        ("chat/completions", CHAT | {"functions": []}, 400, "functions", "use tools"),
         ("completions", {"prompt": "x", "model": "gpt-4"}, 404, "model", "'gpt-4' does not exist"),
         ("completions", {"prompt": ""}, 400, "prompt", "the prompt is empty"),
         ("completions", {"prompt": []}, 400, "prompt", "the prompt is empty"),
@@ -255,6 +263,8 @@ def test_a_worker_that_dies_while_nothing_runs_is_noticed():
         answer = server.client.get("/health")
         assert answer.status_code == 503
         assert "worker 1 exited with status -9" in answer.json()["error"]["message"]
+        wait_until_ready(server)
+        assert post(server, "/v1/chat/completions", CHAT).status_code == 200
     finally:
         assert server.stop() == 0
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)

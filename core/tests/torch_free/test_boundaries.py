@@ -21,7 +21,7 @@ VENDOR_WORDS = {"cuda", "rocm", "hip", "tpu", "xla", "ascend", "npu", "nvidia", 
     "module",
     [
         "anychip.plugin_api",
-        "anychip.entrypoints.openai.server",
+        "anychip.entrypoints.http.server",
         "anychip.entrypoints.cli.main",
         "anychip.launch.async_llm",
         "anychip.launch.build",

@@ -117,7 +117,7 @@ class AsyncLLM:
             request = self.inputs.process(request_id, prompt, sampling, options)
         if sampling.structured is not None and self.grammars is not None:
             await self.grammars.check(sampling.structured)
-        return self._watched(self.engine.generate(request))
+        return self._timed(self.engine.generate(request))
 
     def _check_queue(self) -> None:
         longest = self.config.max_queue_s
@@ -128,7 +128,7 @@ class AsyncLLM:
                 retry_after=self.flow.retry_after_s(),
             )
 
-    async def _watched(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    async def _timed(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         """The same, with its times taken."""
         clock, waits = RequestClock(self.metrics, self.config.public_name), True
         self.flow.enter()
@@ -180,7 +180,7 @@ class AsyncLLM:
             assert self._life is not None
             cause = await self._life.ended()
             self.metrics.up.set(0)
-            await self._life.end(0.0)
+            await self._life.end(_DRAIN_S)
             if self._closing or not self._may_restart():
                 log.error("the engine is not started again: %s", cause)
                 return
@@ -255,7 +255,7 @@ class _Life:
         self._death.cancel()
         await self.engine.close()
         # An engine that is still starting does not read messages.
-        await asyncio.to_thread(self._child.stop, drain_s if self.engine.is_ready and not self.engine.dead else 0.0)
+        await asyncio.to_thread(self._child.stop, drain_s if self.engine.is_ready else 0.0)
         self._folder.cleanup()
 
     def kill(self, why: str) -> None:
