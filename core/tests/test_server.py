@@ -7,55 +7,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-
-READY_S = 60
-CHAT = {"messages": [{"role": "user", "content": "How do I reverse a list?"}], "max_tokens": 8, "temperature": 0}
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-class Server:
-    """`wait` False returns while the server is still starting."""
-
-    def __init__(self, *options: str, wait: bool = True) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "serve", "--port", str(self.port), *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-        for _ in range(READY_S * 20 if wait else 0):
-            assert self.process.poll() is None, self.process.stderr.read()
-            try:
-                self.client.get("/health")
-                return
-            except httpx.TransportError:
-                time.sleep(0.05)
-        assert not wait, "the server did not start"
-
-    def engine_pid(self) -> int:
-        found = children(self.process.pid)
-        assert len(found) == 1, f"one engine process is expected, found {found}"
-        return found[0]
-
-    def stop(self) -> int:
-        self.client.close()
-        self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(30)
-        assert "Traceback" not in self.process.stderr.read()
-        return status
+from served import CHAT, Server, children, events
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +23,8 @@ def server() -> Iterator[Server]:
     running.stop()
 
 
-def wait_until_ready(server: Server) -> None:
-    for _ in range(READY_S * 10):
-        if server.client.get("/ready").status_code == 200:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the server did not become ready again")
-
-
 def post(server: Server, path: str, body: object) -> httpx.Response:
-    return server.client.post(path, content=body if isinstance(body, str) else json.dumps(body))
-
-
-def events(response: httpx.Response) -> list[dict]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
+    return server.post(path, body)
 
 
 # -- answers ----------------------------------------------------------------------------------------------
@@ -245,7 +189,7 @@ def test_a_signal_while_starting_leaves_nothing_running(number):
     engine = server.engine_pid()
     server.process.send_signal(number)
     assert server.process.wait(10) == 0
-    assert "Traceback" not in server.process.stderr.read()
+    assert "Traceback" not in server.log()
     assert not Path(f"/proc/{engine}").exists()
 
 
@@ -263,7 +207,7 @@ def test_a_worker_that_dies_while_nothing_runs_is_noticed():
         answer = server.client.get("/health")
         assert answer.status_code == 503
         assert "worker 1 exited with status -9" in answer.json()["error"]["message"]
-        wait_until_ready(server)
+        server.wait_until_ready()
         assert post(server, "/v1/chat/completions", CHAT).status_code == 200
     finally:
         assert server.stop() == 0

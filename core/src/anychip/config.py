@@ -157,14 +157,16 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     api_key: str | None = None
     admin_key: str | None = None
+    log_format: str = "text"
 
     @classmethod
-    def read(cls) -> Environment:
+    def read(cls, *, child: bool = False) -> Environment:
+        """Raises ConfigError for a variable that is none; in a child, platforms have added theirs."""
         known = {f"ANYCHIP_{name.upper()}": name for name in cls.__struct_fields__}
         found = {key: value for key, value in os.environ.items() if key.startswith("ANYCHIP_")}
-        if unknown := sorted(set(found) - set(known)):
+        if not child and (unknown := sorted(set(found) - set(known))):
             raise ConfigError(f"unknown variable {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**{known[key]: value for key, value in found.items()})
+        return cls(**{known[key]: value for key, value in found.items() if key in known})
 
 
 def child_environment(extra: dict[str, str]) -> dict[str, str]:

@@ -71,7 +71,7 @@ class Request:
     __slots__ = (
         "arrival", "arrived_at", "beams", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline",
         "editor", "epoch", "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed",
-        "num_promised", "num_prompt", "priority", "processors", "prompt_logprobs", "reenters", "request_id",
+        "num_promised", "num_prompt", "priority", "processors", "prompt_logprobs", "rank", "reenters", "request_id",
         "sampling", "scheduled_at", "seed", "slot", "status", "stop_ids", "tenant", "token_ids",
     )  # fmt: skip
 
@@ -118,6 +118,7 @@ class Request:
         self.num_computed = 0
         self.num_promised = 0
         self.cached_tokens = 0
+        self.rank = 0.0  # the policy's
         self.arrived_at = time.monotonic()
         self.scheduled_at = self.arrived_at  # until it first is
         self.finish_reason: FinishReason | None = None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastapi import Request
-
 from anychip.chat.parsers.registry import ChosenParsers, choose_parsers
 from anychip.config import ServerConfig
 from anychip.engine.input_processor import RequestOptions
@@ -47,9 +45,9 @@ class Serving:
         if model is not None and model != self.model:
             raise UnknownModel(f"model {model!r} does not exist; this server serves {self.model!r}")
 
-    def options(self, request: Request, deadline: float | None, **more: object) -> RequestOptions:
+    def options(self, tenant: str, deadline: float | None, **more: object) -> RequestOptions:
         """Of a request by a key's holder. Raises InvalidRequest."""
         if deadline is not None and not 0 < deadline < float("inf"):
             raise InvalidRequest(f"deadline is {deadline}; expected seconds above 0", param="deadline")
         limits = [limit for limit in (deadline, self.config.request_timeout_s) if limit is not None]
-        return RequestOptions(tenant=request.state.tenant, deadline=min(limits, default=None), **more)  # type: ignore[arg-type]
+        return RequestOptions(tenant=tenant, deadline=min(limits, default=None), **more)  # type: ignore[arg-type]

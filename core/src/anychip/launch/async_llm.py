@@ -159,6 +159,11 @@ class AsyncLLM:
         """Ends a request, whose caller learns so. Returns whether there was one."""
         return await self.engine.abort(request_id)
 
+    async def abort_all(self) -> None:
+        """Ends every request with an error."""
+        for request_id in self.engine.open_requests:
+            await self.engine.abort(request_id)
+
     def kill_engine(self, why: str) -> None:
         """Ends the engine process at once; a new one is started."""
         assert self._life is not None

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from anychip.config import EngineSpec
+from anychip.config import EngineSpec, Environment
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.engine_loop import EngineLoop
 from anychip.errors import AnychipError
 from anychip.launch.build import build_engine
 from anychip.launch.child import end_with_parent, read_spec
 from anychip.model_config import load_model_config
+from anychip.observability.logs import configure_logging
 from anychip.registry.plugins import load_plugins
 
 log = logging.getLogger("anychip.engine")
@@ -43,6 +44,7 @@ def main(spec: EngineSpec) -> int:
 
 
 if __name__ == "__main__":
+    configure_logging(Environment.read(child=True))
     engine_spec = msgspec.json.decode(read_spec(), type=EngineSpec)
     end_with_parent(engine_spec.folder)
     sys.exit(main(engine_spec))

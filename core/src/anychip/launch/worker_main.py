@@ -14,13 +14,14 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from anychip.config import WorkerSpec
+from anychip.config import Environment, WorkerSpec
 from anychip.errors import AnychipError
 from anychip.executor.multiprocess import decision_endpoint, result_endpoint
 from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.launch.build import load_worker
 from anychip.launch.child import end_with_parent, read_spec
 from anychip.messages import FromWorker, LateInputs, StepDecision, ToWorker, WorkerFailed
+from anychip.observability.logs import configure_logging
 
 log = logging.getLogger("anychip.worker")
 
@@ -85,6 +86,7 @@ class WorkerProcess:
 
 
 if __name__ == "__main__":
+    configure_logging(Environment.read(child=True))
     worker_spec = msgspec.json.decode(read_spec(), type=WorkerSpec)
     end_with_parent(worker_spec.folder)
     sys.exit(WorkerProcess(worker_spec).run())

@@ -63,6 +63,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.requests[request.request_id, request.index] = request
+        self.policy.arrived(request)
         self._wait(request)
 
     def sequences(self, request_id: RequestId) -> list[Request]:
@@ -217,6 +218,7 @@ class Scheduler:
                 self.kv.cancel_start(request)
                 break
             if not resumed:
+                self.policy.started(request)
                 request.cached_tokens = cached
                 request.scheduled_at = time.monotonic()
                 self.prefix_queries += request.num_prompt
@@ -348,6 +350,7 @@ class Scheduler:
         request.epoch += 1
         request.finish_reason = reason
         request.become(RequestStatus.FINISHED)
+        self.policy.ended(request)
         del self.requests[request.request_id, request.index]
 
     def _give_up_slot(self, request: Request) -> None:

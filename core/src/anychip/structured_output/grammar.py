@@ -70,7 +70,7 @@ def _limits() -> LLParserLimits:
 
 
 def _json_grammar(schema: str) -> str:
-    return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": r"[ \n]{0,2}"}))
+    return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": "[ ]?"}))
 
 
 def _choice_grammar(value: str) -> str:

@@ -133,7 +133,7 @@ def anthropic_routes(serving: Serving) -> APIRouter:
     async def messages(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, MessagesBody, lenient=lenient)
-            return await respond(await accept_message(serving, body, request), request, stream=body.stream)
+            return await respond(await accept_message(serving, body, request.state.tenant), request, stream=body.stream)
 
     @router.post("/v1/messages/count_tokens", openapi_extra=schema_of(CountTokensBody))
     async def count_tokens(request: Request) -> Response:
@@ -148,11 +148,11 @@ def anthropic_routes(serving: Serving) -> APIRouter:
     return router
 
 
-async def accept_message(serving: Serving, body: MessagesBody, request: Request) -> MessageAnswer:
+async def accept_message(serving: Serving, body: MessagesBody, tenant: str) -> MessageAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"
-    turn = _turn(body, body.sampling(serving.llm.sampling_defaults), serving.options(request, None))
+    turn = _turn(body, body.sampling(serving.llm.sampling_defaults), serving.options(tenant, None))
     accepted = await Turn.accept(serving.llm, serving.parsers, message_id, turn)
     return MessageAnswer(turn=accepted, model=serving.model, message_id=message_id)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,10 +11,13 @@ from typing import Any
 import anychip
 from anychip.config import Environment
 from anychip.errors import AnychipError, ConfigError, UserError
+from anychip.observability.logs import configure_logging
 from anychip.registry.plugins import load_plugins
 
 COMMANDS = {
-    "serve": "serve a model over HTTP with OpenAI's API",
+    "serve": "serve a model over HTTP with OpenAI's and Anthropic's APIs",
+    "run-batch": "answer the requests of an OpenAI batch file",
+    "hash-key": "make an API key, and the line of --api-keys for it",
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
     "plan": "say how much memory a model would take, before it is loaded",
@@ -40,13 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, summary in COMMANDS.items():
             command = commands.add_parser(name, help=summary, description=summary)
             if name in argv[:1]:  # the others' modules stay unread: `devices` needs no web server
-                module = import_module(f"anychip.entrypoints.cli.{name}")
+                module = import_module(f"anychip.entrypoints.cli.{name.replace('-', '_')}")
                 module.add_options(command, environment)
                 command.set_defaults(run=module.run)
         if argv[:1] and argv[0] not in COMMANDS:  # --help too lists what other packages bring
             add_contributed(commands, argv[0])
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)  # libraries: warnings
-        logging.getLogger("anychip").setLevel(environment.log_level.upper())
+        configure_logging(environment)
         arguments = parser.parse_args(argv)
         status: int = arguments.run(arguments)
     except UserError as error:

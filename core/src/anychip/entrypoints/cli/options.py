@@ -58,7 +58,7 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     schedule = parser.add_argument_group("scheduling")
     schedule.add_argument("--max-num-seqs", type=int, default=unset)
     schedule.add_argument("--max-num-batched-tokens", type=parse_count, default=unset)
-    schedule.add_argument("--policy", default=unset, help="fcfs, priority, or one that a plugin brings")
+    schedule.add_argument("--policy", default=unset, help="fcfs, priority, fair, predictive, or a plugin's")
     schedule.add_argument("--no-overlap", dest="overlap", action="store_false", default=unset)
     schedule.add_argument("--seed", type=int, default=unset)
 

@@ -45,8 +45,6 @@ async def respond(answer: Answer, request: Request, *, stream: bool) -> Response
         first = await _unless_gone(_next(events), request)
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED)
-    except BaseExceptionGroup as group:
-        raise _first(group) from group
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_after(first, events, answer), media_type="text/event-stream", headers=headers)
 
@@ -93,8 +91,3 @@ async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner

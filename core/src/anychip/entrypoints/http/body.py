@@ -42,7 +42,11 @@ class Strict(BaseModel):
 
 async def read_body(request: Request, kind: type[Body], *, lenient: bool) -> Body:
     """`lenient` ignores unknown parameters, with a warning in the log. Raises InvalidRequest."""
-    raw = await request.body()
+    return checked(await request.body(), kind, lenient=lenient)
+
+
+def checked(raw: bytes, kind: type[Body], *, lenient: bool = False) -> Body:
+    """The same of a body that is at hand."""
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +26,9 @@ from anychip.messages import WorkerReady
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
+_LAST_WORDS_S = 5
+"""After the drain: for the errors that end what is left."""
+
 Announce = Callable[[AsyncLLM, WorkerReady, str, float], None]
 
 
@@ -91,6 +95,27 @@ def _check_unused(path: Path) -> None:
     raise PortInUse(f"another server listens on {path}")
 
 
+class _DrainingServer(uvicorn.Server):
+    """Shuts down in two steps: requests in flight have `drain_s` to end by themselves, then they are ended with an
+    error. `on_limit` ends them."""
+
+    def __init__(self, config: uvicorn.Config, *, drain_s: float, on_limit: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._on_limit = on_limit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        limit = asyncio.create_task(self._end_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            limit.cancel()
+
+    async def _end_late(self) -> None:
+        await asyncio.sleep(self._drain_s)
+        await self._on_limit()
+
+
 class _Server:
     def __init__(
         self, config: EngineConfig, server: ServerConfig, listener: socket.socket, admin: socket.socket | None
@@ -110,7 +135,8 @@ class _Server:
             loop.add_signal_handler(number, main.cancel)
         try:
             worker = await self.llm.start()
-            self.public = self._uvicorn(make_app(self.llm, self.config))
+            settings = self._settings(make_app(self.llm, self.config))
+            self.public = _DrainingServer(settings, drain_s=self.config.drain_s, on_limit=self.llm.abort_all)
             # uvicorn handles signals while it serves, and raises them again when it is done: closing must not be
             # cancelled by that.
             for number in _SIGNALS:
@@ -127,8 +153,8 @@ class _Server:
         admin_server: uvicorn.Server | None = None
         beside: asyncio.Task[None] | None = None
         if self.admin is not None:
-            admin_server = self._uvicorn(make_admin_app(self.llm, self.config, self.stop))
-            admin_server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            admin_server = uvicorn.Server(self._settings(make_admin_app(self.llm, self.config, self.stop)))
+            # `serve` would take the signals, which are the public server's.
             beside = asyncio.create_task(admin_server._serve([self.admin]))
         try:
             await public.serve(sockets=[self.listener])
@@ -142,19 +168,17 @@ class _Server:
         if self.public is not None:
             self.public.should_exit = True
 
-    def _uvicorn(self, app: ASGIApp) -> uvicorn.Server:
-        return uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=max(1, round(self.config.drain_s)),
-                timeout_keep_alive=30,
-                lifespan="off",
-                server_header=False,
-                ssl_certfile=self.config.tls_cert,
-                ssl_keyfile=self.config.tls_key,
-            )
+    def _settings(self, app: ASGIApp) -> uvicorn.Config:
+        return uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(self.config.drain_s) + _LAST_WORDS_S,
+            timeout_keep_alive=30,
+            lifespan="off",
+            server_header=False,
+            ssl_certfile=self.config.tls_cert,
+            ssl_keyfile=self.config.tls_key,
         )
 
     def _url(self) -> str:

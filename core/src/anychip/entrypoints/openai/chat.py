@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request
-
 from anychip.chat.events import Content, Event, Reasoning, ToolArguments, ToolStart
 from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput
@@ -95,7 +93,7 @@ class ChatAnswer:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-async def accept_chat(serving: Serving, body: ChatBody, request: Request) -> ChatAnswer:
+async def accept_chat(serving: Serving, body: ChatBody, tenant: str) -> ChatAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
@@ -112,7 +110,7 @@ async def accept_chat(serving: Serving, body: ChatBody, request: Request) -> Cha
         tools=[tool.tool() for tool in body.tools or ()],
         tool_choice=body.choice(),
         options=serving.options(
-            request,
+            tenant,
             body.deadline,
             priority=body.priority,
             cache_salt=body.cache_salt,

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-from fastapi import Request
 
 from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput, SequenceOutput
@@ -46,9 +45,13 @@ class CompletionAnswer:
     progress: dict[int, _Progress] = field(default_factory=dict)
 
     async def whole(self) -> Json:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_collect(stream)) for stream in self.streams]
-        finals = [task.result() for task in tasks]
+        tasks = [asyncio.create_task(_collect(stream)) for stream in self.streams]
+        try:
+            finals = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         choices = [
             self._choice(number, final, output) for number, final in enumerate(finals) for output in final.outputs
         ]
@@ -109,7 +112,7 @@ class CompletionAnswer:
         choice["logprobs"] = {name: before[name] + after[name] for name in before}
 
 
-async def accept_completion(serving: Serving, body: CompletionBody, request: Request) -> CompletionAnswer:
+async def accept_completion(serving: Serving, body: CompletionBody, tenant: str) -> CompletionAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     prompts = body.prompts()
@@ -117,7 +120,7 @@ async def accept_completion(serving: Serving, body: CompletionBody, request: Req
         raise InvalidRequest(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request", param="prompt")
     sampling = _sampling(serving, body)
     options = serving.options(
-        request,
+        tenant,
         body.deadline,
         priority=body.priority,
         cache_salt=body.cache_salt,

@@ -28,13 +28,15 @@ def openai_routes(serving: Serving) -> APIRouter:
     async def chat(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, ChatBody, lenient=lenient)
-            return await respond(await accept_chat(serving, body, request), request, stream=body.stream)
+            return await respond(await accept_chat(serving, body, request.state.tenant), request, stream=body.stream)
 
     @router.post("/v1/completions", openapi_extra=schema_of(CompletionBody))
     async def completions(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, CompletionBody, lenient=lenient)
-            return await respond(await accept_completion(serving, body, request), request, stream=body.stream)
+            return await respond(
+                await accept_completion(serving, body, request.state.tenant), request, stream=body.stream
+            )
 
     @router.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
     async def tokenize_text(request: Request) -> Response:

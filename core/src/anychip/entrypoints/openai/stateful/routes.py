@@ -78,29 +78,29 @@ def response_routes(serving: Serving) -> APIRouter:
     async def create(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
-            return await respond(await accept_response(serving, store, body, request), request, stream=body.stream)
+            return await respond(
+                await accept_response(serving, store, body, request.state.tenant), request, stream=body.stream
+            )
 
     @router.get("/v1/responses/{response_id}")
     async def get(response_id: str, request: Request) -> Response:
-        return JSONResponse(_found(store, response_id, request).response)
+        return JSONResponse(_found(store, response_id, request.state.tenant).response)
 
     @router.get("/v1/responses/{response_id}/input_items")
     async def input_items(response_id: str, request: Request) -> Response:
-        items = _found(store, response_id, request).input_items
+        items = _found(store, response_id, request.state.tenant).input_items
         return JSONResponse({"object": "list", "data": items, "has_more": False})
 
     @router.delete("/v1/responses/{response_id}")
     async def delete(response_id: str, request: Request) -> Response:
-        _found(store, response_id, request)
+        _found(store, response_id, request.state.tenant)
         store.delete(response_id, request.state.tenant)
         return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
 
     return router
 
 
-async def accept_response(
-    serving: Serving, store: ResponseStore, body: ResponsesBody, request: Request
-) -> ResponseAnswer:
+async def accept_response(serving: Serving, store: ResponseStore, body: ResponsesBody, tenant: str) -> ResponseAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     messages = body.messages()
@@ -108,7 +108,7 @@ async def accept_response(
         raise InvalidRequest("input is empty", param="input")
     before: list[Message] = []
     if body.previous_response_id is not None:
-        before = list(_found(store, body.previous_response_id, request).messages)
+        before = list(_found(store, body.previous_response_id, tenant).messages)
     conversation = [*before, *messages]
     # Instructions are of this response alone: those of the one before are not carried over.
     system = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
@@ -122,7 +122,7 @@ async def accept_response(
             tools=[tool.tool() for tool in body.tools or ()],
             tool_choice=body.choice(),
             options=serving.options(
-                request,
+                tenant,
                 body.deadline,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
@@ -138,15 +138,15 @@ async def accept_response(
         builder=builder,
         reply=Reply(reply_id="", kind="response", model=serving.model, tokenizer=serving.llm.tokenizer),
         store=None if body.store is False else store,
-        tenant=request.state.tenant,
+        tenant=tenant,
         messages=conversation,
         input_items=[{"type": "message", **message} for message in messages],
     )
 
 
-def _found(store: ResponseStore, response_id: str, request: Request) -> Stored:
+def _found(store: ResponseStore, response_id: str, tenant: str) -> Stored:
     """Raises UnknownResponse, also for another key's."""
-    stored = store.get(response_id, request.state.tenant)
+    stored = store.get(response_id, tenant)
     if stored is None:
         raise UnknownResponse(f"response {response_id[:80]!r} is not stored here")
     return stored

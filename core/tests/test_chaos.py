@@ -1,0 +1,141 @@
+"""What dies, leaves or overflows: every accepted request ends, nothing is left behind. tools/chaos.py does the same
+with ten thousand requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from served import Server, children, events
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from chaos import leftovers, storm
+
+LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), ("worker", ["--tensor-parallel-size", "2"])])
+def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
+    server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
+    try:
+        tally = asyncio.run(storm(server, requests=100, concurrency=30, kills=1, seed=4, victim=victim))
+        assert tally.lost == []
+        assert sum(tally.ends.values()) >= 100 and len(tally.ready_s) == 1
+        assert leftovers(server) == {}
+        assert server.metric("anychip_engine_restarts_total") == 1
+    finally:
+        assert server.stop() == 0
+
+
+def test_an_engine_that_dies_too_often_stays_dead():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M", "--restarts", "1")
+    try:
+        for _ in range(2):
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            time.sleep(0.6)
+            for _ in range(100):
+                if server.client.get("/health").status_code == 200 or not children(server.process.pid):
+                    break
+                time.sleep(0.1)
+        answer = server.client.get("/health")
+        assert answer.status_code == 503 and "killed by signal 9" in answer.json()["error"]["message"]
+        refused = server.post("/v1/completions", LONG)
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_again():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "8M", "--max-num-seqs", "1", "--max-waiting", "2")
+    try:
+        tally: list[httpx.Response] = []
+
+        def send() -> None:
+            with httpx.Client(base_url=server.url, timeout=60) as client:
+                tally.append(client.post("/v1/completions", json=LONG | {"stream": len(tally) % 2 == 0}))
+
+        threads = [threading.Thread(target=send) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = [response.status_code for response in tally]
+        assert statuses.count(200) >= 1 and statuses.count(429) >= 1 and set(statuses) == {200, 429}
+        for response in tally:
+            if response.status_code == 429:
+                assert int(response.headers["retry-after"]) >= 1
+                assert "requests wait, at most 2 may" in response.json()["error"]["message"]
+        assert leftovers(server) == {}
+    finally:
+        assert server.stop() == 0
+
+
+def test_sigterm_lets_requests_end_and_ends_those_that_take_too_long():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M", "--drain-s", "2", "--max-model-len", "2048")
+    outcome: dict[str, list[dict]] = {}
+
+    def stream(name: str, tokens: int) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            outcome[name] = events(client.post("/v1/completions", json=LONG | {"max_tokens": tokens, "n": 8}))
+
+    threads = [
+        threading.Thread(target=stream, args=("short", 10)),
+        threading.Thread(target=stream, args=("long", 1900)),
+    ]
+    for thread in threads:
+        thread.start()
+    while server.metric("anychip_num_requests_running") < 9:
+        time.sleep(0.02)
+    server.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(30)
+    assert server.process.wait(15) == 0
+    assert {choice["finish_reason"] for chunk in outcome["short"] for choice in chunk["choices"]} == {None, "length"}
+    last = outcome["long"][-1]
+    assert "error" in last or last["choices"][0]["finish_reason"] == "length"
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_when_the_api_process_dies_its_clients_see_it_and_the_engine_goes_too():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
+    engine = server.engine_pid()
+    seen: list[str] = []
+
+    def stream() -> None:
+        with contextlib.suppress(httpx.TransportError), httpx.Client(base_url=server.url, timeout=60) as client:
+            with client.stream("POST", "/v1/completions", json=LONG) as response:
+                seen.extend(response.iter_lines())
+            seen.append("ended in peace")
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    while server.metric("anychip_num_requests_running") < 1:
+        time.sleep(0.02)
+    server.process.kill()
+    thread.join(30)
+    assert not thread.is_alive() and "ended in peace" not in seen
+    for _ in range(100):
+        if not Path(f"/proc/{engine}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the engine outlived the API process")
+
+
+def test_a_request_ends_at_its_deadline():
+    server = Server("--device", "cpu", "--kv-cache-bytes", "32M", "--request-timeout-s", "20")
+    try:
+        late = server.post("/v1/completions", LONG | {"stream": False, "deadline": 0.2, "max_tokens": 1900, "n": 16})
+        assert late.status_code == 408 and "deadline" in late.json()["error"]["message"]
+        assert server.post("/v1/completions", LONG | {"deadline": -1}).status_code == 400
+        assert leftovers(server) == {}
+    finally:
+        assert server.stop() == 0
