@@ -117,7 +117,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Of a dead engine, within ten minutes."""
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
-    log_prompts: bool = False
     otel_endpoint: str | None = None
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@
     │   ├── UnknownModel           404
     │   ├── UnknownResponse        404
     │   ├── QueueFull              429
+    │   ├── BodyTooLarge           413
     │   ├── RequestTimeout         408, past its deadline
     │   ├── ConfigError            a setting, before anything is loaded
     │   ├── CheckpointError        names the tensor and the file
@@ -80,6 +81,13 @@ class QueueFull(UserError):
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class BodyTooLarge(UserError):
+    """A request's body is longer than one may be."""
+
+    status = 413
+    code = "body_too_large"
 
 
 class RequestTimeout(UserError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -27,6 +27,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     """Keeps that many of the prompt's last tokens; -1: as many as fit."""
+    trace_headers: Mapping[str, str] = {}
+    """The caller's, for distributed traces."""
     structured_after: str = ""
     """The text after which structured output begins, such as the end of reasoning; "": at once."""
 

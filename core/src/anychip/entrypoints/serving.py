@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fastapi import Request
 
 from anychip.chat.parsers.registry import ChosenParsers, choose_parsers
 from anychip.config import ServerConfig
 from anychip.engine.input_processor import RequestOptions
-from anychip.entrypoints.http.keys import Keys
+from anychip.entrypoints.http.keys import NOBODY, Keys
 from anychip.errors import InvalidRequest, UnknownModel
 from anychip.launch.async_llm import AsyncLLM
 from anychip.registry.plugins import load_plugins
+
+_TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose a request is, and the trace that it is part of."""
+
+    tenant: str = NOBODY
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: Request) -> Caller:
+        found = {name: value for name in _TRACE_HEADERS if (value := request.headers.get(name)) is not None}
+        return cls(request.state.tenant, found)
 
 
 @dataclass(slots=True)
@@ -45,9 +63,14 @@ class Serving:
         if model is not None and model != self.model:
             raise UnknownModel(f"model {model!r} does not exist; this server serves {self.model!r}")
 
-    def options(self, tenant: str, deadline: float | None, **more: object) -> RequestOptions:
+    def options(self, caller: Caller, deadline: float | None, **more: object) -> RequestOptions:
         """Of a request by a key's holder. Raises InvalidRequest."""
         if deadline is not None and not 0 < deadline < float("inf"):
             raise InvalidRequest(f"deadline is {deadline}; expected seconds above 0", param="deadline")
         limits = [limit for limit in (deadline, self.config.request_timeout_s) if limit is not None]
-        return RequestOptions(tenant=tenant, deadline=min(limits, default=None), **more)  # type: ignore[arg-type]
+        return RequestOptions(
+            tenant=caller.tenant,
+            trace_headers=caller.trace_headers,
+            deadline=min(limits, default=None),
+            **more,  # type: ignore[arg-type]
+        )

@@ -17,15 +17,16 @@ from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
-from anychip.errors import AnychipError, EngineDead, QueueFull
+from anychip.errors import AnychipError, EngineDead, QueueFull, RequestAborted
 from anychip.hub import located
 from anychip.launch.build import load_tokenizer
 from anychip.launch.child import Child
 from anychip.launch.folder import private_folder
-from anychip.messages import EngineReady, EngineStats, WorkerReady
+from anychip.messages import AddRequest, EngineReady, EngineStats, WorkerReady
 from anychip.model_config import load_model_config
 from anychip.observability.flow import Flow
 from anychip.observability.metrics import Metrics, RequestClock
+from anychip.observability.tracing import Tracer
 from anychip.sampling_params import SamplingParams
 from anychip.structured_output.checker import CheckerSpec, GrammarChecker
 from anychip.tokenizer.tokenizer import Tokenizer
@@ -43,11 +44,12 @@ class AsyncLLM:
     """`start` returns once the engine is ready; `close` ends its process. An engine that dies is started again, at
     most `restarts` times in ten minutes; requests fail until it is ready."""
 
-    def __init__(self, config: EngineConfig, *, restarts: int = 5) -> None:
+    def __init__(self, config: EngineConfig, *, restarts: int = 5, otel_endpoint: str | None = None) -> None:
         self.config = located(config)
         self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
+        self.tracer = None if otel_endpoint is None else Tracer(otel_endpoint, config.public_name)
         self.stats: EngineStats | None = None
         self.tokenizer: Tokenizer | None = None
         self.max_model_len = 0
@@ -110,6 +112,7 @@ class AsyncLLM:
         runs it and streams its outputs."""
         if self.engine.dead is not None:
             raise self.engine.dead
+        arrived = time.monotonic()
         self._check_queue()
         if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
             request = await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, options)
@@ -117,20 +120,24 @@ class AsyncLLM:
             request = self.inputs.process(request_id, prompt, sampling, options)
         if sampling.structured is not None and self.grammars is not None:
             await self.grammars.check(sampling.structured)
-        return self._timed(self.engine.generate(request))
+        headers = {} if options is None else options.trace_headers
+        clock = RequestClock(self.metrics, self.config.public_name, arrived)
+        return self._timed(request, self.engine.generate(request), clock, headers)
 
     def _check_queue(self) -> None:
         longest = self.config.max_queue_s
-        wait = None if longest is None else self.flow.wait_s(self.flow.waiting + 1)
-        if longest is not None and wait is not None and wait > longest:
+        if not self.flow.admits(longest):
+            wait = self.flow.wait_s(self.flow.waiting + 1)
             raise QueueFull(
-                f"{self.flow.waiting} requests wait and a new one would for {wait:.1f} s, at most {longest} may pass",
+                f"{self.flow.waiting} requests wait and a new one would for {wait:.1f} s, at most {longest} s may pass",
                 retry_after=self.flow.retry_after_s(),
             )
 
-    async def _timed(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    async def _timed(
+        self, request: AddRequest, outputs: AsyncIterator[RequestOutput], clock: RequestClock, trace: Mapping[str, str]
+    ) -> AsyncIterator[RequestOutput]:
         """The same, with its times taken."""
-        clock, waits = RequestClock(self.metrics, self.config.public_name), True
+        waits = True
         self.flow.enter()
         self.num_open += 1
         error: BaseException | None = None
@@ -154,6 +161,19 @@ class AsyncLLM:
                 self.flow.leave(served=False)
             await outputs.aclose()  # type: ignore[attr-defined]
             clock.end(error)
+            self._record(request, clock, trace, error)
+
+    def _record(
+        self, request: AddRequest, clock: RequestClock, trace: Mapping[str, str], error: BaseException | None
+    ) -> None:
+        if isinstance(error, GeneratorExit | asyncio.CancelledError):
+            error = RequestAborted("the client went away")
+        counts = {
+            "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+            "gen_ai.usage.output_tokens": clock.num_output,
+        }
+        if self.tracer is not None:
+            self.tracer.record(request.request_id, clock.times, counts, headers=trace, error=error)
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request, whose caller learns so. Returns whether there was one."""
@@ -179,6 +199,8 @@ class AsyncLLM:
             await self._life.end(_DRAIN_S)
         if self._supervisor is not None and self.grammars is not None:
             await self.grammars.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def _supervise(self) -> None:
         while True:

@@ -42,6 +42,11 @@ class Flow:
         """How long a request waits behind so many others; None before anything is known."""
         return self._busy_s / self._served * ahead if self._served >= 1 else None
 
+    def admits(self, max_wait_s: float | None) -> bool:
+        """Whether a request that came now would wait no longer than that; None: however long."""
+        wait = None if max_wait_s is None else self.wait_s(self.waiting + 1)
+        return wait is None or max_wait_s is None or wait <= max_wait_s
+
     def retry_after_s(self) -> int:
         """Whole seconds after which half of what waits now will be gone."""
         wait = self.wait_s(self.waiting // 2 + 1)

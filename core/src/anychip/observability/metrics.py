@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 import anychip
 from anychip.engine.outputs import RequestOutput
 from anychip.messages import EngineStats
+from anychip.observability.tracing import RequestTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -94,13 +95,16 @@ class Metrics:
 class RequestClock:
     """One request's times, as its caller sees them."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
+    def __init__(self, metrics: Metrics, model: str, arrived: float) -> None:
+        """`arrived` on the monotonic clock."""
         self._metrics = metrics
         self._model = model
-        self.arrived = time.monotonic()
+        self.arrived = arrived
+        self.accepted = time.monotonic()
         self.first: float | None = None
         self.last = self.arrived
         self.queued_s: float | None = None
+        self.ended = 0.0
         self.num_prompt = 0
         self.num_output = 0
         self._newest: dict[int, float] = {}
@@ -136,5 +140,18 @@ class RequestClock:
         if self.first is not None:
             metrics.decode_time.observe(self.last - self.first)
             metrics.output_length.observe(self.num_output)
+        self.ended = time.monotonic()
         if error is not None:
             metrics.failed.labels(self._model, type(error).__name__).inc()
+
+    @property
+    def times(self) -> RequestTimes:
+        """Once it has ended."""
+        return RequestTimes(
+            arrived=self.arrived,
+            accepted=self.accepted,
+            scheduled=None if self.queued_s is None else self.accepted + self.queued_s,
+            first_token=self.first,
+            last_token=None if self.first is None else self.last,
+            ended=self.ended,
+        )

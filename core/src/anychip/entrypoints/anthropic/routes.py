@@ -21,7 +21,7 @@ from anychip.entrypoints.anthropic.protocol import (
 )
 from anychip.entrypoints.http.answer import respond, sse
 from anychip.entrypoints.http.body import read_body, schema_of
-from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.serving import Caller, Serving
 from anychip.entrypoints.turn import Turn, TurnRequest, render
 from anychip.errors import AnychipError
 from anychip.sampling_params import SamplingParams
@@ -133,7 +133,7 @@ def anthropic_routes(serving: Serving) -> APIRouter:
     async def messages(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, MessagesBody, lenient=lenient)
-            return await respond(await accept_message(serving, body, request.state.tenant), request, stream=body.stream)
+            return await respond(await accept_message(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/v1/messages/count_tokens", openapi_extra=schema_of(CountTokensBody))
     async def count_tokens(request: Request) -> Response:
@@ -148,11 +148,11 @@ def anthropic_routes(serving: Serving) -> APIRouter:
     return router
 
 
-async def accept_message(serving: Serving, body: MessagesBody, tenant: str) -> MessageAnswer:
+async def accept_message(serving: Serving, body: MessagesBody, caller: Caller) -> MessageAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"
-    turn = _turn(body, body.sampling(serving.llm.sampling_defaults), serving.options(tenant, None))
+    turn = _turn(body, body.sampling(serving.llm.sampling_defaults), serving.options(caller, None))
     accepted = await Turn.accept(serving.llm, serving.parsers, message_id, turn)
     return MessageAnswer(turn=accepted, model=serving.model, message_id=message_id)
 

@@ -18,11 +18,10 @@ from anychip.entrypoints.cli.options import add_engine_options, engine_config
 from anychip.entrypoints.http.answer import Answer
 from anychip.entrypoints.http.body import checked
 from anychip.entrypoints.http.errors import response_of
-from anychip.entrypoints.http.keys import NOBODY
 from anychip.entrypoints.openai.chat import accept_chat
 from anychip.entrypoints.openai.completions import accept_completion
 from anychip.entrypoints.openai.protocol import ChatBody, CompletionBody
-from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, ConfigError
 from anychip.launch.async_llm import AsyncLLM
 
@@ -113,8 +112,8 @@ async def _answer_all(serving: Serving, lines: Sequence[BatchLine], file: TextIO
 async def _accept(serving: Serving, line: BatchLine) -> Answer:
     raw = msgspec.json.encode({**line.body, "stream": False})
     if line.url == "/v1/completions":
-        return await accept_completion(serving, checked(raw, CompletionBody), NOBODY)
-    return await accept_chat(serving, checked(raw, ChatBody), NOBODY)
+        return await accept_completion(serving, checked(raw, CompletionBody), Caller())
+    return await accept_chat(serving, checked(raw, ChatBody), Caller())
 
 
 def _line(line: BatchLine, status: int, body: Any) -> dict[str, Any]:

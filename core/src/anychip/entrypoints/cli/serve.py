@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
     run_group.add_argument("--grammar-timeout-s", type=float, default=unset)
     run_group.add_argument("--ready-within-s", type=float, default=unset, help="/ready fails after such a silence")
     run_group.add_argument("--drain-s", type=float, default=unset, help="what SIGTERM leaves requests in flight")
+    run_group.add_argument("--otel-endpoint", default=unset, metavar="URL", help="OTLP over HTTP, for traces")
     run_group.add_argument("--restarts", type=int, default=unset, help="of a dead engine, within ten minutes")
 
 

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anychip.entrypoints.http.errors import error_response
 from anychip.entrypoints.http.keys import Keys
+from anychip.errors import BodyTooLarge
 from anychip.observability.metrics import Metrics
 
 log = logging.getLogger("anychip.http")
@@ -19,10 +20,6 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/open
 """Asked for by load balancers, scrapers and browsers, which have no key; none of them tells what was asked."""
 
 _MAX_ID = 128
-
-
-class BodyTooLarge(Exception):
-    """More came than a body may have."""
 
 
 class Gate:
@@ -54,7 +51,7 @@ class Gate:
             if refused is not None:
                 await refused(scope, receive, watched_send)
             else:
-                await self._run(scope, receive, watched_send)
+                await self._app(scope, self._bounded(receive), watched_send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - began
@@ -78,8 +75,9 @@ class Gate:
             return error_response(path, 413, f"the body has {length.decode('latin-1')} bytes, at most {self._max_body}")
         return None
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        taken, begun = 0, False
+    def _bounded(self, receive: Receive) -> Receive:
+        """The same messages, until the body has become too long."""
+        taken = 0
 
         async def bounded() -> Message:
             nonlocal taken
@@ -87,20 +85,10 @@ class Gate:
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 if taken > self._max_body:
-                    raise BodyTooLarge
+                    raise BodyTooLarge(f"the body is longer than {self._max_body} bytes")
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self._app(scope, bounded, noted)
-        except BodyTooLarge:
-            if not begun:
-                too_large = error_response(scope["path"], 413, f"the body is longer than {self._max_body} bytes")
-                await too_large(scope, receive, send)
+        return bounded
 
 
 def _key(headers: dict[bytes, bytes]) -> str | None:

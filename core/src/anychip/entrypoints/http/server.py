@@ -123,7 +123,7 @@ class _Server:
         self.config = server
         self.listener = listener
         self.admin = admin
-        self.llm = AsyncLLM(config, restarts=server.restarts)
+        self.llm = AsyncLLM(config, restarts=server.restarts, otel_endpoint=server.otel_endpoint)
         self.public: uvicorn.Server | None = None
 
     async def run(self, announce: Announce) -> None:

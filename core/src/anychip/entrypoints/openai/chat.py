@@ -14,7 +14,7 @@ from anychip.entrypoints.http.answer import sse
 from anychip.entrypoints.http.errors import error_body
 from anychip.entrypoints.openai.protocol import ChatBody
 from anychip.entrypoints.openai.responses import Json, Reply, usage
-from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.serving import Caller, Serving
 from anychip.entrypoints.turn import Piece, Turn, TurnRequest
 from anychip.errors import AnychipError, InvalidRequest
 
@@ -93,7 +93,7 @@ class ChatAnswer:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-async def accept_chat(serving: Serving, body: ChatBody, tenant: str) -> ChatAnswer:
+async def accept_chat(serving: Serving, body: ChatBody, caller: Caller) -> ChatAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
@@ -110,7 +110,7 @@ async def accept_chat(serving: Serving, body: ChatBody, tenant: str) -> ChatAnsw
         tools=[tool.tool() for tool in body.tools or ()],
         tool_choice=body.choice(),
         options=serving.options(
-            tenant,
+            caller,
             body.deadline,
             priority=body.priority,
             cache_salt=body.cache_salt,

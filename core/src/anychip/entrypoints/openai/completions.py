@@ -15,7 +15,7 @@ from anychip.entrypoints.http.answer import sse
 from anychip.entrypoints.http.errors import error_body
 from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.openai.responses import Json, Reply, usage
-from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, InvalidRequest
 from anychip.sampling_params import SamplingParams
 
@@ -112,7 +112,7 @@ class CompletionAnswer:
         choice["logprobs"] = {name: before[name] + after[name] for name in before}
 
 
-async def accept_completion(serving: Serving, body: CompletionBody, tenant: str) -> CompletionAnswer:
+async def accept_completion(serving: Serving, body: CompletionBody, caller: Caller) -> CompletionAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     prompts = body.prompts()
@@ -120,7 +120,7 @@ async def accept_completion(serving: Serving, body: CompletionBody, tenant: str)
         raise InvalidRequest(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request", param="prompt")
     sampling = _sampling(serving, body)
     options = serving.options(
-        tenant,
+        caller,
         body.deadline,
         priority=body.priority,
         cache_salt=body.cache_salt,

@@ -16,7 +16,7 @@ from anychip.entrypoints.openai.protocol import ChatBody, CompletionBody
 from anychip.entrypoints.openai.stateful.protocol import ResponsesBody
 from anychip.entrypoints.openai.stateful.routes import response_routes
 from anychip.entrypoints.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
-from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.serving import Caller, Serving
 
 BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ResponsesBody)
 
@@ -28,14 +28,14 @@ def openai_routes(serving: Serving) -> APIRouter:
     async def chat(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, ChatBody, lenient=lenient)
-            return await respond(await accept_chat(serving, body, request.state.tenant), request, stream=body.stream)
+            return await respond(await accept_chat(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/v1/completions", openapi_extra=schema_of(CompletionBody))
     async def completions(request: Request) -> Response:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, CompletionBody, lenient=lenient)
             return await respond(
-                await accept_completion(serving, body, request.state.tenant), request, stream=body.stream
+                await accept_completion(serving, body, Caller.of(request)), request, stream=body.stream
             )
 
     @router.post("/tokenize", openapi_extra=schema_of(TokenizeBody))

@@ -15,7 +15,7 @@ from anychip.entrypoints.openai.responses import Reply
 from anychip.entrypoints.openai.stateful.builder import ResponseBuilder
 from anychip.entrypoints.openai.stateful.protocol import Message, ResponsesBody
 from anychip.entrypoints.openai.stateful.store import ResponseStore, Stored
-from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.serving import Caller, Serving
 from anychip.entrypoints.turn import Turn, TurnRequest
 from anychip.errors import AnychipError, InvalidRequest, UnknownResponse
 
@@ -79,7 +79,7 @@ def response_routes(serving: Serving) -> APIRouter:
         with serving.keys.holding(request.state.tenant):
             body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
             return await respond(
-                await accept_response(serving, store, body, request.state.tenant), request, stream=body.stream
+                await accept_response(serving, store, body, Caller.of(request)), request, stream=body.stream
             )
 
     @router.get("/v1/responses/{response_id}")
@@ -100,7 +100,9 @@ def response_routes(serving: Serving) -> APIRouter:
     return router
 
 
-async def accept_response(serving: Serving, store: ResponseStore, body: ResponsesBody, tenant: str) -> ResponseAnswer:
+async def accept_response(
+    serving: Serving, store: ResponseStore, body: ResponsesBody, caller: Caller
+) -> ResponseAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
     messages = body.messages()
@@ -108,7 +110,7 @@ async def accept_response(serving: Serving, store: ResponseStore, body: Response
         raise InvalidRequest("input is empty", param="input")
     before: list[Message] = []
     if body.previous_response_id is not None:
-        before = list(_found(store, body.previous_response_id, tenant).messages)
+        before = list(_found(store, body.previous_response_id, caller.tenant).messages)
     conversation = [*before, *messages]
     # Instructions are of this response alone: those of the one before are not carried over.
     system = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
@@ -122,7 +124,7 @@ async def accept_response(serving: Serving, store: ResponseStore, body: Response
             tools=[tool.tool() for tool in body.tools or ()],
             tool_choice=body.choice(),
             options=serving.options(
-                tenant,
+                caller,
                 body.deadline,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
@@ -138,7 +140,7 @@ async def accept_response(serving: Serving, store: ResponseStore, body: Response
         builder=builder,
         reply=Reply(reply_id="", kind="response", model=serving.model, tokenizer=serving.llm.tokenizer),
         store=None if body.store is False else store,
-        tenant=tenant,
+        tenant=caller.tenant,
         messages=conversation,
         input_items=[{"type": "message", **message} for message in messages],
     )
