@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from anychip.bench.online import Slo
 from anychip.bench.report import percentiles
 from anychip.bench.workload import Workload
 from anychip.entrypoints.cli.main import main
@@ -90,3 +91,31 @@ def test_a_plot_of_one_number_is_refused(capsys):
 def test_a_server_that_is_not_there_is_said(capsys):
     assert main(["bench", "serve", "--url", "http://127.0.0.1:9", *SMALL]) == 2
     assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_chat_like_lengths_spread_and_conversations_go_on():
+    workload = Workload(num_prompts=300, input_len=60, output_len=30, mix="chat", seed=2)
+    requests = workload.requests(5000)
+    assert requests == workload.requests(5000)
+    lengths = sorted(len(prompt) for prompt, _ in requests)
+    assert lengths[0] < 20 and lengths[-1] > 300 and 60 < lengths[150] < 200
+    prompts = {tuple(prompt) for prompt, _ in requests}
+    going_on = sum(any(p[: len(other)] == other for other in prompts if len(other) < len(p)) for p in prompts)
+    assert 60 < going_on < 180
+
+
+def test_a_server_is_measured_at_several_rates_against_an_slo(tmp_path):
+    plot = tmp_path / "rates.png"
+    options = ["--rate", "50,100", "--slo", "ttft=30,tpot=10", "--mix", "chat", "--plot", str(plot)]
+    found = bench("serve", tmp_path, *SMALL, *options)
+    assert [run["rate"] for run in found["rates"]] == [50, 100]
+    for run in found["rates"]:
+        assert run["failed"] == 0 and run["good_share"] == 1
+        assert run["goodput_requests_per_s"] == pytest.approx(run["requests_per_s"])
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("slo", ["ttft", "latency=3", "ttft=fast"])
+def test_an_slo_that_is_none_is_refused(slo):
+    with pytest.raises(ConfigError, match="is not like ttft=0.5,tpot=0.05"):
+        Slo.parse(slo)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,12 +112,13 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         began = time.perf_counter()
-        self._process = subprocess.Popen([*self._command, "--port", str(self.port)], stderr=subprocess.PIPE, text=True)
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen([*self._command, "--port", str(self.port)], stderr=self._log, text=True)
         self.pid = self._process.pid
         while not self._is_healthy():
             if self._process.poll() is not None:
-                assert self._process.stderr is not None
-                raise EngineDead(f"the server did not start: {self._process.stderr.read().strip()}")
+                self._log.seek(0)
+                raise EngineDead(f"the server did not start: {self._log.read().strip()}")
             if time.perf_counter() - began > self._deadline_s:
                 self.__exit__()
                 raise EngineDead(f"the server was not ready after {self._deadline_s:.0f} s")

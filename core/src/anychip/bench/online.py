@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from anychip.bench.offline import Advance
 from anychip.bench.report import percentiles
 from anychip.bench.workload import Workload
@@ -38,9 +40,10 @@ def serve_load(
     concurrency: int,
     api_key: str | None,
     advance: Advance,
+    slo: Slo | None = None,
 ) -> dict[str, Any]:
-    """`rate` requests arrive a second, 0: all at once; at most `concurrency` are open. Raises ConfigError when the
-    server does not answer."""
+    """`rate` requests arrive a second, at random, 0: all at once; at most `concurrency` are open. With an SLO, goodput
+    counts the requests that met it. Raises ConfigError when the server does not answer."""
     try:
         import httpx
     except ImportError as error:
@@ -57,7 +60,34 @@ def serve_load(
         answers = asyncio.run(run())
     except httpx.HTTPError as error:
         raise ConfigError(f"the server at {url} does not answer: {type(error).__name__}: {error}") from error
-    return _summary(answers, time.perf_counter() - began, workload, vocab_size)
+    return _summary(answers, time.perf_counter() - began, workload, vocab_size, slo)
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request must keep to be good: seconds to its first token, and between its tokens on average."""
+
+    first_token_s: float = float("inf")
+    between_tokens_s: float = float("inf")
+
+    @classmethod
+    def parse(cls, text: str) -> Slo:
+        """Of `ttft=0.5,tpot=0.05`. Raises ConfigError."""
+        names = {"ttft": "first_token_s", "tpot": "between_tokens_s"}
+        try:
+            given = dict(part.split("=") for part in text.split(","))
+            return cls(**{names[name]: float(value) for name, value in given.items()})
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"--slo {text!r} is not like ttft=0.5,tpot=0.05") from error
+
+    def kept_by(self, answer: Answer) -> bool:
+        gaps = len(answer.tokens) - 1
+        mean = (answer.tokens[-1] - answer.tokens[0]) / gaps if gaps else 0.0
+        return answer.tokens[0] - answer.asked <= self.first_token_s and mean <= self.between_tokens_s
+
+
+def _goodput(served: list[Answer], asked: int, seconds: float, slo: Slo) -> dict[str, Any]:
+    good = sum(slo.kept_by(answer) for answer in served)
+    return {"good_share": good / asked, "goodput_requests_per_s": good / seconds}
 
 
 async def _send_all(
@@ -107,7 +137,9 @@ async def _stream(client: httpx.AsyncClient, model: str, prompt: list[int], max_
     return answer
 
 
-def _summary(answers: list[Answer], seconds: float, workload: Workload, vocab_size: int) -> dict[str, Any]:
+def _summary(
+    answers: list[Answer], seconds: float, workload: Workload, vocab_size: int, slo: Slo | None
+) -> dict[str, Any]:
     served = [answer for answer in answers if not answer.error and answer.tokens]
     params = [sampling.max_tokens or 0 for _, sampling in workload.requests(vocab_size)]
     written = sum(count for count, answer in zip(params, answers, strict=True) if not answer.error)
@@ -123,6 +155,7 @@ def _summary(answers: list[Answer], seconds: float, workload: Workload, vocab_si
         "first_error": next((answer.error for answer in answers if answer.error), None),
         "requests_per_s": len(served) / seconds,
         "output_tokens_per_s": written / seconds,
+        **({} if slo is None else _goodput(served, len(answers), seconds, slo)),
         **{name: percentiles(values) for name, values in samples.items()},
         "samples": samples,
     }

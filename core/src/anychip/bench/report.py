@@ -76,6 +76,30 @@ def plot(path: Path, title: str, samples: Mapping[str, Sequence[float]], unit: s
     figure.savefig(path, dpi=120)
 
 
+def plot_rates(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> None:
+    """A picture of a server at several arrival rates: what it delivers, and how long a first token takes. Raises
+    ConfigError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install anychip[bench]") from error
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rates = [run["rate"] for run in runs]
+    left.plot(rates, rates, color="0.7", linestyle=":", label="arriving")
+    left.plot(rates, [run["requests_per_s"] for run in runs], marker="o", label="answered")
+    if all("goodput_requests_per_s" in run for run in runs):
+        left.plot(rates, [run["goodput_requests_per_s"] for run in runs], marker="s", label="within the SLO")
+    left.set(title=title, xlabel="requests a second", ylabel="requests a second", xlim=(0, None), ylim=(0, None))
+    for share in ("p50", "p99"):
+        right.plot(rates, [run["first_token_s"].get(share) for run in runs], marker="o", label=share)
+    right.set(title="to the first token", xlabel="requests a second", ylabel="seconds", xlim=(0, None), ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else []:

@@ -30,7 +30,7 @@ log = logging.getLogger("anychip.engine")
 
 
 class AsyncEngine:
-    """`connect` binds the sockets; the engine process connects to them and reports itself ready."""
+    """`bind` opens the sockets; the engine process reports itself ready on them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,8 +44,12 @@ class AsyncEngine:
 
     def bind(self) -> None:
         """Opens the sockets, before the engine process starts."""
+        # This side connects: a socket that was bound would have nowhere to put a message once the engine is gone, and
+        # its sender would wait for ever instead of learning of the death.
         self._to_engine = self._context.socket(zmq.PUSH)
-        self._to_engine.bind(request_endpoint(self._folder))
+        self._to_engine.setsockopt(zmq.SNDHWM, 0)
+        self._to_engine.setsockopt(zmq.RECONNECT_IVL, 5)
+        self._to_engine.connect(request_endpoint(self._folder))
         self._from_engine = self._context.socket(zmq.PULL)
         self._from_engine.bind(output_endpoint(self._folder))
         self._reader = asyncio.create_task(self._read())
@@ -127,11 +131,11 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Asks the engine to stop and closes the sockets."""
-        with contextlib.suppress(zmq.ZMQError):
-            await self._to_engine.send(encoder.encode(Shutdown()), zmq.NOBLOCK)
+        if self.dead is None:
+            await self._to_engine.send(encoder.encode(Shutdown()))
         if self._reader is not None:
             self._reader.cancel()
-        self._context.destroy(linger=200)
+        self._context.destroy(linger=200 if self.dead is None else 0)
 
     async def _send(self, message: ToEngine) -> None:
         await self._to_engine.send(encoder.encode(message))

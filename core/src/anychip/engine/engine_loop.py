@@ -28,7 +28,7 @@ class EngineLoop:
     def __init__(self, folder: Path) -> None:
         self._context = zmq.Context()
         self._requests = self._context.socket(zmq.PULL)
-        self._requests.connect(request_endpoint(folder))
+        self._requests.bind(request_endpoint(folder))
         self._outputs = self._context.socket(zmq.PUSH)
         self._outputs.connect(output_endpoint(folder))
         self._stopping = False

@@ -101,7 +101,13 @@ class MultiprocessExecutor:
 
     def _broadcast(self, message: bytes) -> None:
         for socket in self._to_workers:
-            socket.send(message)
+            while True:
+                try:
+                    socket.send(message, zmq.NOBLOCK)
+                    break
+                except zmq.Again:  # a worker that is gone takes no message any more
+                    self.check()
+                    socket.poll(_POLL_MS, zmq.POLLOUT)
 
     def check(self) -> None:
         for rank, child in enumerate(self._children):

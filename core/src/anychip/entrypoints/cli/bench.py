@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from anychip.bench import offline, report
-from anychip.bench.online import serve_load
+from anychip.bench.online import Slo, serve_load
 from anychip.bench.workload import Workload
 from anychip.config import EngineConfig, Environment
 from anychip.entrypoints.cli.options import add_engine_options, engine_arguments, engine_config, parse_count
@@ -44,7 +44,8 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
         _add_workload(kind, num_prompts=8 if name == "latency" else 64)
         if name == "serve":
             kind.add_argument("--url", help="of a server that runs; default: one is started")
-            kind.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
+            kind.add_argument("--rate", type=_rates, default=[0.0], help="requests a second, 0: all at once; or 1,2,4")
+            kind.add_argument("--slo", type=str, metavar="ttft=S,tpot=S", help="count what keeps to it: goodput")
             kind.add_argument("--concurrency", type=int, default=256, help="most open requests")
             kind.add_argument("--api-key", default=environment.api_key)
         else:
@@ -58,6 +59,7 @@ def _add_workload(parser: argparse.ArgumentParser, *, num_prompts: int) -> None:
     workload.add_argument("--output-len", type=parse_count, default=64)
     workload.add_argument("--spread", type=float, default=0.0, help="of lengths around their mean, 0 to below 1")
     workload.add_argument("--shared", type=parse_count, default=0, help="tokens that begin every prompt")
+    workload.add_argument("--mix", choices=["uniform", "chat"], default="uniform", help="of lengths and turns")
     workload.add_argument("--workload-seed", type=int, default=0)
 
 
@@ -67,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = engine_config(arguments)
     figures, settings = _measure(arguments, config)
     _show(arguments.kind, config.public_name, figures)
-    if arguments.plot is not None:
+    if arguments.plot is not None and "rates" in figures:
+        report.plot_rates(arguments.plot, f"serve: {config.public_name}", figures["rates"])
+    elif arguments.plot is not None:
         report.plot(arguments.plot, f"{arguments.kind}: {config.public_name}", _curves(figures), "seconds")
     if arguments.output is not None:
         document = {"benchmark": arguments.kind, "engine": msgspec.to_builtins(config), **settings, **figures}
@@ -94,16 +98,28 @@ def _measure(arguments: argparse.Namespace, config: EngineConfig) -> tuple[dict[
         output_len=arguments.output_len,
         spread=arguments.spread,
         shared=arguments.shared,
+        mix=arguments.mix,
         seed=arguments.workload_seed,
     )
     settings = {"workload": msgspec.to_builtins(workload)}
-    with _bar(workload.num_prompts, "requests") as advance:
+    runs = len(arguments.rate) if arguments.kind == "serve" else 1
+    with _bar(runs * workload.num_prompts, "requests") as advance:
         if arguments.kind == "throughput":
             return offline.throughput(config, workload, advance, arguments.profile), settings
         if arguments.kind == "latency":
             return offline.latency(config, workload, advance, arguments.profile), settings
-        settings |= {"rate": arguments.rate, "concurrency": arguments.concurrency}
+        settings |= {"concurrency": arguments.concurrency, "slo": arguments.slo}
         return _serve(arguments, config, workload, advance), settings
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate such as 4, or several: 1,2,4") from error
+    if len(rates) > 1 and min(rates) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: several rates are above 0 each")
+    return rates
 
 
 def _serve(
@@ -111,16 +127,27 @@ def _serve(
 ) -> dict[str, Any]:
     vocab_size = load_model_config(located(config).model).vocab_size
 
+    slo = None if arguments.slo is None else Slo.parse(arguments.slo)
+
+    def shifted(before: int) -> offline.Advance:
+        return lambda done: advance(before + done)
+
     def load(url: str) -> dict[str, Any]:
-        return serve_load(
-            url,
-            workload,
-            vocab_size=vocab_size,
-            rate=arguments.rate,
-            concurrency=arguments.concurrency,
-            api_key=arguments.api_key,
-            advance=advance,
-        )
+        runs = []
+        for number, rate in enumerate(arguments.rate):
+            found = serve_load(
+                url,
+                # A workload of its own, so that no rate finds its prompts in the prefix cache.
+                msgspec.structs.replace(workload, seed=workload.seed + number),
+                vocab_size=vocab_size,
+                rate=rate,
+                concurrency=arguments.concurrency,
+                api_key=arguments.api_key,
+                advance=shifted(number * workload.num_prompts),
+                slo=slo,
+            )
+            runs.append({"rate": rate, **found})
+        return runs[0] if len(runs) == 1 else {"rates": runs}
 
     if arguments.url:
         return load(arguments.url)
@@ -146,6 +173,10 @@ class _bar:
 
 def _show(kind: str, model: str, figures: dict[str, Any]) -> None:
     console = Console(highlight=False)
+    if "rates" in figures:
+        for run in figures["rates"]:
+            _show(f"{kind} at {run['rate']:g} requests a second", model, run)
+        return
     console.print(f"[bold]{kind}[/]: {escape(model)}")
     single = Table(show_header=False, box=None, padding=(0, 2))
     spread = Table("", "mean", "p50", "p90", "p99", "max", box=None, padding=(0, 2))
