@@ -21,7 +21,8 @@ from anychip.messages import AddRequest, SequenceDelta
 from anychip.request import LogitsProcessor, Request
 from anychip.sampling_params import MAX_LOGPROBS
 from anychip.scheduler.beam_search import BeamSearch, num_candidates
-from anychip.scheduler.scheduler import ScheduledStep, Scheduler
+from anychip.scheduler.scheduler import Scheduler
+from anychip.scheduler.step import ScheduledStep
 from anychip.types import RequestId
 
 _DEADLINES_EVERY_S = 0.1

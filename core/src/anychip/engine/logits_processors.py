@@ -13,7 +13,7 @@ from anychip.errors import AnychipError
 from anychip.messages import AddRequest, LateInputs, LogitEdits
 from anychip.request import LogitsProcessor, Request
 from anychip.sampling_params import SamplingParams
-from anychip.scheduler.scheduler import ScheduledStep
+from anychip.scheduler.step import ScheduledStep
 from anychip.types import cdiv
 
 _ALL = np.uint32(0xFFFFFFFF)

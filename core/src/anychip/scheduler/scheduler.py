@@ -10,28 +10,17 @@ import sys
 import time
 from array import array
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, EngineStats, NewRow, SequenceDelta, StepDecision, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
 from anychip.sampling_params import MAX_N
 from anychip.scheduler.policy import SchedulingPolicy
+from anychip.scheduler.step import ScheduledStep, new_row
 from anychip.scheduler.step_room import StepRoom
 from anychip.types import FinishReason, RequestId, Slot
 
 assert sys.byteorder == "little", "messages carry little-endian arrays"
-
-
-@dataclass(slots=True)
-class ScheduledStep:
-    """A decision, and who will receive its samples: a result counts only under the epoch it was launched in."""
-
-    decision: StepDecision
-    sampling: list[Request]
-    epochs: list[int]
-    scoring: dict[int, tuple[Request, int]]
-    """By position among the decision's rows: whose prompt tokens it scores, and the epoch."""
 
 
 class Scheduler:
@@ -195,7 +184,7 @@ class Scheduler:
                 counts.append(granted)
                 if request.reenters:
                     request.reenters = False
-                    new_rows.append(_new_row(request))
+                    new_rows.append(new_row(request))
         return preempted
 
     def _admit_waiting(self, room: StepRoom, rows: list[Request], counts: list[int], new_rows: list[NewRow]) -> None:
@@ -231,7 +220,7 @@ class Scheduler:
             admitted.append(request)
             rows.append(request)
             counts.append(granted)
-            new_rows.append(_new_row(request))
+            new_rows.append(new_row(request))
         if admitted:
             gone = set(map(id, admitted))
             self.waiting = [request for request in self.waiting if id(request) not in gone]
@@ -368,30 +357,3 @@ class Scheduler:
         while ordered[position] is not request:  # equal keys stand together
             position += 1
         del ordered[position]
-
-
-def _new_row(request: Request) -> NewRow:
-    sampling = request.sampling
-    return NewRow(
-        slot=request.slot if request.slot is not None else -1,
-        token_ids=array("i", request.token_ids).tobytes(),
-        num_prompt=request.num_prompt,
-        num_computed=request.num_computed,
-        block_ids=[list(table) for table in request.block_ids],
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        seed=request.seed,
-        sample_index=request.index,
-        logprobs=_reported(request),
-        score_from=len(request.prompt_logprobs) if request.scores_prompt else request.num_prompt,
-        score_top=sampling.prompt_logprobs or 0,
-    )
-
-
-def _reported(request: Request) -> int:
-    """How many of the likeliest tokens the workers report; -1: none."""
-    if request.beams is not None:
-        return request.beams.num_candidates
-    return -1 if request.sampling.logprobs is None else request.sampling.logprobs

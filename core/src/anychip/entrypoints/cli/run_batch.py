@@ -19,8 +19,9 @@ from anychip.entrypoints.http.answer import Answer
 from anychip.entrypoints.http.body import checked
 from anychip.entrypoints.http.errors import response_of
 from anychip.entrypoints.openai.chat import accept_chat
+from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
-from anychip.entrypoints.openai.protocol import ChatBody, CompletionBody
+from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, ConfigError
 from anychip.launch.async_llm import AsyncLLM

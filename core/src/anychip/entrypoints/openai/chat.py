@@ -12,7 +12,7 @@ from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput
 from anychip.entrypoints.http.answer import sse
 from anychip.entrypoints.http.errors import error_body
-from anychip.entrypoints.openai.protocol import ChatBody
+from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.responses import Json, Reply, usage
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.entrypoints.turn import Piece, Turn, TurnRequest

@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse, Response
 from anychip.entrypoints.http.answer import respond
 from anychip.entrypoints.http.body import read_body, schema_of
 from anychip.entrypoints.openai.chat import accept_chat
+from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
-from anychip.entrypoints.openai.protocol import ChatBody, CompletionBody
+from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.openai.stateful.protocol import ResponsesBody
 from anychip.entrypoints.openai.stateful.routes import response_routes
 from anychip.entrypoints.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import Field
 
 from anychip.entrypoints.http.body import Strict
-from anychip.entrypoints.openai.protocol import MAX_MESSAGES, ChatMessage, TokenIds, ToolBody
+from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES, ChatMessage, ToolBody
+from anychip.entrypoints.openai.protocol import TokenIds
 from anychip.entrypoints.serving import Serving
 from anychip.entrypoints.turn import TurnRequest, render
 from anychip.errors import InvalidRequest

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from anychip.entrypoints.http.body import Strict
-from anychip.entrypoints.openai.protocol import MAX_MESSAGES, ContentPart
+from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES, ContentPart
 from anychip.entrypoints.turn import Tool, ToolChoice
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import SamplingParams, StructuredOutput

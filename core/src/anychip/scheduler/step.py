@@ -1,0 +1,48 @@
+"""A step as it leaves the scheduler: the decision for the workers, and who receives its results."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from anychip.messages import NewRow, StepDecision
+from anychip.request import Request
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """A decision, and who will receive its samples: a result counts only under the epoch it was launched in."""
+
+    decision: StepDecision
+    sampling: list[Request]
+    epochs: list[int]
+    scoring: dict[int, tuple[Request, int]]
+    """By position among the decision's rows: whose prompt tokens it scores, and the epoch."""
+
+
+def new_row(request: Request) -> NewRow:
+    """A request entering its slot."""
+    sampling = request.sampling
+    return NewRow(
+        slot=request.slot if request.slot is not None else -1,
+        token_ids=array("i", request.token_ids).tobytes(),
+        num_prompt=request.num_prompt,
+        num_computed=request.num_computed,
+        block_ids=[list(table) for table in request.block_ids],
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=request.seed,
+        sample_index=request.index,
+        logprobs=_reported(request),
+        score_from=len(request.prompt_logprobs) if request.scores_prompt else request.num_prompt,
+        score_top=sampling.prompt_logprobs or 0,
+    )
+
+
+def _reported(request: Request) -> int:
+    """How many of the likeliest tokens the workers report; -1: none."""
+    if request.beams is not None:
+        return request.beams.num_candidates
+    return -1 if request.sampling.logprobs is None else request.sampling.logprobs
