@@ -141,8 +141,8 @@ def test_priority_runs_lower_numbers_first():
 
 
 def test_an_unknown_policy_names_the_known_ones():
-    with pytest.raises(ConfigError, match="fcfs, priority"):
-        make_policy("fair", {})
+    with pytest.raises(ConfigError, match="there are fair, fcfs, predictive, priority"):
+        make_policy("lottery", {})
 
 
 # -- a device's rules ------------------------------------------------------------------------------------

@@ -160,11 +160,11 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
 def _mask(request: Request, position: int, active: Sequence[LogitsProcessor], vocab_size: int) -> bytes:
     """A restriction that would leave no token gives way to those before it."""
     mask = np.full(cdiv(vocab_size, 32), _ALL, dtype=np.uint32)
-    for processor in active:
-        narrower = mask.copy()
-        processor.allowed(request, position, narrower)
-        if narrower.any():
-            mask = narrower
+    for number, processor in enumerate(active):
+        before = mask.copy() if number else None
+        processor.allowed(request, position, mask)
+        if not mask.any():
+            mask = np.full_like(mask, _ALL) if before is None else before
     return mask.tobytes()
 
 

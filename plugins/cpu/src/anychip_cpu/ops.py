@@ -29,7 +29,10 @@ class CpuOps:
         self._kernels = kernels
 
     def overrides(self) -> Mapping[str, Callable[..., Any]]:
-        names = ("embedding", "rms_norm", "gated_activation", "sample", "residual_norm_quant", "gate_up_act_quant")
+        names = (
+            "embedding", "rms_norm", "gated_activation", "apply_token_masks", "sample", "residual_norm_quant",
+            "gate_up_act_quant",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     @op_override("embedding", version=1)
@@ -86,6 +89,16 @@ class CpuOps:
             CODES[gate_up.dtype], held.data_ptr(), out.data_ptr(), math.prod(rows), width, ldx,
             ACTIVATIONS[activation],
         )  # fmt: skip
+        return out
+
+    @op_override("apply_token_masks", version=1)
+    def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
+        held, ld = rows_of(logits.float())
+        masks = masks.to(torch.int32).contiguous()
+        out = torch.empty(logits.shape, dtype=torch.float32)
+        self._kernels.apply_token_masks(
+            held.data_ptr(), masks.data_ptr(), out.data_ptr(), *logits.shape, ld, masks.shape[1]
+        )
         return out
 
     @op_override("sample", version=1)

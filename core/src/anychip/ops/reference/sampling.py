@@ -9,8 +9,8 @@ from anychip.ops.reference.philox import PURPOSE_TOKEN, uniform
 
 
 def apply_token_masks(*, logits: Tensor, masks: Tensor) -> Tensor:
-    token = torch.arange(logits.shape[-1], device=logits.device)
-    allowed = (masks[:, token // 32] >> (token % 32)) & 1
+    bits = torch.ones(32, dtype=torch.int32, device=masks.device) << torch.arange(32, device=masks.device)
+    allowed = (masks.unsqueeze(-1) & bits).flatten(1)[:, : logits.shape[-1]]
     return logits.masked_fill(allowed == 0, -torch.inf)
 
 

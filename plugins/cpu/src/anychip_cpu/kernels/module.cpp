@@ -241,6 +241,16 @@ PyObject* sample_tokens(PyObject*, Args args, Py_ssize_t count) {
   return without_gil([&] { sample(s); });
 }
 
+// (logits, masks, out, rows, vocab, ld, words)
+PyObject* mask_tokens(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Masks m;
+  m.logits = a.address<float>(), m.masks = a.address<int32_t>(), m.out = a.address<float>();
+  m.rows = a.integer(), m.vocab = a.integer(), m.ld = a.integer(), m.words = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { apply_masks(m); });
+}
+
 // (region, rank, ranks, slot bytes, data, elements, type, timeout in seconds) -> whether every rank came
 PyObject* shared_all_reduce(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -270,6 +280,7 @@ PyMethodDef methods[] = {
     ENTRY("route", route_tokens),
     ENTRY("moe", fused_moe),
     ENTRY("sample", sample_tokens),
+    ENTRY("apply_token_masks", mask_tokens),
     ENTRY("all_reduce", shared_all_reduce),
     {nullptr, nullptr, 0, nullptr},
 };

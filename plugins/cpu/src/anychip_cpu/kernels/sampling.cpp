@@ -60,16 +60,23 @@ void keep_mass(std::vector<Ranked>& items, double wanted) {
   items.erase(high, items.end());
 }
 
-int32_t draw(const Sample& a, int64_t row) {
+// `alone`: no other row is drawn beside this one, so its vocabulary is shared among the threads.
+int32_t draw(const Sample& a, int64_t row, bool alone) {
   const float* logits = a.logits + row * a.ld;
   const int32_t best = greatest(logits, a.vocab);
   const double temperature = a.temperature[row];
   if (temperature == 0) return best;
   const double most = double(logits[best]) / temperature;
   std::vector<Ranked> items(a.vocab);
-  parallel_for(a.vocab, 8192, [&](int64_t i, int64_t end) {
-    for (; i < end; ++i) items[i] = {std::exp(double(logits[i]) / temperature - most), int32_t(i)};
-  });
+  const auto weigh = [&](int64_t i, int64_t end) {
+    // Masked tokens, often nearly all, need no exponential.
+    for (; i < end; ++i) {
+      const double weight = logits[i] == -INFINITY ? 0 : std::exp(double(logits[i]) / temperature - most);
+      items[i] = {weight, int32_t(i)};
+    }
+  };
+  if (alone) parallel_for(a.vocab, 8192, weigh);
+  else weigh(0, a.vocab);
   const bool cut_k = a.top_k[row] > 0 && a.top_k[row] < a.vocab, cut_p = a.top_p[row] < 1, cut_min = a.min_p[row] > 0;
   if (cut_k) {
     std::nth_element(items.begin(), items.begin() + a.top_k[row], items.end());
@@ -102,12 +109,33 @@ int32_t draw(const Sample& a, int64_t row) {
 }  // namespace
 
 void sample(const Sample& a) {
+  if (a.temperature && a.rows < num_threads()) {
+    for (int64_t row = 0; row < a.rows; ++row) a.ids[row] = draw(a, row, true);
+    return;
+  }
   if (a.temperature) {
-    for (int64_t row = 0; row < a.rows; ++row) a.ids[row] = draw(a, row);
+    parallel_for(a.rows, 1, [&](int64_t row, int64_t end) {
+      for (; row < end; ++row) a.ids[row] = draw(a, row, false);
+    });
     return;
   }
   parallel_for(a.rows, 1, [&](int64_t row, int64_t end) {
     for (; row < end; ++row) a.ids[row] = greatest(a.logits + row * a.ld, a.vocab);
+  });
+}
+
+void apply_masks(const Masks& m) {
+  parallel_for(m.rows, std::max<int64_t>(1, 65536 / m.vocab), [&](int64_t row, int64_t end) {
+    for (; row < end; ++row) {
+      const float* logits = m.logits + row * m.ld;
+      const int32_t* words = m.masks + row * m.words;
+      float* out = m.out + row * m.vocab;
+      for (int64_t begin = 0; begin < m.vocab; begin += 32) {
+        const uint32_t word = uint32_t(words[begin / 32]);
+        const int64_t count = std::min<int64_t>(32, m.vocab - begin);
+        for (int64_t i = 0; i < count; ++i) out[begin + i] = word >> i & 1 ? logits[begin + i] : -INFINITY;
+      }
+    }
   });
 }
 

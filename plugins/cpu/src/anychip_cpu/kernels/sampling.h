@@ -17,4 +17,13 @@ struct Sample {
 
 void sample(const Sample& a);
 
+struct Masks {
+  const float* logits;   // [rows, vocab], rows ld apart
+  const int32_t* masks;  // [rows, words]: bit i of word w allows token 32 * w + i
+  float* out;            // [rows, vocab]: minus infinity where it is not allowed
+  int64_t rows, vocab, ld, words;
+};
+
+void apply_masks(const Masks& m);
+
 }  // namespace anychip
