@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from anychip.messages import TokenLogprobs
 from anychip.plugin_api import GraphLevel
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.choices import widest
@@ -143,24 +142,21 @@ def scores(device: Device, case: Nothing) -> None:
         assert set(first.prompt_logprobs) == {0, 1} and set(rest.prompt_logprobs) == {1}, "rows that asked for none"
         assert len(whole) == len(parts) == len(TEXT) - 1, f"{len(whole)} and {len(parts)} of {len(TEXT) - 1} scores"
         for position, token in enumerate(TEXT[1:]):
-            # What a draw after the same tokens reports is the measure.
+            # What a draw after the same tokens reports, where only that token may be drawn, is the measure.
             prefix = TEXT[: position + 1]
-            last = driver.step(new={3: (prefix, [4])}, tokens={3: len(prefix)}, finished=[3]).logprobs[0]
+            last = driver.step(
+                new={3: (prefix, [4])}, tokens={3: len(prefix)}, finished=[3], masks={0: {token}}
+            ).logprobs[0]
             for found in (whole[position], parts[position]):
                 assert found.top_ids[0] == last.top_ids[0], f"after {position + 1} tokens: another likeliest token"
-                near = abs(found.top[0] - last.top[0]) < _NEAR and abs(found.chosen - _of(last, token, found)) < _NEAR
-                assert near, f"token {position + 1}: {found.chosen} and {found.top[0]}, expected {last.top[0]}"
+                near = abs(found.top[0] - last.top[0]) < _NEAR and abs(found.chosen - last.chosen) < _NEAR
+                assert near, f"token {position + 1}: {found.chosen}, expected {last.chosen}"
 
     driven(device, check)
 
 
 _NEAR = 0.05
 """Between log-probabilities of one position computed in steps of different shapes, in bfloat16."""
-
-
-def _of(last: TokenLogprobs, token: int, found: TokenLogprobs) -> float:
-    """The token's log-probability, where it is among the likeliest; what was found has no other witness elsewhere."""
-    return last.top[last.top_ids.index(token)] if token in last.top_ids else found.chosen
 
 
 @kind("step.zeroed", deadline_s=_DEADLINE_S)
