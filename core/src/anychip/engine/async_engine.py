@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import zmq
@@ -68,7 +68,7 @@ class AsyncEngine:
         self.outputs = outputs
         self._on_stats = on_stats
 
-    async def generate(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput]:
         """Streams a request's outputs until it is finished. Leaving the loop early aborts it.
 
         Raises EngineDead when the engine is gone, RequestAborted when the request was aborted elsewhere.

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -110,7 +111,9 @@ class AnswerSoFar:
 class Turn:
     """Accepted: `pieces` runs it."""
 
-    def __init__(self, request: TurnRequest, parsers: ChosenParsers, prompt: str, outputs: AsyncIterator[Any]) -> None:
+    def __init__(
+        self, request: TurnRequest, parsers: ChosenParsers, prompt: str, outputs: AsyncGenerator[RequestOutput]
+    ) -> None:
         self.request = request
         self._parsers = parsers
         self._prompt = prompt
@@ -137,14 +140,12 @@ class Turn:
         options = msgspec.structs.replace(options, add_special_tokens=False)
         return cls(request, parsers, prompt, await llm.accept(request_id, prompt, sampling, options))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """The turn's output as it comes. Closing it early aborts the turn."""
-        try:
-            async for output in self._outputs:
+        async with aclosing(self._outputs) as outputs:
+            async for output in outputs:
                 for sequence in output.outputs:
                     yield self._piece(output, sequence)
-        finally:
-            await self._outputs.aclose()  # type: ignore[attr-defined]
 
     def _piece(self, output: RequestOutput, sequence: SequenceOutput) -> Piece:
         index = sequence.index

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,7 +107,7 @@ class AsyncLLM:
 
     async def accept(
         self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None = None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """Checks the request, raising UserError, or EngineDead when there is no engine to run it; the iterator then
         runs it and streams its outputs."""
         if self.engine.dead is not None:
@@ -134,8 +134,8 @@ class AsyncLLM:
             )
 
     async def _timed(
-        self, request: AddRequest, outputs: AsyncIterator[RequestOutput], clock: RequestClock, trace: Mapping[str, str]
-    ) -> AsyncIterator[RequestOutput]:
+        self, request: AddRequest, outputs: AsyncGenerator[RequestOutput], clock: RequestClock, trace: Mapping[str, str]
+    ) -> AsyncGenerator[RequestOutput]:
         """The same, with its times taken."""
         waits = True
         self.flow.enter()
@@ -159,7 +159,7 @@ class AsyncLLM:
             self.num_open -= 1
             if waits:
                 self.flow.leave(served=False)
-            await outputs.aclose()  # type: ignore[attr-defined]
+            await outputs.aclose()
             clock.end(error)
             self._record(request, clock, trace, error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,8 +67,7 @@ class MessageAnswer:
         """The stream's events."""
         last: RequestOutput | None = None
         num_output, reason, stop = 0, None, None
-        pieces = self.turn.pieces()
-        try:
+        async with aclosing(self.turn.pieces()) as pieces:
             async for piece in pieces:
                 if last is None:
                     head = {**self._head(), "content": [], "stop_reason": None, "stop_sequence": None}
@@ -77,8 +77,6 @@ class MessageAnswer:
                 for event in piece.events:
                     for item in self._take(event):
                         yield item
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
         for item in self._close():
             yield item
         assert last is not None

@@ -23,7 +23,7 @@ _MAX_ID = 128
 
 
 class Gate:
-    """ASGI middleware. Puts `tenant` and `request_id` into the scope's state. `no_new`: set while the server drains."""
+    """ASGI middleware. Puts `tenant` and `request_id` into the scope's state."""
 
     def __init__(self, app: ASGIApp, *, keys: Keys, metrics: Metrics, max_body_bytes: int) -> None:
         self._app = app

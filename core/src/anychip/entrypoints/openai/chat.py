@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,11 @@ class ChatAnswer:
     async def whole(self) -> Json:
         outputs: list[RequestOutput] = []
         reasons: dict[int, str | None] = {}
-        async for piece in self.turn.pieces():
-            reasons[piece.index] = piece.finish_reason
-            if not outputs or outputs[-1] is not piece.request:
-                outputs.append(piece.request)
+        async with aclosing(self.turn.pieces()) as pieces:
+            async for piece in pieces:
+                reasons[piece.index] = piece.finish_reason
+                if not outputs or outputs[-1] is not piece.request:
+                    outputs.append(piece.request)
         final = merge(outputs)
         choices = []
         for output in final.outputs:
@@ -54,12 +56,13 @@ class ChatAnswer:
     async def events(self) -> AsyncIterator[bytes]:
         generated = 0
         last: RequestOutput | None = None
-        async for piece in self.turn.pieces():
-            last = piece.request
-            generated += len(piece.output.token_ids)
-            usages = usage([last], generated) if self.body.continuous_usage else None
-            for choice in self._choices(piece):
-                yield sse(self.reply.whole([choice], usages))
+        async with aclosing(self.turn.pieces()) as pieces:
+            async for piece in pieces:
+                last = piece.request
+                generated += len(piece.output.token_ids)
+                usages = usage([last], generated) if self.body.continuous_usage else None
+                for choice in self._choices(piece):
+                    yield sse(self.reply.whole([choice], usages))
         if self.body.include_usage and last is not None:
             yield sse(self.reply.whole([], usage([last], generated)))
         yield _DONE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,7 +20,7 @@ from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, InvalidRequest
 from anychip.sampling_params import SamplingParams
 
-Streams = Sequence[AsyncIterator[RequestOutput]]
+Streams = Sequence[AsyncGenerator[RequestOutput]]
 MAX_PROMPTS = 256
 _DONE = b"data: [DONE]\n\n"
 
@@ -61,12 +62,13 @@ class CompletionAnswer:
     async def events(self) -> AsyncIterator[bytes]:
         last: dict[int, RequestOutput] = {}
         generated = 0
-        async for number, piece in _interleave(self.streams):
-            last[number] = piece
-            for output in piece.outputs:
-                generated += 0 if self.empty else len(output.token_ids)
-                usages = usage(list(last.values()), generated) if self.body.continuous_usage else None
-                yield sse(self.reply.whole([self._choice(number, piece, output)], usages))
+        async with aclosing(_interleave(self.streams)) as pieces:
+            async for number, piece in pieces:
+                last[number] = piece
+                for output in piece.outputs:
+                    generated += 0 if self.empty else len(output.token_ids)
+                    usages = usage(list(last.values()), generated) if self.body.continuous_usage else None
+                    yield sse(self.reply.whole([self._choice(number, piece, output)], usages))
         if self.body.include_usage:
             yield sse(self.reply.whole([], usage(list(last.values()), generated)))
         yield _DONE
@@ -163,25 +165,25 @@ def _sampling(serving: Serving, body: CompletionBody) -> SamplingParams:
     return sampling
 
 
-async def _collect(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
-    return merge([piece async for piece in stream])
+async def _collect(stream: AsyncGenerator[RequestOutput]) -> RequestOutput:
+    async with aclosing(stream):
+        return merge([piece async for piece in stream])
 
 
-async def _interleave(streams: Streams) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def _interleave(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutput]]:
     """Pieces of all streams as they come, each with its stream's number."""
     if len(streams) == 1:
-        try:
-            async for piece in streams[0]:
+        async with aclosing(streams[0]) as stream:
+            async for piece in stream:
                 yield 0, piece
-        finally:
-            await streams[0].aclose()  # type: ignore[attr-defined]
         return
     queue: asyncio.Queue[tuple[int, RequestOutput] | AnychipError | None] = asyncio.Queue()
 
-    async def pump(number: int, stream: AsyncIterator[RequestOutput]) -> None:
+    async def pump(number: int, stream: AsyncGenerator[RequestOutput]) -> None:
         try:
-            async for piece in stream:
-                queue.put_nowait((number, piece))
+            async with aclosing(stream):
+                async for piece in stream:
+                    queue.put_nowait((number, piece))
             queue.put_nowait(None)
         except AnychipError as error:
             queue.put_nowait(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,7 @@ class ResponseAnswer:
 
     async def items(self) -> AsyncIterator[dict[str, Any]]:
         builder, num_output, reason, last = self.builder, 0, None, None
-        pieces = self.turn.pieces()
-        try:
+        async with aclosing(self.turn.pieces()) as pieces:
             async for piece in pieces:
                 if last is None:  # nothing is told before the engine has taken the request
                     for item in builder.begin():
@@ -59,8 +59,6 @@ class ResponseAnswer:
                 for event in piece.events:
                     for item in builder.take(event):
                         yield item
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
         for item in builder.end(reason, last, num_output):
             if self.store is not None and item["type"].startswith(("response.completed", "response.incomplete")):
                 self._keep(self.store)
