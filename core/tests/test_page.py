@@ -15,6 +15,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SCREENSHOTS = os.environ.get("PAGE_SCREENSHOTS")
 """A folder that keeps what the tests saw."""
 
+expect.set_options(timeout=30_000)
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium; apt-get install chromium")
 
 
