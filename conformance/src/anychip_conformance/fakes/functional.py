@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import DenseCacheAttention, ExpertWeights, ReferenceMoE, arena_views, softmax_with_sinks
+from anychip.ops.reference import (
+    DenseCacheAttention,
+    ExpertWeights,
+    ReferenceMoE,
+    adjusted_logits,
+    arena_views,
+    softmax_with_sinks,
+)
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     AttentionBackend,
@@ -183,12 +190,7 @@ def sample_body(
     """One draw for every row, padded ones included: the new last ids, then what OUTPUT_NAMES lists."""
     given = dict(fields)
     logits = logits.float()
-    masks, edits = given.pop("masks", None), [given.pop(f"edit_{name}", None) for name in ("ids", "scales", "shifts")]
-    scored = logits
-    if edits[0] is not None:
-        scored = ops.edit_logits(logits=scored, **dict(zip(("ids", "scales", "shifts"), edits, strict=True)))
-    if masks is not None:
-        scored = ops.apply_token_masks(logits=scored, masks=masks)
+    scored = adjusted_logits(ops, logits, given)
     ids = ops.sample(logits=scored, all_greedy=False, **given)
     last_ids = last_ids.index_copy(0, slots.long(), ids)
     if not with_logprobs:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import arena_views
+from anychip.ops.reference import adjusted_logits, arena_views
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     Communicator,
@@ -189,12 +189,7 @@ class TorchStepProgram(StepProgram):
         arena = torch.from_numpy(late.arena).to(self.device, non_blocking=True)
         fields = {name: view[:count] for name, view in arena_views(arena, late.sections).items()}
         logits = logits.float()
-        scored = logits
-        if "edit_ids" in fields:
-            ids, scales, shifts = (fields.pop(name) for name in ("edit_ids", "edit_scales", "edit_shifts"))
-            scored = self.ops.edit_logits(logits=scored, ids=ids, scales=scales, shifts=shifts)
-        if "masks" in fields:
-            scored = self.ops.apply_token_masks(logits=scored, masks=fields.pop("masks"))
+        scored = adjusted_logits(self.ops, logits, fields)
         ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
         # Graphs read this storage, so it is rewritten whole: not every device writes by index in place.
         state.last_ids.copy_(state.last_ids.index_copy(0, slots[:count].long(), ids))
