@@ -86,3 +86,44 @@ def test_a_rank_that_never_comes_is_an_error_within_the_timeout(tmp_path: Path) 
     region = torch.zeros(2 * 64 + 4 * 4096, dtype=torch.uint8)
     mine = torch.ones(8)
     assert not kernels.all_reduce(region.data_ptr(), 0, 2, 4096, mine.data_ptr(), 8, 0, 0.05)
+
+
+LEFT_ALONE = """
+import os
+import sys
+import torch
+from anychip.plugin_api import DeviceFault, GroupSpec
+from anychip_cpu.communicator import communicator
+from anychip_cpu.native import load
+
+rank, store, isa = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+spec = GroupSpec(ranks=(0, 1), rank=rank, purpose="tensor_parallel", max_message_bytes=1 << 20,
+                 store=f"file://{store}", timeout_s=2)
+c = communicator(spec, load(isa))
+c.barrier()
+if rank == 1:
+    os._exit(0)
+for collective in (c.all_reduce, c.all_gather):
+    try:
+        collective(torch.ones(8))
+    except DeviceFault as fault:
+        assert fault.fatal and fault.kind in ("peer_lost", "timeout"), fault.kind
+        assert "tensor_parallel, rank 0 of (0, 1)" in str(fault), fault
+    else:
+        raise AssertionError("a collective with a dead rank has returned")
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("isa", ["reference", "generic"])
+def test_a_rank_that_died_is_a_fault_that_names_the_group(isa: str, tmp_path: Path) -> None:
+    if isa != "reference" and not built():
+        pytest.skip("no kernels were compiled")
+    command = [sys.executable, "-c", LEFT_ALONE]
+    dies, stays = (
+        subprocess.Popen([*command, rank, str(tmp_path / "store"), isa], stdout=-1, stderr=-1, text=True)
+        for rank in ("1", "0")
+    )
+    out, error = stays.communicate(timeout=120)
+    assert out.strip() == "fine", error[-1500:]
+    assert dies.wait(10) == 0

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anychip.plugin_api import Communicator, GroupSpec, Unsupported
+from anychip.plugin_api import Communicator, DeviceFault, GroupSpec, Unsupported
 from anychip_cpu.native import Kernels
 from anychip_cpu.ops import CODES
 
@@ -45,15 +45,25 @@ class GlooCommunicator(Communicator):
             dist.PrefixStore(name, store), self.rank, self.size, timedelta(seconds=spec.timeout_s)
         )
 
+    def _wait(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._fault(f"a rank is gone or did not answer: {error}", "peer_lost") from error
+
+    def _fault(self, what: str, kind: str) -> DeviceFault:
+        spec = self.spec
+        return DeviceFault(f"{spec.purpose}, rank {self.rank} of {spec.ranks}: {what}", kind=kind, fatal=True)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        self._wait(self._group.allreduce([x]))
         return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._group.allgather([parts], [x]).wait()
+        self._wait(self._group.allgather([parts], [x]))
         return torch.cat(parts, dim=dim)
 
     def all_gather_v(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
@@ -74,28 +84,28 @@ class GlooCommunicator(Communicator):
     def all_to_all(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._group.alltoall_base(out, x, [], []).wait()
+        self._wait(self._group.alltoall_base(out, x, [], []))
         return out
 
     def all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         out = x.new_empty((sum(receive), *x.shape[1:]))
-        self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)).wait()
+        self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
         return out
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         x = x.contiguous()
-        self._group.broadcast(x, root).wait()
+        self._wait(self._group.broadcast(x, root))
         return x
 
     def send(self, x: Tensor, to: int) -> None:
-        self._group.send([x.contiguous()], to, 0).wait()
+        self._wait(self._group.send([x.contiguous()], to, 0))
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        self._group.recv([x], source, 0).wait()
+        self._wait(self._group.recv([x], source, 0))
         return x
 
     def barrier(self) -> None:
-        self._group.barrier().wait()
+        self._wait(self._group.barrier())
 
     def restore(self) -> None:
         self._generation += 1
@@ -152,7 +162,7 @@ class SharedMemoryCommunicator(GlooCommunicator):
         if not self._kernels.all_reduce(
             address, self.rank, self.size, _SLOT, x.data_ptr(), x.numel(), CODES[x.dtype], timeout
         ):
-            raise RuntimeError(f"all_reduce of {self.spec.purpose}: a rank did not come within {timeout:g} s")
+            raise self._fault(f"in a sum, a rank did not come within {timeout:g} s", "timeout")
         return x
 
     def restore(self) -> None:
