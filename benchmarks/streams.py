@@ -19,7 +19,7 @@ import httpx
 from anychip.bench.report import percentiles, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core/tests"))
-from served import Server
+from served import Server, resident_mib
 
 
 async def one(client: httpx.AsyncClient, number: int, tokens: int, first: list[float]) -> int:
@@ -71,11 +71,6 @@ def cpu_seconds(server: Server) -> dict[str, float]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         found[name] = (int(fields[11]) + int(fields[12])) / ticks
     return found
-
-
-def resident_mib(pid: int) -> float:
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
-    return int(line.split()[1]) / 1024
 
 
 def main() -> None:

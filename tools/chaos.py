@@ -156,7 +156,7 @@ async def _kill(
 ) -> None:
     for _ in range(kills):
         await asyncio.sleep(rng.uniform(0.3, 2.0))
-        found = children(server.process.pid)
+        found = server.engine_pids()
         if victim == "worker":
             found = [worker for engine in found for worker in children(engine)]
         if not found:

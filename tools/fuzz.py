@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core/tests"))
-from served import Server, children
+from served import Server, children, resident_mib
 
 HANG_S = 10
 BOUNDED = ("--max-model-len", "128")
@@ -136,12 +136,9 @@ async def fuzz(server: Server, *, requests: int, seed: int, concurrency: int = 1
     return findings
 
 
-def resident_mib(server: Server) -> float:
-    """Of the API process and its engine."""
-    pids = [server.process.pid, *children(server.process.pid)]
-    found = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
-    lines = [line for text in found for line in text.splitlines() if line.startswith("VmRSS")]
-    return sum(int(line.split()[1]) for line in lines) / 1024
+def all_resident_mib(server: Server) -> float:
+    """Of the API process and its children."""
+    return sum(resident_mib(pid) for pid in [server.process.pid, *children(server.process.pid)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,11 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         began = time.perf_counter()
         warm = asyncio.run(fuzz(server, requests=min(5000, arguments.requests // 4), seed=arguments.seed + 1))
-        before = resident_mib(server)
+        before = all_resident_mib(server)
         findings = asyncio.run(fuzz(server, requests=arguments.requests, seed=arguments.seed))
         print(
             f"{arguments.requests} requests in {time.perf_counter() - began:.0f} s: {dict(findings.statuses)}, slowest "
-            f"{findings.slowest_s:.2f} s, resident {before:.0f} MiB before and {resident_mib(server):.0f} MiB after"
+            f"{findings.slowest_s:.2f} s, resident {before:.0f} MiB before and {all_resident_mib(server):.0f} MiB after"
         )
         broken = warm.broken + findings.broken
         for problem in broken[:20]:

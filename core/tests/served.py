@@ -21,6 +21,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def resident_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
 class Server:
     """`wait` False returns while the server is still starting. Its log is a file, which cannot fill up as a pipe."""
 
@@ -47,8 +52,13 @@ class Server:
         self._log.seek(0)
         return self._log.read()
 
+    def engine_pids(self) -> list[int]:
+        """Living engines; the child that checks grammars is none."""
+        pids = children(self.process.pid)
+        return [pid for pid in pids if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def engine_pid(self) -> int:
-        found = children(self.process.pid)
+        found = self.engine_pids()
         assert len(found) == 1, f"one engine process is expected, found {found}"
         return found[0]
 

@@ -16,6 +16,12 @@ import httpx
 import pytest
 from served import Server, events
 
+from anychip import SamplingParams
+from anychip.config import EngineConfig
+from anychip.engine.async_engine import AsyncEngine
+from anychip.errors import EngineDead
+from anychip.launch.async_llm import AsyncLLM
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from chaos import leftovers, storm
 
@@ -52,6 +58,33 @@ def test_an_engine_that_dies_too_often_stays_dead():
         assert refused.status_code == 503 and refused.headers["retry-after"]
     finally:
         assert server.stop() == 0
+
+
+def test_an_engine_whose_messages_cannot_be_read_is_dead_and_replaced(monkeypatch):
+    deliver, failures = AsyncEngine._deliver, iter([ValueError("a planted fault")])
+
+    async def fail_once(self, message):
+        for failure in failures:
+            raise failure
+        await deliver(self, message)
+
+    async def run() -> None:
+        llm = AsyncLLM(EngineConfig(device="cpu", num_kv_blocks=64))
+        await llm.start()
+        try:
+            monkeypatch.setattr(AsyncEngine, "_deliver", fail_once)
+            with pytest.raises(EngineDead, match="could not be taken in: ValueError: a planted fault"):
+                async for _ in await llm.accept("r-1", [5, 6, 7], SamplingParams(max_tokens=2)):
+                    pass
+            async with asyncio.timeout(60):
+                while llm.dead is not None:
+                    await asyncio.sleep(0.05)
+            pieces = [piece async for piece in await llm.accept("r-2", [5, 6, 7], SamplingParams(max_tokens=2))]
+            assert pieces[-1].finished
+        finally:
+            await llm.close()
+
+    asyncio.run(run())
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_again():

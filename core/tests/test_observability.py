@@ -18,6 +18,8 @@ from anychip.config import EngineConfig
 from anychip.engine.input_processor import RequestOptions
 from anychip.errors import InvalidRequest
 from anychip.launch.async_llm import AsyncLLM
+from anychip.messages import EngineStats
+from anychip.observability.metrics import Metrics
 from anychip.observability.tracing import Tracer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -96,6 +98,27 @@ def test_log_lines_have_ids_and_no_prompts(monkeypatch):
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     (mine,) = [line for line in lines if line.get("request_id") == "mine-1"]
     assert mine["status"] == 200 and mine["logger"] == "anychip.http" and mine["seconds"] > 0
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    return {s.name: s.value for f in text_string_to_metric_families(metrics.render().decode()) for s in f.samples}
+
+
+def test_a_new_engine_counts_from_nothing_whatever_the_last_one_counted():
+    metrics = Metrics("m")
+    metrics.engine_started(100)
+    metrics.take(EngineStats(2, 1, 5, 20, 100, steps=5, preemptions=3, prefix_queries=64, prefix_hits=32))
+    metrics.engine_ended()
+    gone = samples(metrics)
+    assert (
+        gone["anychip_engine_up"] == gone["anychip_num_requests_running"] == gone["anychip_kv_cache_usage_ratio"] == 0
+    )
+    metrics.engine_started(100)
+    # More steps than the last one lived to make, and fewer of everything else.
+    metrics.take(EngineStats(1, 0, 0, 10, 100, steps=6, preemptions=1, prefix_queries=16, prefix_hits=0))
+    now = samples(metrics)
+    assert now["anychip_engine_steps_total"] == 11 and now["anychip_num_preemptions_total"] == 4
+    assert now["anychip_prefix_cache_queries_total"] == 80 and now["anychip_prefix_cache_hits_total"] == 32
 
 
 def test_spans_follow_the_stations_and_the_callers_trace():

@@ -148,6 +148,14 @@ class AsyncEngine:
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _read(self) -> None:
+        """Until the sockets close. An engine that nobody hears is as good as dead, and must not look alive."""
+        try:
+            await self._read_messages()
+        except Exception as error:
+            log.exception("the engine's messages cannot be read any more")
+            self.fail(EngineDead(f"the engine's message could not be taken in: {type(error).__name__}: {error}"))
+
+    async def _read_messages(self) -> None:
         while True:
             message = from_engine_decoder.decode(await self._from_engine.recv())
             if isinstance(message, EngineReady):

@@ -50,17 +50,13 @@ class AsyncLLM:
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
         self.tracer = None if otel_endpoint is None else Tracer(otel_endpoint, config.public_name)
-        self.stats: EngineStats | None = None
         self.tokenizer: Tokenizer | None = None
         self.max_model_len = 0
-        self.num_open = 0
-        """Requests that have not ended."""
-        self._restarts_left = restarts
+        self._max_restarts = restarts
         self._restarted_at: deque[float] = deque()
         self._life: _Life | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._progress_at = time.monotonic()
-        self._closing = False
 
     async def start(self) -> WorkerReady:
         """Starts the engine process; the tokenizer is read meanwhile. Raises what kept the engine from starting."""
@@ -139,7 +135,6 @@ class AsyncLLM:
         """The same, with its times taken."""
         waits = True
         self.flow.enter()
-        self.num_open += 1
         error: BaseException | None = None
         try:
             async for output in outputs:
@@ -156,7 +151,6 @@ class AsyncLLM:
             error = other
             raise
         finally:
-            self.num_open -= 1
             if waits:
                 self.flow.leave(served=False)
             await outputs.aclose()
@@ -166,14 +160,15 @@ class AsyncLLM:
     def _record(
         self, request: AddRequest, clock: RequestClock, trace: Mapping[str, str], error: BaseException | None
     ) -> None:
+        if self.tracer is None:
+            return
         if isinstance(error, GeneratorExit | asyncio.CancelledError):
             error = RequestAborted("the client went away")
         counts = {
             "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
             "gen_ai.usage.output_tokens": clock.num_output,
         }
-        if self.tracer is not None:
-            self.tracer.record(request.request_id, clock.times, counts, headers=trace, error=error)
+        self.tracer.record(request.request_id, clock.times, counts, headers=trace, error=error)
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request, whose caller learns so. Returns whether there was one."""
@@ -192,7 +187,6 @@ class AsyncLLM:
     # -- life ---------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        self._closing = True
         if self._supervisor is not None:
             self._supervisor.cancel()
         if self._life is not None:
@@ -206,9 +200,9 @@ class AsyncLLM:
         while True:
             assert self._life is not None
             cause = await self._life.ended()
-            self.metrics.up.set(0)
+            self.metrics.engine_ended()
             await self._life.end(_DRAIN_S)
-            if self._closing or not self._may_restart():
+            if not self._may_restart():
                 log.error("the engine is not started again: %s", cause)
                 return
             log.warning("the engine died and is started again: %s", cause)
@@ -218,7 +212,7 @@ class AsyncLLM:
         now = time.monotonic()
         while self._restarted_at and now - self._restarted_at[0] > _RESTART_WINDOW_S:
             self._restarted_at.popleft()
-        if len(self._restarted_at) >= self._restarts_left:
+        if len(self._restarted_at) >= self._max_restarts:
             return False
         self._restarted_at.append(now)
         return True
@@ -245,18 +239,20 @@ class AsyncLLM:
         self.worker = ready.worker
         self._progress_at = time.monotonic()
         self.engine.attach(OutputProcessor(self.tokenizer), self._take)
-        self.metrics.up.set(1)
-        self.metrics.kv_blocks.set(ready.worker.memory.num_blocks - 1)
+        self.metrics.engine_started(ready.worker.memory.num_blocks - 1)
 
     def _take(self, stats: EngineStats) -> None:
         self._progress_at = time.monotonic()
-        self.stats = stats
         self.metrics.take(stats)
 
     def _grammar_checker(self) -> GrammarChecker | None:
-        if self.tokenizer is None:
+        tokenizer, model = self.tokenizer, self.model
+        if tokenizer is None:
             return None
-        spec = CheckerSpec(self.tokenizer.raw.to_str(), self.model.vocab_size, tuple(self.model.eos_token_ids))
+
+        def spec() -> CheckerSpec:
+            return CheckerSpec(tokenizer.raw.to_str(), model.vocab_size, tuple(model.eos_token_ids))
+
         return GrammarChecker(spec, deadline_s=self.config.grammar_timeout_s)
 
 
@@ -272,7 +268,7 @@ class _Life:
         self._death = asyncio.create_task(self._watch())
 
     async def ended(self) -> AnychipError:
-        """Waits for the process's end; its requests have failed then."""
+        """Waits until there is no engine to talk to; its requests have failed then. Its process may still live."""
         await self._death
         assert self.engine.dead is not None
         return self.engine.dead
@@ -291,6 +287,8 @@ class _Life:
 
     async def _watch(self) -> None:
         while (code := self._child.exit_code()) is None:
+            if self.engine.dead is not None:
+                return
             await asyncio.sleep(_WATCH_INTERVAL_S)
         # Its last message may still be on the way, and says more than the status.
         with contextlib.suppress(asyncio.CancelledError):

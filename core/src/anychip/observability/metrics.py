@@ -17,6 +17,8 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1,
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
+_NEW_ENGINE = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
 
 class Metrics:
     """One registry per server: two in one process do not mix."""
@@ -24,7 +26,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model}
-        self._last: EngineStats | None = None
+        self._last = _NEW_ENGINE
         self.running = self._gauge("num_requests_running", "Requests that hold a slot")
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for a slot")
         self.kv_usage = self._gauge("kv_cache_usage_ratio", "Share of KV blocks in use")
@@ -64,12 +66,21 @@ class Metrics:
         """The scrape's text."""
         return generate_latest(self.registry)
 
+    def engine_started(self, num_blocks: int) -> None:
+        """A new engine is ready. It counts from 0, whatever the one before had counted."""
+        self._last = _NEW_ENGINE
+        self.kv_blocks.set(num_blocks)
+        self.up.set(1)
+
+    def engine_ended(self) -> None:
+        """The engine is gone, and what it held with it."""
+        self.up.set(0)
+        for gauge in (self.running, self.waiting, self.kv_usage):
+            gauge.set(0)
+
     def take(self, stats: EngineStats) -> None:
-        """The engine's newest word; its counters start anew when the engine does."""
-        last = self._last
-        if last is None or stats.steps < last.steps:
-            last = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self._last = stats
+        """The engine's newest word."""
+        last, self._last = self._last, stats
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks))

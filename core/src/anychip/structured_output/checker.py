@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
@@ -28,9 +29,9 @@ class CheckerSpec(msgspec.Struct, frozen=True):
 
 
 class GrammarChecker:
-    """One child, started when the first grammar comes; grammars are tried one at a time."""
+    """One child, started when the first grammar comes; grammars are tried one at a time. `spec` is asked for then."""
 
-    def __init__(self, spec: CheckerSpec, *, deadline_s: float) -> None:
+    def __init__(self, spec: Callable[[], CheckerSpec], *, deadline_s: float) -> None:
         self._spec = spec
         self._deadline_s = deadline_s
         self._child: asyncio.subprocess.Process | None = None
@@ -80,6 +81,6 @@ class GrammarChecker:
             limit=2**20, start_new_session=True,
         )  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(msgspec.json.encode(self._spec) + b"\n")
+        child.stdin.write(msgspec.json.encode(self._spec()) + b"\n")
         await child.stdout.readline()  # ready: reading the tokenizer is not the grammar's time
         return child

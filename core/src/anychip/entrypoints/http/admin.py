@@ -3,7 +3,6 @@ there."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from starlette.types import ASGIApp
 from anychip.config import ServerConfig
 from anychip.entrypoints.http.body import Strict, read_body
 from anychip.entrypoints.http.errors import error_response, install_error_handlers
-from anychip.entrypoints.http.keys import hashed
+from anychip.entrypoints.http.keys import Keys, given_key
 from anychip.launch.async_llm import AsyncLLM
 from anychip.observability.metrics import CONTENT_TYPE
 
@@ -27,12 +26,11 @@ class LogLevelBody(Strict):
 def make_admin_app(llm: AsyncLLM, config: ServerConfig, stop: Callable[[], None]) -> ASGIApp:
     """`stop` begins the drain."""
     app = FastAPI(title="anychip admin", docs_url=None, redoc_url=None, openapi_url=None)
-    expected = hashed(config.admin_key or "")
+    keys = Keys.of(config.admin_key, None, None)
 
     @app.middleware("http")
     async def check_key(request: Request, call_next: Any) -> Response:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(hashed(given), expected):
+        if keys.tenant(given_key(dict(request.scope["headers"]))) is None:
             return error_response(request.url.path, 404, f"{request.method} {request.url.path}: Not Found")
         response: Response = await call_next(request)
         return response
@@ -41,7 +39,7 @@ def make_admin_app(llm: AsyncLLM, config: ServerConfig, stop: Callable[[], None]
     async def drain() -> dict[str, Any]:
         """Ends the server once the requests in flight have ended."""
         stop()
-        return {"draining": True, "open_requests": llm.num_open}
+        return {"draining": True, "open_requests": len(llm.engine.open_requests)}
 
     @app.post("/admin/abort/{request_id}")
     async def abort(request_id: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anychip.entrypoints.http.errors import error_response
-from anychip.entrypoints.http.keys import Keys
+from anychip.entrypoints.http.keys import Keys, given_key
 from anychip.errors import BodyTooLarge
 from anychip.observability.metrics import Metrics
 
@@ -66,7 +66,7 @@ class Gate:
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes], request_id: str) -> Any:
         """The answer to a request that may not enter; None to others."""
         path = scope["path"]
-        tenant = self._keys.tenant(_key(headers))
+        tenant = self._keys.tenant(given_key(headers))
         scope.setdefault("state", {}).update(request_id=request_id, tenant=tenant or "")
         if tenant is None and path not in OPEN_PATHS and not path.startswith("/ui/"):
             return error_response(path, 401, "the API key is missing or wrong", code="invalid_api_key")
@@ -89,14 +89,6 @@ class Gate:
             return message
 
         return bounded
-
-
-def _key(headers: dict[bytes, bytes]) -> str | None:
-    bearer = headers.get(b"authorization", b"")
-    if bearer[:7].lower() == b"bearer ":
-        return bearer[7:].decode("latin-1").strip()
-    given = headers.get(b"x-api-key")
-    return None if given is None else given.decode("latin-1")
 
 
 def _request_id(given: bytes) -> str:

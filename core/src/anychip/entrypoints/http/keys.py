@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -44,10 +44,6 @@ class Keys:
                 raise ConfigError(f"{file} holds no key; `anychip hash-key NAME` makes one")
         return cls(hashes, concurrency=concurrency)
 
-    @property
-    def needed(self) -> bool:
-        return bool(self._hashes)
-
     def tenant(self, given: str | None) -> str | None:
         """Whose key it is; None: nobody's. Every key is compared, whichever fits."""
         if not self._hashes:
@@ -72,6 +68,15 @@ class Keys:
             self._open[tenant] -= 1
             if not self._open[tenant]:
                 del self._open[tenant]
+
+
+def given_key(headers: Mapping[bytes, bytes]) -> str | None:
+    """The key that a request brings, as OpenAI's clients send it or as Anthropic's do."""
+    bearer = headers.get(b"authorization", b"")
+    if bearer[:7].lower() == b"bearer ":
+        return bearer[7:].decode("latin-1").strip()
+    given = headers.get(b"x-api-key")
+    return None if given is None else given.decode("latin-1")
 
 
 def _read(file: str) -> dict[str, str]:
