@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := core plugins/cpu plugins/cuda plugins/rocm plugins/tpu plugins/ascend conformance
+PACKAGES := core plugins/cpu plugins/triton plugins/cuda plugins/rocm plugins/tpu plugins/ascend conformance
 MODEL ?= quickstart
 PORT ?= 8000
 WORKERS ?= auto

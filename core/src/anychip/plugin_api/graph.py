@@ -87,6 +87,8 @@ class GraphCapture:
     """Captures a callable over fixed storage and replays it. The base class captures nothing."""
 
     level = GraphLevel.NONE
+    lazy = False
+    """Whether a shape is captured when a step first has it, instead of at the start."""
 
     def reserve(self, keys: Sequence[ShapeKey]) -> int:
         """Bytes that capturing `keys` will need."""

@@ -82,6 +82,7 @@ class TorchStepProgram(StepProgram):
         self.device = platform.default_device
         self.graphs = platform.graph_capture()
         self._captured: dict[ShapeKey, CapturedStep] = {}
+        self._later: set[ShapeKey] = set()
         self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
 
     # -- preparation --------------------------------------------------------------------------------------
@@ -98,11 +99,15 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
-        """Captures a graph for each key, largest first so that later ones fit in its memory."""
+        """Captures a graph for each key, largest first so that later ones fit in its memory; of those that may wait,
+        the smallest, which shows at the start that capturing works."""
         if self.graphs.level < GraphLevel.FULL:
             return CompileReport(num_programs=0, seconds=0.0)
         start = time.perf_counter()
-        for key in sorted(keys, key=lambda k: -k.num_tokens):
+        first = sorted(keys, key=lambda k: -k.num_tokens)
+        if self.graphs.lazy:
+            self._later, first = set(first[:-1]), first[-1:]
+        for key in first:
             self._capture(key)
         return CompileReport(num_programs=len(self._captured), seconds=time.perf_counter() - start)
 
@@ -122,6 +127,9 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
+        if inputs.key in self._later:
+            self._later.discard(inputs.key)
+            self._capture(inputs.key)
         captured = self._captured.get(inputs.key)
         if captured is not None:
             captured.arena.copy_(torch.from_numpy(inputs.arena), non_blocking=True)

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from anychip.plugin_api import API_VERSION, PlatformManifest, Requirement, hookimpl
+from anychip.plugin_api import API_VERSION, Placement, PlatformManifest, Requirement, hookimpl
+from anychip_triton import TRITON
+from anychip_triton.options import GpuOptions
+
+if TYPE_CHECKING:
+    from anychip.config import EngineConfig
+
+
+def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
+    """The driver's order of devices, which the probe has, instead of the fastest first."""
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
 
 MANIFEST = PlatformManifest(
     name="cuda",
     package="anychip-cuda",
     api_version=API_VERSION,
-    summary="NVIDIA GPUs: announced, its kernels are not implemented yet",
+    summary="NVIDIA GPUs (compute capability 8.0 on): Triton kernels, cuBLAS, NCCL, graphs; not run on hardware yet",
     probe="anychip_cuda.probe:probe",
     platform="anychip_cuda.platform:CudaPlatform",
     seam="torch",
     topology="process_per_device",
-    requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),),
+    options=GpuOptions,
+    requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"), TRITON),
+    worker_env=worker_env,
     visible_devices_env="CUDA_VISIBLE_DEVICES",
-    auto_select=False,  # until its kernels exist, only who names it meets its refusal
+    auto_select=False,  # until conformance has passed on a device, it is taken only by name
+    priority=10,
 )
 
 

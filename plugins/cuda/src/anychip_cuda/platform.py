@@ -1,31 +1,34 @@
-"""CudaPlatform: every factory refuses until its kernels exist. Nothing falls back to reference ops on the host."""
+"""CudaPlatform: Triton kernels, NCCL, CUDA graphs; cuBLAS, through torch, for dense products of many rows."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
 
-from anychip.plugin_api import (
-    AttentionSpec,
-    Communicator,
-    GroupSpec,
-    LinearSpec,
-    MoESpec,
-    Platform,
-    Unsupported,
-)
+import torch
+
+from anychip.plugin_api import PlatformContext, Unsupported
+from anychip_triton.gpu import GpuPlatform
+from anychip_triton.targets import Target, cuda_target
 
 
-class CudaPlatform(Platform):
-    def attention(self, spec: AttentionSpec) -> NoReturn:
-        raise Unsupported("anychip-cuda", ["attention is not implemented yet"])
+class CudaPlatform(GpuPlatform):
+    def __init__(self, context: PlatformContext) -> None:
+        if torch.version.cuda is None:
+            raise Unsupported(
+                "anychip-cuda", [f"torch {torch.__version__} is not built for CUDA; install torch's CUDA build"]
+            )
+        super().__init__(context)
 
-    def linear(self, spec: LinearSpec) -> NoReturn:
-        raise Unsupported("anychip-cuda", ["matrix products are not implemented yet"])
+    def find_target(self) -> Target:
+        index = self.context.device_indexes[0]
+        major, minor = torch.cuda.get_device_capability(index)
+        target = cuda_target(major, minor)
+        if target is None:
+            name = torch.cuda.get_device_name(index)
+            raise Unsupported(
+                "anychip-cuda", [f"{name} has compute capability {major}.{minor}; kernels are made for 8.0 and later"]
+            )
+        return target
 
-    def moe(self, spec: MoESpec) -> NoReturn:
-        raise Unsupported("anychip-cuda", ["mixture of experts is not implemented yet"])
-
-    def communicator(self, group: GroupSpec) -> Communicator:
-        if group.size > 1:
-            raise Unsupported("anychip-cuda", ["collectives are not implemented yet"])
-        return Communicator(group)
+    def made_with(self) -> Mapping[str, str]:
+        return {**super().made_with(), "cuda": str(torch.version.cuda)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Callable, Sequence
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
 
 _LIBRARY = "libnvidia-ml.so.1"
 _OK = 0
-_NAME_BYTES = 96
+_TEXT_BYTES = 96
 
 
 class _Memory(ctypes.Structure):
@@ -37,19 +39,52 @@ def probe() -> ProbeResult:
 def _devices(nvml: ctypes.CDLL) -> ProbeResult:
     count = ctypes.c_uint()
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    found = []
-    for index in range(count.value):
-        handle, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(_NAME_BYTES), _Memory()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) != _OK:
-            continue
-        nvml.nvmlDeviceGetName(handle, name, _NAME_BYTES)
-        nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-        found.append(DeviceInfo(index=index, name=name.value.decode(), total_memory=int(memory.total) or None))
-    driver = ctypes.create_string_buffer(_NAME_BYTES)
-    nvml.nvmlSystemGetDriverVersion(driver, _NAME_BYTES)
+    handles = [ctypes.c_void_p() for _ in range(count.value)]
+    opened = [nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(handle)) == _OK for i, handle in enumerate(handles)]
+    uuids = [_text(nvml.nvmlDeviceGetUUID, handle) if ok else "" for handle, ok in zip(handles, opened, strict=True)]
+    seen = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids)
+    found = tuple(_info(nvml, index, handles[at]) for index, at in enumerate(seen) if opened[at])
+    driver = ctypes.create_string_buffer(_TEXT_BYTES)
+    nvml.nvmlSystemGetDriverVersion(driver, _TEXT_BYTES)
+    none = f"CUDA_VISIBLE_DEVICES hides all {len(handles)} devices" if handles else "the NVIDIA driver lists no device"
     return ProbeResult(
-        devices=tuple(found),
-        reason="" if found else "the NVIDIA driver lists no device",
+        devices=found,
+        reason="" if found else none,
         remedy="" if found else "check CUDA_VISIBLE_DEVICES and nvidia-smi",
         versions={"driver": driver.value.decode()},
     )
+
+
+def visible(setting: str | None, uuids: Sequence[str]) -> list[int]:
+    """The driver's indexes in the runtime's order: all without a setting; otherwise those that it names, by number or
+    by the start of a UUID, up to the first that does not exist."""
+    if setting is None:
+        return list(range(len(uuids)))
+    chosen: list[int] = []
+    for name in filter(None, (part.strip() for part in setting.split(","))):
+        if name.isdigit():
+            matches = [int(name)] if int(name) < len(uuids) else []
+        else:
+            matches = [index for index, uuid in enumerate(uuids) if uuid.startswith(name)]
+        if len(matches) != 1:
+            break
+        chosen += matches
+    return chosen
+
+
+def _info(nvml: ctypes.CDLL, index: int, handle: ctypes.c_void_p) -> DeviceInfo:
+    memory, major, minor = _Memory(), ctypes.c_int(), ctypes.c_int()
+    nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    return DeviceInfo(
+        index=index,
+        name=_text(nvml.nvmlDeviceGetName, handle),
+        total_memory=int(memory.total) or None,
+        detail=f"compute capability {major.value}.{minor.value}",
+    )
+
+
+def _text(function: Callable[..., int], handle: ctypes.c_void_p) -> str:
+    buffer = ctypes.create_string_buffer(_TEXT_BYTES)
+    function(handle, buffer, _TEXT_BYTES)
+    return buffer.value.decode()

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anychip.plugin_api import API_VERSION, PlatformManifest, Requirement, hookimpl
+from anychip_triton import TRITON
+from anychip_triton.options import GpuOptions
 
 MANIFEST = PlatformManifest(
     name="rocm",
     package="anychip-rocm",
     api_version=API_VERSION,
-    summary="AMD GPUs: announced, its kernels are not implemented yet",
+    summary="AMD GPUs (gfx90a, gfx942, gfx950, gfx1100): Triton kernels, RCCL, HIP graphs; not run on hardware yet",
     probe="anychip_rocm.probe:probe",
     platform="anychip_rocm.platform:RocmPlatform",
     seam="torch",
     topology="process_per_device",
-    requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"),),
+    options=GpuOptions,
+    requirements=(
+        Requirement(kind="package", name="torch", range=">=2.9", remedy="install torch's ROCm build, 2.9 or later"),
+        TRITON,
+    ),
     visible_devices_env="HIP_VISIBLE_DEVICES",
-    auto_select=False,  # until its kernels exist, only who names it meets its refusal
+    auto_select=False,  # until conformance has passed on a device, it is taken only by name
+    priority=10,
 )
 
 

@@ -1,0 +1,113 @@
+"""Collectives over one of torch's process groups: what every runtime's communicator shares."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from anychip.plugin_api import Communicator, DeviceFault, GroupSpec, Unsupported
+
+_dist: Any = torch.distributed
+"""Its stores and groups come from C++ without types."""
+
+
+class ProcessGroupCommunicator(Communicator):
+    """One process group per GroupSpec, without torch's global default group. A subclass says of which kind."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        super().__init__(spec)
+        self._generation = 0
+        self._group = self._open()
+
+    @abstractmethod
+    def make_group(self, store: Any, timeout: timedelta) -> Any:
+        """The runtime's group of this rank, which meets the others at `store`."""
+
+    def _open(self) -> Any:
+        spec = self.spec
+        kind, _, place = spec.store.partition("://")
+        if kind == "file":
+            # -1: the number of processes is not checked, since several groups meet in one file.
+            store = _dist.FileStore(place, -1)
+        elif kind == "tcp":
+            host, _, port = place.rpartition(":")
+            store = _dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        else:
+            raise Unsupported(f"communicator {self.name}", [f"store {spec.store!r}; known are file:// and tcp://"])
+        # Addresses of a group that was closed stay in the store: one that is opened again meets under a new name.
+        name = f"{spec.purpose}-{'-'.join(map(str, spec.ranks))}-{self._generation}"
+        return self.make_group(_dist.PrefixStore(name, store), timedelta(seconds=spec.timeout_s))
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.fault(f"a rank is gone or did not answer: {error}", "peer_lost") from error
+
+    def fault(self, what: str, kind: str) -> DeviceFault:
+        """A failure of the group, which does not recover."""
+        spec = self.spec
+        return DeviceFault(f"{spec.purpose}, rank {self.rank} of {spec.ranks}: {what}", kind=kind, fatal=True)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        self._wait(self._group.allreduce([x]))
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._wait(self._group.allgather([parts], [x]))
+        return torch.cat(parts, dim=dim)
+
+    def all_gather_v(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        rows = x.movedim(dim, 0)
+        longest = max(sizes)
+        padded = x.new_zeros((longest, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        gathered = self.all_gather(padded.unsqueeze(0), dim=0)
+        kept = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+        return kept.movedim(0, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        return self.all_reduce(x.clone()).chunk(self.size, dim=dim)[self.rank]
+
+    def reduce_scatter_v(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        mine: Tensor = torch.split(self.all_reduce(x.clone()), list(sizes), dim=dim)[self.rank]
+        return mine
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._wait(self._group.alltoall_base(out, x, [], []))
+        return out
+
+    def all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
+        return out
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        x = x.contiguous()
+        self._wait(self._group.broadcast(x, root))
+        return x
+
+    def send(self, x: Tensor, to: int) -> None:
+        self._wait(self._group.send([x.contiguous()], to, 0))
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        self._wait(self._group.recv([x], source, 0))
+        return x
+
+    def barrier(self) -> None:
+        self._wait(self._group.barrier())
+
+    def restore(self) -> None:
+        self._generation += 1
+        self._group = self._open()

@@ -1,0 +1,62 @@
+"""What can be seen of the plugin where there is no AMD device: its probe, over a stand-in for the driver's files, its
+refusals and its imports. Kernels: plugins/triton/tests and the suite's triton-interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from anychip.ops.reference import REFERENCE
+from anychip.plugin_api import PlatformContext, ProbeResult, Unsupported
+from anychip_rocm import MANIFEST
+from anychip_rocm import probe as probing
+from anychip_rocm.platform import RocmPlatform
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A CPU's node, which has no target, and two devices."""
+    for node, target in enumerate((0, 90402, 110000)):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\ngfx_target_version {target}\n")
+    monkeypatch.setattr(probing, "_DRIVER", tmp_path)
+    monkeypatch.setattr(probing, "_NODES", tmp_path)
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_probe_lists_what_the_driver_has(driver):
+    assert [(device.index, device.name) for device in probing.probe().devices] == [(0, "gfx942"), (1, "gfx1100")]
+
+
+def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    assert [(device.index, device.name) for device in probing.probe().devices] == [(0, "gfx1100")]
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "7")
+    hidden = probing.probe()
+    assert not hidden.devices and "HIP_VISIBLE_DEVICES hides all 2 devices" in hidden.reason and hidden.remedy
+
+
+def test_without_a_driver_there_is_a_reason_and_a_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(probing, "_DRIVER", tmp_path / "kfd")
+    result = probing.probe()
+    assert not result.devices and "no AMD compute driver" in result.reason and "install" in result.remedy
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="this torch is built for ROCm")
+def test_a_torch_without_hip_is_refused_by_name():
+    context = PlatformContext(
+        manifest=MANIFEST, device_indexes=(0,), options=MANIFEST.options(), probe=ProbeResult(), reference=REFERENCE
+    )
+    with pytest.raises(Unsupported, match="is not built for ROCm; install torch's ROCm build"):
+        RocmPlatform(context)
+
+
+def test_announcing_the_platform_imports_no_runtime():
+    program = (
+        "import sys, anychip_rocm, anychip_rocm.probe; print([m for m in ('torch', 'triton') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"

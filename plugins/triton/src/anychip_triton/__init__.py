@@ -1,0 +1,34 @@
+"""Triton kernels that plugins share, a library; and one platform of its own, which runs them in Triton's interpreter.
+
+This module announces that platform and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anychip.plugin_api import API_VERSION, DeviceInfo, PlatformManifest, ProbeResult, Requirement, hookimpl
+
+TRITON = Requirement(kind="package", name="triton", range=">=3.5", remedy="pip install 'triton>=3.5'")
+
+INTERPRETER = PlatformManifest(
+    name="triton-interpreter",
+    package="anychip-triton",
+    api_version=API_VERSION,
+    summary="simulation: the kernels of cuda and rocm in Triton's interpreter, for tests; very slow",
+    probe="anychip_triton:probe_interpreter",
+    platform="anychip_triton.interpreter:InterpreterPlatform",
+    seam="torch",
+    topology="process_per_device",
+    requirements=(TRITON,),
+    auto_select=False,
+)
+
+
+def probe_interpreter() -> ProbeResult:
+    return ProbeResult(devices=(DeviceInfo(index=0, name="Triton's interpreter", backing="simulated"),))
+
+
+@hookimpl
+def anychip_platforms() -> Sequence[PlatformManifest]:
+    return [INTERPRETER]

@@ -1,0 +1,134 @@
+"""Compiles every launch for a target, without a device or a driver, and reads from the machine code what it uses.
+
+The launches are those of the backends themselves, which run on tensors without storage and tell a recorder instead of
+a device: what is compiled here is what will be launched there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from anychip_triton.launch import Grid
+from anychip_triton.targets import TARGETS, Target
+from anychip_triton.tiles import TileTable, shipped_table
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+_ALIGNED = 16
+_MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_|v_smfmac_|v_wmma_)")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel as it would be launched."""
+
+    kernel: Any
+    options: dict[str, int]
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, and the constants that it is compiled for."""
+        return f"{self.kernel.__name__}({', '.join(f'{n}={self.arguments[n]}' for n in self.constants)})"
+
+    @property
+    def constants(self) -> list[str]:
+        return [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
+
+
+class RecordingLauncher:
+    """launch.Launcher that launches nothing."""
+
+    def __init__(self, target: Target, tiles: TileTable | None = None) -> None:
+        self.target = target
+        self.tiles = tiles if tiles is not None else shipped_table(target.name)
+        self.launches: list[Launch] = []
+
+    def __call__(self, kernel: Any, grid: Grid, options: dict[str, int], **arguments: Any) -> None:
+        self.launches.append(Launch(kernel, dict(options), arguments))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineCode:
+    """What a compiled kernel uses. `spills` is None where the assembly does not say."""
+
+    name: str
+    target: str
+    shared_bytes: int
+    spills: int | None
+    registers: int | None
+    matrix_instructions: Counter[str] = field(default_factory=Counter)
+    binary: bytes = b""
+
+
+def compile_launch(launch: Launch, target: Target) -> MachineCode:
+    """Raises what the compiler raises."""
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if name in launch.constants:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _kind(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % _ALIGNED == 0 and value):
+            attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = launch.options | dict(target.launch_options)
+    made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+    hip = target.backend == "hip"
+    text = made.asm["amdgcn" if hip else "ptx"]
+    spills = sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))) if hip else None
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    return MachineCode(
+        name=launch.name,
+        target=target.name,
+        shared_bytes=made.metadata.shared,
+        spills=spills,
+        registers=int(registers.group(1)) if registers else None,
+        matrix_instructions=Counter(_MATRIX_INSTRUCTION.findall(text)),
+        binary=made.asm["hsaco" if hip else "cubin"],
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def all_launches(target: Target, tiles: TileTable | None = None) -> Iterator[Launch]:
+    """Everything that models of usual shapes launch on a target, without repetitions."""
+    from anychip_triton.problems import PROBLEMS
+
+    seen = set()
+    for problem in PROBLEMS:
+        recorder = RecordingLauncher(target, tiles)
+        problem(recorder)
+        for launch in recorder.launches:
+            key = (launch.name, tuple(sorted(launch.options.items())), _types(launch.arguments.values()))
+            if key not in seen:
+                seen.add(key)
+                yield launch
+
+
+def _types(values: Sequence[Any] | Any) -> tuple[str, ...]:
+    return tuple(_POINTERS[value.dtype] for value in values if isinstance(value, Tensor))
+
+
+def target_named(name: str) -> Target:
+    """Raises KeyError that lists the targets."""
+    if name not in TARGETS:
+        raise KeyError(f"no target {name!r}; there are {', '.join(TARGETS)}")
+    return TARGETS[name]

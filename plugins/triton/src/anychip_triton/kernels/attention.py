@@ -1,0 +1,219 @@
+"""Paged attention over ragged batches: chunks of prompts and single tokens in one launch, long sequences in splits.
+
+A program takes BLOCK_Q queries of one row and the query heads that share one key head: a tile of BLOCK_M rows, so that
+grouped heads read keys once. Dao et al., "FlashAttention", 2022, has the running softmax; Dao et al., "Flash-Decoding",
+2023, the splits.
+"""
+
+import triton
+import triton.language as tl
+
+from anychip_triton.kernels.numbers import dot, fp8_to_float, tanh
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _row_of(tile, query_start, num_reqs, BLOCK_Q: tl.constexpr):
+    """The row whose tiles begin at or before `tile`; num_reqs for the padding after all rows. A row's first tile is
+    query_start // BLOCK_Q + row, which leaves room for the part-filled tiles of those before it."""
+    low, high = 0, num_reqs + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins = tl.load(query_start + middle) // BLOCK_Q + middle
+        if begins <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _held(pointer, offsets, mask, BYTES: tl.constexpr, DTYPE: tl.constexpr):
+    """Keys or values in the queries' dtype; BYTES: "" as they are, "fp8" or "int8"."""
+    if BYTES == "fp8":
+        return fp8_to_float(tl.load(pointer + offsets, mask=mask, other=0)).to(DTYPE)
+    elif BYTES == "int8":
+        return tl.load(pointer + offsets, mask=mask, other=0).to(tl.int8, bitcast=True).to(DTYPE)
+    else:
+        return tl.load(pointer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def paged_attention(
+    out,  # [num_tokens, num_heads, head_dim]
+    partial,  # [num_tokens, num_heads, SPLITS, head_dim] float32, where SPLITS > 1
+    statistics,  # [num_tokens, num_heads, SPLITS, 2] float32: running maximum and sum
+    q,  # [num_tokens, num_heads, head_dim]
+    cache,  # [num_blocks, 2, block_size, num_kv_heads, head_dim]
+    query_start,  # [num_reqs + 1]
+    seq_lens,  # [num_reqs]
+    block_table,  # [num_reqs, num_pages]
+    sinks,  # [num_heads] float32
+    slopes,  # [num_heads] float32
+    k_scale,  # [1] or [num_kv_heads] float32
+    v_scale,
+    scale,
+    softcap,
+    window,
+    num_tokens,
+    num_reqs,
+    q_token_stride,
+    q_head_stride,
+    out_token_stride,
+    table_stride,
+    block_stride,
+    value_offset,
+    slot_stride,
+    k_scale_stride,
+    v_scale_stride,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
+):
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    if ONE_TOKEN:
+        row, first = tile, 0
+        begin = tl.load(query_start + row)
+        length = tl.load(query_start + row + 1) - begin
+        # Every row before this one has a token, or none after the rows that have: a padded row's token is its own.
+        begin = tl.where(length > 0, begin, row)
+        padding = length == 0
+        length = 1
+    else:
+        row = _row_of(tile, query_start, num_reqs, BLOCK_Q)
+        begin = tl.load(query_start + row)
+        padding = row == num_reqs
+        end = tl.load(query_start + tl.where(padding, row, row + 1))
+        length = tl.where(padding, num_tokens, end) - begin
+        first = (tile - (begin // BLOCK_Q + row)) * BLOCK_Q
+    if first >= length:
+        return
+
+    lanes = tl.arange(0, BLOCK_M)
+    query = first + lanes // GROUP
+    head = kv_head * GROUP + lanes % GROUP
+    live = (query < length) & (lanes < BLOCK_Q * GROUP)
+    dims = tl.arange(0, PADDED_DIM)
+    in_dim = dims < HEAD_DIM
+    token = (begin + query).to(tl.int64)
+    out_at = token[:, None] * out_token_stride + head[:, None] * HEAD_DIM + dims[None, :]
+    if padding:
+        if split == 0:
+            nothing = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32).to(DTYPE)
+            tl.store(out + out_at, nothing, mask=live[:, None] & in_dim[None, :])
+        return
+
+    context = tl.load(seq_lens + row) - length
+    q_at = token[:, None] * q_token_stride + head[:, None] * q_head_stride + dims[None, :]
+    queries = tl.load(q + q_at, mask=live[:, None] & in_dim[None, :], other=0.0)
+    score_scale = scale
+    value_scale = 1.0
+    if BYTES != "":
+        score_scale = scale * tl.load(k_scale + kv_head * k_scale_stride)
+        value_scale = tl.load(v_scale + kv_head * v_scale_stride)
+    if HAS_ALIBI:
+        slope = tl.load(slopes + head, mask=live, other=0.0)
+
+    last = context + tl.minimum(first + BLOCK_Q, length)
+    oldest = 0
+    if HAS_WINDOW:
+        oldest = tl.maximum(context + first - window + 1, 0)
+    start = oldest // BLOCK_N * BLOCK_N
+    stop = last
+    if SPLITS > 1:
+        # Splits follow from the row alone, so that its result does not depend on the batch.
+        per_split = tl.cdiv(tl.cdiv(last - start, BLOCK_N), SPLITS) * BLOCK_N
+        start = start + split * per_split
+        stop = tl.minimum(start + per_split, last)
+
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    values = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+    position = context + query
+    for at in range(start, stop, BLOCK_N):
+        keys = at + tl.arange(0, BLOCK_N)
+        # What lies outside is not read: a block that a window has left may hold anything.
+        readable = (keys < stop) & (keys >= oldest)
+        block = tl.load(block_table + row.to(tl.int64) * table_stride + keys // PAGE, mask=readable, other=0)
+        where = block.to(tl.int64) * block_stride + (keys % PAGE) * slot_stride + kv_head * HEAD_DIM
+        k = _held(cache, where[None, :] + dims[:, None], readable[None, :] & in_dim[:, None], BYTES, DTYPE)
+        scores = dot(queries, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.float32 == DTYPE) * score_scale
+        if HAS_SOFTCAP:
+            scores = softcap * tanh(scores / softcap)
+        if HAS_ALIBI:
+            scores += slope[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
+        visible = readable[None, :] & (keys[None, :] <= position[:, None])
+        if HAS_WINDOW:
+            visible = visible & (keys[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores * _LOG2E, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - safe[:, None])
+        kept = tl.exp2(highest - safe)
+        total = total * kept + tl.sum(weights, 1)
+        highest = new_highest
+        v = _held(
+            cache + value_offset, where[:, None] + dims[None, :], readable[:, None] & in_dim[None, :], BYTES, DTYPE
+        )
+        values = dot(weights.to(DTYPE), v, values * kept[:, None], tl.float32 == DTYPE)
+
+    if SPLITS > 1:
+        place = (token * NUM_HEADS + head) * SPLITS + split
+        tl.store(statistics + place * 2, highest, mask=live)
+        tl.store(statistics + place * 2 + 1, total, mask=live)
+        part = partial + place[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(part, values * value_scale, mask=live[:, None] & in_dim[None, :])
+    else:
+        if HAS_SINKS:
+            sink = tl.load(sinks + head, mask=live, other=0.0) * _LOG2E
+            total += tl.exp2(sink - tl.where(live, highest, 0.0))
+        result = values * (value_scale / tl.where(live, total, 1.0))[:, None]
+        tl.store(out + out_at, result.to(DTYPE), mask=live[:, None] & in_dim[None, :])
+
+
+@triton.jit
+def combine_splits(
+    out,  # [num_tokens, num_heads, head_dim]
+    partial,  # as paged_attention writes them
+    statistics,
+    query_start,
+    sinks,
+    out_token_stride,
+    num_reqs,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    token, head = tl.program_id(0), tl.program_id(1)
+    if token >= tl.load(query_start + num_reqs):
+        return  # paged_attention has written its zeros
+    splits, dims = tl.arange(0, SPLITS), tl.arange(0, PADDED_DIM)
+    place = (token.to(tl.int64) * NUM_HEADS + head) * SPLITS + splits
+    highest = tl.load(statistics + place * 2)
+    total = tl.load(statistics + place * 2 + 1)
+    most = tl.max(highest, 0)
+    share = tl.exp2(highest - most)
+    in_dim = dims < HEAD_DIM
+    parts = tl.load(partial + place[:, None] * HEAD_DIM + dims[None, :], mask=in_dim[None, :], other=0.0)
+    whole = tl.sum(total * share, 0)
+    if HAS_SINKS:
+        whole += tl.exp2(tl.load(sinks + head) * _LOG2E - most)
+    result = tl.sum(parts * share[:, None], 0) / whole
+    at = token.to(tl.int64) * out_token_stride + head * HEAD_DIM + dims
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=in_dim)

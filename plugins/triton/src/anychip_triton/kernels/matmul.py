@@ -1,0 +1,320 @@
+"""Matrix products x W^T, dense and quantized, of all rows or of the rows that each expert was given.
+
+Weights stay as checkpoints have them, [out_features, in_features], two int4 to a byte. A scale is applied to the
+partial sum of the columns that share it, so that only integers and 8-bit floats enter a product, all of them exact in
+the activations' dtype.
+"""
+
+import triton
+import triton.language as tl
+
+from anychip_triton.kernels.norm import activated
+from anychip_triton.kernels.numbers import dot, float_to_fp8, fp8_to_float, round_to_even
+
+
+@triton.jit
+def _activations(x, offsets, mask, X_KIND: tl.constexpr, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile as it enters the product. X_KIND: "plain", "fp8" or "int8"."""
+    if X_KIND == "plain":
+        return tl.load(x + offsets, mask=mask, other=0.0)
+    elif X_KIND == "int8":
+        return tl.load(x + offsets, mask=mask, other=0)
+    elif NATIVE_FP8:
+        return tl.load(x + offsets, mask=mask, other=0).to(tl.float8e4nv, bitcast=True)
+    else:
+        return fp8_to_float(tl.load(x + offsets, mask=mask, other=0)).to(DTYPE)
+
+
+@triton.jit
+def _zero(w_zero, at, live, W_KIND: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What to take off the integers of each row, [1, BLOCK_N] float32."""
+    if HAS_ZERO:
+        return tl.load(w_zero + at, mask=live, other=0).to(tl.float32)[None, :]
+    else:
+        return tl.full([1, BLOCK_N], 8.0 if W_KIND == "int4" else 0.0, tl.float32)
+
+
+@triton.jit
+def _weights(byte, zero, W_KIND: tl.constexpr, X_KIND: tl.constexpr, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes of weights as they enter the product; `zero` is what to take off integers."""
+    if W_KIND == "fp8" and NATIVE_FP8 and X_KIND == "fp8":
+        return byte.to(tl.float8e4nv, bitcast=True)
+    elif W_KIND == "fp8":
+        return fp8_to_float(byte).to(DTYPE)
+    elif X_KIND == "int8":
+        return byte.to(tl.int8)
+    else:
+        return (byte.to(tl.float32) - zero).to(DTYPE)
+
+
+@triton.jit
+def accumulate(
+    x,
+    x_at,  # [BLOCK_M] where rows begin
+    x_live,  # [BLOCK_M]
+    x_scale,
+    x_scale_at,  # [BLOCK_M] where rows' scales begin
+    w,
+    w_at,  # [BLOCK_N] where rows begin
+    w_live,  # [BLOCK_N]
+    w_scale,
+    w_zero,
+    w_scale_at,  # [BLOCK_N] where rows' scales begin
+    columns,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_KIND: tl.constexpr,
+    X_SCALES: tl.constexpr,
+    W_KIND: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The tile's product [BLOCK_M, BLOCK_N] in float32, scales applied. GROUP: columns that share a scale, a multiple
+    of BLOCK_K; 0 where a row has one."""
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    for start in range(0, columns, BLOCK_K):
+        group = 0 if GROUP == 0 else start // GROUP
+        zero = _zero(w_zero, w_scale_at + group, w_live, W_KIND, HAS_ZERO, BLOCK_N)
+        if W_KIND == "int4":
+            pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
+            even, odd = 2 * pairs, 2 * pairs + 1
+            both = tl.load(
+                w + w_at[None, :] + pairs[:, None], mask=w_live[None, :] & (even < columns)[:, None], other=0
+            )
+            xs_even = _activations(
+                x, x_at[:, None] + even[None, :], x_live[:, None] & (even < columns)[None, :], X_KIND, NATIVE_FP8, DTYPE
+            )
+            xs_odd = _activations(
+                x, x_at[:, None] + odd[None, :], x_live[:, None] & (odd < columns)[None, :], X_KIND, NATIVE_FP8, DTYPE
+            )
+            low = _weights(both & 15, zero, W_KIND, X_KIND, NATIVE_FP8, DTYPE)
+            high = _weights(both >> 4, zero, W_KIND, X_KIND, NATIVE_FP8, DTYPE)
+            part = dot(xs_even, low, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT)
+            part = dot(xs_odd, high, part, EXACT)
+        else:
+            column = start + tl.arange(0, BLOCK_K)
+            inside = column < columns
+            xs = _activations(
+                x, x_at[:, None] + column[None, :], x_live[:, None] & inside[None, :], X_KIND, NATIVE_FP8, DTYPE
+            )
+            at = w_at[None, :] + column[:, None]
+            mask = w_live[None, :] & inside[:, None]
+            if W_KIND == "plain":
+                ws = tl.load(w + at, mask=mask, other=0.0)
+            else:
+                ws = _weights(tl.load(w + at, mask=mask, other=0), zero, W_KIND, X_KIND, NATIVE_FP8, DTYPE)
+            if X_KIND == "int8":
+                part = tl.dot(xs, ws, out_dtype=tl.int32).to(tl.float32)
+            elif GROUP == 0:
+                part = dot(xs, ws, result, EXACT)
+            else:
+                part = dot(xs, ws, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT)
+        if GROUP > 0:
+            by = tl.load(w_scale + w_scale_at + group, mask=w_live, other=0.0)
+            part *= by[None, :]
+            if X_SCALES == "group":
+                part *= tl.load(x_scale + x_scale_at + group, mask=x_live, other=0.0)[:, None]
+            result += part
+        elif W_KIND == "int4" or X_KIND == "int8":
+            result += part
+        else:
+            result = part
+    if GROUP == 0 and W_KIND != "plain":
+        result *= tl.load(w_scale + w_scale_at, mask=w_live, other=0.0)[None, :]
+    if X_SCALES == "token":
+        result *= tl.load(x_scale + x_scale_at, mask=x_live, other=0.0)[:, None]
+    elif X_SCALES == "one":
+        result *= tl.load(x_scale)
+    return result
+
+
+@triton.jit
+def matmul(
+    out,  # [rows, out_features]
+    x,  # [rows, columns]
+    x_scale,
+    w,  # [out_features, columns], or half as many bytes of int4
+    w_scale,  # [out_features, groups] float32
+    w_zero,  # [out_features, groups] uint8
+    bias,  # [out_features]
+    rows,
+    out_features,
+    columns,
+    out_stride,
+    x_stride,
+    w_stride,
+    x_groups,
+    w_groups,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_KIND: tl.constexpr,
+    X_SCALES: tl.constexpr,
+    W_KIND: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """One tile. Programs next to each other share rows of weights, which are the larger side to read again."""
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_live, feature_live = row < rows, feature < out_features
+    result = accumulate(
+        x, row.to(tl.int64) * x_stride, row_live, x_scale, row * x_groups,
+        w, feature.to(tl.int64) * w_stride, feature_live, w_scale, w_zero, feature * w_groups, columns,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, out.dtype.element_ty,
+    )  # fmt: skip
+    if HAS_BIAS:
+        result += tl.load(bias + feature, mask=feature_live, other=0.0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * out_stride + feature[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=row_live[:, None] & feature_live[None, :])
+
+
+@triton.jit
+def expert_matmul(
+    out,  # [pairs, out_features]; a pair is a token and one of its choices
+    x,  # [tokens, columns], or [pairs, columns] where TOP_K is 1
+    x_scale,
+    w,  # [experts, out_features or twice as many, columns]
+    w_scale,
+    w_zero,
+    bias,  # [experts, the same]
+    pair_experts,  # [pairs]: negative ones are not computed
+    order,  # [pairs]: pairs by expert, where SORTED
+    pair_ends,  # [experts]: where each expert's pairs end in `order`
+    tile_ends,  # [experts]: how many tiles all experts up to each have
+    pairs,
+    num_experts,
+    out_features,
+    columns,
+    x_stride,
+    w_stride,
+    x_groups,
+    w_groups,
+    TOP_K: tl.constexpr,
+    SORTED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_KIND: tl.constexpr,
+    X_SCALES: tl.constexpr,
+    W_KIND: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """A tile of pairs of one expert; not SORTED: one pair a tile, for batches so small that few experts meet twice.
+    ACTIVATION "": a product; otherwise of gate and up, which stand below one another in w, activated."""
+    tile = tl.program_id(1)
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    lanes = tl.arange(0, BLOCK_M)
+    if SORTED:
+        low, high = 0, num_experts
+        while low < high:
+            middle = (low + high) // 2
+            if tl.load(tile_ends + middle) <= tile:
+                low = middle + 1
+            else:
+                high = middle
+        expert = low
+        if expert == num_experts:
+            return
+        before = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
+        begins = tl.load(pair_ends + expert - 1, mask=expert > 0, other=0)
+        place = begins + (tile - before) * BLOCK_M + lanes
+        live = place < tl.load(pair_ends + expert)
+        pair = tl.load(order + place, mask=live, other=0).to(tl.int64)
+    else:
+        expert = tl.load(pair_experts + tile)
+        if expert < 0:
+            return
+        live = lanes == 0
+        pair = (tile + tl.zeros([BLOCK_M], tl.int32)).to(tl.int64)
+    source = pair // TOP_K
+    feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = feature < out_features
+    HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
+    row = expert.to(tl.int64) * out_features * HALVES + feature
+    result = accumulate(
+        x, source * x_stride, live, x_scale, source * x_groups,
+        w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, DTYPE,
+    )  # fmt: skip
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "":
+        row += out_features
+        up = accumulate(
+            x, source * x_stride, live, x_scale, source * x_groups,
+            w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
+            GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, DTYPE,
+        )  # fmt: skip
+        if HAS_BIAS:
+            up += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
+        # As if gate and up had been stored: the reference rounds them there.
+        result = activated(result.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32), ACTIVATION)
+    at = pair[:, None] * out_features + feature[None, :]
+    tl.store(out + at, result.to(DTYPE), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit
+def combine_pairs(
+    out,  # [tokens, width]
+    parts,  # [tokens * TOP_K, width]
+    weights,  # [tokens, TOP_K] float32
+    pair_experts,
+    width,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weighted sum of each token's pairs, always in the same order."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in range(TOP_K):
+        pair = token * TOP_K + choice
+        held = tl.load(pair_experts + pair) >= 0
+        part = tl.load(parts + pair * width + at, mask=inside & held, other=0.0).to(tl.float32)
+        total += part * tl.load(weights + pair)
+    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_rows(
+    out,  # [rows, columns] uint8 or int8
+    scales,  # [rows, groups] float32; read where STATIC, and then [1]
+    x,  # [rows, columns]
+    columns,
+    groups,
+    x_stride,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """Activations in 8 bits, symmetrically: with a scale for each GROUP columns of a row, or with one that is given."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = group * GROUP + tl.arange(0, BLOCK)
+    inside = (tl.arange(0, BLOCK) < GROUP) & (column < columns)
+    values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if STATIC:
+        scale = tl.load(scales)
+    else:
+        MOST: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
+        scale = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / MOST
+        tl.store(scales + row * groups + group, scale)
+    scaled = values / scale
+    if KIND == "fp8":
+        held = float_to_fp8(scaled)
+    else:
+        held = round_to_even(scaled).to(tl.int8)
+    tl.store(out + row * columns + column, held, mask=inside)

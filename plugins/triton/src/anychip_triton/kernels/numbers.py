@@ -1,0 +1,50 @@
+"""Conversions that every target and the interpreter do alike, bit by bit.
+
+float8_e4m3fn goes through integers: sm_80 and gfx90a have no such type, and gfx942's has another bias.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fp8_to_float(byte):
+    """float8_e4m3fn, as uint8, to float32. NaN is not among the values that anychip stores."""
+    wide = byte.to(tl.int16)
+    bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    # A float16 of the same fields has an exponent bias of 15 instead of 7.
+    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def float_to_fp8(x):
+    """float32 to the nearest float8_e4m3fn, ties to even, as uint8; beyond the range its largest value."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = tl.minimum(tl.abs(x), 448.0)
+    ordinary = size.to(tl.int32, bitcast=True)
+    rounded = (ordinary + 0x7FFFF + ((ordinary >> 20) & 1)) >> 20
+    # 2^14 has an ulp of 2^-9, the step below the least ordinary value: the sum rounds to it.
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0.015625, small, rounded - ((127 - 7) << 3))
+    return (code | sign).to(tl.uint8)
+
+
+@triton.jit
+def round_to_even(x):
+    """The nearest integer, for values below 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def dot(a, b, accumulator, EXACT: tl.constexpr):
+    """accumulator + a b; EXACT: float32 products as float32, not in fewer bits."""
+    if EXACT:
+        return tl.dot(a, b, acc=accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc=accumulator)

@@ -1,0 +1,49 @@
+"""Which experts a token goes to."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def route(
+    weights,  # [tokens, TOP_K] float32
+    expert_ids,  # [tokens, TOP_K] int32
+    logits,  # [tokens, experts]
+    bias,  # [experts], for picking only
+    router_scale,
+    stride,
+    experts,
+    TOP_K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """The best TOP_K by score, the lower id first among equals."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < experts
+    row = tl.load(logits + token * stride + at, mask=inside, other=float("-inf")).to(tl.float32)
+    if SCORING == "softmax":
+        scores = tl.exp(row - tl.max(row, 0))
+        scores = scores / tl.sum(scores, 0)
+    else:
+        scores = tl.sigmoid(row)
+    picking = tl.where(inside, scores, float("-inf"))
+    if HAS_BIAS:
+        picking += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.arange(0, PADDED_K)
+    picked_ids = tl.zeros([PADDED_K], tl.int32)
+    picked = tl.zeros([PADDED_K], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        best = tl.argmax(picking, 0, tie_break_left=True)
+        chosen = at == best
+        picked_ids = tl.where(slot == choice, best.to(tl.int32), picked_ids)
+        picked = tl.where(slot == choice, tl.sum(tl.where(chosen, scores, 0.0), 0), picked)
+        picking = tl.where(chosen, float("-inf"), picking)
+    if RENORMALIZE:
+        picked = picked / tl.sum(picked, 0)
+    place = token * TOP_K + slot
+    tl.store(weights + place, picked * router_scale, mask=slot < TOP_K)
+    tl.store(expert_ids + place, picked_ids, mask=slot < TOP_K)

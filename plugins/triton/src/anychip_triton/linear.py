@@ -1,0 +1,177 @@
+"""Matrix products on Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anychip.ops.reference import DenseWeights, ReferenceLinear, reference_linear
+from anychip.ops.reference.linear import QuantizedWeights, ReferenceQuantizedLinear
+from anychip.ops.reference.quantized import QuantizedMatrix
+from anychip.plugin_api import LinearKernel, LinearSpec, Platform, QuantScheme
+from anychip_triton.kernels.matmul import matmul, quantize_rows
+from anychip_triton.launch import Launcher, split_tile
+
+SKINNY_ROWS = 16
+"""Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
+
+_LEAST_BLOCK_K = 16
+_ROW_SCALES = {"token": "token", "group": "group", "static": "one"}
+
+
+def linear_kernel(spec: LinearSpec, platform: Platform, launch: Launcher) -> LinearKernel:
+    """The fastest kernel for a spec."""
+    if spec.scheme is None:
+        return TritonLinear(spec, platform, launch)
+    if why_not(spec.scheme):
+        return reference_linear(spec, platform)
+    return TritonQuantizedLinear(spec, platform, launch)
+
+
+def why_not(scheme: QuantScheme) -> str:
+    """Why the kernels do not serve a scheme; "" where they do."""
+    least = 2 * _LEAST_BLOCK_K if scheme.name == "int4" else _LEAST_BLOCK_K
+    size = scheme.group_size
+    if size is not None and size % least:
+        return f"groups of {size}: the kernels take multiples of {least}"
+    return ""
+
+
+def block_k(wanted: int, group: int | None) -> int:
+    """The largest block of columns up to `wanted` that divides the groups."""
+    while group is not None and group % wanted:
+        wanted //= 2
+    return wanted
+
+
+class TritonLinear(ReferenceLinear):
+    """Dense. Few rows are bound by reading weights, many by the matrix units, where the vendor's library is ahead."""
+
+    name = "triton"
+
+    def __init__(self, spec: LinearSpec, platform: Platform, launch: Launcher) -> None:
+        super().__init__(spec, platform)
+        self._launch = launch
+        self._everywhere = launch.target.backend == "interpreter"
+
+    def apply(self, x: Tensor, packed: DenseWeights, *, out: Tensor | None = None) -> Tensor:
+        if x.shape[0] > SKINNY_ROWS and not self._everywhere:
+            if out is None:
+                return F.linear(x, packed.weight, packed.bias)
+            return (
+                torch.addmm(packed.bias, x, packed.weight.T, out=out)
+                if packed.bias is not None
+                else torch.mm(x, packed.weight.T, out=out)
+            )
+        return launch_matmul(
+            self._launch, x, packed.weight, packed.bias, out=out, x_kind="plain", w_kind="plain", scheme=None
+        )
+
+
+class TritonQuantizedLinear(ReferenceQuantizedLinear):
+    """Weights stay as narrow as they are stored; they are widened in registers, or multiplied as they are."""
+
+    name = "triton-quantized"
+
+    def __init__(self, spec: LinearSpec, platform: Platform, launch: Launcher) -> None:
+        super().__init__(spec, platform)
+        self._launch = launch
+
+    def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
+        matrix = packed.matrix
+        held, scales, kind = quantized_activations(self._launch, x, matrix)
+        return launch_matmul(
+            self._launch, held, matrix.values, packed.bias, out=out, x_kind=kind, w_kind=weight_kind(matrix.scheme),
+            scheme=matrix.scheme, matrix=matrix, x_scale=scales, dtype=x.dtype,
+        )  # fmt: skip
+
+
+def weight_kind(scheme: QuantScheme) -> str:
+    return {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "fp8"}[scheme.name]
+
+
+def quantized_activations(launch: Launcher, x: Tensor, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor | None, str]:
+    """Activations as a scheme's product takes them: the tensor, its scales and its kind."""
+    scheme = matrix.scheme
+    if scheme.activations == "plain":
+        return x, None, "plain"
+    kind = "int8" if scheme.name == "int8-w8a8" else "fp8"
+    rows, columns = x.shape
+    static = scheme.activations == "static"
+    group = scheme.group_size if scheme.activations == "group" and scheme.group_size else columns
+    groups = -(-columns // group)
+    if static:
+        assert matrix.input_scale is not None
+        scales = matrix.input_scale
+    else:
+        scales = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    held = torch.empty((rows, columns), dtype=torch.int8 if kind == "int8" else torch.uint8, device=x.device)
+    tile = launch.tiles.tile("quantize_rows", width=group)
+    launch(
+        quantize_rows, (rows, groups), split_tile(tile)[1],
+        out=held, scales=scales, x=x, columns=columns, groups=groups, x_stride=x.stride(0), GROUP=group,
+        BLOCK=1 << (group - 1).bit_length(), KIND=kind, STATIC=static,
+    )  # fmt: skip
+    return held, scales, kind
+
+
+def product_arguments(
+    launch: Launcher, scheme: QuantScheme | None, x_kind: str, x_scale: Tensor | None, blocks: dict[str, int]
+) -> dict[str, Any]:
+    """What `matmul` and `expert_matmul` are told of a scheme, and their blocks, fitted to its groups."""
+    group = None if scheme is None else scheme.group_size
+    blocks = blocks | {"BLOCK_K": block_k(blocks["BLOCK_K"], group)}
+    activations = "plain" if scheme is None else scheme.activations
+    return {
+        **blocks,
+        "GROUP": group or 0,
+        "X_KIND": x_kind,
+        "X_SCALES": _ROW_SCALES.get(activations, "none"),
+        "x_groups": 0 if x_scale is None or activations == "static" else x_scale.shape[1],
+        "W_KIND": "plain" if scheme is None else weight_kind(scheme),
+        "HAS_ZERO": scheme is not None and scheme.zero_points,
+        "NATIVE_FP8": launch.target.fp8 == "fn",
+    }
+
+
+def launch_matmul(
+    launch: Launcher,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    out: Tensor | None,
+    x_kind: str,
+    w_kind: str,
+    scheme: QuantScheme | None,
+    matrix: QuantizedMatrix | None = None,
+    x_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x W^T + b, [rows, out_features]."""
+    rows, columns = x.shape
+    features = weight.shape[0]
+    result = torch.empty((rows, features), dtype=dtype or x.dtype, device=x.device) if out is None else out
+    tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), wide=int(w_kind == "plain"))
+    blocks, options = split_tile(tile)
+    arguments = product_arguments(launch, scheme, x_kind, x_scale, blocks)
+    tiles = -(-rows // arguments["BLOCK_M"]) * -(-features // arguments["BLOCK_N"])
+    zeros = None if matrix is None else matrix.zeros
+    launch(
+        matmul, (tiles,), options,
+        out=result, x=x, x_scale=result if x_scale is None else x_scale,
+        w=as_bytes(weight), w_scale=result if matrix is None else matrix.scales,
+        w_zero=result if zeros is None else zeros, bias=result if bias is None else bias,
+        rows=rows, out_features=features, columns=columns, out_stride=result.stride(0), x_stride=x.stride(0),
+        w_stride=weight.stride(0), w_groups=0 if matrix is None else matrix.scales.shape[1],
+        HAS_BIAS=bias is not None, **arguments,
+    )  # fmt: skip
+    return result
+
+
+def as_bytes(weight: Tensor) -> Tensor:
+    """8-bit floats as bytes, which is how kernels read them; others as they are."""
+    return weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight

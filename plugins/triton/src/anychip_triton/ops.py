@@ -1,0 +1,121 @@
+"""Overrides of single and composite ops with Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anychip.plugin_api import ActFormat, op_override
+from anychip_triton.attention import power_of_two
+from anychip_triton.kernels import norm, sampling
+from anychip_triton.launch import Launcher, split_tile
+
+
+class TritonOps:
+    def __init__(self, launch: Launcher) -> None:
+        self._launch = launch
+
+    def overrides(self) -> Mapping[str, Callable[..., Any]]:
+        """By op name."""
+        served = (
+            self.rms_norm, self.residual_norm_quant, self.gated_activation, self.gate_up_act_quant,
+            self.apply_token_masks, self.sample,
+        )  # fmt: skip
+        return {method.__name__: method for method in served}
+
+    @op_override("rms_norm", version=1)
+    def rms_norm(self, *, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+        return self._norm(x, None, weight, eps, unit_offset)[0]
+
+    @op_override("residual_norm_quant", version=1)
+    def residual_norm_quant(
+        self,
+        *,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        unit_offset: bool = False,
+        out_format: ActFormat | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        _check_plain(out_format)
+        return self._norm(x, residual, weight, eps, unit_offset)
+
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
+    ) -> tuple[Tensor, Tensor]:
+        width = x.shape[-1]
+        rows = x.reshape(-1, width)
+        carried = rows if residual is None else residual.reshape(-1, width)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        tile = self._launch.tiles.tile("rms_norm", width=width)
+        self._launch(
+            norm.rms_norm, (rows.shape[0],), split_tile(tile)[1],
+            out=out, total=total, x=rows, residual=carried, weight=weight, eps=eps, x_stride=rows.stride(0),
+            residual_stride=carried.stride(0), width=width, BLOCK=power_of_two(width),
+            HAS_RESIDUAL=residual is not None, UNIT_OFFSET=unit_offset,
+        )  # fmt: skip
+        return out, total
+
+    @op_override("gated_activation", version=1)
+    def gated_activation(self, *, gate_up: Tensor, activation: str) -> Tensor:
+        width = gate_up.shape[-1] // 2
+        rows = gate_up.reshape(-1, 2 * width)
+        out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
+        blocks, options = split_tile(self._launch.tiles.tile("gated_activation", width=width))
+        self._launch(
+            norm.gated_activation, (rows.shape[0], -(-width // blocks["BLOCK"])), options,
+            out=out, gate_up=rows, stride=rows.stride(0), width=width, ACTIVATION=activation, **blocks,
+        )  # fmt: skip
+        return out
+
+    @op_override("gate_up_act_quant", version=1)
+    def gate_up_act_quant(self, *, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
+        _check_plain(out_format)
+        return self.gated_activation(gate_up=gate_up, activation=activation)
+
+    @op_override("apply_token_masks", version=1)
+    def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
+        rows, vocab = logits.shape
+        out = torch.empty((rows, vocab), dtype=logits.dtype, device=logits.device)
+        blocks, options = split_tile(self._launch.tiles.tile("mask_tokens", width=vocab))
+        self._launch(
+            sampling.mask_tokens, (rows, -(-vocab // blocks["BLOCK"])), options,
+            out=out, logits=logits, masks=masks, vocab=vocab, stride=logits.stride(0), words=masks.stride(0), **blocks,
+        )  # fmt: skip
+        return out
+
+    @op_override("sample", version=1)
+    def sample(
+        self,
+        *,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed_low: Tensor,
+        seed_high: Tensor,
+        sample_index: Tensor,
+        position: Tensor,
+        all_greedy: bool = False,
+    ) -> Tensor:
+        rows, vocab = logits.shape
+        out = torch.empty((rows,), dtype=torch.int32, device=logits.device)
+        blocks, options = split_tile(self._launch.tiles.tile("sample", width=vocab))
+        self._launch(
+            sampling.sample, (rows,), options,
+            out=out, logits=logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            seed_low=seed_low, seed_high=seed_high, sample_index=sample_index, position=position, vocab=vocab,
+            stride=logits.stride(0), ALL_GREEDY=all_greedy, **blocks,
+        )  # fmt: skip
+        return out
+
+
+def _check_plain(out_format: ActFormat | None) -> None:
+    if out_format is not None and out_format.scheme is not None:
+        raise ValueError(f"no kernel here asks for activations of scheme {out_format.scheme!r}")

@@ -1,0 +1,71 @@
+"""Kernels compiled for real targets, without a device: matrix instructions, spills and shared memory in the machine
+code. What the backends would launch is what is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anychip_triton.ahead import Launch, MachineCode, RecordingLauncher, all_launches, compile_launch
+from anychip_triton.problems import SAMPLE
+from anychip_triton.targets import TARGETS, Target
+
+PRODUCTS = ("matmul", "expert_matmul", "paged_attention")
+SAMPLED_TARGETS = ("sm_80", "sm_90", "gfx942", "gfx1100")
+WARP_GROUP_ROWS = 64
+"""Rows that a warp group's product on sm_90 has at least."""
+
+
+def matrix_instructions(launch: Launch, target: Target) -> set[str]:
+    """Those of which a product must have one. float32 is multiplied as float32, without."""
+    if launch.kernel.__name__ not in PRODUCTS or launch.arguments["out"].dtype == torch.float32:
+        return set()
+    if target.backend == "hip":
+        return {"v_mfma_"} if target.warp_size == 64 else {"v_wmma_"}
+    large = launch.arguments["BLOCK_M"] >= WARP_GROUP_ROWS
+    if target.name == "sm_90" and large:
+        return {"wgmma.mma_async"}
+    return {"mma.sync", "wgmma.mma_async", "tcgen05.mma"}
+
+
+def judge(launch: Launch, code: MachineCode, target: Target) -> None:
+    wanted = matrix_instructions(launch, target)
+    assert not wanted or wanted & set(code.matrix_instructions), f"{code.name}: none of {wanted} in its machine code"
+    assert not code.spills, f"{code.name} on {target.name} spills {code.spills} vector registers"
+    assert code.shared_bytes <= target.shared_bytes, f"{code.name}: {code.shared_bytes} bytes of shared memory"
+    assert code.binary.startswith(b"\x7fELF")
+
+
+def sampled(target: Target) -> list[Launch]:
+    recorder = RecordingLauncher(target)
+    for problem in SAMPLE:
+        problem(recorder)
+    return recorder.launches
+
+
+@pytest.mark.parametrize("target", SAMPLED_TARGETS)
+def test_a_sample_compiles_without_spills(target):
+    launches = sampled(TARGETS[target])
+    kernels = {launch.kernel.__name__ for launch in launches}
+    assert set(PRODUCTS) < kernels and len(kernels) >= 11
+    for launch in launches:
+        judge(launch, compile_launch(launch, TARGETS[target]), TARGETS[target])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", TARGETS)
+def test_everything_compiles_without_spills(target):
+    launches = list(all_launches(TARGETS[target]))
+    assert len(launches) > 80
+    for launch in launches:
+        judge(launch, compile_launch(launch, TARGETS[target]), TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_shipped_table_has_a_tile_for_every_launch(target):
+    for launch in all_launches(TARGETS[target]):
+        assert launch.options["num_warps"] in (1, 2, 4, 8, 16)
+        for name in launch.constants:
+            if name.startswith("BLOCK_") and name != "BLOCK_Q":
+                size = launch.arguments[name]
+                assert size & (size - 1) == 0 and size >= 16, f"{launch.name}: {name} is {size}"
