@@ -4,6 +4,7 @@ that never make a device conform, scorecards that are checked."""
 from __future__ import annotations
 
 import datetime
+import json
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from anychip.errors import ConfigError
 from anychip_conformance import manifest, pages, registry, scorecard
 from anychip_conformance.device import open_device
 from anychip_conformance.host_watch import HostWatch
+from anychip_conformance.manifest import frozen
 from anychip_conformance.registry import CASES, all_cases, find_case
 from anychip_conformance.run import run_case
 from anychip_conformance.session import ConformanceRun, Settings
@@ -92,6 +94,15 @@ def test_an_unknown_case_is_refused_with_what_is_near() -> None:
     done = anychip(["conformance", "--device", "cpu", "--case", "attn.decod"])
     assert done.returncode != 0
     assert "attn.decode" in done.stdout + done.stderr
+
+
+def test_a_section_is_what_the_profile_has_of_it(tmp_path: Path) -> None:
+    chosen = ["--profile", "quick", "--case", "shape", "--case", "op.softcap.001"]
+    done = anychip(["conformance", "--device", "cpu", *chosen, "--report", str(tmp_path)])
+    assert done.returncode == 0, done.stdout
+    quick = [case for case in frozen().cases if case.startswith("shape.")]
+    card = json.loads((tmp_path / "scorecard.json").read_text())
+    assert 1 < sum(card["counts"]["core"].values()) <= len(quick) + 1
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -9,6 +9,7 @@ from anychip import LLM, SamplingParams
 from anychip.errors import ContextTooLong, DeviceUnavailable, EngineDead, InvalidRequest
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import DEVICES
+from anychip_conformance.fakes.hostlen import HostlenGraphs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -203,6 +204,21 @@ def test_recorded_graphs_are_replayed_with_renewed_lengths(tiny):
         captured = one.engine.executor.worker.program._captured
         assert sorted(key.num_reqs for key in captured) == [1, 2, 4]
         assert sum(step.handle.num_replays for step in captured.values()) >= 19
+
+
+def test_a_lazy_platform_captures_a_shape_when_a_step_first_has_it(tiny, monkeypatch):
+    settings = {"skip_tokenizer": True, "device": "fake-hostlen", "dtype": "float32", "max_model_len": 256}
+    sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    prompts = [[5, 6, 7], [8, 9], [10]]
+    with LLM(tiny, max_num_seqs=4, **settings) as early:
+        expected = [output.outputs[0].token_ids for output in early.generate(prompts, sampling)]
+    monkeypatch.setattr(HostlenGraphs, "lazy", True)
+    with LLM(tiny, max_num_seqs=4, **settings) as late:
+        captured = late.engine.executor.worker.program._captured
+        assert [key.num_reqs for key in captured] == [1]  # the smallest, which shows that capturing works
+        assert [output.outputs[0].token_ids for output in late.generate(prompts, sampling)] == expected
+        assert sorted(key.num_reqs for key in captured) == [1, 4]  # three rows share four's; nobody had two
+        assert sum(step.handle.num_replays for step in captured.values()) >= 18
 
 
 class NoIndexedWrites(TorchDispatchMode):

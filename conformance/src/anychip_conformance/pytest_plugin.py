@@ -26,7 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default=None, help="the platform that anychip's conformance suite judges")
     group.addoption("--device-opt", action="append", default=[], metavar="KEY=VALUE", help="an option of its plugin")
     group.addoption("--profile", default="core", choices=PROFILE_CHOICES, help="which cases run (default: core)")
-    group.addoption("--case", action="append", default=[], metavar="ID", help="only this case, or those of this kind")
+    group.addoption(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a case, a kind, or a section of the profile",
+    )
     group.addoption("--params", default=None, metavar="JSON", help="with --case: these parameters instead of its own")
     group.addoption("--seed", type=int, default=None, help="draw tier B from this seed instead of the fixed one")
     group.addoption("--report", default=None, metavar="DIR", help="write scorecard.json and scorecard.md there")

@@ -73,12 +73,13 @@ class ConformanceRun:
         """Sections of Core in which nothing passed."""
 
     def _check_cases(self, known: frozenset[str]) -> None:
-        kinds = {id.rpartition(".")[0] for id in known}
+        wider = {id.rpartition(".")[0] for id in known} | {_section(id) for id in known}
         for case in self.settings.cases:
-            if case not in known and case not in kinds:
-                close = difflib.get_close_matches(case, known | kinds, n=3)
+            if case not in known | wider:
+                close = difflib.get_close_matches(case, known | wider, n=3)
                 raise ConfigError(
-                    f"--case {case}: no such case or kind" + (f"; did you mean {', '.join(close)}?" if close else "")
+                    f"--case {case}: no such case, kind or section"
+                    + (f"; did you mean {', '.join(close)}?" if close else "")
                 )
         if self.settings.params is not None and len(self.settings.cases) != 1:
             raise ConfigError("--params needs exactly one --case")
@@ -87,7 +88,10 @@ class ConformanceRun:
         if self.settings.cases:
             if self.settings.params is not None and case.kind.id in self.settings.cases:
                 return case is next(case.kind.cases())  # once, whichever of the kind was named
-            return case.id in self.settings.cases or case.kind.id in self.settings.cases
+            if case.id in self.settings.cases or case.kind.id in self.settings.cases:
+                return True
+            if _section(case.id) not in self.settings.cases:
+                return False
         return selected(self.settings.profile, case.kind.profile, case.quick)
 
     def judged(self, case: Case) -> Outcome:
@@ -202,3 +206,8 @@ class ConformanceRun:
             yield f"{failure.verdict} {failure.case}: {failure.reproduce}"
         if self.settings.report is not None:
             yield f"scorecard: {self.settings.report / 'scorecard.md'}"
+
+
+def _section(case_id: str) -> str:
+    """attn of attn.window.001."""
+    return case_id.partition(".")[0]

@@ -21,7 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="quick: a part of Core, a minute; core: what every device must pass; full: every profile (default: core)",
     )  # fmt: skip
     parser.add_argument(
-        "--case", action="append", default=[], metavar="ID", help="only this case, or those of this kind"
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a case, a kind, or a section of the profile",
     )
     parser.add_argument("--params", metavar="JSON", help="with --case: these parameters instead of its own")
     parser.add_argument("--seed", type=int, help="draw tier B from this seed instead of the fixed one")

@@ -58,6 +58,17 @@ def _above(row, vocab, threshold, highest, temperature, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _count_above(row, vocab, threshold, BLOCK: tl.constexpr):
+    """How many logits have keys above the threshold."""
+    count = 0
+    for start in range(0, vocab, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
+        count += tl.sum(((_key(x) > threshold) & (at < vocab)).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
 def sample(
     out,  # [rows] int32
     logits,  # [rows, vocab_size] float32
@@ -99,14 +110,12 @@ def sample(
             low, high = tl.full((), _LOWEST_KEY, tl.int64), tl.full((), _HIGHEST_KEY, tl.int64)
             while low < high:  # the least key with fewer than k above it
                 middle = low + (high - low) // 2
-                count, weight = _above(row, vocab, middle, highest, warm, BLOCK)
-                if count < k:
+                if _count_above(row, vocab, middle, BLOCK) < k:
                     high = middle
                 else:
                     low = middle + 1
             threshold = low
-            count, weight = _above(row, vocab, threshold, highest, warm, BLOCK)
-            ties = k - count
+            ties = k - _count_above(row, vocab, threshold, BLOCK)
         if p < 1.0:
             count, above = _above(row, vocab, threshold, highest, warm, BLOCK)
             at_or_above, with_ties = _above(row, vocab, threshold - 1, highest, warm, BLOCK)

@@ -1,0 +1,55 @@
+"""The suite's sections for kernels, on the kernels in Triton's interpreter. What a whole model does there takes minutes
+and runs by hand: `anychip conformance --device triton-interpreter --profile quick`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SAMPLING = (
+    "sample.draw.001",
+    "sample.distinct.001",
+    "sample.ties.002",
+    "sample.truncation.001",
+    "sample.truncation.003",
+)
+SECTIONS = ("attn", "kv", "linear", "moe", "op", *SAMPLING)
+
+
+def test_the_kernels_pass_the_suites_sections(tmp_path):
+    command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "conformance", "--device", "triton-interpreter"]
+    command += ["--profile", "quick", "--deadline-scale", "4", "--report", str(tmp_path)]
+    for section in SECTIONS:
+        command += ["--case", section]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    card = json.loads((tmp_path / "scorecard.json").read_text())
+    passed = sum(counts.get("pass", 0) for counts in card["counts"].values())
+    assert passed > 120 and card["evidence"] == "simulated" and card["failures"] == []
+
+
+def test_a_process_that_has_compiled_kernels_does_not_interpret():
+    program = """
+import anychip_triton.kernels.attention
+try:
+    import anychip_triton.interpreter
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "needs a process of its own" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.00390625, 1.01171875, -3.14159, 3.3895314e38, 1e-40])
+def test_bfloat16_is_rounded_as_devices_round_it(value):
+    program = f"""
+import numpy as np, torch
+from anychip_triton.interpreter import _narrowed
+x = torch.tensor([{value}])
+print(int(_narrowed(x.numpy())[0]) == int(x.bfloat16().view(torch.int16)) % 65536)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
