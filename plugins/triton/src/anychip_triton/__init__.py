@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anychip.plugin_api import API_VERSION, DeviceInfo, PlatformManifest, ProbeResult, Requirement, hookimpl
+from anychip.plugin_api import (
+    API_VERSION,
+    CommandManifest,
+    DeviceInfo,
+    PlatformManifest,
+    ProbeResult,
+    Requirement,
+    hookimpl,
+)
 
 TRITON = Requirement(kind="package", name="triton", range=">=3.5", remedy="pip install 'triton>=3.5'")
 
@@ -32,3 +40,12 @@ def probe_interpreter() -> ProbeResult:
 @hookimpl
 def anychip_platforms() -> Sequence[PlatformManifest]:
     return [INTERPRETER]
+
+
+@hookimpl
+def anychip_commands() -> Sequence[CommandManifest]:
+    return [
+        CommandManifest(
+            name="tune", summary="time a GPU's tile sizes, and keep the fastest", module="anychip_triton.tune"
+        )
+    ]

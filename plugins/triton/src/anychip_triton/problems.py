@@ -1,4 +1,4 @@
-"""Calls of every backend at the sizes of models in use, on tensors without storage: what is compiled ahead and tuned.
+"""Calls of every backend at the sizes of models in use: compiled ahead on tensors without storage, tuned on a device.
 
 Shapes are those of Llama-3.1-8B, Qwen2.5-0.5B (7 query heads to a key head), Gemma-2 (head_dim 256, softcap), Phi-3
 (head_dim 96), GPT-OSS (sinks, windows) and Qwen3-30B-A3B (128 experts, 8 a token).
@@ -31,103 +31,132 @@ from anychip_triton.linear import linear_kernel
 from anychip_triton.moe import TritonMoE
 from anychip_triton.ops import TritonOps
 
-Problem = Callable[[Launcher], None]
+Problem = Callable[..., None]
+"""Called with a launcher and, for a device, where its tensors are."""
 
-_PLACE = "meta"
 _BLOCK_SIZE = 16
-_MAX_PAGES = 512
-
-
-def empty(shape: Sequence[int], dtype: str = "bfloat16") -> Tensor:
-    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=_PLACE)
 
 
 class _Storage:
     """As much of a Platform as kernels ask for when they allocate weights."""
 
+    def __init__(self, place: str) -> None:
+        self._place = place
+
     def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
-        return empty(shape, dtype)
+        return _zeros(shape, dtype, self._place)
 
 
-_PLATFORM = cast(Platform, _Storage())
+def _storage(place: str) -> Platform:
+    return cast(Platform, _Storage(place))
+
+
+def _zeros(shape: Sequence[int], dtype: str, place: str) -> Tensor:
+    return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=place)
 
 
 def attention(
     launch: Launcher,
+    place: str = "meta",
     *,
     heads: int,
     kv_heads: int,
     dim: int,
     rows: int,
     queries: int,
+    context: int = 1024,
     dtype: str = "bfloat16",
     kv_dtype: str = "",
     qk_norm: bool = False,
     **features: Any,
 ) -> None:
-    """A layer's rotation, cache write and attention: `rows` sequences with `queries` tokens each."""
+    """A layer's rotation, cache write and attention: `rows` sequences of `context` tokens, `queries` of them new."""
     spec = AttentionSpec(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=cast(Any, dtype),
         kv_dtype=cast(Any, kv_dtype or dtype), **features,
     )  # fmt: skip
-    backend = TritonAttention(spec, launch)
-    tokens = rows * queries
+    zeros = partial(_zeros, place=place)
+    tokens, pages = rows * queries, -(-context // _BLOCK_SIZE)
+    int32 = {"dtype": torch.int32, "device": place}
     plan = TritonPlan(
-        query_start=empty((rows + 1,), "int32"), seq_lens=empty((rows,), "int32"),
-        block_table=empty((rows, _MAX_PAGES), "int32"), slot_mapping=empty((tokens,), "int64"),
-        positions=empty((tokens,), "int32"), block_size=_BLOCK_SIZE, one_token=queries == 1,
-    )  # fmt: skip
+        query_start=torch.arange(0, tokens + 1, queries, **int32),
+        seq_lens=torch.full((rows,), context, **int32),
+        block_table=torch.arange(rows * pages, **int32).view(rows, pages),
+        slot_mapping=torch.arange(tokens, dtype=torch.int64, device=place),
+        positions=torch.arange(context - queries, context, **int32).repeat(rows),
+        block_size=_BLOCK_SIZE,
+        one_token=queries == 1,
+    )
     narrow = bool(kv_dtype)
+    scale = torch.ones(1, device=place) if narrow else None
     layer = AttentionLayer(
-        index=0, scale=dim**-0.5, ops=cast(Any, SimpleNamespace()),
-        k_scale=empty((1,), "float32") if narrow else None, v_scale=empty((1,), "float32") if narrow else None,
-        sinks=empty((heads,), "float32") if spec.sinks else None,
-        alibi_slopes=empty((heads,), "float32") if spec.alibi else None,
+        index=0, scale=dim**-0.5, ops=cast(Any, SimpleNamespace()), k_scale=scale, v_scale=scale,
+        sinks=zeros((heads,), "float32") if spec.sinks else None,
+        alibi_slopes=zeros((heads,), "float32") if spec.alibi else None,
     )  # fmt: skip
-    cache = empty((64, 2, _BLOCK_SIZE, kv_heads, dim), "uint8" if narrow else dtype)
-    q, k, v = (empty((tokens, count, dim), dtype) for count in (heads, kv_heads, kv_heads))
-    rope = Rope(cos=empty((4096, dim // 2), "float32"), sin=empty((4096, dim // 2), "float32"), rotary_dim=dim)
-    norm = QKNorm(q_weight=empty((dim,), dtype), k_weight=empty((dim,), dtype), eps=1e-6) if qk_norm else None
-    backend.forward(q, k, v, cache, plan, layer, rope=rope, qk_norm=norm)
+    cache = zeros((rows * pages, 2, _BLOCK_SIZE, kv_heads, dim), "uint8" if narrow else dtype)
+    q, k, v = (zeros((tokens, count, dim), dtype) for count in (heads, kv_heads, kv_heads))
+    angles = zeros((context, dim // 2), "float32")
+    norm = QKNorm(q_weight=zeros((dim,), dtype), k_weight=zeros((dim,), dtype), eps=1e-6) if qk_norm else None
+    rope = Rope(cos=angles, sin=angles, rotary_dim=dim)
+    TritonAttention(spec, launch).forward(q, k, v, cache, plan, layer, rope=rope, qk_norm=norm)
 
 
 def product(
-    launch: Launcher, *, rows: int, columns: int, features: int, scheme: QuantScheme | None = None,
-    dtype: str = "bfloat16", bias: bool = False,
-) -> None:  # fmt: skip
+    launch: Launcher,
+    place: str = "meta",
+    *,
+    rows: int,
+    columns: int,
+    features: int,
+    scheme: QuantScheme | None = None,
+    dtype: str = "bfloat16",
+) -> None:
+    """x W^T of a projection."""
     spec = LinearSpec(
         in_features=columns, out_features=features, parts=(LinearPart(name="w", offset=0, rows=features),),
-        dtype=cast(Any, dtype), bias=bias, scheme=scheme,
+        dtype=cast(Any, dtype), scheme=scheme,
     )  # fmt: skip
-    kernel = linear_kernel(spec, _PLATFORM, launch)
-    kernel.apply(empty((rows, columns), dtype), kernel.begin())
+    kernel = linear_kernel(spec, _storage(place), launch)
+    kernel.apply(_zeros((rows, columns), dtype, place), kernel.begin())
 
 
-def experts(launch: Launcher, *, tokens: int, scheme: QuantScheme | None = None, dtype: str = "bfloat16") -> None:
+def experts(
+    launch: Launcher,
+    place: str = "meta",
+    *,
+    tokens: int,
+    scheme: QuantScheme | None = None,
+    dtype: str = "bfloat16",
+) -> None:
+    """A mixture's routing, experts and sum, with tokens spread over the experts."""
     spec = MoESpec(
         num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768, dtype=cast(Any, dtype), scheme=scheme
     )
-    kernel = TritonMoE(spec, _PLATFORM, launch)
-    logits = empty((tokens, spec.num_experts), dtype)
-    kernel.experts(empty((tokens, spec.hidden_size), dtype), kernel.route(logits), kernel.begin())
+    kernel = TritonMoE(spec, _storage(place), launch)
+    logits = torch.randn((tokens, spec.num_experts), device=place).to(getattr(torch, dtype))
+    kernel.experts(_zeros((tokens, spec.hidden_size), dtype, place), kernel.route(logits), kernel.begin())
 
 
-def elementwise(launch: Launcher, *, dtype: str = "bfloat16") -> None:
+def elementwise(launch: Launcher, place: str = "meta", *, dtype: str = "bfloat16") -> None:
+    """Norms and activations."""
     ops = TritonOps(launch)
-    x, weight = empty((8, 4096), dtype), empty((4096,), dtype)
+    x, weight = _zeros((8, 4096), dtype, place), _zeros((4096,), dtype, place)
     ops.rms_norm(x=x, weight=weight, eps=1e-6)
     ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6)
     for activation in ("silu", "gelu_tanh", "swiglu_clamped"):
-        ops.gated_activation(gate_up=empty((8, 28672), dtype), activation=activation)
+        ops.gated_activation(gate_up=_zeros((8, 28672), dtype, place), activation=activation)
 
 
-def drawing(launch: Launcher) -> None:
+def drawing(launch: Launcher, place: str = "meta") -> None:
+    """Masks and draws over a large vocabulary."""
     ops, rows, vocab = TritonOps(launch), 8, 151_936
-    logits = empty((rows, vocab), "float32")
-    ops.apply_token_masks(logits=logits, masks=empty((rows, -(-vocab // 32)), "int32"))
-    floats = {name: empty((rows,), "float32") for name in ("temperature", "top_p", "min_p")}
+    zeros = partial(_zeros, place=place)
+    logits = zeros((rows, vocab), "float32")
+    ops.apply_token_masks(logits=logits, masks=zeros((rows, -(-vocab // 32)), "int32"))
+    floats = {name: zeros((rows,), "float32") for name in ("temperature", "top_p", "min_p")}
     integers = {
-        name: empty((rows,), "int32") for name in ("top_k", "seed_low", "seed_high", "sample_index", "position")
+        name: zeros((rows,), "int32") for name in ("top_k", "seed_low", "seed_high", "sample_index", "position")
     }
     for greedy in (False, True):
         ops.sample(logits=logits, all_greedy=greedy, **floats, **integers)
