@@ -82,7 +82,8 @@ def compile_launch(launch: Launch, target: Target) -> MachineCode:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _kind(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % _ALIGNED == 0 and value):
+        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % _ALIGNED == 0 and value)
+        if aligned and not launch.kernel.params[index].do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = launch.options | dict(target.launch_options)

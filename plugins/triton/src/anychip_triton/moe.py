@@ -171,7 +171,7 @@ class TritonMoE(ReferenceMoE):
             out=result, x=held, x_scale=result if x_scale is None else x_scale, w=as_bytes(values),
             w_scale=result if matrix is None else matrix.scales, w_zero=result if zeros is None else zeros,
             bias=result if bias is None else bias, pair_experts=order.pair_experts, order=order.order,
-            pair_ends=order.pair_ends, tile_ends=order.tile_ends, pairs=pairs, num_experts=len(order.pair_ends),
+            pair_ends=order.pair_ends, tile_ends=order.tile_ends, num_experts=len(order.pair_ends),
             out_features=features, columns=x.shape[1], x_stride=held.stride(0), w_stride=values.stride(-2),
             w_groups=0 if matrix is None else matrix.scales.shape[1], TOP_K=top_k, SORTED=order.is_sorted,
             ACTIVATION=activation, HAS_BIAS=bias is not None, **arguments,

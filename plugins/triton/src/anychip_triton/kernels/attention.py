@@ -39,7 +39,7 @@ def _held(pointer, offsets, mask, BYTES: tl.constexpr, DTYPE: tl.constexpr):
         return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "table_stride"])
 def paged_attention(
     out,  # [num_tokens, num_heads, head_dim]
     partial,  # [num_tokens, num_heads, SPLITS, head_dim] float32, where SPLITS > 1
@@ -185,7 +185,7 @@ def paged_attention(
         tl.store(out + out_at, result.to(DTYPE), mask=live[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def combine_splits(
     out,  # [num_tokens, num_heads, head_dim]
     partial,  # as paged_attention writes them

@@ -3,6 +3,9 @@
 Weights stay as checkpoints have them, [out_features, in_features], two int4 to a byte. A scale is applied to the
 partial sum of the columns that share it, so that only integers and 8-bit floats enter a product, all of them exact in
 the activations' dtype.
+
+Arguments that change from step to step are not specialized: a number that happens to be 1, or a multiple of 16, would
+be another form of the kernel, compiled when it first comes.
 """
 
 import triton
@@ -132,7 +135,7 @@ def accumulate(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matmul(
     out,  # [rows, out_features]
     x,  # [rows, columns]
@@ -176,7 +179,7 @@ def matmul(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=row_live[:, None] & feature_live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def expert_matmul(
     out,  # [pairs, out_features]; a pair is a token and one of its choices
     x,  # [tokens, columns], or [pairs, columns] where TOP_K is 1
@@ -189,7 +192,6 @@ def expert_matmul(
     order,  # [pairs]: pairs by expert, where SORTED
     pair_ends,  # [experts]: where each expert's pairs end in `order`
     tile_ends,  # [experts]: how many tiles all experts up to each have
-    pairs,
     num_experts,
     out_features,
     columns,
