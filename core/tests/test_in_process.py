@@ -6,7 +6,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip import LLM, SamplingParams
-from anychip.errors import ContextTooLong, DeviceUnavailable, EngineDead, InvalidRequest
+from anychip.errors import ContextTooLong, DeviceFault, DeviceUnavailable, EngineDead, InvalidRequest, StepFailed
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import DEVICES
 from anychip_conformance.fakes.hostlen import HostlenGraphs
@@ -219,6 +219,30 @@ def test_a_lazy_platform_captures_a_shape_when_a_step_first_has_it(tiny, monkeyp
         assert [output.outputs[0].token_ids for output in late.generate(prompts, sampling)] == expected
         assert sorted(key.num_reqs for key in captured) == [1, 4]  # three rows share four's; nobody had two
         assert sum(step.handle.num_replays for step in captured.values()) >= 18
+
+
+@pytest.mark.parametrize("stage", ["forward", "sample"])
+def test_an_engine_outlives_a_step_that_found_no_memory(tiny, monkeypatch, stage):
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    prompts = [[5, 6, 7] * 8, [8, 9, 10] * 9]
+    with LLM(tiny, skip_tokenizer=True, device="cpu", dtype="float32", num_kv_blocks=64) as one:
+        expected = [output.outputs[0].token_ids for output in one.generate(prompts, sampling)]
+        worker = one.engine.executor.worker
+        real, calls = getattr(worker.program, stage), []
+
+        def short_of_memory(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise MemoryError("planted")
+            return real(*arguments)
+
+        fault = DeviceFault("cpu is out of memory", kind="out_of_memory", fatal=False)
+        monkeypatch.setattr(worker.platform, "explain", lambda error: fault)
+        monkeypatch.setattr(worker.program, stage, short_of_memory)
+        with pytest.raises(StepFailed, match="cpu is out of memory"):
+            one.generate(prompts, sampling)
+        assert pool(one).num_free == pool(one).num_usable
+        assert [output.outputs[0].token_ids for output in one.generate(prompts, sampling)] == expected
 
 
 class NoIndexedWrites(TorchDispatchMode):

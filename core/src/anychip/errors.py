@@ -20,6 +20,7 @@
     │   ├── InvalidOverride        an op with the wrong name or signature
     │   └── Unsupported            a factory refuses a spec, with every reason
     ├── DeviceFault                the device failed: kind, fatal or not, ranks
+    ├── StepFailed                 the step that a request was in failed; the engine goes on
     ├── EngineDead                 503, carries the root cause
     └── RequestAborted
 
@@ -167,6 +168,10 @@ class DeviceFault(AnychipError):
         self.remedy = remedy
 
 
+class StepFailed(AnychipError):
+    """The device could not do the step that the request was in, and can do others: it was short of memory, say."""
+
+
 class EngineDead(AnychipError):
     """The engine stopped; the message carries the root cause."""
 
@@ -180,6 +185,7 @@ _BY_NAME: dict[str, type[AnychipError]] = {
     for cls in (
         InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
         KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
+        StepFailed,
     )
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engine_kit import TOKEN, VOCAB_SIZE, add_message, make_core, make_scheduler
 
-from anychip.errors import UserError
+from anychip.errors import DeviceFault, UserError
 
 
 def run(core, *, limit: int = 500):
@@ -106,3 +106,56 @@ def test_a_refused_request_leaves_nothing_behind(message, expected):
     with pytest.raises(UserError, match=expected):
         core.add(message)
     assert list(core.scheduler.requests) == [("a", 0)]
+
+
+def failing(core, call, at, *, fatal=False):
+    """The executor's `call` raises once, at its `at`th time."""
+    real, times = getattr(core.executor, call), []
+
+    def once(argument):
+        times.append(argument)
+        if len(times) == at:
+            if call == "sample":
+                core.executor._pending.pop()  # a result that will not come
+            raise DeviceFault("asked 2 GiB, 1 GiB free", kind="out_of_memory", fatal=fatal)
+        real(argument)
+
+    setattr(core.executor, call, once)
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3])
+@pytest.mark.parametrize("call", ["launch", "sample"])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_step_that_fails_ends_its_requests_and_no_others(call, at, max_in_flight):
+    core = make_core(make_scheduler(max_num_seqs=2), max_in_flight=max_in_flight)
+    failing(core, call, at)
+    names = [str(index) for index in range(6)]
+    for name in names:
+        core.add(add_message(name, [3, 4, 5, 6, 7, 8], max_output=5))
+    deltas = run(core)
+    failed = {delta.request_id for delta in deltas if delta.error is not None}
+    assert 1 <= len(failed) <= 2
+    assert all(d.error == ("StepFailed", "asked 2 GiB, 1 GiB free") for d in deltas if d.error is not None)
+    for name in set(names) - failed:
+        assert [token for d in deltas if d.request_id == name for token in d.token_ids] == [TOKEN] * 5
+    pool = core.scheduler.kv.pool
+    assert pool.num_free == pool.num_usable and pool.num_deferred == 0 and not core.scheduler.requests
+
+
+def test_what_a_failed_step_was_to_fill_is_not_offered():
+    core = make_core(make_scheduler())
+    failing(core, "launch", 1)
+    prompt = list(range(3, 20))
+    core.add(add_message("a", prompt))
+    assert [delta.error[0] for delta in run(core)] == ["StepFailed"]
+    core.add(add_message("b", prompt))
+    first = run(core)[0]
+    assert first.request_id == "b" and first.cached_tokens == 0
+
+
+def test_a_fatal_fault_ends_the_engine():
+    core = make_core(make_scheduler())
+    failing(core, "launch", 2, fatal=True)
+    core.add(add_message("a", [5, 6], max_output=4))
+    with pytest.raises(DeviceFault, match="asked 2 GiB"):
+        run(core)

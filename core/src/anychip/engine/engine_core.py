@@ -6,6 +6,7 @@ ids of the one before are known; with depth 1 each step is taken in before the n
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from anychip.engine.grammars import PendingGrammars
 from anychip.engine.logits_processors import LogitEditor, late_inputs, make_processors
-from anychip.errors import AnychipError, InvalidRequest, QueueFull, RequestTimeout
+from anychip.errors import AnychipError, DeviceFault, InvalidRequest, QueueFull, RequestTimeout, StepFailed
 from anychip.executor.protocol import Executor
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import AddRequest, SequenceDelta
@@ -24,6 +25,8 @@ from anychip.scheduler.beam_search import BeamSearch, num_candidates
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
 from anychip.types import RequestId
+
+log = logging.getLogger("anychip.engine")
 
 _DEADLINES_EVERY_S = 0.1
 
@@ -56,7 +59,7 @@ class EngineCore:
         self._seeds = random.Random(seed)
         self._arrivals = 0
         self._next_look = 0.0  # at deadlines
-        self._failures: list[SequenceDelta] = []
+        self._unreported: list[SequenceDelta] = []
 
     def add(self, message: AddRequest) -> None:
         """Accepts a request of `n` sequences. Raises UserError, with nothing kept, when it cannot be. One that asks
@@ -156,11 +159,11 @@ class EngineCore:
         """Ends a request with an error, which the next step reports."""
         self.abort(request_id)
         reason = (type(error).__name__, str(error))
-        self._failures.append(SequenceDelta(request_id, 0, [], finish_reason="abort", error=reason))
+        self._unreported.append(SequenceDelta(request_id, 0, [], finish_reason="abort", error=reason))
 
     @property
     def has_work(self) -> bool:
-        return bool(self.in_flight or self._failures or self.scheduler.has_work or self.grammars)
+        return bool(self.in_flight or self._unreported or self.scheduler.has_work or self.grammars)
 
     def step(self) -> list[SequenceDelta]:
         """One turn of the loop. Returns what became known."""
@@ -169,9 +172,9 @@ class EngineCore:
         launched = self._launch()
         deltas = self._take_in_oldest(launched)
         self._sample(launched)
-        if self._failures:
-            deltas += self._failures
-            self._failures = []
+        if self._unreported:
+            deltas += self._unreported
+            self._unreported = []
         return deltas
 
     def _start_compiled(self) -> None:
@@ -198,10 +201,24 @@ class EngineCore:
         if len(self.in_flight) >= self.max_in_flight:
             return None
         step = self.scheduler.schedule()
-        if step is not None:
+        if step is None:
+            return None
+        try:
             self.executor.launch(step.decision)
-            self.in_flight.append(step)
+        except DeviceFault as fault:
+            self._give_up(step, fault)
+            return None
+        self.in_flight.append(step)
         return step
+
+    def _give_up(self, step: ScheduledStep, fault: DeviceFault) -> None:
+        """Fails a step's requests, where the device can go on."""
+        if fault.fatal:
+            raise fault
+        log.error("step %d failed: %s", step.decision.step_id, fault)
+        self._unreported += self.drain()
+        for request_id in self.scheduler.abandon(step):
+            self._fail(request_id, StepFailed(str(fault)))
 
     def _take_in_oldest(self, launched: ScheduledStep | None) -> list[SequenceDelta]:
         waits = launched is None or len(self.in_flight) == self.max_in_flight
@@ -217,7 +234,11 @@ class EngineCore:
     def _sample(self, launched: ScheduledStep | None) -> None:
         if launched is not None:
             late, failed = late_inputs(launched, self.vocab_size)
-            self.executor.sample(late)
+            try:
+                self.executor.sample(late)
+            except DeviceFault as fault:
+                self.in_flight.remove(launched)
+                self._give_up(launched, fault)
             for request, error in failed:
                 self._fail(request.request_id, error)
 

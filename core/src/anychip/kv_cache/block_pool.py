@@ -98,6 +98,12 @@ class BlockPool:
         """The block that the prefix cache offers under a key."""
         return self._by_key.get(key)
 
+    def forget(self) -> None:
+        """Offers nothing any more."""
+        for block in self._by_key.values():
+            self._key_of[block] = None
+        self._by_key.clear()
+
     def offer(self, key: bytes, block: BlockId) -> None:
         """Offers a full block; the first block under a key stays."""
         if self._key_of[block] is None and key not in self._by_key:

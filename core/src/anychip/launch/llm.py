@@ -15,7 +15,7 @@ from anychip.config import EngineConfig
 from anychip.engine.input_processor import InputProcessor, Prompt
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
-from anychip.errors import InvalidRequest
+from anychip.errors import InvalidRequest, rebuild
 from anychip.hub import located
 from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
@@ -76,7 +76,8 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all, and without
-        any the model's own defaults do."""
+        any the model's own defaults do. Raises what ended a request on the way, such as StepFailed; the others end
+        with it."""
         several = _as_list(prompts)
         params = self._each(sampling, len(several))
         pieces: dict[str, list[RequestOutput]] = {}
@@ -156,6 +157,8 @@ class LLM:
                 self.outputs.add(request)
             while open_ids:
                 for delta in self.engine.step():
+                    if delta.error is not None and delta.request_id in open_ids:
+                        raise rebuild(*delta.error)
                     output, ended_here = self.outputs.process(delta)
                     if ended_here:
                         self.engine.abort(delta.request_id, delta.index)

@@ -274,7 +274,7 @@ class Scheduler:
         )
         self.kv.pool.launched(self._next_step)
         self._next_step += 1
-        return ScheduledStep(decision, sampling, epochs, scoring)
+        return ScheduledStep(decision, rows, sampling, epochs, scoring)
 
     # -- a result in --------------------------------------------------------------------------------------
 
@@ -315,6 +315,13 @@ class Scheduler:
             elif num_output >= request.max_output:
                 delta.finish_reason = self._end(request, "length")
         return deltas
+
+    def abandon(self, step: ScheduledStep) -> set[RequestId]:
+        """Gives up a step that was not carried out, once every earlier one is taken in. Its requests, which are
+        returned, cannot go on. Blocks that it was to fill may be on offer already, so the prefix cache is emptied."""
+        self.kv.pool.retired(step.decision.step_id)
+        self.kv.pool.forget()
+        return {request.request_id for request in step.requests}
 
     def _advance_beams(self, request: Request, likeliest: TokenLogprobs) -> list[SequenceDelta]:
         search = request.beams

@@ -14,6 +14,8 @@ class ScheduledStep:
     """A decision, and who will receive its samples: a result counts only under the epoch it was launched in."""
 
     decision: StepDecision
+    requests: list[Request]
+    """The decision's rows."""
     sampling: list[Request]
     epochs: list[int]
     scoring: dict[int, tuple[Request, int]]

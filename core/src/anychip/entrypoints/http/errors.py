@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from anychip.errors import AnychipError, EngineDead, QueueFull, RequestAborted, UserError
+from anychip.errors import AnychipError, EngineDead, QueueFull, RequestAborted, StepFailed, UserError
 
 _ANTHROPIC_KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -40,7 +40,7 @@ def response_of(path: str, error: AnychipError) -> JSONResponse:
         if isinstance(error, QueueFull) and error.retry_after is not None:
             response.headers["Retry-After"] = str(error.retry_after)
         return response
-    status = 503 if isinstance(error, EngineDead) else 409 if isinstance(error, RequestAborted) else 500
+    status = 503 if isinstance(error, EngineDead | StepFailed) else 409 if isinstance(error, RequestAborted) else 500
     response = error_response(path, status, str(error), kind="server_error", code=type(error).__name__)
     if status == 503:
         response.headers["Retry-After"] = "5"
