@@ -12,14 +12,11 @@ from anychip.chat.events import Content, Event, Reasoning, ToolArguments, ToolSt
 from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput
 from anychip.entrypoints.http.answer import sse
-from anychip.entrypoints.http.errors import error_body
 from anychip.entrypoints.openai.chat_protocol import ChatBody
-from anychip.entrypoints.openai.responses import Json, Reply, usage
+from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, failed_stream, usage
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.entrypoints.turn import Piece, Turn, TurnRequest
 from anychip.errors import AnychipError, InvalidRequest
-
-_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,10 +62,10 @@ class ChatAnswer:
                     yield sse(self.reply.whole([choice], usages))
         if self.body.include_usage and last is not None:
             yield sse(self.reply.whole([], usage([last], generated)))
-        yield _DONE
+        yield STREAM_END
 
     def failure(self, error: AnychipError) -> list[bytes]:
-        return [sse(error_body(str(error), kind="server_error", code=type(error).__name__)), _DONE]
+        return failed_stream(error)
 
     def _choices(self, piece: Piece) -> Iterator[Json]:
         """The chunks of a piece: one an event; its tokens go with the first, its end with the last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
@@ -61,7 +62,7 @@ class ChatMessage(Strict):
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.function.name, "arguments": _object(call.function.arguments)},
+                    "function": {"name": call.function.name, "arguments": arguments_object(call.function.arguments)},
                 }
                 for call in self.tool_calls
             ]
@@ -74,21 +75,21 @@ class ChatMessage(Strict):
         return message
 
 
-def joined_text(content: str | list[ContentPart] | None) -> str:
-    """Raises InvalidRequest for a part that is no text."""
+def joined_text(
+    content: str | list[ContentPart] | None, *, kinds: Collection[str] = ("text",), param: str = "messages"
+) -> str:
+    """Raises InvalidRequest for a part that is none of the `kinds` of text, and no refusal."""
     if content is None or isinstance(content, str):
         return content or ""
     for part in content:
-        if part.type not in ("text", "refusal"):
-            raise InvalidRequest(
-                f"content of type {part.type[:40]!r}: the served model reads text only", param="messages"
-            )
-        if part.text is None and part.type == "text":
-            raise InvalidRequest("a text part has no text", param="messages")
+        if part.type not in kinds and part.type != "refusal":
+            raise InvalidRequest(f"content of type {part.type[:40]!r}: the served model reads text only", param=param)
+        if part.text is None and part.type in kinds:
+            raise InvalidRequest("a text part has no text", param=param)
     return "".join(part.text or "" for part in content)
 
 
-def _object(arguments: str) -> Any:
+def arguments_object(arguments: str) -> Any:
     """Templates write arguments themselves, from objects."""
     try:
         return msgspec.json.decode(arguments.encode()) if arguments.strip() else {}

@@ -13,16 +13,14 @@ import msgspec
 from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.answer import sse
-from anychip.entrypoints.http.errors import error_body
 from anychip.entrypoints.openai.protocol import CompletionBody
-from anychip.entrypoints.openai.responses import Json, Reply, usage
+from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, failed_stream, usage
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, InvalidRequest
 from anychip.sampling_params import SamplingParams
 
 Streams = Sequence[AsyncGenerator[RequestOutput]]
 MAX_PROMPTS = 256
-_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True)
@@ -71,10 +69,10 @@ class CompletionAnswer:
                     yield sse(self.reply.whole([self._choice(number, piece, output)], usages))
         if self.body.include_usage:
             yield sse(self.reply.whole([], usage(list(last.values()), generated)))
-        yield _DONE
+        yield STREAM_END
 
     def failure(self, error: AnychipError) -> list[bytes]:
-        return [sse(error_body(str(error), kind="server_error", code=type(error).__name__)), _DONE]
+        return failed_stream(error)
 
     def _choice(self, number: int, piece: RequestOutput, output: SequenceOutput) -> Json:
         index = number * self.per_prompt + output.index

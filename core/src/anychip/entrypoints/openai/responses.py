@@ -7,11 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from anychip.engine.outputs import RequestOutput, SequenceOutput
+from anychip.entrypoints.http.answer import sse
+from anychip.entrypoints.http.errors import error_body
 from anychip.entrypoints.turn import AnswerSoFar
+from anychip.errors import AnychipError
 from anychip.messages import TokenLogprobs
 from anychip.tokenizer.tokenizer import Tokenizer
 
 Json = dict[str, Any]
+
+STREAM_END = b"data: [DONE]\n\n"
+
+
+def failed_stream(error: AnychipError) -> list[bytes]:
+    """The end of a stream whose request failed on the way."""
+    return [sse(error_body(str(error), kind="server_error", code=type(error).__name__)), STREAM_END]
 
 
 class Reply:

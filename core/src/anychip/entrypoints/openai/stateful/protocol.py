@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from anychip.entrypoints.http.body import Strict
-from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES, ContentPart
+from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES, ContentPart, arguments_object, joined_text
 from anychip.entrypoints.turn import Tool, ToolChoice
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import SamplingParams, StructuredOutput
@@ -153,7 +153,7 @@ def as_messages(items: Sequence[InputItem]) -> list[Message]:
                 raise InvalidRequest("an input message has no role", param="input")
             messages.append({"role": item.role, "content": _text(item.content)})
         elif item.type == "function_call":
-            arguments = json.loads(item.arguments or "{}") if _is_json(item.arguments) else item.arguments
+            arguments = arguments_object(item.arguments or "")
             call = {
                 "id": item.call_id or "",
                 "type": "function",
@@ -170,18 +170,5 @@ def as_messages(items: Sequence[InputItem]) -> list[Message]:
     return messages
 
 
-def _is_json(text: str | None) -> bool:
-    try:
-        json.loads(text or "{}")
-    except ValueError:
-        return False
-    return True
-
-
 def _text(content: str | list[ContentPart] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    for part in content:
-        if part.type not in ("input_text", "output_text", "text", "refusal"):
-            raise InvalidRequest(f"content of type {part.type[:40]!r}: the served model reads text only", param="input")
-    return "".join(part.text or "" for part in content)
+    return joined_text(content, kinds=("input_text", "output_text", "text"), param="input")
