@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from anychip_triton.launch import Grid
-from anychip_triton.targets import TARGETS, Target
+from anychip_triton.targets import Target
 from anychip_triton.tiles import TileTable, shipped_table
 
 _POINTERS = {
@@ -118,18 +118,8 @@ def all_launches(target: Target, tiles: TileTable | None = None) -> Iterator[Lau
         recorder = RecordingLauncher(target, tiles)
         problem(recorder)
         for launch in recorder.launches:
-            key = (launch.name, tuple(sorted(launch.options.items())), _types(launch.arguments.values()))
+            types = tuple(_kind(value) for value in launch.arguments.values())
+            key = (launch.name, tuple(sorted(launch.options.items())), types)
             if key not in seen:
                 seen.add(key)
                 yield launch
-
-
-def _types(values: Sequence[Any] | Any) -> tuple[str, ...]:
-    return tuple(_POINTERS[value.dtype] for value in values if isinstance(value, Tensor))
-
-
-def target_named(name: str) -> Target:
-    """Raises KeyError that lists the targets."""
-    if name not in TARGETS:
-        raise KeyError(f"no target {name!r}; there are {', '.join(TARGETS)}")
-    return TARGETS[name]

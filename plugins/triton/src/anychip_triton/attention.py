@@ -14,6 +14,7 @@ from anychip.plugin_api import AttentionLayer, AttentionSpec, BatchView, QKNorm,
 from anychip_triton.kernels import attention as kernels
 from anychip_triton.kernels.kv import rotate_and_write
 from anychip_triton.launch import Launcher, split_tile
+from anychip_triton.shapes import power_of_two
 
 MAX_HEAD_DIM = 256
 _BYTES = {"float8_e4m3fn": "fp8", "int8": "int8"}
@@ -211,8 +212,3 @@ class TritonAttention(DenseCacheAttention):
         programs = rows * self.spec.num_kv_heads
         wanted = 2 * self._launch.target.num_cores // programs
         return min(_MAX_SPLITS, power_of_two(wanted + 1) // 2) if wanted > 1 else 1
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()

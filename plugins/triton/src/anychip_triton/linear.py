@@ -14,6 +14,7 @@ from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import LinearKernel, LinearSpec, Platform, QuantScheme
 from anychip_triton.kernels.matmul import matmul, quantize_rows
 from anychip_triton.launch import Launcher, split_tile
+from anychip_triton.shapes import power_of_two, rows_of
 
 SKINNY_ROWS = 16
 """Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
@@ -61,14 +62,10 @@ class TritonLinear(ReferenceLinear):
         if x.shape[0] > SKINNY_ROWS and not self._everywhere:
             if out is None:
                 return F.linear(x, packed.weight, packed.bias)
-            return (
-                torch.addmm(packed.bias, x, packed.weight.T, out=out)
-                if packed.bias is not None
-                else torch.mm(x, packed.weight.T, out=out)
-            )
-        return launch_matmul(
-            self._launch, x, packed.weight, packed.bias, out=out, x_kind="plain", w_kind="plain", scheme=None
-        )
+            if packed.bias is None:
+                return torch.mm(x, packed.weight.T, out=out)
+            return torch.addmm(packed.bias, x, packed.weight.T, out=out)
+        return launch_matmul(self._launch, rows_of(x), packed.weight, packed.bias, out=out)
 
 
 class TritonQuantizedLinear(ReferenceQuantizedLinear):
@@ -82,10 +79,10 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
 
     def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
         matrix = packed.matrix
-        held, scales, kind = quantized_activations(self._launch, x, matrix)
+        held, scales, kind = quantized_activations(self._launch, rows_of(x), matrix)
         return launch_matmul(
-            self._launch, held, matrix.values, packed.bias, out=out, x_kind=kind, w_kind=weight_kind(matrix.scheme),
-            scheme=matrix.scheme, matrix=matrix, x_scale=scales, dtype=x.dtype,
+            self._launch, held, matrix.values, packed.bias, out=out, x_kind=kind, matrix=matrix, x_scale=scales,
+            dtype=x.dtype,
         )  # fmt: skip
 
 
@@ -113,7 +110,7 @@ def quantized_activations(launch: Launcher, x: Tensor, matrix: QuantizedMatrix) 
     launch(
         quantize_rows, (rows, groups), split_tile(tile)[1],
         out=held, scales=scales, x=x, columns=columns, groups=groups, x_stride=x.stride(0), GROUP=group,
-        BLOCK=1 << (group - 1).bit_length(), KIND=kind, STATIC=static,
+        BLOCK=power_of_two(group), KIND=kind, STATIC=static,
     )  # fmt: skip
     return held, scales, kind
 
@@ -144,9 +141,7 @@ def launch_matmul(
     bias: Tensor | None,
     *,
     out: Tensor | None,
-    x_kind: str,
-    w_kind: str,
-    scheme: QuantScheme | None,
+    x_kind: str = "plain",
     matrix: QuantizedMatrix | None = None,
     x_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -154,8 +149,9 @@ def launch_matmul(
     """x W^T + b, [rows, out_features]."""
     rows, columns = x.shape
     features = weight.shape[0]
+    scheme = None if matrix is None else matrix.scheme
     result = torch.empty((rows, features), dtype=dtype or x.dtype, device=x.device) if out is None else out
-    tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), wide=int(w_kind == "plain"))
+    tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), wide=int(scheme is None))
     blocks, options = split_tile(tile)
     arguments = product_arguments(launch, scheme, x_kind, x_scale, blocks)
     tiles = -(-rows // arguments["BLOCK_M"]) * -(-features // arguments["BLOCK_N"])

@@ -10,11 +10,11 @@ from torch import Tensor
 from anychip.ops.reference import ReferenceMoE
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import MoESpec, Platform, Routing
-from anychip_triton.attention import power_of_two
-from anychip_triton.kernels.matmul import combine_pairs, expert_matmul
+from anychip_triton.kernels.experts import combine_pairs, expert_matmul
 from anychip_triton.kernels.routing import route
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.linear import as_bytes, product_arguments, quantized_activations, why_not
+from anychip_triton.shapes import power_of_two, rows_of
 
 _UNSORTED_PAIRS = 64
 """Pairs up to which each is a tile of its own: sorting costs more launches than experts that meet twice cost reads."""
@@ -96,6 +96,7 @@ class TritonMoE(ReferenceMoE):
         s = self.spec
         if s.num_groups > 1:
             return super().route(router_logits, bias)
+        router_logits = rows_of(router_logits)
         tokens = router_logits.shape[0]
         weights = torch.empty((tokens, s.top_k), dtype=torch.float32, device=router_logits.device)
         expert_ids = torch.empty((tokens, s.top_k), dtype=torch.int32, device=router_logits.device)
@@ -112,7 +113,7 @@ class TritonMoE(ReferenceMoE):
     def experts(  # type: ignore[override]
         self, x: Tensor, routing: Routing, packed: StackedExperts, *, expert_map: Tensor | None = None
     ) -> Tensor:
-        s = self.spec
+        s, x = self.spec, rows_of(x)
         ids = routing.expert_ids if expert_map is None else expert_map[routing.expert_ids.long()]
         pair_experts = ids.flatten().to(torch.int32)
         order = self._order(pair_experts, packed.num_experts)

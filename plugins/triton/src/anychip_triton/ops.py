@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import ActFormat, op_override
-from anychip_triton.attention import power_of_two
 from anychip_triton.kernels import norm, sampling
 from anychip_triton.launch import Launcher, split_tile
+from anychip_triton.shapes import power_of_two, rows_of
 
 
 class TritonOps:
@@ -48,8 +48,8 @@ class TritonOps:
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
     ) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
-        rows = x.reshape(-1, width)
-        carried = rows if residual is None else residual.reshape(-1, width)
+        rows = rows_of(x)
+        carried = rows if residual is None else rows_of(residual)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tile = self._launch.tiles.tile("rms_norm", width=width)
@@ -64,7 +64,7 @@ class TritonOps:
     @op_override("gated_activation", version=1)
     def gated_activation(self, *, gate_up: Tensor, activation: str) -> Tensor:
         width = gate_up.shape[-1] // 2
-        rows = gate_up.reshape(-1, 2 * width)
+        rows = rows_of(gate_up)
         out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
         blocks, options = split_tile(self._launch.tiles.tile("gated_activation", width=width))
         self._launch(
@@ -80,6 +80,7 @@ class TritonOps:
 
     @op_override("apply_token_masks", version=1)
     def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
+        logits = rows_of(logits)
         rows, vocab = logits.shape
         out = torch.empty((rows, vocab), dtype=logits.dtype, device=logits.device)
         blocks, options = split_tile(self._launch.tiles.tile("mask_tokens", width=vocab))
@@ -104,6 +105,7 @@ class TritonOps:
         position: Tensor,
         all_greedy: bool = False,
     ) -> Tensor:
+        logits = rows_of(logits)
         rows, vocab = logits.shape
         out = torch.empty((rows,), dtype=torch.int32, device=logits.device)
         blocks, options = split_tile(self._launch.tiles.tile("sample", width=vocab))

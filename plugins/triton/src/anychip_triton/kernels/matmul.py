@@ -1,4 +1,4 @@
-"""Matrix products x W^T, dense and quantized, of all rows or of the rows that each expert was given.
+"""Matrix products x W^T, dense and quantized; rounding activations to 8 bits.
 
 Weights stay as checkpoints have them, [out_features, in_features], two int4 to a byte. A scale is applied to the
 partial sum of the columns that share it, so that only integers and 8-bit floats enter a product, all of them exact in
@@ -11,7 +11,6 @@ be another form of the kernel, compiled when it first comes.
 import triton
 import triton.language as tl
 
-from anychip_triton.kernels.norm import activated
 from anychip_triton.kernels.numbers import dot, float_to_fp8, fp8_to_float, round_to_even
 
 
@@ -177,117 +176,6 @@ def matmul(
         result += tl.load(bias + feature, mask=feature_live, other=0.0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * out_stride + feature[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=row_live[:, None] & feature_live[None, :])
-
-
-@triton.jit(do_not_specialize=["num_experts"])
-def expert_matmul(
-    out,  # [pairs, out_features]; a pair is a token and one of its choices
-    x,  # [tokens, columns], or [pairs, columns] where TOP_K is 1
-    x_scale,
-    w,  # [experts, out_features or twice as many, columns]
-    w_scale,
-    w_zero,
-    bias,  # [experts, the same]
-    pair_experts,  # [pairs]: negative ones are not computed
-    order,  # [pairs]: pairs by expert, where SORTED
-    pair_ends,  # [experts]: where each expert's pairs end in `order`
-    tile_ends,  # [experts]: how many tiles all experts up to each have
-    num_experts,
-    out_features,
-    columns,
-    x_stride,
-    w_stride,
-    x_groups,
-    w_groups,
-    TOP_K: tl.constexpr,
-    SORTED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    X_KIND: tl.constexpr,
-    X_SCALES: tl.constexpr,
-    W_KIND: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
-    """A tile of pairs of one expert; not SORTED: one pair a tile, for batches so small that few experts meet twice.
-    ACTIVATION "": a product; otherwise of gate and up, which stand below one another in w, activated."""
-    tile = tl.program_id(1)
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    lanes = tl.arange(0, BLOCK_M)
-    if SORTED:
-        low, high = 0, num_experts
-        while low < high:
-            middle = (low + high) // 2
-            if tl.load(tile_ends + middle) <= tile:
-                low = middle + 1
-            else:
-                high = middle
-        expert = low
-        if expert == num_experts:
-            return
-        before = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
-        begins = tl.load(pair_ends + expert - 1, mask=expert > 0, other=0)
-        place = begins + (tile - before) * BLOCK_M + lanes
-        live = place < tl.load(pair_ends + expert)
-        pair = tl.load(order + place, mask=live, other=0).to(tl.int64)
-    else:
-        expert = tl.load(pair_experts + tile)
-        if expert < 0:
-            return
-        live = lanes == 0
-        pair = (tile + tl.zeros([BLOCK_M], tl.int32)).to(tl.int64)
-    source = pair // TOP_K
-    feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = feature < out_features
-    HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
-    row = expert.to(tl.int64) * out_features * HALVES + feature
-    result = accumulate(
-        x, source * x_stride, live, x_scale, source * x_groups,
-        w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
-        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, DTYPE,
-    )  # fmt: skip
-    if HAS_BIAS:
-        result += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "":
-        row += out_features
-        up = accumulate(
-            x, source * x_stride, live, x_scale, source * x_groups,
-            w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
-            GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, DTYPE,
-        )  # fmt: skip
-        if HAS_BIAS:
-            up += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
-        # As if gate and up had been stored: the reference rounds them there.
-        result = activated(result.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32), ACTIVATION)
-    at = pair[:, None] * out_features + feature[None, :]
-    tl.store(out + at, result.to(DTYPE), mask=live[:, None] & inside[None, :])
-
-
-@triton.jit
-def combine_pairs(
-    out,  # [tokens, width]
-    parts,  # [tokens * TOP_K, width]
-    weights,  # [tokens, TOP_K] float32
-    pair_experts,
-    width,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The weighted sum of each token's pairs, always in the same order."""
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in range(TOP_K):
-        pair = token * TOP_K + choice
-        held = tl.load(pair_experts + pair) >= 0
-        part = tl.load(parts + pair * width + at, mask=inside & held, other=0.0).to(tl.float32)
-        total += part * tl.load(weights + pair)
-    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
