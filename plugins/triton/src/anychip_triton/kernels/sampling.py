@@ -69,6 +69,19 @@ def _count_above(row, vocab, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _kept_weights(row, start, vocab, seen, threshold, ties, floor, highest, temperature, BLOCK: tl.constexpr):
+    """A block's ids, their weights, 0 for what truncation excludes, and how many ties there are up to its end."""
+    at = start + tl.arange(0, BLOCK)
+    x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
+    key = _key(x)
+    tied = (key == threshold) & (at < vocab)
+    rank = seen + tl.cumsum(tied.to(tl.int32), 0)
+    weight = _unnormalised(x, highest, temperature)
+    kept = ((key > threshold) | (tied & (rank <= ties))) & (weight >= floor) & (at < vocab)
+    return at, tl.where(kept, weight, 0.0), seen + tl.sum(tied.to(tl.int32), 0)
+
+
+@triton.jit
 def sample(
     out,  # [rows] int32
     logits,  # [rows, vocab_size] float32
@@ -146,33 +159,19 @@ def sample(
         total = tl.zeros([1], tl.float64)
         seen = 0
         for start in range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
-            key = _key(x)
-            tied = (key == threshold) & (at < vocab)
-            rank = seen + tl.cumsum(tied.to(tl.int32), 0)
-            seen += tl.sum(tied.to(tl.int32), 0)
-            weight = _unnormalised(x, highest, warm)
-            kept = ((key > threshold) | (tied & (rank <= ties))) & (weight >= floor) & (at < vocab)
-            total += tl.sum(tl.where(kept, weight, 0.0), 0)
+            at, weight, seen = _kept_weights(row, start, vocab, seen, threshold, ties, floor, highest, warm, BLOCK)
+            total += tl.sum(weight, 0)
         target = draw * tl.sum(total, 0)
         passed = tl.zeros([1], tl.float64)
         seen = 0
         found = vocab
         last = 0
         for start in range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
-            key = _key(x)
-            tied = (key == threshold) & (at < vocab)
-            rank = seen + tl.cumsum(tied.to(tl.int32), 0)
-            seen += tl.sum(tied.to(tl.int32), 0)
-            weight = _unnormalised(x, highest, warm)
-            kept = ((key > threshold) | (tied & (rank <= ties))) & (weight >= floor) & (at < vocab) & (weight > 0.0)
-            weight = tl.where(kept, weight, 0.0)
+            at, weight, seen = _kept_weights(row, start, vocab, seen, threshold, ties, floor, highest, warm, BLOCK)
+            has_weight = weight > 0.0
             until = tl.sum(passed, 0) + tl.cumsum(weight, 0)
-            found = tl.minimum(found, tl.min(tl.where(kept & (until > target), at, vocab), 0))
-            last = tl.maximum(last, tl.max(tl.where(kept, at, 0), 0))
+            found = tl.minimum(found, tl.min(tl.where(has_weight & (until > target), at, vocab), 0))
+            last = tl.maximum(last, tl.max(tl.where(has_weight, at, 0), 0))
             passed += tl.sum(weight, 0)
         tl.store(out + index, tl.where(found < vocab, found, last))
 
