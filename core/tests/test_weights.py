@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from anychip.errors import CheckpointError
-from anychip.weights.dummy import DummyView
+from anychip.weights.dummy import DummyView, NoisePool
 from anychip.weights.files import SafetensorsFile, checkpoint_views
 from anychip.weights.matrix import CHUNK_BYTES, ROW_MULTIPLE, Span, row_chunks, stream
 
@@ -93,8 +93,8 @@ def test_chunks_cover_the_rows_once_and_begin_at_whole_groups(start, count, row_
 @settings(max_examples=30, deadline=None)
 @given(start=st.integers(0, 2500), count=st.integers(1, 1500), columns=st.tuples(st.integers(0, 3), st.integers(4, 7)))
 def test_made_up_weights_are_the_same_in_every_slice(start, count, columns):
-    view = DummyView("model.weight", (4000, 7), "float32")
-    whole = DummyView("model.weight", (4000, 7), "float32").read((0, 4000), (0, 7))
+    view, same = (DummyView("model.weight", (4000, 7), NoisePool(torch.float32, longest=9000)) for _ in range(2))
+    whole = same.read((0, 4000), (0, 7))
     got = torch.zeros(count, columns[1] - columns[0])
     stream(
         view,
@@ -103,3 +103,10 @@ def test_made_up_weights_are_the_same_in_every_slice(start, count, columns):
         lambda rows, at: got[at : at + len(rows)].copy_(rows),
     )
     assert got.equal(whole[start : start + count, columns[0] : columns[1]])
+
+
+def test_made_up_matrices_differ_and_have_the_usual_spread():
+    pool = NoisePool(torch.bfloat16, longest=2048)
+    first, second = (DummyView(name, (64, 64), pool).read() for name in ("a.weight", "b.weight"))
+    assert not first.equal(second) and not first[:32].equal(first[32:])
+    assert abs(float(first.float().std()) - 0.02) < 0.002

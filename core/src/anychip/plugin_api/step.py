@@ -49,6 +49,7 @@ class StepInputs:
     """
 
     key: ShapeKey
+    staged: np.ndarray  # uint8: the arena, and behind it the one of the step's SamplingInputs
     arena: np.ndarray  # uint8
     sections: Mapping[str, Section]  # by array: the fields' names, block_table_<group>, slot_mapping_<group>
     input_ids: np.ndarray  # [num_tokens] int32
@@ -73,6 +74,8 @@ class SamplingInputs:
 
     `masks` is a packed bitmask of allowed tokens, bit i of word i // 32 for token i; None when no row has one.
     `edit_*` are what Ops.edit_logits takes, applied before the masks; None when no row has any.
+    `staged_at` is where the arena begins in StepInputs.staged, so that a device which copied that has it already; None
+    when masks or edits came late and it is a buffer of its own.
     """
 
     key: ShapeKey
@@ -92,6 +95,7 @@ class SamplingInputs:
     edit_shifts: np.ndarray | None  # [num_reqs, width] float32
     num_samples: int
     all_greedy: bool
+    staged_at: int | None
 
 
 @dataclass(slots=True, kw_only=True)

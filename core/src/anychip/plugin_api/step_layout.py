@@ -68,6 +68,12 @@ def arena_size(layout: Layout) -> int:
     return last.offset + last.nbytes
 
 
+def staged_size(step: Layout, sampling: Layout) -> tuple[int, int]:
+    """Where a sampling's arena begins behind a step's, and the bytes of both."""
+    begins = -(-arena_size(step) // _ALIGN) * _ALIGN
+    return begins, begins + arena_size(sampling)
+
+
 def array_views(arena: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """The arrays that lie in an arena on the host."""
     return {name: arena[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape) for name, s in layout.items()}
@@ -81,8 +87,8 @@ def mask_words(vocab_size: int) -> int:
 def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> StepInputs:
     """A step of this shape whose every row and token is padding."""
     layout = step_layout(key, num_groups, slot_dtype)
-    arena = np.zeros(arena_size(layout), dtype=np.uint8)
-    views = array_views(arena, layout)
+    staged = np.zeros(staged_size(layout, sampling_layout(key.num_reqs, 0))[1], dtype=np.uint8)
+    views = array_views(staged, layout)
     views["token_slots"].fill(max_slots)
     views["sample_slots"].fill(max_slots)
     for group in range(num_groups):
@@ -90,12 +96,12 @@ def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_sl
         views[f"slot_mapping_{group}"].fill(PADDING_SLOT)
     if "score_targets" in views:
         views["score_targets"].fill(-1)
-    return step_inputs(key, arena, layout, views, num_rows=0, num_tokens=0, num_samples=0, max_query_len=0)
+    return step_inputs(key, staged, layout, views, num_rows=0, num_tokens=0, num_samples=0, max_query_len=0)
 
 
 def step_inputs(
     key: ShapeKey,
-    arena: np.ndarray,
+    staged: np.ndarray,
     layout: Layout,
     views: Mapping[str, np.ndarray],
     *,
@@ -104,11 +110,12 @@ def step_inputs(
     num_samples: int,
     max_query_len: int,
 ) -> StepInputs:
-    """StepInputs over an arena's views."""
+    """StepInputs over the views of an arena, with which `staged` begins."""
     groups = range(sum(name.startswith("block_table_") for name in layout))
     return StepInputs(
         key=key,
-        arena=arena,
+        staged=staged,
+        arena=staged[: arena_size(layout)],
         sections=layout,
         input_ids=views["input_ids"],
         positions=views["positions"],
@@ -174,6 +181,7 @@ def sampling_inputs(
     *,
     num_samples: int,
     all_greedy: bool,
+    staged_at: int | None = None,
 ) -> SamplingInputs:
     """SamplingInputs over an arena's views."""
     return SamplingInputs(
@@ -186,6 +194,7 @@ def sampling_inputs(
         edit_shifts=views.get("edit_shifts"),
         num_samples=num_samples,
         all_greedy=all_greedy,
+        staged_at=staged_at,
         **{name: views[name] for name in (*SAMPLING_FLOATS, *SAMPLING_INTS)},
     )
 

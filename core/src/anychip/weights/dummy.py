@@ -1,4 +1,7 @@
-"""Weights made up from their tensors' names, for runs without a checkpoint."""
+"""Weights made up from their tensors' names, for runs without a checkpoint.
+
+All are cut from one pool of noise, so that tens of gigabytes cost little more than copying them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,37 @@ from anychip.plugin_api import WeightView
 from anychip.types import DType
 from anychip.weights.register import WeightRegister
 
-_ROWS = 1024
-"""Rows of one draw: a slice of a large tensor costs what it holds, not what the tensor does."""
 _SPREAD = 0.02
+_PIECE = 1 << 20
+"""Values of the pool that are drawn at once; a cut begins anywhere in the first piece."""
+
+
+class NoisePool:
+    """Normal numbers, drawn as far as they are asked for: how far does not change them. `longest` is how many values of
+    a tensor lie next to each other in the pool; a larger one is made of several cuts."""
+
+    def __init__(self, dtype: torch.dtype, longest: int = 1 << 24) -> None:
+        self.dtype, self.longest = dtype, longest
+        self._values = torch.empty(0, dtype=dtype)
+
+    def cut(self, begins: int, count: int) -> Tensor:
+        missing = begins + count - len(self._values)
+        if missing > 0:
+            first = len(self._values) // _PIECE
+            pieces = [self._piece(first + number) for number in range(-(-missing // _PIECE))]
+            self._values = torch.cat([self._values, *pieces])
+        return self._values[begins : begins + count]
+
+    def _piece(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        return (torch.randn(_PIECE, generator=generator, dtype=torch.float32) * _SPREAD).to(self.dtype)
 
 
 class DummyView:
     """plugin_api.WeightView over numbers made from the tensor's name: the same on every rank and machine."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: DType) -> None:
-        self._name, self.shape, self.dtype = name, shape, getattr(torch, dtype)
+    def __init__(self, name: str, shape: tuple[int, ...], pool: NoisePool) -> None:
+        self._name, self.shape, self.dtype, self._pool = name, shape, pool.dtype, pool
 
     @property
     def nbytes(self) -> int:
@@ -37,24 +61,26 @@ class DummyView:
         start, stop = bounds[0] if bounds else (0, self.shape[0])
         if len(self.shape) == 1:
             return torch.ones(stop - start, dtype=self.dtype)
-        first = start // _ROWS
-        draws = torch.cat([self._draw(index) for index in range(first, -(-stop // _ROWS))])
-        rows = draws[start - first * _ROWS : stop - first * _ROWS]
+        height = max(1, self._pool.longest // prod(self.shape[1:]))  # of a cut, in rows
+        cuts = [self._rows(index, height, start, stop) for index in range(start // height, -(-stop // height))]
+        rows = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
         return rows[(slice(None), *(slice(*inner) for inner in bounds[1:]))]
 
-    def _draw(self, index: int) -> Tensor:
-        rows = min(_ROWS, self.shape[0] - index * _ROWS)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._name}:{index}".encode()))
-        values = torch.randn((rows, *self.shape[1:]), generator=generator, dtype=torch.float32)
-        return (values * _SPREAD).to(self.dtype)
+    def _rows(self, index: int, height: int, start: int, stop: int) -> Tensor:
+        """Of rows start to stop those that lie in a cut."""
+        top = index * height
+        shape = (min(height, self.shape[0] - top), *self.shape[1:])
+        begins = zlib.crc32(f"{self._name}:{index}".encode()) % _PIECE
+        return self._pool.cut(begins, prod(shape)).view(shape)[max(0, start - top) : stop - top]
 
 
 def dummy_views(register: WeightRegister, dtype: DType) -> Iterator[tuple[str, WeightView]]:
     """What the layers want, made up."""
+    pool = NoisePool(getattr(torch, dtype))
     for slot in list(register.slots.values()):
         if slot.shape is None or slot.name in register.optional:
             raise ConfigError(
                 f"load_format dummy makes up plain weights, and the checkpoint is quantized ({slot.name}); "
                 "use --quantization int8 or int4 on the unquantized model's config.json"
             )
-        yield slot.name, DummyView(slot.name, slot.shape, dtype)
+        yield slot.name, DummyView(slot.name, slot.shape, pool)

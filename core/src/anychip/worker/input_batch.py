@@ -17,16 +17,18 @@ from anychip.plugin_api import (
     PADDING_SLOT,
     SCORES,
     SamplingInputs,
-    ShapeKey,
     ShapePolicy,
     StepInputs,
     StepLimits,
     edits_feature,
 )
 from anychip.plugin_api.step_layout import (
+    arena_size,
+    array_views,
     mask_words,
     sampling_inputs,
     sampling_layout,
+    staged_size,
     step_inputs,
     step_layout,
 )
@@ -138,7 +140,10 @@ class InputBatch:
             features=(SCORES,) if rows.scored.any() else (),
         )
         layout = step_layout(key, len(self._tables), self._slot_dtype)
-        arena, views = self.ring.take(layout)
+        draws = sampling_layout(key.num_reqs, 0)
+        draws_at, nbytes = staged_size(layout, draws)
+        staged = self.ring.take(nbytes)
+        views = array_views(staged, layout)
         self._fill_tokens(views, rows, num_tokens)
         _fill(views["query_start"], np.concatenate(([0], np.cumsum(rows.counts))), num_tokens)
         _fill(views["seq_lens"], ends, 0)
@@ -154,9 +159,10 @@ class InputBatch:
             self._fill_targets(views["score_targets"], rows)
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
+        self._fill_draws(array_views(staged[draws_at:], draws), rows)
         return step_inputs(
             key,
-            arena,
+            staged,
             layout,
             views,
             num_rows=num_rows,
@@ -199,9 +205,18 @@ class InputBatch:
 
     # -- sampling -----------------------------------------------------------------------------------------
 
-    def sampling_inputs(self, rows: StepRows, key: ShapeKey, late: LateInputs) -> SamplingInputs:
-        """What drawing this step's tokens needs, padded to the step's rows."""
+    def _fill_draws(self, views: dict[str, np.ndarray], rows: StepRows) -> None:
         slots = rows.slots[rows.sampling]
+        for name, by_slot in self._floats.items():
+            _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
+        for name, integers in self._ints.items():
+            _fill(views[name], integers[slots], 0)
+        _fill(views["position"], (rows.starts + rows.counts)[rows.sampling], 0)
+
+    def sampling_inputs(self, rows: StepRows, step: StepInputs, late: LateInputs) -> SamplingInputs:
+        """What drawing this step's tokens needs, padded to the step's rows: what was staged with the step, or, with
+        masks or edits, a buffer of its own."""
+        key, slots = step.key, rows.slots[rows.sampling]
         features = []
         if len(slots) and int(self.num_logprobs[slots].max()) >= 0:
             features.append("logprobs")
@@ -212,12 +227,15 @@ class InputBatch:
         if width:
             features.append(edits_feature(width))
         layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0, width)
-        arena, views = self.ring.take(layout)
-        for name, by_slot in self._floats.items():
-            _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
-        for name, integers in self._ints.items():
-            _fill(views[name], integers[slots], 0)
-        _fill(views["position"], (rows.starts + rows.counts)[rows.sampling], 0)
+        staged_at = None
+        if late.masks or width:
+            arena = self.ring.take(arena_size(layout))
+            views = array_views(arena, layout)
+            self._fill_draws(views, rows)
+        else:
+            staged_at = staged_size(step.sections, layout)[0]
+            arena = step.staged[staged_at:]
+            views = array_views(arena, layout)
         if late.masks:
             views["masks"].fill(-1)
             for position, mask in late.masks.items():
@@ -231,6 +249,7 @@ class InputBatch:
             views,
             num_samples=len(slots),
             all_greedy=not self._floats["temperature"][slots].any(),
+            staged_at=staged_at,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from anychip.messages import LateInputs, StepDecision, StepResult, TokenLogprobs
-from anychip.plugin_api import HostOutputs, Scores, ShapeKey, StepOutputs, StepProgram
+from anychip.plugin_api import HostOutputs, Scores, StepInputs, StepOutputs, StepProgram
 from anychip.worker.input_batch import InputBatch, StepRows
 
 
@@ -18,7 +18,7 @@ class ModelRunner:
         self.program = program
         self.batch = batch
         self._state = state
-        self._launched: tuple[StepRows, ShapeKey, object] | None = None
+        self._launched: tuple[StepRows, StepInputs, object] | None = None
 
     def launch(self, decision: StepDecision) -> None:
         """Applies the deltas and starts the forward pass."""
@@ -29,14 +29,14 @@ class ModelRunner:
         inputs = self.batch.step_inputs(rows)
         self._state, hidden = self.program.forward(self._state, inputs)
         self.batch.ring.used()
-        self._launched = (rows, inputs.key, hidden)
+        self._launched = (rows, inputs, hidden)
 
     def sample(self, late: LateInputs) -> RunnerResult:
         """Starts the sampling of the launched step."""
         assert self._launched is not None, "no step was launched"
-        rows, key, hidden = self._launched
+        rows, step, hidden = self._launched
         self._launched = None
-        inputs = self.batch.sampling_inputs(rows, key, late)
+        inputs = self.batch.sampling_inputs(rows, step, late)
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
         self.batch.ring.used()
         wanted = self.batch.num_logprobs[rows.slots[rows.sampling]]

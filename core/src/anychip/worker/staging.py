@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from anychip.plugin_api import Event, Platform
-from anychip.plugin_api.step_layout import Layout, arena_size, array_views
 
 _SMALLEST = 4096
 
@@ -21,18 +20,16 @@ class StagingRing:
         self._events: list[Event] = [platform.event()] * depth
         self._next = 0
 
-    def take(self, layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The next buffer's bytes, and the arrays that lie in it."""
+    def take(self, nbytes: int) -> np.ndarray:
+        """The next buffer's first bytes."""
         index = self._next
         self._next = (index + 1) % len(self._buffers)
         self._events[index].wait()
-        nbytes = arena_size(layout)
         if len(self._buffers[index]) < nbytes:
             tensor = self._platform.pinned(max(_SMALLEST, 1 << (nbytes - 1).bit_length()))
             self._owners[index] = tensor  # keeps the memory that the array shows
             self._buffers[index] = tensor.numpy()
-        arena = self._buffers[index][:nbytes]
-        return arena, array_views(arena, layout)
+        return self._buffers[index][:nbytes]
 
     def used(self) -> None:
         """Marks the work issued so far as the last use of the buffer taken last."""

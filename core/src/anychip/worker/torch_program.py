@@ -32,7 +32,7 @@ from anychip.plugin_api import (
     StepOutputs,
     StepProgram,
 )
-from anychip.plugin_api.step_layout import batch_view, blank_step_inputs
+from anychip.plugin_api.step_layout import batch_view, blank_step_inputs, sampling_layout, staged_size
 
 _SCORED_AT_ONCE = 128
 """Prompt tokens whose logits exist at once."""
@@ -50,13 +50,16 @@ class TorchState:
 class TorchHidden:
     logits: Tensor | None  # [rows, vocab_size]; None when no row samples
     sample_slots: Tensor  # [rows]
+    draws: Mapping[str, Tensor]  # the arrays of SamplingInputs that were staged with the step
     scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
 
 
 @dataclass(slots=True)
 class CapturedStep:
     handle: object
-    arena: Tensor
+    staged: Tensor
+    fields: Mapping[str, Tensor]  # views of `staged`, as the next are
+    draws: Mapping[str, Tensor]
     plans: list[object]
 
 
@@ -132,18 +135,18 @@ class TorchStepProgram(StepProgram):
             self._capture(inputs.key)
         captured = self._captured.get(inputs.key)
         if captured is not None:
-            captured.arena.copy_(torch.from_numpy(inputs.arena), non_blocking=True)
-            fields = arena_views(captured.arena, inputs.sections)
-            plans = self._plans(inputs, fields, into=captured.plans)
+            captured.staged.copy_(torch.from_numpy(inputs.staged), non_blocking=True)
+            plans = self._plans(inputs, captured.fields, into=captured.plans)
             logits = self.graphs.run(captured.handle, plans)
-            return state, TorchHidden(logits, fields["sample_slots"])
-        arena = torch.from_numpy(inputs.arena).to(self.device, non_blocking=True)
-        fields = arena_views(arena, inputs.sections)
+            return state, TorchHidden(logits, captured.fields["sample_slots"], captured.draws)
+        staged = torch.from_numpy(inputs.staged).to(self.device, non_blocking=True)
+        fields = arena_views(staged, inputs.sections)
         plans = self._plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
         hidden = self._run(state, fields, plans)
         scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
-        return state, TorchHidden(self._logits(hidden, rows), fields["sample_slots"][: inputs.num_samples], scores)
+        slots = fields["sample_slots"][: inputs.num_samples]
+        return state, TorchHidden(self._logits(hidden, rows), slots, _staged_draws(staged, inputs), scores)
 
     def _run(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor:
         ids = fields["input_ids"]
@@ -188,19 +191,21 @@ class TorchStepProgram(StepProgram):
         if hidden.logits is None or late.num_samples == 0:
             results["token_ids"] = torch.empty((0, 1), dtype=torch.int32)
         else:
-            results |= self._draw(state, hidden.logits[: late.num_samples], hidden.sample_slots, late)
+            results |= self._draw(state, hidden, hidden.logits[: late.num_samples], late)
         host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
         return state, TorchOutputs(host, self.platform.event())
 
-    def _draw(self, state: TorchState, logits: Tensor, slots: Tensor, late: SamplingInputs) -> dict[str, Tensor]:
+    def _draw(self, state: TorchState, hidden: TorchHidden, logits: Tensor, late: SamplingInputs) -> dict[str, Tensor]:
         count = late.num_samples
-        arena = torch.from_numpy(late.arena).to(self.device, non_blocking=True)
-        fields = {name: view[:count] for name, view in arena_views(arena, late.sections).items()}
+        views = hidden.draws
+        if late.staged_at is None:
+            views = arena_views(torch.from_numpy(late.arena).to(self.device, non_blocking=True), late.sections)
+        fields = {name: view[:count] for name, view in views.items()}
         logits = logits.float()
         scored = adjusted_logits(self.ops, logits, fields)
         ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
         # Graphs read this storage, so it is rewritten whole: not every device writes by index in place.
-        state.last_ids.copy_(state.last_ids.index_copy(0, slots[:count].long(), ids))
+        state.last_ids.copy_(state.last_ids.index_copy(0, hidden.sample_slots[:count].long(), ids))
         results = {"token_ids": ids.unsqueeze(-1)}
         if "logprobs" in late.key.features:
             names = ("chosen_logprobs", "top_ids", "top_logprobs")
@@ -217,8 +222,8 @@ class TorchStepProgram(StepProgram):
             slot_dtype=self.platform.capabilities.slot_dtype,
             max_slots=self.limits.max_slots,
         )
-        arena = torch.from_numpy(inputs.arena).to(self.device).clone()
-        fields = arena_views(arena, inputs.sections)
+        staged = torch.from_numpy(inputs.staged).to(self.device).clone()
+        fields = arena_views(staged, inputs.sections)
         recorder = Recorder()
         plans = self._plans(inputs, fields, recorder=recorder)
 
@@ -226,7 +231,12 @@ class TorchStepProgram(StepProgram):
             return self._logits(self._run(self._state, fields, plans), fields["logits_indices"])
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
-        self._captured[key] = CapturedStep(handle, arena, plans)
+        self._captured[key] = CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans)
+
+
+def _staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
+    layout = sampling_layout(inputs.key.num_reqs, 0)
+    return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
 
 
 class TorchOutputs:
