@@ -31,6 +31,29 @@ def test_the_kernels_pass_the_suites_sections(tmp_path):
     assert passed > 120 and card["evidence"] == "simulated" and card["failures"] == []
 
 
+def test_pairs_are_sorted_by_expert_as_a_stable_sort_does():
+    program = """
+import anychip_triton.interpreter
+import torch
+from anychip_triton.kernels.routing import sort_pairs
+torch.manual_seed(0)
+for pairs, experts in ((1, 3), (65, 1), (300, 7), (512, 128), (90, 64)):
+    ids = torch.randint(-1, experts, (pairs,), dtype=torch.int32)
+    order = torch.full((pairs,), -7, dtype=torch.int32)
+    ends, tiles = torch.empty(experts, dtype=torch.int32), torch.empty(experts, dtype=torch.int32)
+    bins = 1 << experts.bit_length()
+    sort_pairs[(experts,)](order, ends, tiles, ids, pairs, experts, BINS=bins, TILE=16, BLOCK=64)
+    counts = torch.bincount(ids[ids >= 0].long(), minlength=experts)
+    sorted_pairs = torch.where(ids < 0, experts, ids).argsort(stable=True)[: counts.sum()]
+    assert ends.tolist() == counts.cumsum(0).tolist(), (pairs, experts)
+    assert tiles.tolist() == ((counts + 15) // 16).cumsum(0).tolist(), (pairs, experts)
+    assert order.tolist() == sorted_pairs.tolist() + [-7] * (pairs - int(counts.sum())), (pairs, experts)
+print("sorted")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "sorted", done.stderr
+
+
 def test_a_process_that_has_compiled_kernels_does_not_interpret():
     program = """
 import anychip_triton.kernels.attention

@@ -7,6 +7,8 @@ a device: what is compiled here is what will be launched there.
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,13 +64,13 @@ class RecordingLauncher:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineCode:
-    """What a compiled kernel uses. `spills` is None where the assembly does not say."""
+    """What a compiled kernel uses. `spills` counts 32-bit registers of a thread that are kept in memory."""
 
     name: str
     target: str
     shared_bytes: int
-    spills: int | None
-    registers: int | None
+    spills: int
+    registers: int
     matrix_instructions: Counter[str] = field(default_factory=Counter)
     binary: bytes = b""
 
@@ -89,18 +91,36 @@ def compile_launch(launch: Launch, target: Target) -> MachineCode:
     options = launch.options | dict(target.launch_options)
     made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     hip = target.backend == "hip"
-    text = made.asm["amdgcn" if hip else "ptx"]
-    spills = sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))) if hip else None
-    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    text, binary = made.asm["amdgcn" if hip else "ptx"], made.asm["hsaco" if hip else "cubin"]
+    registers, spills = _amd_registers(text) if hip else _nvidia_registers(binary)
     return MachineCode(
         name=launch.name,
         target=target.name,
         shared_bytes=made.metadata.shared,
         spills=spills,
-        registers=int(registers.group(1)) if registers else None,
+        registers=registers,
         matrix_instructions=Counter(_MATRIX_INSTRUCTION.findall(text)),
-        binary=made.asm["hsaco" if hip else "cubin"],
+        binary=binary,
     )
+
+
+def _amd_registers(assembly: str) -> tuple[int, int]:
+    """Vector registers of a thread, and how many are spilled: the kernel's metadata has both."""
+    used, spilled = (re.search(rf"\.{name}:\s*(\d+)", assembly) for name in ("vgpr_count", "vgpr_spill_count"))
+    assert used and spilled, "the assembly has no metadata of its registers"
+    return int(used.group(1)), int(spilled.group(1))
+
+
+def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and how many its stack holds: a kernel without calls has one for spills alone."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert usage, f"cuobjdump tells no registers: {told}"
+    return int(usage.group(1)), int(usage.group(2)) // 4
 
 
 def _kind(value: Any) -> str:

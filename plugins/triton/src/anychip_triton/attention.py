@@ -144,7 +144,11 @@ class TritonAttention(DenseCacheAttention):
         tokens, rows = q.shape[0], len(plan.seq_lens)
         result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         tile = launch.tiles.tile(
-            "attention", dim=self._padded_dim, item=self._item, many_tokens=int(not plan.one_token)
+            "attention",
+            dim=self._padded_dim,
+            item=self._item,
+            many_tokens=int(not plan.one_token),
+            narrow=int(bool(self._bytes)),
         )
         blocks, options = split_tile(tile)
         fewest = max(_LEAST_ROWS, power_of_two(self._group))

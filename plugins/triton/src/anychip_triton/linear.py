@@ -86,6 +86,13 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
         )  # fmt: skip
 
 
+def weights_problem(scheme: QuantScheme | None) -> dict[str, int]:
+    """What a tile depends on of a product's weights: their bits, and whether scales change along a row."""
+    if scheme is None:
+        return {"bits": 16, "grouped": 0}
+    return {"bits": 4 if scheme.name == "int4" else 8, "grouped": int(scheme.group_size is not None)}
+
+
 def weight_kind(scheme: QuantScheme) -> str:
     return {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "fp8"}[scheme.name]
 
@@ -151,7 +158,7 @@ def launch_matmul(
     features = weight.shape[0]
     scheme = None if matrix is None else matrix.scheme
     result = torch.empty((rows, features), dtype=dtype or x.dtype, device=x.device) if out is None else out
-    tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), wide=int(scheme is None))
+    tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), **weights_problem(scheme))
     blocks, options = split_tile(tile)
     arguments = product_arguments(launch, scheme, x_kind, x_scale, blocks)
     tiles = -(-rows // arguments["BLOCK_M"]) * -(-features // arguments["BLOCK_N"])

@@ -11,9 +11,9 @@ from anychip.ops.reference import ReferenceMoE
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import MoESpec, Platform, Routing
 from anychip_triton.kernels.experts import combine_pairs, expert_matmul
-from anychip_triton.kernels.routing import route
+from anychip_triton.kernels.routing import route, sort_pairs
 from anychip_triton.launch import Launcher, split_tile
-from anychip_triton.linear import as_bytes, product_arguments, quantized_activations, why_not
+from anychip_triton.linear import as_bytes, product_arguments, quantized_activations, weights_problem, why_not
 from anychip_triton.shapes import power_of_two, rows_of
 
 _UNSORTED_PAIRS = 64
@@ -131,20 +131,24 @@ class TritonMoE(ReferenceMoE):
     def _order(self, pair_experts: Tensor, num_experts: int) -> PairOrder:
         """Pairs by expert, unless there are so few that each becomes a tile."""
         pairs = pair_experts.numel()
-        problem = {"pairs": min(pairs, 1 << 30), "item": getattr(torch, self.spec.dtype).itemsize}
+        problem = {"pairs": pairs, "item": getattr(torch, self.spec.dtype).itemsize}
+        problem |= weights_problem(self.spec.scheme)
         blocks, options = split_tile(self._launch.tiles.tile("expert_matmul", **problem))
         if pairs <= _UNSORTED_PAIRS:
             return PairOrder(pair_experts, pair_experts, pair_experts, pair_experts, pairs, False, blocks, options)
-        # Pairs of no expert here come last, behind every tile.
-        keys = torch.where(pair_experts < 0, num_experts, pair_experts).long()
-        order = keys.argsort(stable=True).to(torch.int32)
-        counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=keys.device)
-        counts = counts.scatter_add(0, keys, torch.ones_like(keys, dtype=torch.int32))[:num_experts]
+        arrays = {
+            name: torch.empty((count,), dtype=torch.int32, device=pair_experts.device)
+            for name, count in (("order", pairs), ("pair_ends", num_experts), ("tile_ends", num_experts))
+        }
         size = blocks["BLOCK_M"]
-        pair_ends = counts.cumsum(0, dtype=torch.int32)
-        tile_ends = ((counts + size - 1) // size).cumsum(0, dtype=torch.int32)
+        sorting, warps = split_tile(self._launch.tiles.tile("sort_pairs", **problem))
+        self._launch(
+            sort_pairs, (num_experts,), warps,
+            **arrays, pair_experts=pair_experts, pairs=pairs, experts=num_experts, BINS=power_of_two(num_experts + 1),
+            TILE=size, **sorting,
+        )  # fmt: skip
         tiles = -(-pairs // size) + num_experts
-        return PairOrder(pair_experts, order, pair_ends, tile_ends, tiles, True, blocks, options)
+        return PairOrder(pair_experts, **arrays, num_tiles=tiles, is_sorted=True, blocks=blocks, options=options)
 
     def _product(
         self,

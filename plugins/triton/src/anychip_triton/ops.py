@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import ActFormat, op_override
-from anychip_triton.kernels import norm, sampling
+from anychip_triton.kernels import embedding, norm, sampling
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
 
@@ -21,10 +21,21 @@ class TritonOps:
     def overrides(self) -> Mapping[str, Callable[..., Any]]:
         """By op name."""
         served = (
-            self.rms_norm, self.residual_norm_quant, self.gated_activation, self.gate_up_act_quant,
+            self.embedding, self.rms_norm, self.residual_norm_quant, self.gated_activation, self.gate_up_act_quant,
             self.apply_token_masks, self.sample,
         )  # fmt: skip
         return {method.__name__: method for method in served}
+
+    @op_override("embedding", version=1)
+    def embedding(self, *, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+        rows, width = weight.shape
+        out = torch.empty((ids.numel(), width), dtype=weight.dtype, device=weight.device)
+        blocks, options = split_tile(self._launch.tiles.tile("embedding", width=width))
+        self._launch(
+            embedding.embedding, (ids.numel(), -(-width // blocks["BLOCK"])), options,
+            out=out, ids=ids, weight=weight, first=first, rows=rows, width=width, stride=weight.stride(0), **blocks,
+        )  # fmt: skip
+        return out
 
     @op_override("rms_norm", version=1)
     def rms_norm(self, *, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:

@@ -139,8 +139,9 @@ def experts(
 
 
 def elementwise(launch: Launcher, place: str = "meta", *, dtype: str = "bfloat16") -> None:
-    """Norms and activations."""
+    """Embedding, norms and activations."""
     ops = TritonOps(launch)
+    ops.embedding(ids=_zeros((8,), "int32", place), weight=_zeros((32000, 4096), dtype, place))
     x, weight = _zeros((8, 4096), dtype, place), _zeros((4096,), dtype, place)
     ops.rms_norm(x=x, weight=weight, eps=1e-6)
     ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6)

@@ -56,7 +56,7 @@ def searches() -> Iterator[Search]:
         else:
             continue  # the vendor's library does these
         heights = {16: (16,), 64: (32, 64), 4096: (64, 128)}[rows]
-        bounds = {"rows": rows, "item": 2} | ({"wide": 0} if quantized else {})
+        bounds = {"rows": rows, "item": 2} | ({"bits": 8} if quantized else {})
         yield Search("matmul", bounds, problems, _tiles(heights, (16, 32, 64, 128), (64, 128, 256)))
     for tokens in (128, 4096):
         heights = (16, 32) if tokens == 128 else (64, 128)

@@ -1,4 +1,4 @@
-"""Which experts a token goes to."""
+"""Which experts a token goes to, and which tokens an expert gets."""
 
 import triton
 import triton.language as tl
@@ -47,3 +47,34 @@ def route(
     place = token * TOP_K + slot
     tl.store(weights + place, picked * router_scale, mask=slot < TOP_K)
     tl.store(expert_ids + place, picked_ids, mask=slot < TOP_K)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def sort_pairs(
+    order,  # [pairs]: pairs by expert, in the order of pairs
+    pair_ends,  # [experts]: where each expert's pairs end in `order`
+    tile_ends,  # [experts]: how many tiles of TILE pairs all experts up to each have
+    pair_experts,  # [pairs]: negative ones go to no expert
+    pairs,
+    experts,
+    BINS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A counting sort in one launch: the program of each expert counts all pairs, then writes its own."""
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, pairs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        ids = tl.load(pair_experts + at, mask=at < pairs, other=-1)
+        counts += tl.histogram(tl.where(ids < 0, BINS - 1, ids), BINS)
+    counts = tl.where(bins < experts, counts, 0)
+    tl.store(tile_ends + expert, tl.sum(tl.where(bins <= expert, tl.cdiv(counts, TILE), 0), 0))
+    tl.store(pair_ends + expert, tl.sum(tl.where(bins <= expert, counts, 0), 0))
+    place = tl.sum(tl.where(bins < expert, counts, 0), 0)
+    for start in range(0, pairs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mine = (tl.load(pair_experts + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, 0) - 1, at, mask=mine == 1)
+        place += tl.sum(mine, 0)
