@@ -9,15 +9,23 @@ from anychip import LLM, SamplingParams
 from anychip.errors import ContextTooLong, DeviceFault, DeviceUnavailable, EngineDead, InvalidRequest, StepFailed
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import DEVICES
+from anychip_conformance.fakes import hostlen
 from anychip_conformance.fakes.hostlen import HostlenGraphs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def llm():
-    with LLM(device="cpu", num_kv_blocks=512, max_num_seqs=16) as quickstart:
-        yield quickstart
+def quickstart():
+    with LLM(device="cpu", num_kv_blocks=512, max_num_seqs=16) as shared:
+        yield shared
+
+
+@pytest.fixture
+def llm(quickstart):
+    """The step that was launched ahead when the last request ended may be under way still."""
+    quickstart.engine.drain()
+    return quickstart
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +209,7 @@ def test_recorded_graphs_are_replayed_with_renewed_lengths(tiny):
         tiny, skip_tokenizer=True, device="fake-hostlen", dtype="float32", max_model_len=256, max_num_seqs=4
     ) as one:
         one.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
-        captured = one.engine.executor.worker.program._captured
+        captured = one.engine.executor.worker.program._steps.made
         assert sorted(key.num_reqs for key in captured) == [1, 2, 4]
         assert sum(step.handle.num_replays for step in captured.values()) >= 19
 
@@ -214,11 +222,30 @@ def test_a_lazy_platform_captures_a_shape_when_a_step_first_has_it(tiny, monkeyp
         expected = [output.outputs[0].token_ids for output in early.generate(prompts, sampling)]
     monkeypatch.setattr(HostlenGraphs, "lazy", True)
     with LLM(tiny, max_num_seqs=4, **settings) as late:
-        captured = late.engine.executor.worker.program._captured
+        captured = late.engine.executor.worker.program._steps.made
         assert [key.num_reqs for key in captured] == [1]  # the smallest, which shows that capturing works
         assert [output.outputs[0].token_ids for output in late.generate(prompts, sampling)] == expected
         assert sorted(key.num_reqs for key in captured) == [1, 4]  # three rows share four's; nobody had two
         assert sum(step.handle.num_replays for step in captured.values()) >= 18
+
+
+def test_steps_with_prompts_run_in_pieces_up_to_a_few_tokens(tiny, monkeypatch):
+    settings = {"skip_tokenizer": True, "device": "fake-hostlen", "dtype": "float32", "max_model_len": 256}
+    settings |= {"max_num_seqs": 4, "max_num_batched_tokens": 64}
+    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=0)
+    prompts = [list(range(5, 12)), list(range(40, 90)), [3], list(range(100, 121))]
+
+    def told(llm):
+        return [(output.outputs[0].token_ids, output.prompt_logprobs) for output in llm.generate(prompts, sampling)]
+
+    with LLM(tiny, **settings) as llm:
+        in_pieces = told(llm)
+        made = llm.engine.executor.worker.program._pieces.made
+        assert sorted(made) == [8, 32] and sum(step.handle.num_replays for step in made.values()) > 0
+    monkeypatch.setattr(hostlen, "_PIECE_TOKENS", ())
+    with LLM(tiny, **settings) as llm:
+        assert not llm.engine.executor.worker.program._pieces.made
+        assert told(llm) == in_pieces
 
 
 @pytest.mark.parametrize("stage", ["forward", "sample"])

@@ -119,6 +119,19 @@ def paged_batch(
     )
 
 
+def usual_limits(device: Device, tokens: int = 0, rows: int = 0, *, pages: int = 8, block_size: int = 16) -> StepLimits:
+    """Of a small server, or as large as a batch needs."""
+    rules = device.platform.step_rules
+    rows = rules.max_rows or max(rows, _USUAL_ROWS)
+    return StepLimits(
+        max_num_tokens=rules.max_tokens or max(tokens, _USUAL_TOKENS),
+        max_num_reqs=rows,
+        max_model_len=pages * block_size,
+        max_slots=rows,
+        max_pages=(pages,),
+    )
+
+
 def _key(
     device: Device, tokens: int, rows: int, longest: int, pages: int, padding: Padding, block_size: int
 ) -> ShapeKey:
@@ -126,14 +139,7 @@ def _key(
     rules = device.platform.step_rules
     for name, most, wanted in (("tokens", rules.max_tokens, tokens), ("rows", rules.max_rows, rows)):
         device.limit(f"steps hold {most} {name}, the case has {wanted}", most is None or wanted <= most)
-    limits = StepLimits(
-        max_num_tokens=rules.max_tokens or max(tokens, _USUAL_TOKENS),
-        max_num_reqs=rules.max_rows or max(rows, _USUAL_ROWS),
-        max_model_len=pages * block_size,
-        max_slots=rules.max_rows or max(rows, _USUAL_ROWS),
-        max_pages=(pages,),
-    )
-    policy = device.platform.shape_policy(limits)
+    policy = device.platform.shape_policy(usual_limits(device, tokens, rows, pages=pages, block_size=block_size))
     key = policy.bucket(num_tokens=tokens, num_reqs=rows, max_query_len=longest, num_pages=pages, features=())
     assert key.num_tokens >= tokens and key.num_reqs >= rows, f"the shape policy put {tokens} tokens in {key}"
     if policy.keys():

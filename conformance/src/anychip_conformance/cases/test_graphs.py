@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
+from torch import Tensor
 
-from anychip.plugin_api import GraphLevel, Recorder, ShapeKey, StepLimits
-from anychip_conformance.batch import Row
+from anychip.plugin_api import Apart, GraphLevel, Recorder, ShapeKey, StepLimits
+from anychip_conformance.batch import Row, usual_limits
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device
 from anychip_conformance.paged import AttentionCase, Call
@@ -113,6 +116,65 @@ def replay(device: Device, case: AttentionCase) -> None:
         judge_output(device, fresh, result)
         results.append(result.clone()[: fresh.batch.num_tokens])
     device.same_bits("A replayed again", results[3].contiguous(), results[0].contiguous())
+
+
+MIXED = ((Row(0, 5, 3), Row(1, 4, 1), Row(0, 9, 4)), (Row(1, 2, 6), Row(0, 1, 1)), (Row(0, 7, 7),))
+"""Prompts and single tokens of which the first step fills its pieces."""
+
+
+@kind(
+    "graph.pieces",
+    profile="graph",
+    corpus=[
+        AttentionCase(rows=MIXED[0], dtype=dtype, **settings)  # type: ignore[arg-type]
+        for dtype in ("float32", "bfloat16")
+        for settings in ({}, {"rope": "neox", "qk_norm": True})
+    ],
+)
+def pieces(device: Device, case: AttentionCase) -> None:
+    """Work before and after attention is captured once for a number of tokens, and replayed with other rows: attention
+    between the pieces sees the step's own plan, and the second piece what it returned."""
+    counts = device.platform.shape_policy(usual_limits(device)).pieces()
+    device.need("pieces", device.capabilities.graph_level >= GraphLevel.PIECEWISE and bool(counts))
+    calls = [
+        Call.make(device, msgspec.structs.replace(case, rows=rows, seed=seed))
+        for seed, rows in enumerate((*MIXED, MIXED[0]))
+    ]
+    num_tokens = calls[0].batch.key.num_tokens
+    assert num_tokens in counts, f"a step of {calls[0].batch.num_tokens} tokens has {num_tokens}; pieces have {counts}"
+    graphs = device.platform.graph_capture()
+    fixed = [x.clone() for x in _inputs(calls[0])]
+    current = [calls[0]]
+
+    def region(apart: Apart) -> Tensor:
+        doubled = [x * 2 for x in fixed]
+
+        def attend(plans: Sequence[Any], out: Tensor | None) -> Tensor:
+            call, (q, k, v) = current[0], (x / 2 for x in doubled)
+            result, call.cache = call.backend.forward(
+                q, k, v, call.cache, plans[0], call.layer, rope=call.rope, qk_norm=call.qk_norm, out=out
+            )
+            return result
+
+        return apart(attend) * 4
+
+    def plan(call: Call) -> object:
+        return call.backend.plan(call.batch.view, call.batch.key, group=0)
+
+    handle = graphs.capture_pieces(region, [plan(calls[0])], num_tokens)
+    for call in calls:
+        current[0] = call
+        before = call.blocks().clone()
+        for mine, its in zip(fixed, _inputs(call), strict=True):
+            mine.copy_(its)
+        result = graphs.run_pieces(handle, [plan(call)]) / 4
+        judge_cache(device, call, before, None)
+        judge_output(device, call, result)
+
+
+def _inputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    assert call.k is not None and call.v is not None
+    return call.q, call.k, call.v
 
 
 _ON_DEVICE = ("query_start", "seq_lens", "block_table", "slot_mapping", "positions")

@@ -14,16 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip.ops.reference import DenseCacheAttention, attend_row
 from anychip.plugin_api import (
+    Apart,
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
     BatchView,
+    CallBetween,
     Capabilities,
     Communicator,
     FusedMoE,
     GraphCapture,
     GraphLevel,
     MoESpec,
+    PlannedCall,
     Platform,
     PlatformContext,
     Recorder,
@@ -35,6 +38,7 @@ from anychip_conformance.fakes.functional import DenseMoE
 
 BLOCK_SIZE = 128
 _GRAPH_ROWS = (1, 2, 4, 8, 16)
+_PIECE_TOKENS = (8, 32)
 
 
 # -- graphs -------------------------------------------------------------------------------------------------
@@ -68,10 +72,13 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.tasks: list[Task] = []
+        self.paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.paused:
+            return func(*args, **(kwargs or {}))
         if func.name().startswith(self._HOST_READS):
             raise HostReadInCapture(f"{func.name()} reads a value on the host")
         output = func(*args, **(kwargs or {}))
@@ -83,6 +90,13 @@ class Recording(TorchDispatchMode):
 class RecordedGraph:
     tasks: list[Task]
     recorder: Recorder
+    output: Any
+    num_replays: int = 0
+
+
+@dataclass(slots=True)
+class RecordedPieces:
+    pieces: list[list[Task] | CallBetween]
     output: Any
     num_replays: int = 0
 
@@ -109,6 +123,38 @@ class HostlenGraphs(GraphCapture):
             return RecordedGraph(self.recording.tasks, recorder or Recorder(), output)
         finally:
             self.recording = None
+
+    def capture_pieces(
+        self,
+        fn: Callable[[Apart], Any],
+        plans: Sequence[Any],
+        num_tokens: int,
+        *,
+        communicators: Sequence[Communicator] = (),
+    ) -> RecordedPieces:
+        recording, pieces = Recording(), list[list[Task] | CallBetween]()
+
+        def apart(call: PlannedCall) -> Tensor:
+            recording.paused = True
+            between = CallBetween(call, call(plans, None))
+            recording.paused = False
+            pieces.extend((recording.tasks, between))
+            recording.tasks = []
+            return between.out
+
+        with recording:
+            output = fn(apart)
+        return RecordedPieces([*pieces, recording.tasks], output)
+
+    def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
+        for piece in handle.pieces:
+            if isinstance(piece, CallBetween):
+                piece(plans)
+            else:
+                for task in piece:
+                    task.replay()
+        handle.num_replays += 1
+        return handle.output
 
     def run(self, handle: RecordedGraph, plans: Sequence[Any]) -> Any:
         for group, renew in handle.recorder.renewals:
@@ -267,7 +313,7 @@ class HostlenAttention(DenseCacheAttention):
 
 
 class HostlenShapes(ShapePolicy):
-    """Decode steps come in a few sizes, each with a graph; others keep their own and run eagerly."""
+    """Decode steps come in a few sizes, each with a graph; others with few tokens are filled up and run in pieces."""
 
     def __init__(self, limits: StepLimits) -> None:
         self._keys = [
@@ -276,8 +322,13 @@ class HostlenShapes(ShapePolicy):
             if rows <= limits.max_num_reqs
         ]
 
+        self._pieces = [count for count in _PIECE_TOKENS if count <= limits.max_num_tokens]
+
     def keys(self) -> Sequence[ShapeKey]:
         return self._keys
+
+    def pieces(self) -> Sequence[int]:
+        return self._pieces
 
     def bucket(
         self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
@@ -287,7 +338,7 @@ class HostlenShapes(ShapePolicy):
                 if num_reqs <= key.num_reqs:
                     return key
         return super().bucket(
-            num_tokens=num_tokens,
+            num_tokens=next((count for count in self._pieces if count >= num_tokens), num_tokens),
             num_reqs=num_reqs,
             max_query_len=max_query_len,
             num_pages=num_pages,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from anychip.plugin_api import CompileReport, SamplingInputs, ShapeKey, ShapePolicy, StepInputs
-from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenGraphs, RecordedGraph
+from anychip.plugin_api import CallBetween, CompileReport, SamplingInputs, ShapeKey, ShapePolicy, StepInputs
+from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenGraphs, RecordedGraph, RecordedPieces
 from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
 from anychip_conformance.faulty.registry import fault
 
@@ -30,6 +30,34 @@ class ReplaysNothing(HostlenGraphs):
     """A replay gives back what the capture computed."""
 
     def run(self, handle: RecordedGraph, plans: Sequence[Any]) -> Any:
+        return handle.output
+
+
+@fault("pieces-stale-plan", "graphs", killed_by="graph.pieces.001")
+class StalePlan(HostlenGraphs):
+    """Attention between replayed pieces runs under the plan of the capture."""
+
+    def capture_pieces(
+        self, fn: Any, plans: Sequence[Any], num_tokens: int, *, communicators: Any = ()
+    ) -> RecordedPieces:
+        self._old = plans
+        return super().capture_pieces(fn, plans, num_tokens, communicators=communicators)
+
+    def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
+        return super().run_pieces(handle, self._old)
+
+
+@fault("pieces-lose-a-result", "graphs", killed_by="graph.pieces.001")
+class LosesResult(HostlenGraphs):
+    """The piece behind attention reads what attention gave at the capture."""
+
+    def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
+        for piece in handle.pieces:
+            if isinstance(piece, CallBetween):
+                piece.call(plans, None)
+            else:
+                for task in piece:
+                    task.replay()
         return handle.output
 
 

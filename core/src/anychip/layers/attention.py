@@ -94,15 +94,5 @@ class Attention:
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
-        index = self.layer.index
-        attended, context.caches[index] = self.backend.forward(
-            q,
-            k,
-            v,
-            context.caches[index],
-            context.plans[context.layer_groups[index]],
-            self.layer,
-            rope=self.rope,
-            qk_norm=self.qk_norm,
-        )
+        attended = context.attend(self.backend, self.layer, q, k, v, rope=self.rope, qk_norm=self.qk_norm)
         return self.output(attended.flatten(1))

@@ -43,9 +43,7 @@ def attention(
         layer.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         _check(module, query, key, backend, sliding_window, softcap, others)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    plan = context.plans[context.layer_groups[index]]
-    attended, context.caches[index] = backend.forward(q, k, v, context.caches[index], plan, layer)
-    return attended.unsqueeze(0), None
+    return context.attend(backend, layer, q, k, v).unsqueeze(0), None
 
 
 def _check(

@@ -10,6 +10,8 @@ from anychip.errors import Unsupported
 from anychip.plugin_api.capabilities import GraphLevel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from anychip.plugin_api.attention import Plan
     from anychip.plugin_api.communicator import Communicator
 
@@ -58,6 +60,11 @@ class ShapePolicy:
         """Shapes to prepare before the first request; empty: none."""
         return ()
 
+    def pieces(self) -> Sequence[int]:
+        """Numbers of tokens for which what lies between attention calls may be captured: `bucket` gives them to steps
+        that no key of `keys` holds. Empty: such steps run eagerly."""
+        return ()
+
     def bucket(
         self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
     ) -> ShapeKey:
@@ -83,6 +90,27 @@ class Recorder:
         self.renewals.append((group, renew))
 
 
+PlannedCall = Callable[[Sequence[Any], "Tensor | None"], "Tensor"]
+"""An attention call under a step's plans, by KV group, into a tensor or a new one."""
+
+Apart = Callable[[PlannedCall], "Tensor"]
+"""Runs a call outside the pieces of a capture, now and at every replay with that step's plans; returns the tensor that
+the next piece reads."""
+
+
+@dataclass(slots=True)
+class CallBetween:
+    """A call between two pieces, and the tensor that its result goes to at every replay."""
+
+    call: PlannedCall
+    out: Tensor
+
+    def __call__(self, plans: Sequence[Plan]) -> None:
+        result = self.call(plans, self.out)
+        if result.data_ptr() != self.out.data_ptr():  # a backend may ignore `out`
+            self.out.copy_(result)
+
+
 class GraphCapture:
     """Captures a callable over fixed storage and replays it. The base class captures nothing."""
 
@@ -90,8 +118,8 @@ class GraphCapture:
     lazy = False
     """Whether a shape is captured when a step first has it, instead of at the start."""
 
-    def reserve(self, keys: Sequence[ShapeKey]) -> int:
-        """Bytes that capturing `keys` will need."""
+    def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
+        """Bytes that capturing `keys`, and so many tokens in pieces, will need."""
         return 0
 
     def affordable(self, keys: Sequence[ShapeKey], budget: int) -> Sequence[ShapeKey]:
@@ -114,6 +142,22 @@ class GraphCapture:
         """Replays: owns order and streams, and renews the arguments that the recorder lists. Returns what fn
         returned at capture, rewritten in place."""
         raise Unsupported("graph capture", ["the platform captures no graphs"])
+
+    def capture_pieces(
+        self,
+        fn: Callable[[Apart], Any],
+        plans: Sequence[Plan],
+        num_tokens: int,
+        *,
+        communicators: Sequence[Communicator] = (),
+    ) -> Any:
+        """Runs fn once, recording all but the calls that it hands to Apart, which run under `plans`; returns a handle.
+        What is recorded depends on the number of tokens alone."""
+        raise Unsupported("graph capture", ["the platform captures no pieces"])
+
+    def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:
+        """Replays the pieces and makes the calls between them; returns what fn returned, rewritten in place."""
+        raise Unsupported("graph capture", ["the platform captures no pieces"])
 
 
 class RegionCompiler:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anychip.errors import Unsupported
-from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
+from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
 from anychip.plugin_api.communicator import Communicator
-from anychip.plugin_api.graph import ShapeKey
+from anychip.plugin_api.graph import Apart, ShapeKey
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,6 +150,31 @@ class ForwardContext:
     plans: Sequence[Any]  # by KV group
     caches: list[Any]  # by layer
     layer_groups: Sequence[int]  # by layer
+    apart: Apart | None = None
+    """Of a capture in pieces: attention runs between them."""
+
+    def attend(
+        self,
+        backend: AttentionBackend,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        *,
+        rope: Rope | None = None,
+        qk_norm: QKNorm | None = None,
+    ) -> Tensor:
+        """AttentionBackend.forward on a layer's plan and cache."""
+        index = layer.index
+
+        def call(plans: Sequence[Any], out: Tensor | None) -> Tensor:
+            plan, cache = plans[self.layer_groups[index]], self.caches[index]
+            attended, self.caches[index] = backend.forward(
+                q, k, v, cache, plan, layer, rope=rope, qk_norm=qk_norm, out=out
+            )
+            return attended
+
+        return call(self.plans, None) if self.apart is None else self.apart(call)
 
 
 class StepModel(Protocol):

@@ -54,7 +54,7 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
         else:
             activations = PeakMemory(nbytes=0, exact=False)
             notes.append("activations are not counted: the step program says what it needs once it is built")
-        graphs = platform.graph_capture().reserve(whole.keys)
+        graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
         num_blocks = whole.num_blocks(activations, graphs, pending=weights)
         return WorkerReady(
             kv=kv_cache_config(whole.kv, num_blocks),

@@ -39,6 +39,8 @@ class Preparation:
     policy: ShapePolicy
     keys: Sequence[ShapeKey]
     """Of graphs."""
+    pieces: Sequence[int]
+    """Numbers of tokens of steps that are captured in pieces."""
 
     def new_batch(self) -> InputBatch:
         capabilities = self.platform.capabilities
@@ -102,4 +104,5 @@ def prepare(
         limits=limits,
         policy=policy,
         keys=affordable_graphs(platform, policy),
+        pieces=policy.pieces(),
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from anychip.ops.reference import adjusted_logits, arena_views
 from anychip.plugin_api import (
     MAX_LOGPROBS,
+    Apart,
     Communicator,
     CompileReport,
     Event,
@@ -33,6 +34,7 @@ from anychip.plugin_api import (
     StepProgram,
 )
 from anychip.plugin_api.step_layout import batch_view, blank_step_inputs, sampling_layout, staged_size
+from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
 
 _SCORED_AT_ONCE = 128
 """Prompt tokens whose logits exist at once."""
@@ -54,17 +56,9 @@ class TorchHidden:
     scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
 
 
-@dataclass(slots=True)
-class CapturedStep:
-    handle: object
-    staged: Tensor
-    fields: Mapping[str, Tensor]  # views of `staged`, as the next are
-    draws: Mapping[str, Tensor]
-    plans: list[object]
-
-
 class TorchStepProgram(StepProgram):
-    """`communicators` are those that the model's layers use: a capture must know them."""
+    """`communicators` are those that the model's layers use: a capture must know them. `pieces` are the numbers of
+    tokens of steps that are captured in pieces."""
 
     def __init__(
         self,
@@ -75,6 +69,7 @@ class TorchStepProgram(StepProgram):
         kv: KVPlan,
         limits: StepLimits,
         communicators: Sequence[Communicator],
+        pieces: Sequence[int] = (),
     ) -> None:
         self.platform = platform
         self.model = model
@@ -82,10 +77,11 @@ class TorchStepProgram(StepProgram):
         self.kv = kv
         self.limits = limits
         self.communicators = communicators
+        self.pieces = pieces
         self.device = platform.default_device
         self.graphs = platform.graph_capture()
-        self._captured: dict[ShapeKey, CapturedStep] = {}
-        self._later: set[ShapeKey] = set()
+        self._steps = Captured(self._capture)
+        self._pieces = Captured(self._capture_pieces)
         self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
 
     # -- preparation --------------------------------------------------------------------------------------
@@ -102,17 +98,20 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
-        """Captures a graph for each key, largest first so that later ones fit in its memory; of those that may wait,
-        the smallest, which shows at the start that capturing works."""
-        if self.graphs.level < GraphLevel.FULL:
-            return CompileReport(num_programs=0, seconds=0.0)
+        """Captures a graph for each key, and pieces for each number of tokens that has them, largest first so that
+        later ones fit in its memory; of those that may wait, the smallest, which shows at the start that capturing
+        works."""
         start = time.perf_counter()
-        first = sorted(keys, key=lambda k: -k.num_tokens)
+        keys = sorted(keys, key=lambda k: -k.num_tokens) if self.graphs.level >= GraphLevel.FULL else ()
+        pieces = sorted(self.pieces, reverse=True) if self.graphs.level >= GraphLevel.PIECEWISE else ()
         if self.graphs.lazy:
-            self._later, first = set(first[:-1]), first[-1:]
-        for key in first:
-            self._capture(key)
-        return CompileReport(num_programs=len(self._captured), seconds=time.perf_counter() - start)
+            self._steps.later(keys[:-1])
+            self._pieces.later(pieces[:-1])
+            keys, pieces = keys[-1:], pieces[-1:]
+        self._steps.now(keys)
+        self._pieces.now(pieces)
+        num_programs = len(self._steps.made) + len(self._pieces.made)
+        return CompileReport(num_programs=num_programs, seconds=time.perf_counter() - start)
 
     @torch.inference_mode()
     def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
@@ -130,10 +129,7 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
-        if inputs.key in self._later:
-            self._later.discard(inputs.key)
-            self._capture(inputs.key)
-        captured = self._captured.get(inputs.key)
+        captured = self._steps.get(inputs.key)
         if captured is not None:
             captured.staged.copy_(torch.from_numpy(inputs.staged), non_blocking=True)
             plans = self._plans(inputs, captured.fields, into=captured.plans)
@@ -143,16 +139,26 @@ class TorchStepProgram(StepProgram):
         fields = arena_views(staged, inputs.sections)
         plans = self._plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
-        hidden = self._run(state, fields, plans)
+        hidden = self._in_pieces(state, fields, plans)
+        if hidden is None:
+            hidden = self._run(state, fields, plans)
         scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
         slots = fields["sample_slots"][: inputs.num_samples]
         return state, TorchHidden(self._logits(hidden, rows), slots, _staged_draws(staged, inputs), scores)
 
     def _run(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor:
-        ids = fields["input_ids"]
-        ids = torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
         context = ForwardContext(plans, state.caches, self.kv.layer_groups)
-        return self.model.forward(ids, fields["positions"], context)
+        return self.model.forward(_known_ids(state, fields), fields["positions"], context)
+
+    def _in_pieces(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor | None:
+        """None where no pieces are captured for so many tokens."""
+        pieces = self._pieces.get(len(fields["input_ids"]))
+        if pieces is None:
+            return None
+        pieces.ids.copy_(_known_ids(state, fields))
+        pieces.positions.copy_(fields["positions"])
+        hidden: Tensor = self.graphs.run_pieces(pieces.handle, plans)
+        return hidden
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
         return self.model.logits(hidden[rows]) if len(rows) else None
@@ -215,7 +221,8 @@ class TorchStepProgram(StepProgram):
 
     # -- graphs -------------------------------------------------------------------------------------------
 
-    def _capture(self, key: ShapeKey) -> None:
+    def _blank(self, key: ShapeKey) -> tuple[StepInputs, Tensor, Mapping[str, Tensor]]:
+        """A step of padding alone, on the host and on the device."""
         inputs = blank_step_inputs(
             key,
             num_groups=len(self.kv.block_sizes),
@@ -223,7 +230,10 @@ class TorchStepProgram(StepProgram):
             max_slots=self.limits.max_slots,
         )
         staged = torch.from_numpy(inputs.staged).to(self.device).clone()
-        fields = arena_views(staged, inputs.sections)
+        return inputs, staged, arena_views(staged, inputs.sections)
+
+    def _capture(self, key: ShapeKey) -> CapturedStep:
+        inputs, staged, fields = self._blank(key)
         recorder = Recorder()
         plans = self._plans(inputs, fields, recorder=recorder)
 
@@ -231,7 +241,26 @@ class TorchStepProgram(StepProgram):
             return self._logits(self._run(self._state, fields, plans), fields["logits_indices"])
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
-        self._captured[key] = CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans)
+        return CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans)
+
+    def _capture_pieces(self, num_tokens: int) -> CapturedPieces:
+        pages = max(self.limits.max_pages)
+        inputs, _, fields = self._blank(ShapeKey(num_tokens=num_tokens, num_reqs=1, max_query_len=0, num_pages=pages))
+        plans = self._plans(inputs, fields)
+        ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
+
+        def step(apart: Apart) -> Tensor:
+            context = ForwardContext(plans, self._state.caches, self.kv.layer_groups, apart)
+            return self.model.forward(ids, positions, context)
+
+        handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
+        return CapturedPieces(handle, ids, positions)
+
+
+def _known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
+    """Input ids, those that only the device knows among them."""
+    ids = fields["input_ids"]
+    return torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
 
 
 def _staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:

@@ -51,7 +51,7 @@ class Worker:
             program = self._torch_program(prepared)
             activations = measure_maximal_step(self.platform, program, prepared.new_batch(), kv, limits)
         self.program = program
-        graphs = self.platform.graph_capture().reserve(prepared.keys)
+        graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
         num_blocks = prepared.num_blocks(activations, graphs)
         state = program.initial_state(num_blocks)
         report = program.warm_up(prepared.keys)
@@ -99,6 +99,7 @@ class Worker:
             kv=prepared.kv,
             limits=prepared.limits,
             communicators=[communicator],
+            pieces=prepared.pieces,
         )
 
     # -- steps --------------------------------------------------------------------------------------------

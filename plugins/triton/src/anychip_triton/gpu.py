@@ -102,7 +102,7 @@ class GpuPlatform(TritonPlatform):
         return self._graphs
 
     def shape_policy(self, limits: StepLimits) -> ShapePolicy:
-        return DecodeShapes(limits)
+        return DecodeShapes(limits) if self._graphs.level else ShapePolicy()
 
     def communicator(self, group: GroupSpec) -> Communicator:
         return Communicator(group) if group.size == 1 else RuntimeCommunicator(group, self.default_device)

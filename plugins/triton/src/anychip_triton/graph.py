@@ -1,4 +1,5 @@
-"""Decode steps as graphs: one for each bucket of rows and pages, captured when first needed, in one memory pool."""
+"""Decode steps as graphs, one for each bucket of rows and pages; small steps with prompts in pieces, a set of graphs
+for each bucket of tokens. Captured when first needed, in one memory pool."""
 
 from __future__ import annotations
 
@@ -7,8 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from anychip.plugin_api import Communicator, GraphCapture, GraphLevel, Recorder, ShapeKey, ShapePolicy, StepLimits
+from anychip.plugin_api import (
+    Apart,
+    CallBetween,
+    Communicator,
+    GraphCapture,
+    GraphLevel,
+    PlannedCall,
+    Recorder,
+    ShapeKey,
+    ShapePolicy,
+    StepLimits,
+)
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _PAGES_STEP = 8
@@ -16,14 +29,19 @@ _PAGES_STEP = 8
 
 _FEWEST_PAGES = 64
 
+_PIECE_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512)
+"""Above, a device needs longer for a step than the host to launch it."""
+
 _POOL_BYTES = 256 << 20
 _GRAPH_BYTES = 12 << 20
-"""What a pool holds for the largest step's activations, and each graph for its nodes and arguments: estimates that
-`reserve` sets aside, to be replaced by measured ones."""
+_PIECES_BYTES_PER_TOKEN = 512 << 10
+"""What a pool holds for the largest step's activations, each graph for its nodes and arguments, and pieces for the
+queries, keys and values of every layer: estimates that `reserve` sets aside, to be replaced by measured ones."""
 
 
 class DecodeShapes(ShapePolicy):
-    """Steps in which every row has one token come in a few sizes, each with a graph; others keep their own sizes."""
+    """Steps in which every row has one token come in a few sizes, each with a graph. Others are filled up to a few
+    numbers of tokens as far as pieces go; larger ones keep their sizes."""
 
     def __init__(self, limits: StepLimits) -> None:
         rows = [count for count in _ROWS if count < limits.max_num_reqs] + [limits.max_num_reqs]
@@ -37,6 +55,10 @@ class DecodeShapes(ShapePolicy):
             for size in reversed(pages)
             if count <= limits.max_num_tokens
         ]
+        self._pieces = [count for count in _PIECE_TOKENS if count <= limits.max_num_tokens]
+
+    def pieces(self) -> Sequence[int]:
+        return self._pieces
 
     def keys(self) -> Sequence[ShapeKey]:
         return self._keys
@@ -48,16 +70,22 @@ class DecodeShapes(ShapePolicy):
             for key in self._keys:
                 if num_reqs <= key.num_reqs and num_pages <= key.num_pages:
                     return key
+        tokens = next((count for count in self._pieces if count >= num_tokens), num_tokens)
         return super().bucket(
-            num_tokens=num_tokens, num_reqs=num_reqs, max_query_len=max_query_len, num_pages=num_pages,
-            features=features,
-        )  # fmt: skip
+            num_tokens=tokens, num_reqs=num_reqs, max_query_len=max_query_len, num_pages=num_pages, features=features
+        )
 
 
 @dataclass(slots=True)
 class DeviceGraph:
     graph: torch.cuda.CUDAGraph
     recorder: Recorder
+    output: Any
+
+
+@dataclass(slots=True)
+class DevicePieces:
+    pieces: list[torch.cuda.CUDAGraph | CallBetween]
     output: Any
 
 
@@ -68,8 +96,10 @@ class DeviceGraphs(GraphCapture):
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def reserve(self, keys: Sequence[ShapeKey]) -> int:
-        return _POOL_BYTES + _GRAPH_BYTES * len(keys) if keys else 0
+    def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
+        if not keys and not pieces:
+            return 0
+        return _POOL_BYTES + _GRAPH_BYTES * (len(keys) + len(pieces)) + _PIECES_BYTES_PER_TOKEN * sum(pieces)
 
     def affordable(self, keys: Sequence[ShapeKey], budget: int) -> Sequence[ShapeKey]:
         return keys[: max(0, (budget - _POOL_BYTES) // _GRAPH_BYTES)]
@@ -83,9 +113,16 @@ class DeviceGraphs(GraphCapture):
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> DeviceGraph:
+        self._rehearse(fn, communicators)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool or self._pool, capture_error_mode="thread_local"):
+            output = fn()
+        return DeviceGraph(graph, recorder or Recorder(), output)
+
+    def _rehearse(self, fn: Callable[[], Any], communicators: Sequence[Communicator]) -> None:
+        """Kernels are compiled, and libraries choose theirs, outside the capture."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # Kernels are compiled, and libraries choose theirs, outside the capture.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -93,13 +130,50 @@ class DeviceGraphs(GraphCapture):
         torch.cuda.current_stream().wait_stream(side)
         for communicator in communicators:
             communicator.register(self._pool)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool or self._pool, capture_error_mode="thread_local"):
-            output = fn()
-        return DeviceGraph(graph, recorder or Recorder(), output)
 
     def run(self, handle: DeviceGraph, plans: Sequence[Any]) -> Any:
         for group, renew in handle.recorder.renewals:
             renew(plans[group])
         handle.graph.replay()
+        return handle.output
+
+    def capture_pieces(
+        self,
+        fn: Callable[[Apart], Any],
+        plans: Sequence[Any],
+        num_tokens: int,
+        *,
+        communicators: Sequence[Communicator] = (),
+    ) -> DevicePieces:
+        self._rehearse(lambda: fn(lambda call: call(plans, None)), communicators)
+        pieces, outs = list[torch.cuda.CUDAGraph | CallBetween](), dict[torch.Size, Tensor]()
+
+        def begin() -> None:
+            pieces.append(torch.cuda.CUDAGraph())
+            pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+        def apart(call: PlannedCall) -> Tensor:
+            pieces[-1].capture_end()
+            out = call(plans, None)
+            # A piece has read a call's result before the next call is made: layers share a tensor.
+            out = outs.setdefault(out.shape, out)
+            pieces.append(CallBetween(call, out))
+            begin()
+            return out
+
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            begin()
+            output = fn(apart)
+            pieces[-1].capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        return DevicePieces(pieces, output)
+
+    def run_pieces(self, handle: DevicePieces, plans: Sequence[Any]) -> Any:
+        for piece in handle.pieces:
+            if isinstance(piece, CallBetween):
+                piece(plans)
+            else:
+                piece.replay()
         return handle.output

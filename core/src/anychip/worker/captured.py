@@ -1,0 +1,52 @@
+"""What a program has captured, at the start or when a step first needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    handle: object
+    staged: Tensor
+    fields: Mapping[str, Tensor]  # views of `staged`, as the next are
+    draws: Mapping[str, Tensor]
+    plans: list[object]
+
+
+@dataclass(slots=True)
+class CapturedPieces:
+    handle: object
+    ids: Tensor  # [num_tokens]
+    positions: Tensor
+
+
+class Captured(Generic[K, V]):
+    """`made` has what was captured so far, by shape."""
+
+    def __init__(self, make: Callable[[K], V]) -> None:
+        self.made: dict[K, V] = {}
+        self._make = make
+        self._later: set[K] = set()
+
+    def now(self, keys: Iterable[K]) -> None:
+        for key in keys:
+            if key not in self.made:
+                self.made[key] = self._make(key)
+
+    def later(self, keys: Iterable[K]) -> None:
+        """These are captured when `get` first asks for them."""
+        self._later.update(keys)
+
+    def get(self, key: K) -> V | None:
+        """None: the shape is run eagerly."""
+        if key in self._later:
+            self.now([key])
+        return self.made.get(key)
