@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from anychip.bench import offline
+from anychip.bench.gaps import gaps
 from anychip.bench.online import Slo
 from anychip.bench.report import percentiles
 from anychip.bench.workload import Workload
+from anychip.config import EngineConfig
 from anychip.entrypoints.cli.main import main
 from anychip.errors import ConfigError
+from anychip.plugin_api import DeviceProfile, DeviceSpan
+from anychip.worker.torch_program import TorchStepProgram
+from anychip_cpu.platform import CpuPlatform
 
 SMALL = ["--num-prompts", "3", "--input-len", "20", "--output-len", "5"]
 
@@ -62,6 +72,48 @@ def test_throughput_counts_every_token_and_traces_every_station(tmp_path):
     for inner, outer in zip(forwards, launches, strict=True):
         assert outer["ts"] <= inner["ts"]
         assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 0.01
+
+
+def test_a_trace_shows_what_the_device_did_and_where_it_waited(tmp_path, monkeypatch):
+    """With a platform that tells of one kernel for each step."""
+    seen = []
+
+    @contextmanager
+    def profiler(platform):
+        profile = DeviceProfile()
+        yield profile
+        profile.spans = seen
+
+    real = TorchStepProgram.forward
+
+    def forward(program, *arguments):
+        start = time.perf_counter_ns()
+        result = real(program, *arguments)
+        seen.append(DeviceSpan("step", start, time.perf_counter_ns(), stream=7))
+        return result
+
+    monkeypatch.setattr(CpuPlatform, "profiler", profiler)
+    monkeypatch.setattr(TorchStepProgram, "forward", forward)
+    config = EngineConfig(model="quickstart", device="cpu", num_kv_blocks=64, max_model_len=128)
+    workload = Workload(num_prompts=2, input_len=8, output_len=4)
+    figures = offline.throughput(config, workload, lambda done: None, tmp_path / "trace.json")
+    assert figures["device_spans"] >= 4 and 0 < figures["device_busy_share"] < 1
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    tracks = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert sum(span["tid"] == tracks["device stream 7"] for span in spans) == figures["device_spans"]
+    idle = [span for span in spans if span["tid"] == tracks["device idle"]]
+    assert idle and sum(span["dur"] > 100 for span in idle) == figures["device_gaps_over_100_us"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=8))
+def test_gaps_are_the_moments_without_any_span(spans):
+    found = list(gaps(DeviceSpan("k", start, start + length) for start, length in spans))
+    ends = [start + length for start, length in spans]
+    busy = {moment for start, length in spans for moment in range(start, start + length)}
+    whole = set(range(min((start for start, _ in spans), default=0), max(ends, default=0)))
+    assert {moment for gap in found for moment in range(gap.start_ns, gap.end_ns)} == whole - busy
+    assert all(gap.nanoseconds > 0 for gap in found)
 
 
 def test_latency_has_a_moment_for_every_token_and_a_picture(tmp_path):

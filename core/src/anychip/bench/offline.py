@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anychip.bench.report import percentiles
-from anychip.bench.trace import trace_engine
+from anychip.bench.trace import traced
 from anychip.bench.workload import Workload
 from anychip.config import EngineConfig
 from anychip.errors import EngineDead
@@ -32,17 +32,15 @@ def throughput(config: EngineConfig, workload: Workload, advance: Advance, profi
     with LLM.from_config(config) as llm:
         requests = workload.requests(load_model_config(llm.config.model).vocab_size)
         warm_up(llm)
-        trace = trace_engine(llm) if profile is not None else None
         prompts, params = [r[0] for r in requests], [r[1] for r in requests]
-        began, first, done = time.perf_counter(), 0.0, 0
-        for output in llm.stream_batch(prompts, params):
-            first = first or time.perf_counter() - began
-            if output.finished:
-                done += 1
-                advance(done)
-        seconds = time.perf_counter() - began
-        if trace is not None and profile is not None:
-            trace.save(profile)
+        with traced(llm, profile) as device:
+            began, first, done = time.perf_counter(), 0.0, 0
+            for output in llm.stream_batch(prompts, params):
+                first = first or time.perf_counter() - began
+                if output.finished:
+                    done += 1
+                    advance(done)
+            seconds = time.perf_counter() - began
     read, written = sum(map(len, prompts)), sum(p.max_tokens or 0 for p in params)
     return {
         "seconds": seconds,
@@ -52,6 +50,7 @@ def throughput(config: EngineConfig, workload: Workload, advance: Advance, profi
         "requests_per_s": len(requests) / seconds,
         "output_tokens_per_s": written / seconds,
         "total_tokens_per_s": (read + written) / seconds,
+        **device,
     }
 
 
@@ -61,18 +60,17 @@ def latency(config: EngineConfig, workload: Workload, advance: Advance, profile:
     with LLM.from_config(config) as llm:
         requests = workload.requests(load_model_config(llm.config.model).vocab_size)
         warm_up(llm)
-        trace = trace_engine(llm) if profile is not None else None
-        for number, (prompt, sampling) in enumerate(requests):
-            moments = [time.perf_counter()]
-            moments += [time.perf_counter() for output in llm.stream(prompt, sampling) if output.outputs[0].token_ids]
-            first_token.append(moments[1] - moments[0])
-            between += [b - a for a, b in itertools.pairwise(moments[1:])]
-            whole.append(moments[-1] - moments[0])
-            advance(number + 1)
-        if trace is not None and profile is not None:
-            trace.save(profile)
+        with traced(llm, profile) as device:
+            for number, (prompt, sampling) in enumerate(requests):
+                moments = [time.perf_counter()]
+                stream = llm.stream(prompt, sampling)
+                moments += [time.perf_counter() for output in stream if output.outputs[0].token_ids]
+                first_token.append(moments[1] - moments[0])
+                between += [b - a for a, b in itertools.pairwise(moments[1:])]
+                whole.append(moments[-1] - moments[0])
+                advance(number + 1)
     samples = {"first_token_s": first_token, "between_tokens_s": between, "request_s": whole}
-    return {**{name: percentiles(values) for name, values in samples.items()}, "samples": samples}
+    return {**{name: percentiles(values) for name, values in samples.items()}, "samples": samples, **device}
 
 
 def warm_up(llm: LLM) -> None:

@@ -51,6 +51,7 @@ from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.moe import ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, op_override
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
+from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, SCHEMES, QuantScheme
 from anychip.plugin_api.step import (
     MAX_LOGPROBS,
@@ -76,13 +77,13 @@ __all__ = [
     "API_VERSION", "EDIT_WIDTHS", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS",
     "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Apart", "AttentionBackend", "AttentionLayer",
     "AttentionSpec", "BatchView", "CallBetween", "Capabilities", "CommandManifest", "Communicator", "CompileReport",
-    "Decision", "DeviceFault", "DeviceInfo", "EngineConfig", "Event", "ExpertParallel", "ForwardContext",
-    "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel",
-    "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
-    "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions",
-    "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels",
-    "RegionCompiler", "Requirement", "Rope", "Routing", "SamplingInputs", "Scores", "Section", "ShapeKey",
-    "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules",
-    "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edits_feature", "edits_width", "hookimpl",
-    "op_override", "sampling_features",
+    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EngineConfig", "Event",
+    "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs",
+    "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest",
+    "ModelSource", "Ops", "ParserManifest", "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext",
+    "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "ReadyOutputs",
+    "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing", "SamplingInputs", "Scores",
+    "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
+    "StepProgram", "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edits_feature",
+    "edits_width", "hookimpl", "op_override", "sampling_features",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from anychip.plugin_api.linear import LinearKernel, LinearSpec
 from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.moe import FusedMoE, MoESpec
+from anychip.plugin_api.profile import DeviceProfile
 from anychip.plugin_api.refusals import undeclared
 from anychip.plugin_api.step import KVPlan, ModelSource, StepProgram
 
@@ -178,8 +179,9 @@ class Platform:
 
     # -- life ---------------------------------------------------------------------------------------------
 
-    def profiler(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
+    def profiler(self) -> contextlib.AbstractContextManager[DeviceProfile]:
+        """Collects what this process's devices do within the context. The default sees nothing."""
+        return contextlib.nullcontext(DeviceProfile())
 
     def health(self, deadline_s: float) -> None:
         """Raises DeviceFault when the device does not answer within the deadline."""

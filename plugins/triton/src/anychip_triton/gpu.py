@@ -16,6 +16,7 @@ from anychip.plugin_api import (
     Capabilities,
     Communicator,
     DeviceFault,
+    DeviceProfile,
     Event,
     GraphCapture,
     GroupSpec,
@@ -30,6 +31,7 @@ from anychip_triton.communicator import RuntimeCommunicator
 from anychip_triton.graph import DecodeShapes, DeviceGraphs
 from anychip_triton.options import GpuOptions
 from anychip_triton.platform import TritonPlatform
+from anychip_triton.profile import device_profile
 
 _POLL_S = 0.002
 _GONE = re.compile(r"illegal (memory )?access|device-side assert|unspecified launch failure|hardware exception", re.I)
@@ -107,9 +109,9 @@ class GpuPlatform(TritonPlatform):
     def communicator(self, group: GroupSpec) -> Communicator:
         return Communicator(group) if group.size == 1 else RuntimeCommunicator(group, self.default_device)
 
-    def profiler(self) -> contextlib.AbstractContextManager[Any]:
+    def profiler(self) -> contextlib.AbstractContextManager[DeviceProfile]:
         kinds = torch.profiler.ProfilerActivity
-        return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
+        return device_profile([kinds.CPU, kinds.CUDA])
 
     def health(self, deadline_s: float) -> None:
         event, until = DeviceEvent(), time.monotonic() + deadline_s
