@@ -1,6 +1,10 @@
-"""What may vary from step to step does not make another form of a kernel."""
+"""What may vary from step to step does not make another form of a kernel; forms are compiled before they run."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +40,43 @@ def specialized(launch):
         and not parameter.is_constexpr
         and not parameter.do_not_specialize
     )
+
+
+def test_a_rehearsal_compiles_what_is_called_and_runs_nothing(tmp_path):
+    """In a process of its own, with a stand-in for the driver: what is compiled is for the real target."""
+    program = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class StandIn:
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    is_active = lambda self: True
+
+driver.set_active(StandIn())
+from anychip_triton.kernels import norm, sampling
+from anychip_triton.launch import JitLauncher
+from anychip_triton.ops import TritonOps
+from anychip_triton.targets import TARGETS
+from anychip_triton.tiles import shipped_table
+
+launch = JitLauncher(TARGETS["sm_90"], shipped_table("sm_90"))
+ops, x, weight = TritonOps(launch), torch.randn(3, 64), torch.randn(64)
+rows = {name: torch.zeros(3, dtype=torch.int32) for name in
+        ("top_k", "seed_low", "seed_high", "sample_index", "position")}
+rows |= {name: torch.zeros(3) for name in ("temperature", "top_p", "min_p")}
+with launch.rehearsal():
+    for _ in range(3):
+        ops.rms_norm(x=x, weight=weight, eps=1e-6)
+    ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6)
+    ids = ops.sample(logits=x, all_greedy=True, **rows)
+assert ids.tolist() == [0, 0, 0]
+made = [kernel for each in (norm.rms_norm, sampling.sample) for kernel in each.device_caches[0][0].values()]
+assert all("cubin" in kernel.asm for kernel in made)
+print(len(made))
+"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "3", done.stderr

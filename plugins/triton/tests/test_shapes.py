@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,10 +33,16 @@ def test_every_decode_step_has_the_smallest_shape_that_holds_it(most, pages, dat
     assert not smaller
 
 
-def test_prompts_and_scores_keep_their_own_sizes():
-    shapes = DecodeShapes(limits(256, 512))
-    assert bucket(shapes, 3, 7, longest=5).num_tokens == 15
-    assert bucket(shapes, 3, 7, features=(SCORES,)).num_reqs == 3
+@pytest.mark.parametrize(("tokens", "filled"), [(1, 16), (16, 16), (17, 32), (200, 256), (256, 256), (257, 257)])
+def test_steps_with_prompts_are_filled_up_as_far_as_pieces_go(tokens, filled):
+    shapes = DecodeShapes(limits(8, 32, tokens=300))
+    assert shapes.pieces() == [16, 32, 64, 128, 192, 256]
+    key = shapes.bucket(num_tokens=tokens, num_reqs=1, max_query_len=max(2, tokens), num_pages=9, features=())
+    assert (key.num_tokens, key.num_reqs, key.num_pages) == (filled, 1, 9)
+
+
+def test_steps_with_scores_have_no_graph():
+    assert bucket(DecodeShapes(limits(256, 512)), 3, 7, features=(SCORES,)).num_reqs == 3
 
 
 def test_a_long_context_costs_few_shapes():

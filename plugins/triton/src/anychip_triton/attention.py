@@ -163,7 +163,7 @@ class TritonAttention(DenseCacheAttention):
         common: dict[str, Any] = {
             "out": result, "partial": partial, "statistics": statistics, "query_start": plan.query_start,
             "sinks": sinks, "num_reqs": rows, "out_token_stride": result.stride(0), "NUM_HEADS": spec.num_heads,
-            "PADDED_DIM": self._padded_dim, "SPLITS": splits,
+            "PADDED_DIM": self._padded_dim, "splits": splits,
         }  # fmt: skip
         launch(
             kernels.paged_attention,
@@ -175,14 +175,14 @@ class TritonAttention(DenseCacheAttention):
             q_token_stride=q.stride(0), q_head_stride=q.stride(1), table_stride=plan.block_table.stride(0),
             GROUP=self._group, BLOCK_Q=block_q, HAS_WINDOW=spec.window is not None,
             HAS_SOFTCAP=spec.softcap is not None, HAS_ALIBI=layer.alibi_slopes is not None,
-            HAS_SINKS=layer.sinks is not None, ONE_TOKEN=plan.one_token,
+            HAS_SINKS=layer.sinks is not None, ONE_TOKEN=plan.one_token, SPLIT=splits > 1,
             **blocks, **common, **self._cache_arguments(cache, plan, layer),
         )  # fmt: skip
         if splits > 1:
             options = split_tile(launch.tiles.tile("combine_splits", dim=self._padded_dim))[1]
             launch(
                 kernels.combine_splits, (tokens, spec.num_heads), options,
-                HEAD_DIM=spec.head_dim, HAS_SINKS=layer.sinks is not None, **common,
+                HEAD_DIM=spec.head_dim, HAS_SINKS=layer.sinks is not None, MOST=_MAX_SPLITS, **common,
             )  # fmt: skip
         return result
 

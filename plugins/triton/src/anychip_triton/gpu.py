@@ -57,7 +57,7 @@ class GpuPlatform(TritonPlatform):
         super().__init__(context)
         options = context.options
         assert isinstance(options, GpuOptions)
-        self._graphs = DeviceGraphs() if options.graphs else GraphCapture()
+        self._graphs = DeviceGraphs(self.launch.rehearsal) if options.graphs else GraphCapture()
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
             head_dims=frozenset(range(8, MAX_HEAD_DIM + 1)),
@@ -93,6 +93,8 @@ class GpuPlatform(TritonPlatform):
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def measure(self, fn: Callable[[], Any]) -> PeakMemory:
+        with self.launch.rehearsal():
+            fn()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -4,6 +4,7 @@ for each bucket of tokens. Captured when first needed, in one memory pool."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,10 @@ class DeviceGraphs(GraphCapture):
     level = GraphLevel.FULL
     lazy = True
 
-    def __init__(self) -> None:
+    def __init__(self, rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Within a rehearsal, kernels are compiled and not run."""
         self._pool: Any = None
+        self._rehearsal = rehearsal
 
     def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
         if not keys and not pieces:
@@ -123,6 +126,8 @@ class DeviceGraphs(GraphCapture):
         """Kernels are compiled, and libraries choose theirs, outside the capture."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        with self._rehearsal():
+            fn()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

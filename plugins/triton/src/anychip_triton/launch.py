@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from anychip_triton.targets import Target
 from anychip_triton.tiles import Tile, TileTable
@@ -10,6 +15,8 @@ from anychip_triton.tiles import Tile, TileTable
 Grid = tuple[int, ...]
 
 _OPTIONS = ("num_warps", "num_stages")
+_IDS = ("out", "expert_ids")
+"""Arguments by which kernels give ids, where they are integers."""
 
 
 def split_tile(tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
@@ -36,7 +43,26 @@ class JitLauncher:
         self.target = target
         self.tiles = tiles
         self._options = dict(target.launch_options)
+        self._rehearsing = False
 
     def __call__(self, kernel: Any, grid: Grid, options: dict[str, int], **arguments: Any) -> None:
-        if 0 not in grid:
+        if self._rehearsing:
+            kernel.warmup(grid=grid, **arguments, **options, **self._options)
+            for ids in (arguments.get(name) for name in _IDS):
+                if isinstance(ids, Tensor) and not ids.is_floating_point():
+                    ids.zero_()  # what comes next may use them as indexes
+        elif 0 not in grid:
             kernel[grid](**arguments, **options, **self._options)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Kernels that are called within are not run but compiled, side by side: done when the context ends. What they
+        would have written is left as it was, ids are 0."""
+        from triton.runtime._async_compile import AsyncCompileMode
+
+        self._rehearsing = True
+        try:
+            with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+                yield
+        finally:
+            self._rehearsing = False

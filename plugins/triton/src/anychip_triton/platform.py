@@ -17,7 +17,7 @@ from anychip.plugin_api import (
     PlatformContext,
 )
 from anychip_triton.attention import TritonAttention
-from anychip_triton.launch import JitLauncher, Launcher
+from anychip_triton.launch import JitLauncher
 from anychip_triton.linear import linear_kernel
 from anychip_triton.moe import TritonMoE, unserved
 from anychip_triton.ops import TritonOps
@@ -31,7 +31,7 @@ class TritonPlatform(Platform):
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)
         target = self.find_target()
-        self.launch: Launcher = JitLauncher(target, self.find_tiles(target))
+        self.launch = JitLauncher(target, self.find_tiles(target))
 
     @abstractmethod
     def find_target(self) -> Target:

@@ -39,11 +39,11 @@ def _held(pointer, offsets, mask, BYTES: tl.constexpr, DTYPE: tl.constexpr):
         return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "table_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "table_stride", "splits"])
 def paged_attention(
     out,  # [num_tokens, num_heads, head_dim]
-    partial,  # [num_tokens, num_heads, SPLITS, head_dim] float32, where SPLITS > 1
-    statistics,  # [num_tokens, num_heads, SPLITS, 2] float32: running maximum and sum
+    partial,  # [num_tokens, num_heads, splits, head_dim] float32, where SPLIT
+    statistics,  # [num_tokens, num_heads, splits, 2] float32: running maximum and sum
     q,  # [num_tokens, num_heads, head_dim]
     cache,  # [num_blocks, 2, block_size, num_kv_heads, head_dim]
     query_start,  # [num_reqs + 1]
@@ -58,6 +58,7 @@ def paged_attention(
     window,
     num_tokens,
     num_reqs,
+    splits,
     q_token_stride,
     q_head_stride,
     out_token_stride,
@@ -75,7 +76,7 @@ def paged_attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BYTES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -134,9 +135,9 @@ def paged_attention(
         oldest = tl.maximum(context + first - window + 1, 0)
     start = oldest // BLOCK_N * BLOCK_N
     stop = last
-    if SPLITS > 1:
+    if SPLIT:
         # Splits follow from the row alone, so that its result does not depend on the batch.
-        per_split = tl.cdiv(tl.cdiv(last - start, BLOCK_N), SPLITS) * BLOCK_N
+        per_split = tl.cdiv(tl.cdiv(last - start, BLOCK_N), splits) * BLOCK_N
         start = start + split * per_split
         stop = tl.minimum(start + per_split, last)
 
@@ -171,8 +172,8 @@ def paged_attention(
         )
         values = dot(weights.to(DTYPE), v, values * kept[:, None], tl.float32 == DTYPE)
 
-    if SPLITS > 1:
-        place = (token * NUM_HEADS + head) * SPLITS + split
+    if SPLIT:
+        place = (token * NUM_HEADS + head) * splits + split
         tl.store(statistics + place * 2, highest, mask=live)
         tl.store(statistics + place * 2 + 1, total, mask=live)
         part = partial + place[:, None] * HEAD_DIM + dims[None, :]
@@ -185,7 +186,7 @@ def paged_attention(
         tl.store(out + out_at, result.to(DTYPE), mask=live[:, None] & in_dim[None, :])
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs", "splits"])
 def combine_splits(
     out,  # [num_tokens, num_heads, head_dim]
     partial,  # as paged_attention writes them
@@ -194,23 +195,26 @@ def combine_splits(
     sinks,
     out_token_stride,
     num_reqs,
+    splits,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
     if token >= tl.load(query_start + num_reqs):
         return  # paged_attention has written its zeros
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, PADDED_DIM)
-    place = (token.to(tl.int64) * NUM_HEADS + head) * SPLITS + splits
-    highest = tl.load(statistics + place * 2)
-    total = tl.load(statistics + place * 2 + 1)
+    split, dims = tl.arange(0, MOST), tl.arange(0, PADDED_DIM)
+    made = split < splits
+    place = (token.to(tl.int64) * NUM_HEADS + head) * splits + split
+    highest = tl.load(statistics + place * 2, mask=made, other=float("-inf"))
+    total = tl.load(statistics + place * 2 + 1, mask=made, other=0.0)
     most = tl.max(highest, 0)
     share = tl.exp2(highest - most)
     in_dim = dims < HEAD_DIM
-    parts = tl.load(partial + place[:, None] * HEAD_DIM + dims[None, :], mask=in_dim[None, :], other=0.0)
+    inside = made[:, None] & in_dim[None, :]
+    parts = tl.load(partial + place[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
     whole = tl.sum(total * share, 0)
     if HAS_SINKS:
         whole += tl.exp2(tl.load(sinks + head) * _LOG2E - most)
