@@ -1,4 +1,5 @@
-"""Token draws without sorting: thresholds by bisection on the logits' bits, then one pass in order of ids.
+"""Token draws without sorting: thresholds by a search on the logits' bits, then one pass in order of ids. A pass of the
+search tells WAYS parts of what is left apart: more of them are fewer passes, and more registers.
 
 Ranking, truncation and the draw are docs/reference/randomness.md's. A program takes a row. Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", 2011, has Philox.
@@ -44,28 +45,48 @@ def _uniform(seed_low, seed_high, sample_index, position):
 
 
 @triton.jit
-def _above(row, vocab, threshold, highest, temperature, BLOCK: tl.constexpr):
-    """How many logits have keys above the threshold, and their weight."""
-    count = 0
-    weight = tl.zeros([1], tl.float64)
+def _above(
+    row, vocab, thresholds, highest, temperature, WEIGHED: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr
+):
+    """For each of WAYS thresholds, how many logits have keys above it, and, WEIGHED, their weight."""
+    counts = tl.zeros([BLOCK, WAYS], tl.int32)
+    weights = tl.zeros([BLOCK, WAYS], tl.float64)
     for start in range(0, vocab, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
-        over = (_key(x) > threshold) & (at < vocab)
-        count += tl.sum(over.to(tl.int32), 0)
-        weight += tl.sum(tl.where(over, _unnormalised(x, highest, temperature), 0.0), 0)
-    return count, weight
+        over = (_key(x)[:, None] > thresholds[None, :]) & (at < vocab)[:, None]
+        counts += over.to(tl.int32)
+        if WEIGHED:
+            weights += tl.where(over, _unnormalised(x, highest, temperature)[:, None], 0.0)
+    return tl.sum(counts, 0), tl.sum(weights, 0)
 
 
 @triton.jit
-def _count_above(row, vocab, threshold, BLOCK: tl.constexpr):
-    """How many logits have keys above the threshold."""
-    count = 0
-    for start in range(0, vocab, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
-        count += tl.sum(((_key(x) > threshold) & (at < vocab)).to(tl.int32), 0)
-    return count
+def _narrowed(low, high, enough, WAYS: tl.constexpr):
+    """The part of low..high in which a search goes on: parts end at `_ends`, and `enough` [WAYS] is where that end is
+    not below what is sought."""
+    part = tl.sum(1 - enough.to(tl.int32), 0)
+    step = (high - low) // WAYS + 1
+    return low + part * step, tl.minimum(low + (part + 1) * step - 1, high)
+
+
+@triton.jit
+def _ends(low, high, WAYS: tl.constexpr):
+    """Where WAYS parts of low..high end."""
+    step = (high - low) // WAYS + 1
+    return tl.minimum(low + (tl.arange(0, WAYS) + 1) * step - 1, high)
+
+
+@triton.jit
+def _around(threshold, WAYS: tl.constexpr):
+    """The threshold, and the key below it: what is above the one and not above the other equals it."""
+    return threshold - tl.minimum(tl.arange(0, WAYS), 1)
+
+
+@triton.jit
+def _nth(values, at: tl.constexpr, WAYS: tl.constexpr):
+    """values[at]."""
+    return tl.sum(tl.where(tl.arange(0, WAYS) == at, values, 0), 0)
 
 
 @triton.jit
@@ -96,6 +117,7 @@ def sample(
     vocab,
     stride,
     BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
 ):
     index = tl.program_id(0)
@@ -122,32 +144,26 @@ def sample(
         if (k > 0) & (k < vocab):
             low, high = tl.full((), _LOWEST_KEY, tl.int64), tl.full((), _HIGHEST_KEY, tl.int64)
             while low < high:  # the least key with fewer than k above it
-                middle = low + (high - low) // 2
-                if _count_above(row, vocab, middle, BLOCK) < k:
-                    high = middle
-                else:
-                    low = middle + 1
+                counts, weights = _above(row, vocab, _ends(low, high, WAYS), highest, warm, False, BLOCK, WAYS)
+                low, high = _narrowed(low, high, counts < k, WAYS)
             threshold = low
-            ties = k - _count_above(row, vocab, threshold, BLOCK)
+            counts, weights = _above(row, vocab, _around(threshold, WAYS), highest, warm, False, BLOCK, WAYS)
+            ties = k - _nth(counts, 0, WAYS)
         if p < 1.0:
-            count, above = _above(row, vocab, threshold, highest, warm, BLOCK)
-            at_or_above, with_ties = _above(row, vocab, threshold - 1, highest, warm, BLOCK)
-            equal = tl.maximum(at_or_above - count, 1)
-            share = (with_ties - above) / equal
+            counts, weights = _above(row, vocab, _around(threshold, WAYS), highest, warm, True, BLOCK, WAYS)
+            equal = tl.maximum(_nth(counts, 1, WAYS) - _nth(counts, 0, WAYS), 1)
+            above = _nth(weights, 0, WAYS)
+            share = (_nth(weights, 1, WAYS) - above) / equal
             goal = p.to(tl.float64) * (above + share * tl.minimum(ties, equal))
-            goal_sum = tl.sum(goal, 0)
             low, high = threshold, tl.full((), _HIGHEST_KEY, tl.int64)
             while low < high:  # the least key whose betters weigh less than the goal
-                middle = low + (high - low) // 2
-                count, weight = _above(row, vocab, middle, highest, warm, BLOCK)
-                if tl.sum(weight, 0) < goal_sum:
-                    high = middle
-                else:
-                    low = middle + 1
-            count, weight = _above(row, vocab, low, highest, warm, BLOCK)
-            at_or_above, with_ties = _above(row, vocab, low - 1, highest, warm, BLOCK)
-            each = tl.sum(with_ties - weight, 0) / tl.maximum(at_or_above - count, 1)
-            enough = tl.where(each > 0.0, tl.ceil((goal_sum - tl.sum(weight, 0)) / each), 1.0)
+                counts, weights = _above(row, vocab, _ends(low, high, WAYS), highest, warm, True, BLOCK, WAYS)
+                low, high = _narrowed(low, high, weights < goal, WAYS)
+            counts, weights = _above(row, vocab, _around(low, WAYS), highest, warm, True, BLOCK, WAYS)
+            better = _nth(weights, 0, WAYS)
+            equal = tl.maximum(_nth(counts, 1, WAYS) - _nth(counts, 0, WAYS), 1)
+            each = (_nth(weights, 1, WAYS) - better) / equal
+            enough = tl.where(each > 0.0, tl.ceil((goal - better) / each), 1.0)
             allowed = tl.where(low == threshold, ties, vocab)
             threshold = low
             ties = tl.minimum(allowed, tl.maximum(enough, 1.0).to(tl.int32))
