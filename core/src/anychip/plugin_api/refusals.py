@@ -1,34 +1,55 @@
-"""What a device did not declare, of a spec: the reasons for which its factory refuses."""
+"""What a device did not declare, of a spec: the reasons for which its factory refuses, and what comes nearest."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from anychip.plugin_api.attention import AttentionSpec
 from anychip.plugin_api.capabilities import Capabilities
 from anychip.plugin_api.linear import LinearSpec
 from anychip.plugin_api.moe import MoESpec
 
+_BITS = {
+    "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "fp8": 8, "int8": 8, "int8-w8a8": 8, "int4": 4,
+}  # fmt: skip
+_LISTED = 12
+
 
 def undeclared(spec: AttentionSpec | LinearSpec | MoESpec, capabilities: Capabilities) -> list[str]:
     """Every reason; empty where the device declares all that the spec asks for."""
     reasons = []
     if spec.dtype not in capabilities.dtypes:
-        reasons.append(f"dtype {spec.dtype}; there are {', '.join(sorted(capabilities.dtypes))}")
+        reasons.append(f"dtype {spec.dtype}; {among(spec.dtype, capabilities.dtypes)}")
     if isinstance(spec, AttentionSpec):
         reasons += _attention(spec, capabilities)
     elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
-        there = ", ".join(sorted(capabilities.quantization)) or "none"
-        reasons.append(f"quantization {spec.scheme.name}; there are {there}")
+        reasons.append(f"quantization {spec.scheme.name}; {among(spec.scheme.name, capabilities.quantization)}")
     if spec.invariant and not capabilities.batch_invariant:
         reasons.append("batch invariance")
     return reasons
 
 
+def among(wanted: str | int, there: Collection[str] | Collection[int]) -> str:
+    """What of those that there are comes nearest to what there is not: the nearest number, or of names the one of as
+    many bits, or more."""
+    if not there:
+        return "there is none"
+
+    def distance(other: str | int) -> tuple[bool, int, str]:
+        have, want = (_BITS.get(x, 0) if isinstance(x, str) else x for x in (other, wanted))
+        return isinstance(other, str) and have < want, abs(have - want), str(other)
+
+    ordered: list[str | int] = sorted(there)
+    listed = ", ".join(map(str, ordered)) if len(ordered) <= _LISTED else f"{ordered[0]} to {ordered[-1]}"
+    return f"{min(ordered, key=distance)} comes nearest, there are {listed}"
+
+
 def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:
     reasons = []
     if spec.kv_dtype not in capabilities.kv_dtypes:
-        reasons.append(f"a cache of {spec.kv_dtype}; there are {', '.join(sorted(capabilities.kv_dtypes))}")
+        reasons.append(f"a cache of {spec.kv_dtype}; {among(spec.kv_dtype, capabilities.kv_dtypes)}")
     if capabilities.head_dims is not None and spec.head_dim not in capabilities.head_dims:
-        reasons.append(f"head_dim {spec.head_dim}; there are {', '.join(map(str, sorted(capabilities.head_dims)))}")
+        reasons.append(f"head_dim {spec.head_dim}; {among(spec.head_dim, capabilities.head_dims)}")
     for name, wanted, declared in (
         ("sliding windows", spec.window is not None, capabilities.sliding_window),
         ("softcap", spec.softcap is not None, capabilities.softcap),

@@ -8,6 +8,7 @@ from typing import Any
 
 from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import Platform, QuantScheme, Unsupported
+from anychip.plugin_api.refusals import among
 from anychip.quantization.format import GROUP_SIZES, PlainFormat, QuantizeAtLoad, WeightFormat
 
 METHODS = {
@@ -69,8 +70,8 @@ class CheckedFormat:
         scheme = self._inner.scheme(module, in_features)
         able = self._platform.capabilities.quantization
         if scheme is not None and scheme.name not in able:
-            takes = ", ".join(sorted(able)) or "none"
             raise Unsupported(
-                f"{self._platform.name} with a checkpoint in {scheme.name} ({module})", [f"the device takes {takes}"]
+                f"{self._platform.name} with a checkpoint in {scheme.name} ({module})",
+                [f"the device does not take it: {among(scheme.name, able)}"],
             )
         return scheme

@@ -8,6 +8,7 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError, KVCacheTooSmall, Unsupported
 from anychip.messages import KVCacheConfig, KVGroup
 from anychip.plugin_api import AttentionBackend, AttentionSpec, KVPlan
+from anychip.plugin_api.refusals import among
 from anychip.types import cdiv
 
 
@@ -52,8 +53,8 @@ def _block_sizes(
     first = layouts[0]
     if asked is not None and asked not in first.block_sizes:
         raise ConfigError(
-            f"block_size {asked} is not among those of the attention backend "
-            f"{backend_for(specs[0]).name}: {', '.join(map(str, first.block_sizes))}"
+            f"block_size {asked} is not among those of the attention backend {backend_for(specs[0]).name}: "
+            f"{among(asked, first.block_sizes)}; set --block-size"
         )
     for size in (asked,) if asked is not None else first.block_sizes:
         page = first.page_bytes(size)

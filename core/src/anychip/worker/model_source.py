@@ -16,6 +16,7 @@ from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel, WeightsKey
+from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
 from anychip.weights.dummy import dummy_views
@@ -128,7 +129,7 @@ def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:
             return dtype
     raise ConfigError(
         f"dtype {wanted} ({'of the checkpoint' if asked == 'auto' else 'asked for'}) is not among those of "
-        f"{platform.name}: {', '.join(sorted(able))}; choose one with --dtype"
+        f"{platform.name}: {among(wanted, able)}; choose one with --dtype"
     )
 
 
@@ -142,5 +143,5 @@ def resolve_kv_dtype(asked: str, dtype: DType, platform: Platform) -> DType:
             return able
     raise ConfigError(
         f"--kv-cache-dtype {asked} is not among those of {platform.name}: "
-        f"{', '.join(sorted(platform.capabilities.kv_dtypes))}"
+        f"{among(wanted, platform.capabilities.kv_dtypes)}"
     )
