@@ -1,4 +1,4 @@
-"""What a step asks of a device, counted on a device that holds nothing: torch's meta tensors, and a launcher that writes
+"""What a step asks of a device, counted on one that holds nothing: torch's meta tensors, and a launcher that writes
 launches down. A value that the host wanted to know in the middle of a step would fail there, for there is none."""
 
 from __future__ import annotations
@@ -157,9 +157,8 @@ def test_masks_and_edits_are_one_copy_more(steps):
     runner, launch = steps
     mask = np.full(VOCABULARY // 32, -1, dtype=np.int32).tobytes()
     ids = np.arange(3, dtype=np.int32)
-    edits = LogitEdits(
-        ids=ids.tobytes(), scales=np.ones(3, np.float32).tobytes(), shifts=np.ones(3, np.float32).tobytes()
-    )
+    ones = np.ones(3, dtype=np.float32).tobytes()
+    edits = LogitEdits(ids=ids.tobytes(), scales=ones, shifts=ones)
     with Traffic() as traffic:
         take(runner, 1, 1, late=LateInputs(1, {0: mask}, {2: edits})).fetch()
     assert (traffic.to_device, traffic.to_host) == (2, 1)
