@@ -30,6 +30,7 @@ def run(engine: str, python: str, shape: str, arguments: argparse.Namespace) -> 
         command = [python, str(ENGINE), engine, shape, "--folder", folder, "--device", arguments.device]
         command += ["--scale", str(arguments.scale), "--repeats", str(arguments.repeats)]
         command += ["--workloads", *arguments.workloads]
+        command += [f"--device-opt={option}" for option in arguments.device_opt]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{engine} on {shape} ended with status {done.returncode}")
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=workloads.SHAPES)
     parser.add_argument("--workloads", nargs="+", default=workloads.WORKLOADS, choices=workloads.WORKLOADS)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device-opt", action="append", default=[], metavar="NAME=VALUE", help="of anychip's device")
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of an environment that has vLLM")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="shrinks every length, to try the benchmark itself")
@@ -75,7 +77,15 @@ def main() -> None:
             row["ratio"] = row["value"] / same[0]["value"]
             print(f"{row['shape']:14} {row['workload']:10} anychip / vllm = {row['ratio']:.2f} ({row['unit']})")
     if arguments.output:
-        settings = {"device": arguments.device, "scale": arguments.scale, "repeats": arguments.repeats}
+        settings = {
+            "device": arguments.device, "device_options": arguments.device_opt, "scale": arguments.scale,
+            "repeats": arguments.repeats,
+        }  # fmt: skip
+            "device": arguments.device,
+            "device_options": arguments.device_opt,
+            "scale": arguments.scale,
+            "repeats": arguments.repeats,
+        }
         write(arguments.output, {"what": __doc__.partition("\n")[0], **settings, "rows": rows})
 
 

@@ -20,10 +20,12 @@ BEGAN = time.perf_counter()
 Generate = Callable[[list], None]
 
 
-def anychip_engine(model: str, device: str) -> Generate:
+def anychip_engine(model: str, device: str, options: dict[str, str]) -> Generate:
     from anychip import LLM, SamplingParams
 
-    llm = LLM(model, device=device, load_format="dummy", skip_tokenizer=True, max_model_len=16384)
+    llm = LLM(
+        model, device=device, load_format="dummy", skip_tokenizer=True, max_model_len=16384, device_options=options
+    )
 
     def generate(requests: list) -> None:
         params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in requests]
@@ -32,7 +34,7 @@ def anychip_engine(model: str, device: str) -> Generate:
     return generate
 
 
-def vllm_engine(model: str, device: str) -> Generate:
+def vllm_engine(model: str, device: str, options: dict[str, str]) -> Generate:
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
     from vllm import LLM, SamplingParams
 
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("--folder", type=Path, required=True, help="where the shape's config.json is written")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device-opt", action="append", default=[], metavar="NAME=VALUE", help="of anychip's device")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", nargs="+")
@@ -91,7 +94,9 @@ def main() -> None:
     # An engine must not find our files under the names of packages that it looks for.
     sys.path.remove(str(Path(__file__).parent))
     checkpoint = str(workloads.write_checkpoint(arguments.shape, arguments.folder))
-    generate = (anychip_engine if arguments.engine == "anychip" else vllm_engine)(checkpoint, arguments.device)
+    options = dict(option.split("=", 1) for option in arguments.device_opt)
+    start = anychip_engine if arguments.engine == "anychip" else vllm_engine
+    generate = start(checkpoint, arguments.device, options)
 
     def answer(values: dict[str, Any]) -> None:
         print(json.dumps(values), file=answers, flush=True)

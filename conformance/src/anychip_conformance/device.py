@@ -169,7 +169,7 @@ def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device
         options=manifest.options.parse(manifest.package, options),
         probe=found.probe,
     )
-    ops = resolve_ops(platform.name, platform.ops())
+    ops = resolve_ops(platform.name, platform.ops(), compiler=platform.compiler())
     return Device(manifest=manifest, options=options, probe=found.probe, opened=platform, table=ops)
 
 

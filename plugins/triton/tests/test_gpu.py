@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anychip.ops.reference import REFERENCE
+from anychip.ops.table import resolve_ops
 from anychip.plugin_api import (
     Capabilities,
     DeviceFault,
@@ -14,7 +15,9 @@ from anychip.plugin_api import (
     PlatformManifest,
     ProbeResult,
 )
+from anychip.plugin_api.ops import COMPILED_OPS
 from anychip_triton import gpu
+from anychip_triton.compiler import TorchCompiler
 from anychip_triton.options import GpuOptions
 from anychip_triton.targets import TARGETS
 
@@ -89,6 +92,29 @@ def test_work_that_does_not_end_is_a_fault_within_the_deadline(cuda, monkeypatch
     with pytest.raises(DeviceFault, match="cuda:1 has not finished its work within 0.01 s") as raised:
         open_card().health(0.01)
     assert raised.value.fatal and raised.value.kind == "timeout"
+
+
+def test_a_compiler_in_place_of_the_fused_kernels_is_an_option(cuda):
+    assert open_card().compiler() is None and "rms_norm" in open_card().ops()
+    card = open_card(compile=True)
+    assert isinstance(card.compiler(), TorchCompiler) and card.ops().keys() & COMPILED_OPS == set()
+    served = resolve_ops("card", card.ops(), compiler=card.compiler()).served_by
+    assert served["residual_norm_quant"] == "card's compiler, from the reference"
+    assert served["sample"].startswith("card (anychip_triton.ops")
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_compiled_regions_are_whole_and_compute_what_the_reference_does(rows):
+    table = resolve_ops("card", {}, compiler=TorchCompiler(backend="aot_eager")).ops
+    x, residual, weight = torch.randn(rows, 64), torch.randn(rows, 64), torch.randn(64)
+    plain = resolve_ops("card", {}).ops
+    for ops_call in (
+        lambda ops: ops.rms_norm(x=x, weight=weight, eps=1e-6),
+        lambda ops: ops.residual_norm_quant(x=x, residual=residual, weight=weight, eps=1e-6, unit_offset=True)[0],
+        lambda ops: ops.gate_up_act_quant(gate_up=x, activation="gelu_tanh"),
+        lambda ops: ops.softcap(x=x, cap=30.0),
+    ):
+        torch.testing.assert_close(ops_call(table), ops_call(plain))
 
 
 def test_graphs_are_an_option_that_capabilities_tell(cuda):

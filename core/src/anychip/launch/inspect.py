@@ -26,7 +26,9 @@ def inspect_ops(chosen: ChosenDevice) -> OpReport:
         probe=chosen.candidate.probe,
     )
     try:
-        table = import_module("anychip.ops.table").resolve_ops(platform.name, platform.ops())
+        table = import_module("anychip.ops.table").resolve_ops(
+            platform.name, platform.ops(), compiler=platform.compiler()
+        )
     finally:
         platform.close("inspected")
     return OpReport(

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.ops.reference import REFERENCE_OPS, CompositeOps
-from anychip.plugin_api.ops import COMPOSITE_OPS, OP_VERSIONS, Ops
+from anychip.plugin_api import RegionCompiler
+from anychip.plugin_api.ops import COMPILED_OPS, COMPOSITE_OPS, OP_VERSIONS, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,16 @@ class OpTable:
         return tuple(sorted(names, key=lambda name: (name in COMPOSITE_OPS, name)))
 
 
-def resolve_ops(platform: str, overrides: Mapping[str, Callable[..., Any]], *, require_native: bool = False) -> OpTable:
-    """Raises InvalidOverride for an unknown op, a newer version or a wrong signature; Unsupported when
-    require_native is set and a single op has no override."""
+def resolve_ops(
+    platform: str,
+    overrides: Mapping[str, Callable[..., Any]],
+    *,
+    require_native: bool = False,
+    compiler: RegionCompiler | None = None,
+) -> OpTable:
+    """A compiler makes COMPILED_OPS out of the reference, where they have no override. Raises InvalidOverride for an
+    unknown op, a newer version or a wrong signature; Unsupported when require_native is set and a single op has no
+    override."""
     chosen = SimpleNamespace(**REFERENCE_OPS)
     served_by = dict.fromkeys(REFERENCE_OPS, "reference")
     notes = []
@@ -45,6 +53,10 @@ def resolve_ops(platform: str, overrides: Mapping[str, Callable[..., Any]], *, r
     for name in COMPOSITE_OPS:
         if served_by[name] == "reference":
             setattr(chosen, name, getattr(composite, name))
+    for name in COMPILED_OPS:
+        if compiler is not None and served_by[name] == "reference":
+            setattr(chosen, name, compiler.compile(getattr(chosen, name), name=name))
+            served_by[name] = f"{platform}'s compiler, from the reference"
     if require_native:
         # A composite op without an override is made of single ones: those must be native.
         missing = [n for n, source in served_by.items() if source == "reference" and n not in COMPOSITE_OPS]

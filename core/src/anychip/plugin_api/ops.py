@@ -38,6 +38,9 @@ OP_VERSIONS = {
 
 COMPOSITE_OPS = frozenset({"qkv_norm_rope", "residual_norm_quant", "gate_up_act_quant", "matmul_reduce"})
 
+COMPILED_OPS = frozenset({"gate_up_act_quant", "gated_activation", "residual_norm_quant", "rms_norm", "softcap"})
+"""What Platform.compiler is asked to compile: regions that read and write each value once."""
+
 
 def op_override(name: str, *, version: int) -> Callable[[F], F]:
     """Marks a function as an override of an op at the version that it was written against."""

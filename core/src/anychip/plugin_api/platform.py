@@ -171,6 +171,7 @@ class Platform:
         return ShapePolicy()
 
     def compiler(self) -> RegionCompiler | None:
+        """Makes ops that have no override out of the reference; None: the reference runs as it is."""
         return None
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram | None:

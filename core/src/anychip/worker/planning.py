@@ -38,7 +38,9 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
     plugins = load_plugins()
     manifest, platform = open_for(spec, plugins)
     try:
-        ops = resolve_ops(platform.name, platform.ops(), require_native=spec.config.require_native)
+        ops = resolve_ops(
+            platform.name, platform.ops(), require_native=spec.config.require_native, compiler=platform.compiler()
+        )
         per_host = manifest.topology == "process_per_host"
 
         def prepared_for(model: ModelConfig) -> Preparation:

@@ -31,7 +31,10 @@ class Worker:
         manifest, self.platform = open_for(spec, plugins)
         try:
             self.platform.seed(config.seed)
-            self.ops = resolve_ops(self.platform.name, self.platform.ops(), require_native=config.require_native)
+            self.ops = resolve_ops(
+                self.platform.name, self.platform.ops(), require_native=config.require_native,
+                compiler=self.platform.compiler(),
+            )  # fmt: skip
             self._start(model, plugins.models, manifest.topology == "process_per_host")
         except BaseException as error:
             fault = self.platform.explain(error)

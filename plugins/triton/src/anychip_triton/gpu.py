@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from anychip.plugin_api import (
     MemoryInfo,
     PeakMemory,
     PlatformContext,
+    RegionCompiler,
     ShapePolicy,
     StepLimits,
 )
+from anychip.plugin_api.ops import COMPILED_OPS
 from anychip_triton.attention import MAX_HEAD_DIM
 from anychip_triton.communicator import RuntimeCommunicator
+from anychip_triton.compiler import TorchCompiler
 from anychip_triton.graph import DecodeShapes, DeviceGraphs
 from anychip_triton.options import GpuOptions
 from anychip_triton.platform import TritonPlatform
@@ -57,6 +60,7 @@ class GpuPlatform(TritonPlatform):
         super().__init__(context)
         options = context.options
         assert isinstance(options, GpuOptions)
+        self._compiles = options.compile
         self._graphs = DeviceGraphs(self.launch.rehearsal) if options.graphs else GraphCapture()
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
@@ -107,6 +111,13 @@ class GpuPlatform(TritonPlatform):
 
     def shape_policy(self, limits: StepLimits) -> ShapePolicy:
         return DecodeShapes(limits) if self._graphs.level else ShapePolicy()
+
+    def compiler(self) -> RegionCompiler | None:
+        return TorchCompiler() if self._compiles else None
+
+    def ops(self) -> Mapping[str, Callable[..., Any]]:
+        made = super().ops()
+        return {name: op for name, op in made.items() if name not in COMPILED_OPS} if self._compiles else made
 
     def communicator(self, group: GroupSpec) -> Communicator:
         return Communicator(group) if group.size == 1 else RuntimeCommunicator(group, self.default_device)

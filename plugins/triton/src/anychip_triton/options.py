@@ -12,3 +12,7 @@ class GpuOptions(PluginOptions):
     graphs: bool = field(
         default=True, metadata={"help": "capture decode steps as graphs, each when it is first needed; off: eager"}
     )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "norms and activations by torch.compile instead of hand-written kernels"},
+    )
