@@ -78,9 +78,6 @@ def main() -> None:
             print(f"{row['shape']:14} {row['workload']:10} anychip / vllm = {row['ratio']:.2f} ({row['unit']})")
     if arguments.output:
         settings = {
-            "device": arguments.device, "device_options": arguments.device_opt, "scale": arguments.scale,
-            "repeats": arguments.repeats,
-        }  # fmt: skip
             "device": arguments.device,
             "device_options": arguments.device_opt,
             "scale": arguments.scale,
