@@ -54,6 +54,57 @@ print("sorted")
     assert done.stdout.strip() == "sorted", done.stderr
 
 
+def test_norms_and_activations_write_what_a_product_would_have_made_of_them():
+    """To the bit: activations of 8 bits out of a norm, and a product of them, against the way over plain values."""
+    program = """
+from types import SimpleNamespace
+import anychip_triton.interpreter
+import torch
+from anychip.plugin_api import LinearPart, LinearSpec, QuantScheme
+from anychip_triton.formats import split_rows
+from anychip_triton.launch import JitLauncher
+from anychip_triton.linear import linear_kernel, quantized_activations
+from anychip_triton.ops import TritonOps
+from anychip_triton.targets import INTERPRETER
+from anychip_triton.tiles import shipped_table
+from anychip_triton.problems import _storage
+
+torch.manual_seed(0)
+launch = JitLauncher(INTERPRETER, shipped_table("interpreter"))
+ops, rows, width, outputs = TritonOps(launch), 3, 96, 32
+for dtype in ("float32", "bfloat16"):
+    for name, scales, activations, group in (
+        ("fp8", "channel", "token", None), ("int8-w8a8", "channel", "token", None), ("fp8", "block", "group", 32),
+    ):
+        scheme = QuantScheme(name=name, scales=scales, group_size=group, activations=activations)
+        spec = LinearSpec(in_features=width, out_features=outputs, dtype=dtype, scheme=scheme,
+                          parts=(LinearPart(name="w", offset=0, rows=outputs),))
+        kernel = linear_kernel(spec, _storage("cpu"), launch)
+        packed = kernel.begin()
+        kind = "int8" if name == "int8-w8a8" else "fp8"
+        bytes_ = torch.randint(0, 100, packed.matrix.values.shape, dtype=torch.uint8)
+        packed.matrix.values.view(torch.uint8).copy_(bytes_)
+        packed.matrix.scales.copy_(torch.rand(packed.matrix.scales.shape))
+        assert kernel.accepts.scheme == name
+        shapes = ((rows, width), (rows, width), (width,))
+        x, residual, weight = (torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes)
+        gate_up = torch.randn(rows, 2 * width).to(x.dtype)
+        for plain, fused in (
+            (ops.residual_norm_quant(x=x, residual=residual, weight=weight, eps=1e-6)[0],
+             ops.residual_norm_quant(x=x, residual=residual, weight=weight, eps=1e-6, out_format=kernel.accepts)[0]),
+            (ops.gate_up_act_quant(gate_up=gate_up, activation="silu"),
+             ops.gate_up_act_quant(gate_up=gate_up, activation="silu", out_format=kernel.accepts)),
+        ):
+            held, scale, _ = quantized_activations(launch, plain, packed.matrix)
+            values, scales_ = split_rows(fused, width, kind)
+            assert values.equal(held) and scales_.equal(scale), (dtype, name)
+            assert kernel.apply(fused, packed).equal(kernel.apply(plain, packed)), (dtype, name)
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
 def test_a_process_that_has_compiled_kernels_does_not_interpret():
     program = """
 import anychip_triton.kernels.attention

@@ -12,6 +12,7 @@ from anychip.ops.reference import DenseWeights, ReferenceLinear, reference_linea
 from anychip.ops.reference.linear import QuantizedWeights, ReferenceQuantizedLinear
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import LinearKernel, LinearSpec, Platform, QuantScheme
+from anychip_triton.formats import KINDS, accepted, split_rows
 from anychip_triton.kernels.matmul import matmul, quantize_rows
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
@@ -23,13 +24,13 @@ _LEAST_BLOCK_K = 16
 _ROW_SCALES = {"token": "token", "group": "group", "static": "one"}
 
 
-def linear_kernel(spec: LinearSpec, platform: Platform, launch: Launcher) -> LinearKernel:
-    """The fastest kernel for a spec."""
+def linear_kernel(spec: LinearSpec, platform: Platform, launch: Launcher, *, formats: bool = True) -> LinearKernel:
+    """The fastest kernel for a spec. `formats`: the op before it can write activations of 8 bits."""
     if spec.scheme is None:
         return TritonLinear(spec, platform, launch)
     if why_not(spec.scheme):
         return reference_linear(spec, platform)
-    return TritonQuantizedLinear(spec, platform, launch)
+    return TritonQuantizedLinear(spec, platform, launch, formats=formats)
 
 
 def why_not(scheme: QuantScheme) -> str:
@@ -73,16 +74,23 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
 
     name = "triton-quantized"
 
-    def __init__(self, spec: LinearSpec, platform: Platform, launch: Launcher) -> None:
+    def __init__(self, spec: LinearSpec, platform: Platform, launch: Launcher, *, formats: bool = True) -> None:
         super().__init__(spec, platform)
         self._launch = launch
+        if formats:
+            self._accepts = accepted(spec)
 
     def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
+        """x is plain, or as `accepts` says."""
         matrix = packed.matrix
-        held, scales, kind = quantized_activations(self._launch, rows_of(x), matrix)
+        if x.dtype == torch.uint8:
+            kind = KINDS[matrix.scheme.name]
+            held, scales = split_rows(rows_of(x), self.spec.in_features, kind)
+        else:
+            held, scales, kind = quantized_activations(self._launch, rows_of(x), matrix)
         return launch_matmul(
             self._launch, held, matrix.values, packed.bias, out=out, x_kind=kind, matrix=matrix, x_scale=scales,
-            dtype=x.dtype,
+            dtype=getattr(torch, self.spec.dtype),
         )  # fmt: skip
 
 
@@ -102,7 +110,7 @@ def quantized_activations(launch: Launcher, x: Tensor, matrix: QuantizedMatrix) 
     scheme = matrix.scheme
     if scheme.activations == "plain":
         return x, None, "plain"
-    kind = "int8" if scheme.name == "int8-w8a8" else "fp8"
+    kind = KINDS[scheme.name]
     rows, columns = x.shape
     static = scheme.activations == "static"
     group = scheme.group_size if scheme.activations == "group" and scheme.group_size else columns
@@ -134,7 +142,7 @@ def product_arguments(
         "GROUP": group or 0,
         "X_KIND": x_kind,
         "X_SCALES": _ROW_SCALES.get(activations, "none"),
-        "x_groups": 0 if x_scale is None or activations == "static" else x_scale.shape[1],
+        "x_groups": 0 if x_scale is None or activations == "static" else x_scale.stride(0),
         "W_KIND": "plain" if scheme is None else weight_kind(scheme),
         "HAS_ZERO": scheme is not None and scheme.zero_points,
         "NATIVE_FP8": launch.target.fp8 == "fn",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anychip.plugin_api import ActFormat, op_override
+from anychip_triton.formats import is_plain, new_rows
 from anychip_triton.kernels import embedding, norm, sampling
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
@@ -52,42 +53,49 @@ class TritonOps:
         unit_offset: bool = False,
         out_format: ActFormat | None = None,
     ) -> tuple[Tensor, Tensor]:
-        _check_plain(out_format)
-        return self._norm(x, residual, weight, eps, unit_offset)
+        return self._norm(x, residual, weight, eps, unit_offset, out_format)
 
     def _norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        unit_offset: bool,
+        out_format: ActFormat | None = None,
     ) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
         rows = rows_of(x)
         carried = rows if residual is None else rows_of(residual)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        result, told = _new_result(x.shape, x, out_format)
         total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tile = self._launch.tiles.tile("rms_norm", width=width)
         self._launch(
             norm.rms_norm, (rows.shape[0],), split_tile(tile)[1],
-            out=out, total=total, x=rows, residual=carried, weight=weight, eps=eps, x_stride=rows.stride(0),
+            total=total, x=rows, residual=carried, weight=weight, eps=eps, x_stride=rows.stride(0),
             residual_stride=carried.stride(0), width=width, BLOCK=power_of_two(width),
-            HAS_RESIDUAL=residual is not None, UNIT_OFFSET=unit_offset,
+            HAS_RESIDUAL=residual is not None, UNIT_OFFSET=unit_offset, **told,
         )  # fmt: skip
-        return out, total
+        return result, total
 
     @op_override("gated_activation", version=1)
     def gated_activation(self, *, gate_up: Tensor, activation: str) -> Tensor:
-        width = gate_up.shape[-1] // 2
-        rows = rows_of(gate_up)
-        out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
-        blocks, options = split_tile(self._launch.tiles.tile("gated_activation", width=width))
-        self._launch(
-            norm.gated_activation, (rows.shape[0], -(-width // blocks["BLOCK"])), options,
-            out=out, gate_up=rows, stride=rows.stride(0), width=width, ACTIVATION=activation, **blocks,
-        )  # fmt: skip
-        return out
+        return self.gate_up_act_quant(gate_up=gate_up, activation=activation)
 
     @op_override("gate_up_act_quant", version=1)
     def gate_up_act_quant(self, *, gate_up: Tensor, activation: str, out_format: ActFormat | None = None) -> Tensor:
-        _check_plain(out_format)
-        return self.gated_activation(gate_up=gate_up, activation=activation)
+        width = gate_up.shape[-1] // 2
+        rows = rows_of(gate_up)
+        result, told = _new_result((*gate_up.shape[:-1], width), gate_up, out_format)
+        blocks, options = split_tile(self._launch.tiles.tile("gated_activation", width=width))
+        if told["KIND"] and not told["GROUP"]:  # a row's scale needs all of it
+            blocks, options = split_tile(self._launch.tiles.tile("rms_norm", width=width))
+            blocks["BLOCK"] = power_of_two(width)
+        self._launch(
+            norm.gated_activation, (rows.shape[0], -(-width // blocks["BLOCK"])), options,
+            gate_up=rows, stride=rows.stride(0), width=width, ACTIVATION=activation, **told, **blocks,
+        )  # fmt: skip
+        return result
 
     @op_override("apply_token_masks", version=1)
     def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
@@ -129,6 +137,9 @@ class TritonOps:
         return out
 
 
-def _check_plain(out_format: ActFormat | None) -> None:
-    if out_format is not None and out_format.scheme is not None:
-        raise ValueError(f"no kernel here asks for activations of scheme {out_format.scheme!r}")
+def _new_result(shape: Sequence[int], like: Tensor, out_format: ActFormat | None) -> tuple[Tensor, dict[str, Any]]:
+    """A tensor for a result of a shape in a format, and what kernels are told of it."""
+    if out_format is not None and not is_plain(out_format):
+        return new_rows(shape, out_format, like.device)
+    result = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return result, {"out": result, "scales": result, "out_stride": shape[-1], "scale_stride": 0, "KIND": "", "GROUP": 0}

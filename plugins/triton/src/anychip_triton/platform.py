@@ -53,7 +53,7 @@ class TritonPlatform(Platform):
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         self.check(spec)
-        return linear_kernel(spec, self, self.launch)
+        return linear_kernel(spec, self, self.launch, formats="residual_norm_quant" in self.ops())
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

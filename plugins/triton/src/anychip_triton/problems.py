@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
+    ActFormat,
     AttentionLayer,
     AttentionSpec,
     LinearPart,
@@ -145,6 +146,10 @@ def elementwise(launch: Launcher, place: str = "meta", *, dtype: str = "bfloat16
     x, weight = _zeros((8, 4096), dtype, place), _zeros((4096,), dtype, place)
     ops.rms_norm(x=x, weight=weight, eps=1e-6)
     ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6)
+    for group in (None, 128):
+        form = ActFormat(dtype=cast(Any, dtype), scheme="fp8", group_size=group)
+        ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6, out_format=form)
+        ops.gate_up_act_quant(gate_up=_zeros((8, 28672), dtype, place), activation="silu", out_format=form)
     for activation in ("silu", "gelu_tanh", "swiglu_clamped"):
         ops.gated_activation(gate_up=_zeros((8, 28672), dtype, place), activation=activation)
 

@@ -11,7 +11,7 @@ be another form of the kernel, compiled when it first comes.
 import triton
 import triton.language as tl
 
-from anychip_triton.kernels.numbers import dot, float_to_fp8, fp8_to_float, round_to_even
+from anychip_triton.kernels.numbers import dot, fp8_to_float, in_8_bits, scale_of
 
 
 @triton.jit
@@ -199,12 +199,6 @@ def quantize_rows(
     if STATIC:
         scale = tl.load(scales)
     else:
-        MOST: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-        scale = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / MOST
+        scale = scale_of(tl.max(tl.abs(values), 0), KIND)
         tl.store(scales + row * groups + group, scale)
-    scaled = values / scale
-    if KIND == "fp8":
-        held = float_to_fp8(scaled)
-    else:
-        held = round_to_even(scaled).to(tl.int8)
-    tl.store(out + row * columns + column, held, mask=inside)
+    tl.store(out + row * columns + column, in_8_bits(values / scale, KIND), mask=inside)

@@ -1,14 +1,41 @@
-"""RMS norm, with the residual's sum where there is one; activations of gated MLPs."""
+"""RMS norm, with the residual's sum where there is one; activations of gated MLPs. Either writes plain values or, with
+a KIND, those of 8 bits with their scales, as formats.py has them."""
 
 import triton
 import triton.language as tl
 
-from anychip_triton.kernels.numbers import tanh
+from anychip_triton.kernels.numbers import in_8_bits, scale_of, tanh
+
+
+@triton.jit
+def _store(
+    out, scales, values, row, at, inside, out_stride, scale_stride,
+    DTYPE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """values [BLOCK] of a row, rounded to DTYPE first. GROUP 0: one scale for all of them."""
+    plain = values.to(DTYPE)
+    place = out + row * out_stride + at
+    if KIND == "":
+        tl.store(place, plain, mask=inside)
+    elif GROUP == 0:
+        rounded = tl.where(inside, plain.to(tl.float32), 0.0)
+        scale = scale_of(tl.max(tl.abs(rounded), 0), KIND)
+        tl.store(scales + row * scale_stride, scale)
+        tl.store(place, in_8_bits(rounded / scale, KIND), mask=inside)
+    else:
+        GROUPS: tl.constexpr = BLOCK // GROUP
+        rounded = tl.reshape(tl.where(inside, plain.to(tl.float32), 0.0), [GROUPS, GROUP])
+        scale = scale_of(tl.max(tl.abs(rounded), 1), KIND)
+        begins = tl.min(tl.reshape(at, [GROUPS, GROUP]), 1)
+        whole = tl.max(tl.reshape(inside.to(tl.int32), [GROUPS, GROUP]), 1) == 1
+        tl.store(scales + row * scale_stride + begins // GROUP, scale, mask=whole)
+        tl.store(place, tl.reshape(in_8_bits(rounded / scale[:, None], KIND), [BLOCK]), mask=inside)
 
 
 @triton.jit
 def rms_norm(
-    out,  # [rows, width], contiguous
+    out,  # [rows, width]
+    scales,
     total,  # [rows, width]: x + residual, where HAS_RESIDUAL
     x,
     residual,
@@ -16,7 +43,11 @@ def rms_norm(
     eps,
     x_stride,
     residual_stride,
+    out_stride,
+    scale_stride,
     width,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
@@ -35,7 +66,7 @@ def rms_norm(
     if UNIT_OFFSET:
         gain += 1.0
     normed = values * tl.rsqrt(tl.sum(values * values, 0) / width + eps)
-    tl.store(out + row * width + at, (normed * gain).to(DTYPE), mask=inside)
+    _store(out, scales, normed * gain, row, at, inside, out_stride, scale_stride, DTYPE, KIND, GROUP, BLOCK)
 
 
 @triton.jit
@@ -54,11 +85,16 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated_activation(out, gate_up, stride, width, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+def gated_activation(
+    out, scales, gate_up, stride, out_stride, scale_stride, width,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     """out [rows, width] of gate_up [rows, 2 * width]."""
+    DTYPE: tl.constexpr = gate_up.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(gate_up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + at, activated(gate, up, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+    result = activated(gate, up, ACTIVATION)
+    _store(out, scales, result, row, at, inside, out_stride, scale_stride, DTYPE, KIND, GROUP, BLOCK)

@@ -37,6 +37,22 @@ def round_to_even(x):
 
 
 @triton.jit
+def scale_of(largest, KIND: tl.constexpr):
+    """The scale with which values up to `largest` fill 8 bits. KIND: "fp8" or "int8"."""
+    MOST: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
+    return tl.maximum(largest, 1e-12) / MOST
+
+
+@triton.jit
+def in_8_bits(scaled, KIND: tl.constexpr):
+    """The nearest values of 8 bits."""
+    if KIND == "fp8":
+        return float_to_fp8(scaled)
+    else:
+        return round_to_even(scaled).to(tl.int8)
+
+
+@triton.jit
 def tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
