@@ -15,7 +15,7 @@ SIMULATED := fake-static fake-hostlen fake-spmd
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
-.PHONY: serve test lint equality mutation conformance matrix sanitize amx check-full bench docs clean wheels try-wheels bump
+.PHONY: serve test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -32,6 +32,9 @@ lint: $(VENV)/dev.done  ## style, types, import directions
 equality: $(VENV)/dev.done  ## greedy tokens against transformers, the full product
 	$(PYTEST) -m full core/tests/test_equality.py
 
+gpu-kernels: $(VENV)/dev.done  ## every form of the GPU plugins' kernels compiled for every target, without a device
+	$(PYTEST) -m full plugins/triton/tests/test_ahead.py
+
 mutation: $(VENV)/dev.done  ## plants every fault, and sees it killed by the case that it names
 	$(PYTEST) -q $(MUTATION_TESTS)
 
@@ -40,6 +43,10 @@ conformance: $(VENV)/dev.done  ## every profile on every device that runs here, 
 	  $(BIN)/anychip conformance --device $$device --profile full -n $(WORKERS) \
 	    --report conformance/scorecards/$$device || exit 1; \
 	done
+
+interpreted: $(VENV)/dev.done  ## the GPU plugins' kernels in Triton's interpreter: about half an hour
+	$(BIN)/anychip conformance --device triton-interpreter --profile core --deadline-scale 60 -n $(WORKERS) \
+	  --report conformance/scorecards/triton-interpreter
 
 matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
 	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
@@ -50,7 +57,7 @@ sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan
 amx: $(VENV)/dev.done  ## the CPU's kernels for AMX, its registers emulated
 	$(BIN)/python tools/check_kernels.py emulated-amx
 
-check-full: lint test equality mutation conformance try-wheels sanitize amx docs
+check-full: lint test equality gpu-kernels mutation conformance interpreted try-wheels sanitize amx docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py

@@ -11,8 +11,13 @@ import sys
 
 _KERNELS = "anychip_triton.kernels"
 
-if not os.environ.get("TRITON_INTERPRET") and any(name.startswith(_KERNELS) for name in sys.modules):
-    raise ImportError("this process has Triton kernels that are compiled; the interpreter needs a process of its own")
+if not os.environ.get("TRITON_INTERPRET"):
+    if any(name.startswith(_KERNELS) for name in sys.modules):
+        raise ImportError(
+            "this process has Triton kernels that are compiled; the interpreter needs a process of its own"
+        )
+    if "triton.language" in sys.modules:  # its own functions are marked as well
+        raise ImportError("this process has imported triton; set TRITON_INTERPRET=1 before it starts")
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Mapping  # noqa: E402
