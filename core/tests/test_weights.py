@@ -105,6 +105,11 @@ def test_made_up_weights_are_the_same_in_every_slice(start, count, columns):
     assert got.equal(whole[start : start + count, columns[0] : columns[1]])
 
 
+def test_a_made_up_row_may_be_longer_than_the_pool():
+    row = DummyView("w", (2, 5, 1000), NoisePool(torch.float32, longest=2048)).read((1, 2))
+    assert row.shape == (1, 5, 1000) and row.count_nonzero() > 4990
+
+
 def test_made_up_matrices_differ_and_have_the_usual_spread():
     pool = NoisePool(torch.bfloat16, longest=2048)
     first, second = (DummyView(name, (64, 64), pool).read() for name in ("a.weight", "b.weight"))

@@ -6,7 +6,7 @@ All are cut from one pool of noise, so that tens of gigabytes cost little more t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
@@ -22,25 +22,36 @@ _PIECE = 1 << 20
 """Values of the pool that are drawn at once; a cut begins anywhere in the first piece."""
 
 
+def _plain_bytes(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class NoisePool:
     """Normal numbers, drawn as far as they are asked for: how far does not change them. `longest` is how many values of
-    a tensor lie next to each other in the pool; a larger one is made of several cuts."""
+    a tensor lie next to each other in the pool; a larger one is made of several cuts. `allocate` gives so many bytes of
+    host memory."""
 
-    def __init__(self, dtype: torch.dtype, longest: int = 1 << 24) -> None:
+    def __init__(
+        self, dtype: torch.dtype, longest: int = 1 << 24, allocate: Callable[[int], Tensor] = _plain_bytes
+    ) -> None:
         self.dtype, self.longest = dtype, longest
-        self._values = torch.empty(0, dtype=dtype)
+        self._num_pieces = 0
+        pieces = 1 + -(-longest // _PIECE)
+        self._values = allocate(pieces * _PIECE * dtype.itemsize).view(dtype)
 
     def cut(self, begins: int, count: int) -> Tensor:
-        missing = begins + count - len(self._values)
-        if missing > 0:
-            first = len(self._values) // _PIECE
-            pieces = [self._piece(first + number) for number in range(-(-missing // _PIECE))]
-            self._values = torch.cat([self._values, *pieces])
+        """Values from one of the first piece's on."""
+        if count > self.longest:  # a single row, which repeats itself
+            return torch.cat([self.cut(begins, self.longest), self.cut(begins, count - self.longest)])
+        while self._num_pieces * _PIECE < begins + count:
+            start = self._num_pieces * _PIECE
+            self._values[start : start + _PIECE].copy_(self._piece(self._num_pieces))
+            self._num_pieces += 1
         return self._values[begins : begins + count]
 
     def _piece(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(number)
-        return (torch.randn(_PIECE, generator=generator, dtype=torch.float32) * _SPREAD).to(self.dtype)
+        return torch.randn(_PIECE, generator=generator, dtype=torch.float32) * _SPREAD
 
 
 class DummyView:
@@ -74,9 +85,11 @@ class DummyView:
         return self._pool.cut(begins, prod(shape)).view(shape)[max(0, start - top) : stop - top]
 
 
-def dummy_views(register: WeightRegister, dtype: DType) -> Iterator[tuple[str, WeightView]]:
-    """What the layers want, made up."""
-    pool = NoisePool(getattr(torch, dtype))
+def dummy_views(
+    register: WeightRegister, dtype: DType, allocate: Callable[[int], Tensor] = _plain_bytes
+) -> Iterator[tuple[str, WeightView]]:
+    """What the layers want, made up; `allocate` gives memory that copies to the device."""
+    pool = NoisePool(getattr(torch, dtype), allocate=allocate)
     for slot in list(register.slots.values()):
         if slot.shape is None or slot.name in register.optional:
             raise ConfigError(

@@ -73,7 +73,8 @@ class CheckpointSource:
         check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
             self.progress = LoadProgress(0, shown=False)
-            load_weights(register, self.progress.track(dummy_views(register, self.dtype)), self.model.folder)
+            views = dummy_views(register, self.dtype, self.platform.pinned)
+            load_weights(register, self.progress.track(views), self.model.folder)
         else:
             self._fill(model, shard, register)
         register.finish()

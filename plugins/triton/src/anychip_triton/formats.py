@@ -1,5 +1,5 @@
-"""Activations of 8 bits as one tensor, which a norm or an activation writes and a product reads: bytes
-[rows, width + 4 * groups], a row's values and behind them its scales, float32, one for the row or for each group."""
+"""Activations of 8 bits as one tensor, which a norm or an activation writes and a product reads: bytes, a row's values
+and behind them its scales, float32, one for the row or for each group, and up to 12 bytes that align the next row."""
 
 from __future__ import annotations
 
@@ -38,16 +38,24 @@ def is_plain(out_format: ActFormat | None) -> bool:
 
 def new_rows(shape: Sequence[int], out_format: ActFormat, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
     """A tensor for values of a shape, and what kernels are told of it."""
-    assert out_format.scheme is not None
-    width, kind = shape[-1], KINDS[out_format.scheme]
-    groups = width // out_format.group_size if out_format.group_size else 1
-    made = torch.empty((*shape[:-1], width + 4 * groups), dtype=torch.uint8, device=device)
-    values, scales = split_rows(made.view(-1, made.shape[-1]), width, kind)
+    width = shape[-1]
+    scale_bytes = -(-4 * _groups(out_format, width) // _ALIGNED) * _ALIGNED
+    made = torch.empty((*shape[:-1], width + scale_bytes), dtype=torch.uint8, device=device)
+    values, scales = split_rows(made.view(-1, made.shape[-1]), width, out_format)
     told = {"out": values, "scales": scales, "out_stride": values.stride(0), "scale_stride": scales.stride(0)}
-    return made, {**told, "KIND": kind, "GROUP": out_format.group_size or 0}
+    return made, {**told, "KIND": _kind(out_format), "GROUP": out_format.group_size or 0}
 
 
-def split_rows(rows: Tensor, width: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Values [rows, width] and scales [rows, groups] of rows in this form."""
-    values = rows[:, :width]
-    return values.view(torch.int8) if kind == "int8" else values, rows[:, width:].view(torch.float32)
+def split_rows(rows: Tensor, width: int, form: ActFormat) -> tuple[Tensor, Tensor]:
+    """Values [rows, width] and scales [rows, groups] of rows in a form."""
+    values, scales = rows[:, :width], rows[:, width : width + 4 * _groups(form, width)]
+    return values.view(torch.int8) if _kind(form) == "int8" else values, scales.view(torch.float32)
+
+
+def _groups(form: ActFormat, width: int) -> int:
+    return width // form.group_size if form.group_size else 1
+
+
+def _kind(form: ActFormat) -> str:
+    assert form.scheme is not None
+    return KINDS[form.scheme]

@@ -85,7 +85,7 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
         matrix = packed.matrix
         if x.dtype == torch.uint8:
             kind = KINDS[matrix.scheme.name]
-            held, scales = split_rows(rows_of(x), self.spec.in_features, kind)
+            held, scales = split_rows(rows_of(x), self.spec.in_features, self.accepts)
         else:
             held, scales, kind = quantized_activations(self._launch, rows_of(x), matrix)
         return launch_matmul(

@@ -91,6 +91,7 @@ class TritonOps:
         if told["KIND"] and not told["GROUP"]:  # a row's scale needs all of it
             blocks, options = split_tile(self._launch.tiles.tile("rms_norm", width=width))
             blocks["BLOCK"] = power_of_two(width)
+        blocks["BLOCK"] = max(blocks["BLOCK"], told["GROUP"])
         self._launch(
             norm.gated_activation, (rows.shape[0], -(-width // blocks["BLOCK"])), options,
             gate_up=rows, stride=rows.stride(0), width=width, ACTIVATION=activation, **told, **blocks,

@@ -48,7 +48,7 @@ class _Storage:
         return _zeros(shape, dtype, self._place)
 
 
-def _storage(place: str) -> Platform:
+def storage(place: str) -> Platform:
     return cast(Platform, _Storage(place))
 
 
@@ -118,7 +118,7 @@ def product(
         in_features=columns, out_features=features, parts=(LinearPart(name="w", offset=0, rows=features),),
         dtype=cast(Any, dtype), scheme=scheme,
     )  # fmt: skip
-    kernel = linear_kernel(spec, _storage(place), launch)
+    kernel = linear_kernel(spec, storage(place), launch)
     kernel.apply(_zeros((rows, columns), dtype, place), kernel.begin())
 
 
@@ -134,7 +134,7 @@ def experts(
     spec = MoESpec(
         num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768, dtype=cast(Any, dtype), scheme=scheme
     )
-    kernel = TritonMoE(spec, _storage(place), launch)
+    kernel = TritonMoE(spec, storage(place), launch)
     logits = torch.randn((tokens, spec.num_experts), device=place).to(getattr(torch, dtype))
     kernel.experts(_zeros((tokens, spec.hidden_size), dtype, place), kernel.route(logits), kernel.begin())
 
