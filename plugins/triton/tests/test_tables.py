@@ -44,9 +44,9 @@ def measured(folder, made_with, name="sm_90"):
 def test_what_was_measured_on_this_machine_comes_before_what_is_shipped(tmp_path):
     measured(tmp_path, NOW)
     table = load_table("sm_90", NOW, tmp_path)
-    assert table.tile("matmul", rows=16, item=2, bits=16, grouped=0)["block_n"] == 999
-    assert table.tile("matmul", rows=17, item=2, bits=16, grouped=0) == shipped_table("sm_90").tile(
-        "matmul", rows=17, item=2, bits=16, grouped=0
+    assert table.tile("matmul", rows=16, item=2, quantized=0, bits=16, grouped=0)["block_n"] == 999
+    assert table.tile("matmul", rows=17, item=2, quantized=0, bits=16, grouped=0) == shipped_table("sm_90").tile(
+        "matmul", rows=17, item=2, quantized=0, bits=16, grouped=0
     )
 
 

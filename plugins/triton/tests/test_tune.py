@@ -22,7 +22,9 @@ def problem(launch, place="meta"):
 
 def time_of(times):
     """By the width of the tile that a table has for a product."""
-    return lambda kernel, problem, table: times[table.tile(kernel, rows=16, item=2, bits=4, grouped=1)["block_n"]]
+    return lambda kernel, problem, table: times[
+        table.tile(kernel, rows=16, item=2, quantized=1, bits=4, grouped=1)["block_n"]
+    ]
 
 
 def test_the_fastest_tile_is_kept_and_one_that_cannot_run_is_not():
@@ -53,7 +55,7 @@ def test_what_is_written_is_what_the_platform_reads(tmp_path, monkeypatch, capsy
     assert tune.run(argparse.Namespace(device="cuda", folder=tmp_path)) == 0
     assert str(tmp_path / "sm_90.json") in capsys.readouterr().out
     table = load_table("sm_90", Opened().made_with(), tmp_path)
-    assert table.tile("matmul", rows=16, item=2, bits=16, grouped=0)["block_n"] == 16
+    assert table.tile("matmul", rows=16, item=2, quantized=0, bits=16, grouped=0)["block_n"] == 16
     assert table.tile("attention", dim=64, item=2, many_tokens=1) == shipped_table("sm_90").tile(
         "attention", dim=64, item=2, many_tokens=1
     )

@@ -95,10 +95,12 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
 
 
 def weights_problem(scheme: QuantScheme | None) -> dict[str, int]:
-    """What a tile depends on of a product's weights: their bits, and whether scales change along a row."""
+    """What a tile depends on of a product's weights: whether they are quantized, their bits, and whether scales change
+    along a row."""
     if scheme is None:
-        return {"bits": 16, "grouped": 0}
-    return {"bits": 4 if scheme.name == "int4" else 8, "grouped": int(scheme.group_size is not None)}
+        return {"quantized": 0, "bits": 16, "grouped": 0}
+    bits = 4 if scheme.name == "int4" else 8
+    return {"quantized": 1, "bits": bits, "grouped": int(scheme.group_size is not None)}
 
 
 def weight_kind(scheme: QuantScheme) -> str:

@@ -45,8 +45,9 @@ def searches() -> Iterator[Search]:
     llama: dict[str, Any] = {"heads": 32, "kv_heads": 8, "dim": 128}
     decode = [partial(attention, **llama, rows=rows, queries=1, context=2048) for rows in (1, 128)]
     prompts = [partial(attention, **llama, rows=4, queries=2048, context=2048)]
-    yield Search("attention", {"many_tokens": 0, "dim": 128, "item": 2}, decode, _tiles((16,), (16, 32, 64, 128)))
-    yield Search("attention", {"dim": 128, "item": 2}, prompts, _tiles((64, 128), (32, 64, 128)))
+    plain = {"dim": 128, "item": 2, "narrow": 0}
+    yield Search("attention", {"many_tokens": 0, **plain}, decode, _tiles((16,), (16, 32, 64, 128)))
+    yield Search("attention", plain, prompts, _tiles((64, 128), (32, 64, 128)))
     shapes = ({"columns": 4096, "features": 6144}, {"columns": 14336, "features": 4096})
     for rows, quantized in combinations((16, 64, 4096), (True, False)):
         if quantized:
@@ -61,7 +62,8 @@ def searches() -> Iterator[Search]:
     for tokens in (128, 4096):
         heights = (16, 32) if tokens == 128 else (64, 128)
         tiles = _tiles(heights, (32, 64, 128), (32, 64, 128))
-        yield Search("expert_matmul", {"pairs": 8 * tokens, "item": 2}, [partial(experts, tokens=tokens)], tiles)
+        bounds = {"pairs": 8 * tokens, "item": 2, "quantized": 0}
+        yield Search("expert_matmul", bounds, [partial(experts, tokens=tokens)], tiles)
 
 
 def _tiles(rows: Sequence[int], columns: Sequence[int], depths: Sequence[int] = (0,)) -> list[Tile]:
