@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
+from anychip.launch.build import fill_unset
 from anychip.ops.reference import REFERENCE
-from anychip.plugin_api import PlatformContext, ProbeResult, Unsupported
+from anychip.plugin_api import EngineConfig, Placement, PlatformContext, ProbeResult, Unsupported
 from anychip_cuda import MANIFEST
 from anychip_cuda import probe as probing
 from anychip_cuda.platform import CudaPlatform
@@ -68,6 +69,20 @@ def test_the_probe_lists_what_the_driver_has(driver):
     assert [device.name for device in result.devices] == ["NVIDIA Test 0", "NVIDIA Test 1"]
     assert result.devices[0].total_memory == 80 << 30 and result.devices[0].detail == "compute capability 9.0"
     assert result.versions == {"driver": "580.65"} and not result.reason
+
+
+@pytest.mark.parametrize(("uuids", "order", "needed"), [(1, "", False), (2, "", True), (2, "PCI_BUS_ID", False)])
+def test_a_worker_gets_an_environment_where_the_order_of_devices_matters(driver, monkeypatch, uuids, order, needed):
+    monkeypatch.setattr(Driver, "uuids", Driver.uuids[:uuids])
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    placement = Placement(rank=0, world_size=1, device_indexes=(0,))
+    assert bool(MANIFEST.worker_env(EngineConfig(), placement)) is needed
+
+
+def test_a_gpu_takes_larger_steps_unless_told_otherwise():
+    decision = MANIFEST.negotiate(EngineConfig(), ProbeResult())
+    filled = fill_unset(EngineConfig(max_num_seqs=7), decision)
+    assert (filled.max_num_seqs, filled.max_num_batched_tokens) == (7, 8192)
 
 
 def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):

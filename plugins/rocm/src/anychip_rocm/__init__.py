@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from anychip.plugin_api import API_VERSION, PlatformManifest, Requirement, hookimpl
 from anychip_triton import TRITON
-from anychip_triton.options import GpuOptions
+from anychip_triton.options import GpuOptions, gpu_limits
 
 MANIFEST = PlatformManifest(
     name="rocm",
@@ -18,6 +18,7 @@ MANIFEST = PlatformManifest(
     seam="torch",
     topology="process_per_device",
     options=GpuOptions,
+    negotiate=gpu_limits,
     requirements=(
         Requirement(kind="package", name="torch", range=">=2.9", remedy="install torch's ROCm build, 2.9 or later"),
         TRITON,
