@@ -32,9 +32,11 @@ class Worker:
         try:
             self.platform.seed(config.seed)
             self.ops = resolve_ops(
-                self.platform.name, self.platform.ops(), require_native=config.require_native,
+                self.platform.name,
+                self.platform.ops(),
+                require_native=config.require_native,
                 compiler=self.platform.compiler(),
-            )  # fmt: skip
+            )
             self._start(model, plugins.models, manifest.topology == "process_per_host")
         except BaseException as error:
             fault = self.platform.explain(error)
@@ -73,9 +75,7 @@ class Worker:
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
             notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
             kernels=self._kernels(),
-            capabilities={
-                field.name: _shown(getattr(self.platform.capabilities, field.name)) for field in fields(Capabilities)
-            },
+            capabilities=_declared(self.platform.capabilities),
         )
 
     def _kernels(self) -> dict[str, str]:
