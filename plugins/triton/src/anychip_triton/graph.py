@@ -97,6 +97,7 @@ class DeviceGraphs(GraphCapture):
     def __init__(self, rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Within a rehearsal, kernels are compiled and not run."""
         self._pool: Any = None
+        self._side: Any = None
         self._rehearsal = rehearsal
 
     def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
@@ -118,21 +119,21 @@ class DeviceGraphs(GraphCapture):
     ) -> DeviceGraph:
         self._rehearse(fn, communicators)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool or self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool or self._pool, stream=self._side, capture_error_mode="thread_local"):
             output = fn()
         return DeviceGraph(graph, recorder or Recorder(), output)
 
     def _rehearse(self, fn: Callable[[], Any], communicators: Sequence[Communicator]) -> None:
-        """Kernels are compiled, and libraries choose theirs, outside the capture."""
+        """Kernels are compiled, and libraries choose theirs, outside the capture. Every capture is made on one stream: a
+        library keeps tens of megabytes for each stream that it was called on."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         with self._rehearsal():
             fn()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             fn()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         for communicator in communicators:
             communicator.register(self._pool)
 
@@ -167,12 +168,11 @@ class DeviceGraphs(GraphCapture):
             return out
 
         torch.cuda.synchronize()
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(self._side):
             begin()
             output = fn(apart)
             pieces[-1].capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         return DevicePieces(pieces, output)
 
     def run_pieces(self, handle: DevicePieces, plans: Sequence[Any]) -> Any:
