@@ -124,8 +124,8 @@ class DeviceGraphs(GraphCapture):
         return DeviceGraph(graph, recorder or Recorder(), output)
 
     def _rehearse(self, fn: Callable[[], Any], communicators: Sequence[Communicator]) -> None:
-        """Kernels are compiled, and libraries choose theirs, outside the capture. Every capture is made on one stream: a
-        library keeps tens of megabytes for each stream that it was called on."""
+        """Kernels are compiled, and libraries choose theirs, outside the capture. Every capture is made on one stream:
+        libraries keep tens of megabytes for each stream that they were called on."""
         if self._pool is None:
             self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         with self._rehearsal():
