@@ -13,6 +13,9 @@ import msgspec
 from anychip.errors import ConfigError
 from anychip.types import DTYPES, QUICKSTART
 
+_HOST_ROWS, _HOST_TOKENS = 128, 2048
+"""Limits of a step where nobody gives any: what a host's cores are busy with for long enough."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine runs and how. Sizes are in tokens, sequences or bytes; None means that anychip chooses.
@@ -36,8 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     generation_config: Literal["auto", "none"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     max_model_len: int | None = None
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     block_size: int | None = None
     num_kv_blocks: int | None = None
     kv_cache_bytes: int | None = None
@@ -81,6 +84,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def public_name(self) -> str:
         """What clients call the model."""
         return self.served_model_name or self.model
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step: max_num_seqs, or a host's where neither the user nor the device's plugin gives one."""
+        return self.max_num_seqs or _HOST_ROWS
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a step: max_num_batched_tokens, likewise."""
+        return self.max_num_batched_tokens or _HOST_TOKENS
 
     @property
     def max_in_flight(self) -> int:

@@ -81,8 +81,9 @@ def test_a_worker_gets_an_environment_where_the_order_of_devices_matters(driver,
 
 def test_a_gpu_takes_larger_steps_unless_told_otherwise():
     decision = MANIFEST.negotiate(EngineConfig(), ProbeResult())
-    filled = fill_unset(EngineConfig(max_num_seqs=7), decision)
-    assert (filled.max_num_seqs, filled.max_num_batched_tokens) == (7, 8192)
+    for rows in (7, EngineConfig().most_rows):
+        filled = fill_unset(EngineConfig(max_num_seqs=rows), decision)
+        assert (filled.most_rows, filled.most_tokens) == (rows, 8192)
 
 
 def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):

@@ -42,13 +42,13 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
     executor.ready = msgspec.structs.replace(executor.ready, notes=notes)
     try:
         max_model_len = resolve_max_model_len(config, model, executor.ready)
-        check_fits(executor.ready, max_model_len, config.max_num_batched_tokens)
+        check_fits(executor.ready, max_model_len, config.most_tokens)
         scheduler = Scheduler(
             kv=KVCacheManager(executor.ready.kv, prefix_caching=config.prefix_caching),
             policy=policy,
             rules=executor.ready.rules,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.most_rows,
+            max_num_batched_tokens=config.most_tokens,
         )
     except BaseException:
         executor.close("refused")
@@ -93,7 +93,7 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: Worke
     """The given length; or, where none is given, the model's own, as far as the KV cache holds it."""
     if config.max_model_len is not None:
         return config.max_model_len
-    fits = longest_that_fits(ready.kv, config.max_num_batched_tokens)
+    fits = longest_that_fits(ready.kv, config.most_tokens)
     return max(2, min(model.max_positions, fits))
 
 

@@ -21,12 +21,12 @@ def step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv
     """The configuration's limits within the device's."""
     rules = platform.step_rules
     length = config.max_model_len or model.max_positions
-    rows = min(config.max_num_seqs, rules.max_rows or config.max_num_seqs)
+    rows = min(config.most_rows, rules.max_rows or config.most_rows)
     return StepLimits(
-        max_num_tokens=min(config.max_num_batched_tokens, rules.max_tokens or config.max_num_batched_tokens),
+        max_num_tokens=min(config.most_tokens, rules.max_tokens or config.most_tokens),
         max_num_reqs=rows,
         max_model_len=length,
-        max_slots=config.max_num_seqs,
+        max_slots=config.most_rows,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
     )
 
