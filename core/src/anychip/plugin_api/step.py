@@ -165,16 +165,19 @@ class ForwardContext:
         qk_norm: QKNorm | None = None,
     ) -> Tensor:
         """AttentionBackend.forward on a layer's plan and cache."""
-        index = layer.index
+        index, group, caches = layer.index, self.layer_groups[layer.index], self.caches
+        if self.apart is None:
+            plan = self.plans[group]
+            attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
+            return attended
 
         def call(plans: Sequence[Any], out: Tensor | None) -> Tensor:
-            plan, cache = plans[self.layer_groups[index]], self.caches[index]
-            attended, self.caches[index] = backend.forward(
-                q, k, v, cache, plan, layer, rope=rope, qk_norm=qk_norm, out=out
+            attended, caches[index] = backend.forward(
+                q, k, v, caches[index], plans[group], layer, rope=rope, qk_norm=qk_norm, out=out
             )
             return attended
 
-        return call(self.plans, None) if self.apart is None else self.apart(call)
+        return self.apart(call)
 
 
 class StepModel(Protocol):

@@ -141,14 +141,13 @@ class TorchStepProgram(StepProgram):
         rows = fields["logits_indices"][: inputs.num_samples]
         hidden = self._in_pieces(state, fields, plans)
         if hidden is None:
-            hidden = self._run(state, fields, plans)
+            hidden = self.model.forward(_known_ids(state, fields), fields["positions"], self._context(state, plans))
         scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
         slots = fields["sample_slots"][: inputs.num_samples]
         return state, TorchHidden(self._logits(hidden, rows), slots, _staged_draws(staged, inputs), scores)
 
-    def _run(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor:
-        context = ForwardContext(plans, state.caches, self.kv.layer_groups)
-        return self.model.forward(_known_ids(state, fields), fields["positions"], context)
+    def _context(self, state: TorchState, plans: Sequence[object], apart: Apart | None = None) -> ForwardContext:
+        return ForwardContext(plans, state.caches, self.kv.layer_groups, apart)
 
     def _in_pieces(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor | None:
         """None where no pieces are captured for so many tokens."""
@@ -238,7 +237,9 @@ class TorchStepProgram(StepProgram):
         plans = self._plans(inputs, fields, recorder=recorder)
 
         def step() -> Tensor | None:
-            return self._logits(self._run(self._state, fields, plans), fields["logits_indices"])
+            context = self._context(self._state, plans)
+            hidden = self.model.forward(_known_ids(self._state, fields), fields["positions"], context)
+            return self._logits(hidden, fields["logits_indices"])
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
         return CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans)
@@ -250,8 +251,7 @@ class TorchStepProgram(StepProgram):
         ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
 
         def step(apart: Apart) -> Tensor:
-            context = ForwardContext(plans, self._state.caches, self.kv.layer_groups, apart)
-            return self.model.forward(ids, positions, context)
+            return self.model.forward(ids, positions, self._context(self._state, plans, apart))
 
         handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
         return CapturedPieces(handle, ids, positions)
