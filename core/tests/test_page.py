@@ -64,6 +64,32 @@ def keep(page: Page, name: str) -> None:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
 
 
+def test_an_answer_that_comes_after_the_key_does_not_ask_for_it_again(browser, server):
+    """Of two requests that went out without a key, the second is refused only after the first was given one."""
+    opened = browser.new_page()
+    opened.goto(server.url)
+    expect(opened.locator("#key-dialog")).to_be_visible()
+    late = opened.evaluate_handle("""async () => {
+        const { withKey } = await import("./ui/api.js");
+        let answer;
+        const refused = new Promise((resolve) => { answer = resolve; });
+        const sent = [];
+        withKey((given) => {
+            sent.push(given.Authorization ?? null);
+            return sent.length === 1 ? refused : { status: 200 };
+        });
+        return { sent, refuse: () => answer({ status: 401 }) };
+    }""")
+    opened.fill("#key", "secret")
+    opened.keyboard.press("Enter")
+    expect(opened.locator("#alive")).to_have_text("ready")
+    late.evaluate("(late) => late.refuse()")
+    opened.wait_for_function("(late) => late.sent.length === 2", arg=late)
+    assert late.evaluate("(late) => late.sent") == [None, "Bearer secret"]
+    expect(opened.locator("#key-dialog")).to_be_hidden()
+    opened.close()
+
+
 def test_a_message_is_answered_as_it_comes_and_tokens_show_their_chances(page):
     page.fill("#max_tokens", "24")
     page.fill("#text", "How do I reverse a list?")

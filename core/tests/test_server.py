@@ -184,7 +184,8 @@ def test_sigterm_leaves_nothing_running():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_starting_leaves_nothing_running(number):
     server = Server("--device", "cpu", wait=False)
-    while not children(server.process.pid):
+    while not server.engine_pids():  # a child is called an engine only once it runs the engine's program
+        assert server.process.poll() is None, server.log()
         time.sleep(0.02)
     engine = server.engine_pid()
     server.process.send_signal(number)

@@ -3,17 +3,16 @@
 const dialog = document.querySelector("#key-dialog");
 const field = document.querySelector("#key");
 
-function headers() {
-  const key = sessionStorage.getItem("anychip-key");
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
+const keptKey = () => sessionStorage.getItem("anychip-key");
 
 /** Asks for a key until the server takes it: `send` is tried again with each. */
 export async function withKey(send) {
   for (;;) {
-    const response = await send(headers());
+    const key = keptKey();
+    const response = await send(key ? { Authorization: `Bearer ${key}` } : {});
     if (response.status !== 401) return response;
-    await askForKey();
+    // One that is refused after another has been given a key went out without it: it is tried again, nobody is asked.
+    if (key === keptKey()) await askForKey();
   }
 }
 
