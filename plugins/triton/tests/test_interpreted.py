@@ -54,6 +54,43 @@ print("sorted")
     assert done.stdout.strip() == "sorted", done.stderr
 
 
+def test_draws_over_many_parts_of_a_vocabulary_are_the_references():
+    """With ties, tokens that masks exclude, and every kind of truncation beside rows without."""
+    program = """
+import anychip_triton.interpreter
+import torch
+from anychip.ops.reference import sampling as reference
+from anychip_triton.launch import JitLauncher
+from anychip_triton.ops import TritonOps
+from anychip_triton.targets import INTERPRETER
+from anychip_triton.tiles import TileTable
+
+torch.manual_seed(0)
+tile = {"block": 32, "ways": 4, "num_warps": 1}
+ops = TritonOps(JitLauncher(INTERPRETER, TileTable("interpreter", {"sample": [tile]})))
+rows = 12
+given = {
+    "temperature": torch.tensor([0.0, 0.3, 1.0, 2.0] * 3),
+    "top_k": torch.tensor([0, 1, 5, 40, 1000, 0] * 2, dtype=torch.int32),
+    "top_p": torch.tensor([1.0, 0.9, 0.5, 0.01, 0.999] * 3)[:rows],
+    "min_p": torch.tensor([0.0, 0.0, 0.05, 0.5, 1.0, 0.0, 0.0] * 2)[:rows],
+}
+for vocab in (7, 230):
+    for spread in (0.1, 2.0, 20.0):
+        for name in ("seed_low", "seed_high", "sample_index", "position"):
+            given[name] = torch.randint(-1000, 1000, (rows,), dtype=torch.int32)
+        logits = torch.randn(rows, vocab) * spread
+        logits[::3] = (logits[::3] * 2).round() / 2
+        logits[1, ::2] = -torch.inf
+        for all_greedy in (False, True):
+            drawn, wanted = (each.sample(logits=logits, all_greedy=all_greedy, **given) for each in (ops, reference))
+            assert drawn.equal(wanted), (vocab, spread, all_greedy, drawn, wanted)
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
 def test_norms_and_activations_write_what_a_product_would_have_made_of_them():
     """To the bit: activations of 8 bits out of a norm, and a product of them, against the way over plain values."""
     program = """

@@ -147,7 +147,7 @@ def test_a_step_is_one_copy_to_the_device_and_one_back(steps):
         with Traffic() as traffic:
             take(runner, number, 1).fetch()
         assert (traffic.to_device, traffic.to_host) == (1, 1)
-        assert {"paged_attention", "rotate_and_write", "rms_norm", "embedding", "sample"} <= names(launch)
+        assert {"paged_attention", "rotate_and_write", "rms_norm", "embedding", "truncate", "draw"} <= names(launch)
     # Beside products: ids that only the device knows, and the sampled ones kept. None of them is a layer's.
     others = traffic.operations - Counter({"linear": traffic.operations["linear"]})
     assert others.total() <= 8 and not {"argsort", "sort", "scatter_add"} & others.keys(), others
@@ -162,7 +162,7 @@ def test_masks_and_edits_are_one_copy_more(steps):
     with Traffic() as traffic:
         take(runner, 1, 1, late=LateInputs(1, {0: mask}, {2: edits})).fetch()
     assert (traffic.to_device, traffic.to_host) == (2, 1)
-    assert "mask_tokens" in names(launch)
+    assert {"mask_tokens", "edit_logits"} <= names(launch)
 
 
 def names(launch: RecordingLauncher) -> set[str]:

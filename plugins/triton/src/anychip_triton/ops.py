@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anychip.plugin_api import ActFormat, op_override
 from anychip_triton.formats import is_plain, new_rows
-from anychip_triton.kernels import embedding, norm, sampling
+from anychip_triton.kernels import embedding, norm, sampling, truncation
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
 
@@ -23,7 +23,7 @@ class TritonOps:
         """By op name."""
         served = (
             self.embedding, self.rms_norm, self.residual_norm_quant, self.gated_activation, self.gate_up_act_quant,
-            self.apply_token_masks, self.sample,
+            self.apply_token_masks, self.edit_logits, self.sample,
         )  # fmt: skip
         return {method.__name__: method for method in served}
 
@@ -110,6 +110,20 @@ class TritonOps:
         )  # fmt: skip
         return out
 
+    @op_override("edit_logits", version=1)
+    def edit_logits(self, *, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+        logits = rows_of(logits)
+        rows, vocab = logits.shape
+        out = logits.clone(memory_format=torch.contiguous_format)
+        width = ids.shape[-1]
+        blocks, options = split_tile(self._launch.tiles.tile("edit_logits", width=vocab))
+        self._launch(
+            sampling.edit_logits, (rows, -(-width // blocks["BLOCK"])), options,
+            out=out, logits=logits, ids=ids.contiguous(), scales=scales.contiguous(), shifts=shifts.contiguous(),
+            vocab=vocab, stride=logits.stride(0), width=width, **blocks,
+        )  # fmt: skip
+        return out
+
     @op_override("sample", version=1)
     def sample(
         self,
@@ -127,13 +141,33 @@ class TritonOps:
     ) -> Tensor:
         logits = rows_of(logits)
         rows, vocab = logits.shape
-        out = torch.empty((rows,), dtype=torch.int32, device=logits.device)
         blocks, options = split_tile(self._launch.tiles.tile("sample", width=vocab))
+        ways, block = blocks["WAYS"], blocks["BLOCK"]
+        parts = -(-vocab // block)
+
+        def new(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty((rows, *shape), dtype=dtype, device=logits.device)
+
+        row: dict[str, Any] = {
+            "logits": logits, "bests": new(torch.int64, parts), "vocab": vocab, "stride": logits.stride(0),
+            "parts": parts, "BLOCK": block,
+        }  # fmt: skip
+        self._launch(sampling.best_of_parts, (rows, parts), options, **row)
+        row["PARTS"] = power_of_two(parts)
+        out, last, threshold = new(torch.int32), new(torch.int32), new(torch.int64)
+        weights = new(torch.float64, parts)
+        if not all_greedy:
+            self._launch(sampling.weigh_parts, (rows, parts), options, weights=weights, temperature=temperature, **row)
+            self._launch(
+                truncation.truncate, (rows,), options,
+                threshold_out=threshold, last_out=last, weights=weights, temperature=temperature, top_k=top_k,
+                top_p=top_p, min_p=min_p, WAYS=ways, **row,
+            )  # fmt: skip
         self._launch(
-            sampling.sample, (rows,), options,
-            out=out, logits=logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            seed_low=seed_low, seed_high=seed_high, sample_index=sample_index, position=position, vocab=vocab,
-            stride=logits.stride(0), ALL_GREEDY=all_greedy, **blocks,
+            sampling.draw, (rows,), options,
+            out=out, weights=weights, threshold=threshold, last=last, temperature=temperature, min_p=min_p,
+            seed_low=seed_low, seed_high=seed_high, sample_index=sample_index, position=position,
+            ALL_GREEDY=all_greedy, **row,
         )  # fmt: skip
         return out
 

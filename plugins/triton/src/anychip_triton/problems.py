@@ -155,11 +155,13 @@ def elementwise(launch: Launcher, place: str = "meta", *, dtype: str = "bfloat16
 
 
 def drawing(launch: Launcher, place: str = "meta") -> None:
-    """Masks and draws over a large vocabulary."""
+    """Edits, masks and draws over a large vocabulary."""
     ops, rows, vocab = TritonOps(launch), 8, 151_936
     zeros = partial(_zeros, place=place)
     logits = zeros((rows, vocab), "float32")
     ops.apply_token_masks(logits=logits, masks=zeros((rows, -(-vocab // 32)), "int32"))
+    changes = {name: zeros((rows, 100), "float32") for name in ("scales", "shifts")}
+    ops.edit_logits(logits=logits, ids=zeros((rows, 100), "int32"), **changes)
     floats = {name: zeros((rows,), "float32") for name in ("temperature", "top_p", "min_p")}
     integers = {
         name: zeros((rows,), "int32") for name in ("top_k", "seed_low", "seed_high", "sample_index", "position")
