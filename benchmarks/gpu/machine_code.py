@@ -21,15 +21,13 @@ from anychip_triton.targets import TARGETS
 
 
 def row(target: str, kernel: str, codes: list[MachineCode]) -> dict[str, Any]:
-    spills = [code.spills for code in codes if code.spills is not None]
-    registers = [code.registers for code in codes if code.registers is not None]
     return {
         "target": target,
         "kernel": kernel,
         "forms": len(codes),
         "shared_bytes": max(code.shared_bytes for code in codes),
-        "registers": max(registers, default=None),
-        "spills": max(spills, default=None),
+        "registers": max(code.registers for code in codes),
+        "spills": max(code.spills for code in codes),
         "matrix_instructions": sorted({name for code in codes for name in code.matrix_instructions}),
     }
 
@@ -49,8 +47,8 @@ def main() -> None:
         for kernel, codes in found.items():
             made = row(name, kernel, codes)
             rows.append(made)
-            numbers = ["-" if made[key] is None else str(made[key]) for key in ("registers", "spills")]
-            instructions = ", ".join(f"`{i.rstrip('_')}`" for i in made["matrix_instructions"]) or "-"
+            numbers = [str(made[key]) for key in ("registers", "spills")]
+            instructions = ", ".join(f"`{name}`" for name in made["matrix_instructions"]) or "-"
             shared = f"{made['shared_bytes'] / 1024:.0f} of {target.shared_bytes / 1024:.0f}"
             print("|", " | ".join([name, kernel, str(len(codes)), shared, *numbers, instructions]), "|", flush=True)
     if arguments.output:

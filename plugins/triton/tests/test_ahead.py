@@ -3,6 +3,8 @@ code. What the backends would launch is what is compiled."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -33,7 +35,12 @@ def matrix_instructions(launch: Launch, target: Target) -> set[str]:
 
 def judge(launch: Launch, code: MachineCode, target: Target) -> None:
     wanted = matrix_instructions(launch, target)
-    assert not wanted or wanted & set(code.matrix_instructions), f"{code.name}: none of {wanted} in its machine code"
+    used = [name for name in code.matrix_instructions if name.startswith(tuple(wanted))]
+    assert used or not wanted, f"{code.name}: none of {wanted} in its machine code"
+    if launch.arguments.get("X_KIND") == "fp8" and launch.arguments["FP8"]:
+        assert all(re.search("fp8|e4m3|f8f6f4", name) for name in used), (
+            f"{code.name}: 8-bit floats are widened: {used}"
+        )
     allowed = STRAY_SPILLS if target.backend == "cuda" else 0
     assert code.spills <= allowed, f"{code.name} on {target.name} spills {code.spills} registers"
     assert code.shared_bytes <= target.shared_bytes, f"{code.name}: {code.shared_bytes} bytes of shared memory"

@@ -142,6 +142,24 @@ print("equal")
     assert done.stdout.strip() == "equal", done.stderr
 
 
+def test_8_bit_floats_are_rounded_as_the_reference_does_and_have_no_negative_zero():
+    program = """
+import anychip_triton.interpreter
+import torch
+from anychip.ops.reference.quantized import to_fp8
+from anychip_triton.kernels.matmul import quantize_rows
+x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+x = x[x.isfinite()].view(1, -1)
+out, one = torch.empty(x.shape, dtype=torch.uint8), torch.ones(1)
+quantize_rows[(1, 1)](out, one, x, x.numel(), 1, x.numel(), GROUP=x.numel(), BLOCK=2**16, KIND="fp8", STATIC=True)
+wanted = to_fp8(x.float()).view(torch.uint8)
+assert (wanted == 0x80).any() and out.equal(wanted.masked_fill(wanted == 0x80, 0))
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
 def test_a_process_that_has_compiled_kernels_does_not_interpret():
     program = """
 import anychip_triton.kernels.attention

@@ -29,7 +29,7 @@ _POINTERS = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64",
 }  # fmt: skip
 _ALIGNED = 16
-_MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_|v_smfmac_|v_wmma_)")
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_|v_smfmac_|v_wmma_)[\w.:]*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,13 @@ from anychip_triton.formats import KINDS, accepted, split_rows
 from anychip_triton.kernels.matmul import matmul, quantize_rows
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
+from anychip_triton.targets import Target
 
 SKINNY_ROWS = 16
 """Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
 
 _LEAST_BLOCK_K = 16
+_NEGATIVE_ZERO = 0x80
 _ROW_SCALES = {"token": "token", "group": "group", "static": "one"}
 
 
@@ -80,6 +82,9 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
         if formats:
             self._accepts = accepted(spec)
 
+    def _load(self, packed: QuantizedWeights, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
+        super()._load(packed, kind, storable(tensor, kind, self._launch.target), offset, rows, row)
+
     def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
         """x is plain, or as `accepts` says."""
         matrix = packed.matrix
@@ -105,6 +110,14 @@ def weights_problem(scheme: QuantScheme | None) -> dict[str, int]:
 
 def weight_kind(scheme: QuantScheme) -> str:
     return {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "fp8"}[scheme.name]
+
+
+def storable(tensor: Tensor, kind: str, target: Target) -> Tensor:
+    """What a part's values are on a target: its 8-bit floats may have no negative zero."""
+    if kind or target.fp8 != "fnuz" or tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    held = tensor.view(torch.uint8)
+    return held.masked_fill(held == _NEGATIVE_ZERO, 0).view(tensor.dtype)
 
 
 def quantized_activations(launch: Launcher, x: Tensor, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor | None, str]:
@@ -133,9 +146,15 @@ def quantized_activations(launch: Launcher, x: Tensor, matrix: QuantizedMatrix) 
 
 
 def product_arguments(
-    launch: Launcher, scheme: QuantScheme | None, x_kind: str, x_scale: Tensor | None, blocks: dict[str, int]
+    launch: Launcher,
+    scheme: QuantScheme | None,
+    x_kind: str,
+    x_scale: Tensor | None,
+    blocks: dict[str, int],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What `matmul` and `expert_matmul` are told of a scheme, and their blocks, fitted to its groups."""
+    """What `matmul` and `expert_matmul` are told of a scheme, and their blocks, fitted to its groups. `dtype` is the
+    result's."""
     group = None if scheme is None else scheme.group_size
     blocks = blocks | {"BLOCK_K": block_k(blocks["BLOCK_K"], group)}
     activations = "plain" if scheme is None else scheme.activations
@@ -147,7 +166,8 @@ def product_arguments(
         "x_groups": 0 if x_scale is None or activations == "static" else x_scale.stride(0),
         "W_KIND": "plain" if scheme is None else weight_kind(scheme),
         "HAS_ZERO": scheme is not None and scheme.zero_points,
-        "NATIVE_FP8": launch.target.fp8 == "fn",
+        # Matrix units add products of 8-bit floats in fewer bits than float32 has.
+        "FP8": "" if dtype == torch.float32 else launch.target.fp8,
     }
 
 
@@ -170,7 +190,7 @@ def launch_matmul(
     result = torch.empty((rows, features), dtype=dtype or x.dtype, device=x.device) if out is None else out
     tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), **weights_problem(scheme))
     blocks, options = split_tile(tile)
-    arguments = product_arguments(launch, scheme, x_kind, x_scale, blocks)
+    arguments = product_arguments(launch, scheme, x_kind, x_scale, blocks, result.dtype)
     tiles = -(-rows // arguments["BLOCK_M"]) * -(-features // arguments["BLOCK_N"])
     zeros = None if matrix is None else matrix.zeros
     launch(

@@ -13,7 +13,7 @@ from anychip.plugin_api import MoESpec, Platform, Routing
 from anychip_triton.kernels.experts import combine_pairs, expert_matmul
 from anychip_triton.kernels.routing import route, sort_pairs
 from anychip_triton.launch import Launcher, split_tile
-from anychip_triton.linear import as_bytes, product_arguments, quantized_activations, weights_problem, why_not
+from anychip_triton.linear import as_bytes, product_arguments, quantized_activations, storable, weights_problem, why_not
 from anychip_triton.shapes import power_of_two, rows_of
 
 _UNSORTED_PAIRS = 64
@@ -77,7 +77,7 @@ class TritonMoE(ReferenceMoE):
         weights = packed.down if name == "down" else packed.gate_up
         if isinstance(weights, QuantizedMatrix):
             height = rows if name == "down" else 2 * rows
-            weights.load(kind, tensor, expert * height + offset, rows, row)
+            weights.load(kind, storable(tensor, kind, self._launch.target), expert * height + offset, rows, row)
         else:
             weights[expert, offset + row : offset + row + tensor.shape[0]].copy_(tensor)
 
@@ -169,7 +169,7 @@ class TritonMoE(ReferenceMoE):
         pairs = order.pair_experts.numel()
         features = spec.intermediate_size if activation else spec.hidden_size
         result = torch.empty((pairs, features), dtype=x.dtype, device=x.device)
-        arguments = product_arguments(launch, spec.scheme, kind, x_scale, order.blocks)
+        arguments = product_arguments(launch, spec.scheme, kind, x_scale, order.blocks, result.dtype)
         zeros = None if matrix is None else matrix.zeros
         launch(
             expert_matmul, (-(-features // arguments["BLOCK_N"]), order.num_tiles), order.options,

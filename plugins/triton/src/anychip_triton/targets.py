@@ -9,7 +9,7 @@ from typing import Literal
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """`num_cores` is the compute units of a usual part: how many programs keep it busy. `fp8`: the kind of
-    float8_e4m3 that its matrix instructions take; gfx942's has another bias than checkpoints have."""
+    float8_e4m3 that its matrix instructions take; gfx942's "fnuz" has another bias than checkpoints' "fn"."""
 
     name: str
     backend: Literal["cuda", "hip", "interpreter"]
@@ -18,7 +18,7 @@ class Target:
     shared_bytes: int
     """Most shared memory of one program."""
     num_cores: int
-    fp8: Literal["none", "fn", "fnuz"] = "none"
+    fp8: Literal["", "fn", "fnuz"] = ""
     launch_options: tuple[tuple[str, int], ...] = ()
     """Options of the backend's own for every launch."""
 

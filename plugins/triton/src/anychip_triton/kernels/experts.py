@@ -42,7 +42,7 @@ def expert_matmul(
     W_KIND: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """A tile of pairs of one expert; not SORTED: one pair a tile, for batches so small that few experts meet twice.
     ACTIVATION "": a product; otherwise of gate and up, which stand below one another in w, activated."""
@@ -79,7 +79,7 @@ def expert_matmul(
     result = accumulate(
         x, source * x_stride, live, x_scale, source * x_groups,
         w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
-        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, DTYPE,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
     )  # fmt: skip
     if HAS_BIAS:
         result += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -88,7 +88,7 @@ def expert_matmul(
         up = accumulate(
             x, source * x_stride, live, x_scale, source * x_groups,
             w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
-            GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, DTYPE,
+            GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
         )  # fmt: skip
         if HAS_BIAS:
             up += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]

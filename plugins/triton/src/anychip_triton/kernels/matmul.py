@@ -11,18 +11,18 @@ be another form of the kernel, compiled when it first comes.
 import triton
 import triton.language as tl
 
-from anychip_triton.kernels.numbers import dot, fp8_to_float, in_8_bits, scale_of
+from anychip_triton.kernels.numbers import as_fp8, dot, fp8_to_float, in_8_bits, scale_of
 
 
 @triton.jit
-def _activations(x, offsets, mask, X_KIND: tl.constexpr, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+def _activations(x, offsets, mask, X_KIND: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):
     """A tile as it enters the product. X_KIND: "plain", "fp8" or "int8"."""
     if X_KIND == "plain":
         return tl.load(x + offsets, mask=mask, other=0.0)
     elif X_KIND == "int8":
         return tl.load(x + offsets, mask=mask, other=0)
-    elif NATIVE_FP8:
-        return tl.load(x + offsets, mask=mask, other=0).to(tl.float8e4nv, bitcast=True)
+    elif FP8 != "":
+        return as_fp8(tl.load(x + offsets, mask=mask, other=0), FP8)
     else:
         return fp8_to_float(tl.load(x + offsets, mask=mask, other=0)).to(DTYPE)
 
@@ -37,10 +37,10 @@ def _zero(w_zero, at, live, W_KIND: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _weights(byte, zero, W_KIND: tl.constexpr, X_KIND: tl.constexpr, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+def _weights(byte, zero, W_KIND: tl.constexpr, X_KIND: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes of weights as they enter the product; `zero` is what to take off integers."""
-    if W_KIND == "fp8" and NATIVE_FP8 and X_KIND == "fp8":
-        return byte.to(tl.float8e4nv, bitcast=True)
+    if W_KIND == "fp8" and FP8 != "" and X_KIND == "fp8":
+        return as_fp8(byte, FP8)
     elif W_KIND == "fp8":
         return fp8_to_float(byte).to(DTYPE)
     elif X_KIND == "int8":
@@ -71,11 +71,12 @@ def accumulate(
     X_SCALES: tl.constexpr,
     W_KIND: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    FP8: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """The tile's product [BLOCK_M, BLOCK_N] in float32, scales applied. GROUP: columns that share a scale, a multiple
-    of BLOCK_K; 0 where a row has one."""
+    of BLOCK_K; 0 where a row has one. FP8: how the matrix units take 8-bit floats, "fn" or "fnuz"; "" where they are
+    widened."""
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     EXACT: tl.constexpr = tl.float32 == DTYPE
     for start in range(0, columns, BLOCK_K):
@@ -88,27 +89,25 @@ def accumulate(
                 w + w_at[None, :] + pairs[:, None], mask=w_live[None, :] & (even < columns)[:, None], other=0
             )
             xs_even = _activations(
-                x, x_at[:, None] + even[None, :], x_live[:, None] & (even < columns)[None, :], X_KIND, NATIVE_FP8, DTYPE
+                x, x_at[:, None] + even[None, :], x_live[:, None] & (even < columns)[None, :], X_KIND, FP8, DTYPE
             )
             xs_odd = _activations(
-                x, x_at[:, None] + odd[None, :], x_live[:, None] & (odd < columns)[None, :], X_KIND, NATIVE_FP8, DTYPE
+                x, x_at[:, None] + odd[None, :], x_live[:, None] & (odd < columns)[None, :], X_KIND, FP8, DTYPE
             )
-            low = _weights(both & 15, zero, W_KIND, X_KIND, NATIVE_FP8, DTYPE)
-            high = _weights(both >> 4, zero, W_KIND, X_KIND, NATIVE_FP8, DTYPE)
+            low = _weights(both & 15, zero, W_KIND, X_KIND, FP8, DTYPE)
+            high = _weights(both >> 4, zero, W_KIND, X_KIND, FP8, DTYPE)
             part = dot(xs_even, low, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT)
             part = dot(xs_odd, high, part, EXACT)
         else:
             column = start + tl.arange(0, BLOCK_K)
             inside = column < columns
-            xs = _activations(
-                x, x_at[:, None] + column[None, :], x_live[:, None] & inside[None, :], X_KIND, NATIVE_FP8, DTYPE
-            )
+            xs = _activations(x, x_at[:, None] + column[None, :], x_live[:, None] & inside[None, :], X_KIND, FP8, DTYPE)
             at = w_at[None, :] + column[:, None]
             mask = w_live[None, :] & inside[:, None]
             if W_KIND == "plain":
                 ws = tl.load(w + at, mask=mask, other=0.0)
             else:
-                ws = _weights(tl.load(w + at, mask=mask, other=0), zero, W_KIND, X_KIND, NATIVE_FP8, DTYPE)
+                ws = _weights(tl.load(w + at, mask=mask, other=0), zero, W_KIND, X_KIND, FP8, DTYPE)
             if X_KIND == "int8":
                 part = tl.dot(xs, ws, out_dtype=tl.int32).to(tl.float32)
             elif GROUP == 0:
@@ -131,6 +130,8 @@ def accumulate(
         result *= tl.load(x_scale + x_scale_at, mask=x_live, other=0.0)[:, None]
     elif X_SCALES == "one":
         result *= tl.load(x_scale)
+    if FP8 == "fnuz" and X_KIND == "fp8":
+        result *= 4.0  # as_fp8 halves both sides
     return result
 
 
@@ -160,7 +161,7 @@ def matmul(
     W_KIND: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """One tile. Programs next to each other share rows of weights, which are the larger side to read again."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -170,7 +171,7 @@ def matmul(
     result = accumulate(
         x, row.to(tl.int64) * x_stride, row_live, x_scale, row * x_groups,
         w, feature.to(tl.int64) * w_stride, feature_live, w_scale, w_zero, feature * w_groups, columns,
-        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, NATIVE_FP8, out.dtype.element_ty,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, out.dtype.element_ty,
     )  # fmt: skip
     if HAS_BIAS:
         result += tl.load(bias + feature, mask=feature_live, other=0.0).to(tl.float32)[None, :]

@@ -1,6 +1,7 @@
 """Conversions that every target and the interpreter do alike, bit by bit.
 
-float8_e4m3fn goes through integers: sm_80 and gfx90a have no such type, and gfx942's has another bias.
+float8_e4m3fn goes through integers: sm_80 and gfx90a have no such type, and gfx942's has another bias. Only what enters
+a product of matrix units that have it does not.
 """
 
 import triton
@@ -18,7 +19,8 @@ def fp8_to_float(byte):
 
 @triton.jit
 def float_to_fp8(x):
-    """float32 to the nearest float8_e4m3fn, ties to even, as uint8; beyond the range its largest value."""
+    """float32 to the nearest float8_e4m3fn, ties to even, as uint8; beyond the range its largest value. Zero has no
+    sign."""
     bits = x.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     size = tl.minimum(tl.abs(x), 448.0)
@@ -27,7 +29,17 @@ def float_to_fp8(x):
     # 2^14 has an ulp of 2^-9, the step below the least ordinary value: the sum rounds to it.
     small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0.015625, small, rounded - ((127 - 7) << 3))
-    return (code | sign).to(tl.uint8)
+    return tl.where(code == 0, 0, code | sign).to(tl.uint8)
+
+
+@triton.jit
+def as_fp8(byte, FP8: tl.constexpr):
+    """float8_e4m3fn, as uint8, for matrix units that take it, "fn", or "fnuz": there the same bits are half as much,
+    and those of a negative zero no number."""
+    if FP8 == "fnuz":
+        return byte.to(tl.float8e4b8, bitcast=True)
+    else:
+        return byte.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
