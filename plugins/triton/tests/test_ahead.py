@@ -33,14 +33,17 @@ def matrix_instructions(launch: Launch, target: Target) -> set[str]:
     return {"mma.sync", "wgmma.mma_async", "tcgen05.mma"}
 
 
+def takes_fp8(launch: Launch, target: Target) -> bool:
+    """NVIDIA's products of few rows are of mma.sync, for which Triton widens 8-bit floats."""
+    return target.backend == "hip" or launch.arguments["BLOCK_M"] >= WARP_GROUP_ROWS
+
+
 def judge(launch: Launch, code: MachineCode, target: Target) -> None:
     wanted = matrix_instructions(launch, target)
     used = [name for name in code.matrix_instructions if name.startswith(tuple(wanted))]
     assert used or not wanted, f"{code.name}: none of {wanted} in its machine code"
-    if launch.arguments.get("X_KIND") == "fp8" and launch.arguments["FP8"]:
-        assert all(re.search("fp8|e4m3|f8f6f4", name) for name in used), (
-            f"{code.name}: 8-bit floats are widened: {used}"
-        )
+    if launch.arguments.get("X_KIND") == "fp8" and launch.arguments["FP8"] and takes_fp8(launch, target):
+        assert all(re.search("fp8|e4m3|f8f6f4", name) for name in used), f"{code.name} widens 8-bit floats: {used}"
     allowed = STRAY_SPILLS if target.backend == "cuda" else 0
     assert code.spills <= allowed, f"{code.name} on {target.name} spills {code.spills} registers"
     assert code.shared_bytes <= target.shared_bytes, f"{code.name}: {code.shared_bytes} bytes of shared memory"
