@@ -95,14 +95,6 @@ def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):
     assert not hidden.devices and hidden.reason == "CUDA_VISIBLE_DEVICES hides all 2 devices" and hidden.remedy
 
 
-@pytest.mark.parametrize(
-    ("setting", "indexes"),
-    [(None, [0, 1]), ("0,1", [0, 1]), ("1,0", [1, 0]), ("GPU-bbbb", [1]), ("GPU-", []), ("1,7,0", [1]), ("-1,0", [])],
-)
-def test_visible_devices_are_those_that_the_setting_names(setting, indexes):
-    assert probing.visible(setting, Driver.uuids) == indexes
-
-
 def test_without_a_driver_there_is_a_reason_and_a_remedy(monkeypatch):
     def missing(name):
         raise OSError(name)

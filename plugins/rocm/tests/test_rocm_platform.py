@@ -18,13 +18,14 @@ from anychip_rocm.platform import RocmPlatform
 
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
-    """A CPU's node, which has no target, and two devices."""
-    for node, target in enumerate((0, 90402, 110000)):
+    """A CPU's node, which has no target, and two devices, of which the second is numbered with two digits."""
+    for node, target in ((0, 0), (2, 90402), (10, 110000)):
         (tmp_path / str(node)).mkdir()
-        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\ngfx_target_version {target}\n")
+        properties = f"cpu_cores_count 8\ngfx_target_version {target}\nunique_id {0xABC0 + node}\n"
+        (tmp_path / str(node) / "properties").write_text(properties)
     monkeypatch.setattr(probing, "_DRIVER", tmp_path)
     monkeypatch.setattr(probing, "_NODES", tmp_path)
-    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,7 +38,23 @@ def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):
     assert [(device.index, device.name) for device in probing.probe().devices] == [(0, "gfx1100")]
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "7")
     hidden = probing.probe()
-    assert not hidden.devices and "HIP_VISIBLE_DEVICES hides all 2 devices" in hidden.reason and hidden.remedy
+    assert not hidden.devices and "HIP_VISIBLE_DEVICES" in hidden.reason and hidden.remedy
+    assert hidden.reason.endswith("hides all 2 devices")
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ["gfx1100"]),
+        ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, ["gfx942"]),
+        ({"ROCR_VISIBLE_DEVICES": "GPU-000000000000abca"}, ["gfx1100"]),
+        ({"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "1"}, ["gfx942"]),
+    ],
+)
+def test_the_runtimes_variables_count_one_after_the_other(driver, monkeypatch, variables, names):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [device.name for device in probing.probe().devices] == names
 
 
 def test_without_a_driver_there_is_a_reason_and_a_remedy(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ code. What the backends would launch is what is compiled."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_a_sample_compiles_without_spills(target):
     assert set(PRODUCTS) < kernels and len(kernels) >= 11
     for launch in launches:
         judge(launch, compile_launch(launch, TARGETS[target]), TARGETS[target])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", [86, 89, 120])
+def test_tiles_of_sm_80_fit_the_devices_that_take_them_too(arch):
+    target = replace(TARGETS["sm_80"], arch=arch)
+    for launch in sampled(target):
+        code = compile_launch(launch, target)
+        assert code.shared_bytes <= target.shared_bytes and code.spills <= 16, code.name
 
 
 @pytest.mark.full

@@ -56,7 +56,7 @@ class StandIn:
     is_active = lambda self: True
 
 driver.set_active(StandIn())
-from anychip_triton.kernels import norm, sampling
+from anychip_triton.kernels import norm, sampling, truncation
 from anychip_triton.launch import JitLauncher
 from anychip_triton.ops import TritonOps
 from anychip_triton.targets import TARGETS
@@ -71,13 +71,14 @@ with launch.rehearsal():
     for _ in range(3):
         ops.rms_norm(x=x, weight=weight, eps=1e-6)
     ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6)
-    ids = ops.sample(logits=x, all_greedy=True, **rows)
+    for all_greedy in (False, True):
+        ids = ops.sample(logits=x, all_greedy=all_greedy, **rows)
 assert ids.tolist() == [0, 0, 0]
-kernels = (norm.rms_norm, sampling.best_of_parts, sampling.draw)
+kernels = (norm.rms_norm, sampling.best_of_parts, sampling.weigh_parts, truncation.truncate, sampling.draw)
 made = [kernel for each in kernels for kernel in each.device_caches[0][0].values()]
 assert all("cubin" in kernel.asm for kernel in made)
 print(len(made))
 """
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "4", done.stderr
+    assert done.stdout.strip() == "7", done.stderr

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
+from anychip_triton.visibility import visible
 
 _LIBRARY = "libnvidia-ml.so.1"
 _OK = 0
@@ -53,23 +54,6 @@ def _devices(nvml: ctypes.CDLL) -> ProbeResult:
         remedy="" if found else "check CUDA_VISIBLE_DEVICES and nvidia-smi",
         versions={"driver": driver.value.decode()},
     )
-
-
-def visible(setting: str | None, uuids: Sequence[str]) -> list[int]:
-    """The driver's indexes in the runtime's order: all without a setting; otherwise those that it names, by number or
-    by the start of a UUID, up to the first that does not exist."""
-    if setting is None:
-        return list(range(len(uuids)))
-    chosen: list[int] = []
-    for name in filter(None, (part.strip() for part in setting.split(","))):
-        if name.isdigit():
-            matches = [int(name)] if int(name) < len(uuids) else []
-        else:
-            matches = [index for index, uuid in enumerate(uuids) if uuid.startswith(name)]
-        if len(matches) != 1:
-            break
-        chosen += matches
-    return chosen
 
 
 def _info(nvml: ctypes.CDLL, index: int, handle: ctypes.c_void_p) -> DeviceInfo:

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
+from anychip_triton.visibility import visible
 
 _DRIVER = Path("/dev/kfd")
-_VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_VISIBLE = (("ROCR_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"))
+"""The driver's runtime and HIP each take the first of theirs that is set. HIP counts among what the other leaves."""
+
 _NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
@@ -18,30 +21,27 @@ def probe() -> ProbeResult:
             reason=f"no AMD compute driver ({_DRIVER} is not there)",
             remedy=f"install ROCm's kernel driver; in a container, pass {_DRIVER} and /dev/dri",
         )
-    nodes = [_properties(node / "properties") for node in sorted(_NODES.glob("*"), key=lambda path: path.name)]
-    targets = [_target(node["gfx_target_version"]) for node in nodes if node.get("gfx_target_version")]
-    seen = targets
-    for name in _VISIBLE:  # the second counts among those that the first leaves
-        seen = _named(os.environ.get(name), seen)
-    devices = tuple(DeviceInfo(index=index, name=target) for index, target in enumerate(seen))
-    none = f"{' or '.join(_VISIBLE)} hides all {len(targets)} devices" if targets else "the driver lists no GPU"
+    nodes = [_properties(node / "properties") for node in sorted(_NODES.glob("*"), key=lambda path: int(path.name))]
+    gpus = [node for node in nodes if node.get("gfx_target_version")]
+    seen = gpus
+    for names in _VISIBLE:
+        setting = next(filter(None, map(os.environ.get, names)), None)
+        seen = [seen[index] for index in visible(setting, [_uuid(node) for node in seen])]
+    devices = tuple(
+        DeviceInfo(index=index, name=_target(node["gfx_target_version"])) for index, node in enumerate(seen)
+    )
+    known = ", ".join(name for names in _VISIBLE for name in names)
+    none = f"one of {known} hides all {len(gpus)} devices" if gpus else "the driver lists no GPU"
     return ProbeResult(
         devices=devices,
         reason="" if devices else none,
-        remedy="" if devices else f"check {' and '.join(_VISIBLE)}, and rocminfo",
+        remedy="" if devices else f"check {known}, and rocminfo",
     )
 
 
-def _named(setting: str | None, targets: list[str]) -> list[str]:
-    """Those that a setting names by number, up to the first that does not exist; all without a setting."""
-    if setting is None:
-        return targets
-    chosen: list[str] = []
-    for name in setting.split(","):
-        if not name.strip().isdigit() or int(name) >= len(targets):
-            break
-        chosen.append(targets[int(name)])
-    return chosen
+def _uuid(node: dict[str, int]) -> str:
+    """As rocminfo prints it."""
+    return f"GPU-{node.get('unique_id', 0):016x}"
 
 
 def _properties(path: Path) -> dict[str, int]:

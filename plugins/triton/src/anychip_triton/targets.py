@@ -16,7 +16,7 @@ class Target:
     arch: int | str
     warp_size: int
     shared_bytes: int
-    """Most shared memory of one program."""
+    """Most shared memory of one program, on the least of the devices that it is for."""
     num_cores: int
     fp8: Literal["", "fn", "fnuz"] = ""
     launch_options: tuple[tuple[str, int], ...] = ()
@@ -28,7 +28,7 @@ _MFMA = (("matrix_instr_nonkdim", 16), ("waves_per_eu", 1))
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="sm_80", backend="cuda", arch=80, warp_size=32, shared_bytes=166912, num_cores=108),
+        Target(name="sm_80", backend="cuda", arch=80, warp_size=32, shared_bytes=101376, num_cores=108),
         Target(name="sm_90", backend="cuda", arch=90, warp_size=32, shared_bytes=232448, num_cores=132, fp8="fn"),
         Target(name="sm_100", backend="cuda", arch=100, warp_size=32, shared_bytes=232448, num_cores=148, fp8="fn"),
         Target(
@@ -54,10 +54,11 @@ INTERPRETER = Target(name="interpreter", backend="interpreter", arch=0, warp_siz
 
 
 def cuda_target(major: int, minor: int) -> Target | None:
-    """The target whose code runs on a compute capability: its own, or the nearest older one."""
-    known = [target for target in TARGETS.values() if target.backend == "cuda"]
-    fitting = [target for target in known if int(target.arch) <= 10 * major + minor]
-    return max(fitting, key=lambda target: int(target.arch), default=None)
+    """The target whose tiles fit a compute capability: that of its major number, or sm_80. Capability 12 has neither
+    the instructions of 9 and 10 nor their shared memory, but what 8.6 has."""
+    if major < 8:
+        return None
+    return TARGETS.get(f"sm_{major}0", TARGETS["sm_80"])
 
 
 def hip_target(gfx: str) -> Target | None:
