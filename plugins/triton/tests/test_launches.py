@@ -31,6 +31,15 @@ def test_a_steps_sizes_are_not_specialized(step, sizes):
     assert len(forms) == 1
 
 
+@pytest.mark.parametrize(("rows", "launched"), [(1, ["matmul"]), (16, ["matmul"]), (17, ["gated_activation"])])
+def test_a_product_of_few_rows_applies_the_activation(rows, launched):
+    """Of more, the vendor's library is the product, which no launch of ours is."""
+    recorder = RecordingLauncher(TARGETS["sm_90"])
+    product(recorder, rows=rows, columns=64, features=96, epilogue="silu")
+    assert [launch.kernel.__name__ for launch in recorder.launches] == launched
+    assert tuple(recorder.launches[-1].arguments["out"].shape) == (rows, 48)
+
+
 def specialized(launch):
     """Integers of which Triton's launcher would make a constant or an alignment."""
     return tuple(

@@ -31,6 +31,7 @@ from anychip.worker.preparation import prepare
 from anychip.worker.torch_program import TorchStepProgram
 from anychip_triton.ahead import RecordingLauncher
 from anychip_triton.graph import DecodeShapes
+from anychip_triton.linear import EPILOGUES
 from anychip_triton.platform import TritonPlatform
 from anychip_triton.targets import TARGETS
 
@@ -51,7 +52,7 @@ MODELS = {
 
 
 class Paper(TritonPlatform):
-    capabilities = Capabilities(dtypes=frozenset({"bfloat16"}), triton=True)
+    capabilities = Capabilities(dtypes=frozenset({"bfloat16"}), epilogues=EPILOGUES, triton=True)
 
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)

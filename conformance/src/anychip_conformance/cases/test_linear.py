@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -13,8 +13,11 @@ from anychip.plugin_api import LinearKernel, LinearPart, LinearSpec
 from anychip_conformance.case import kind
 from anychip_conformance.choices import CaseDtype, each_dtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
+from anychip_conformance.oracle.vectorised import Bounded, gated
 from anychip_conformance.oracle.vectorised import linear as product
 from anychip_conformance.products import SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
+
+Epilogue = Literal["silu", "gelu_tanh", "swiglu_clamped"]
 
 MANY_ROWS = 150
 """More rows than two chunks of loading."""
@@ -32,6 +35,7 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     strided: bool = False
     guarded: bool = False
     invariant: bool = False
+    epilogue: Epilogue | None = None
     seed: int = 0
 
     @property
@@ -45,7 +49,13 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             bias=self.bias,
             scheme=None if self.scheme is None else self.scheme.spec,
             invariant=self.invariant,
+            epilogue=self.epilogue,
         )
+
+    @property
+    def features(self) -> int:
+        """Of the result."""
+        return sum(self.rows) // (1 if self.epilogue is None else 2)
 
 
 class Loaded:
@@ -56,6 +66,9 @@ class Loaded:
         if case.scheme is not None:
             name = case.scheme.name
             device.need(f"quantization {name}", name in device.capabilities.quantization, refuses(device, case.spec))
+        if case.epilogue is not None:
+            name = case.epilogue
+            device.need(f"epilogue {name}", name in device.capabilities.epilogues, refuses(device, case.spec))
         rng = np.random.default_rng(case.seed)
         self.device, self.case = device, case
         self.kernel: LinearKernel = device.platform.linear(case.spec)
@@ -89,6 +102,12 @@ class Loaded:
         scales = [matrix.input_scale for matrix in self.matrices if matrix.input_scale is not None]
         slack = scheme_slack(seen(x), case.scheme, case.dtype, max(scales) if scales else None)
         expected = product(seen(x), weight, bias, case.dtype, dx=slack.dx, dw=slack.dw)
+        if case.epilogue is not None:
+            gate, up = (
+                Bounded(expected.value[:, part], expected.bound[:, part])
+                for part in (slice(case.features), slice(case.features, None))
+            )
+            expected = gated(gate, up, case.epilogue, case.dtype)
         label = "linear" if case.scheme is None else f"linear {case.scheme.name} {case.scheme.scales}"
         self.device.compare("product", result, expected, label=f"{label}/{case.dtype}")
 
@@ -99,7 +118,7 @@ def check(device: Device, case: LinearCase) -> None:
     same = unchanged(device, {"x": x})
     out = None
     if case.guarded:
-        out = device.tensor(np.full((case.tokens + 4, sum(case.rows)), np.nan), case.dtype)
+        out = device.tensor(np.full((case.tokens + 4, case.features), np.nan), case.dtype)
     result = loaded.kernel.apply(x, loaded.packed, out=None if out is None else out[2:-2])
     same()
     loaded.judge(x, result)
@@ -133,6 +152,33 @@ _drawn = st.builds(
 )
 def dense(device: Device, case: LinearCase) -> None:
     """x W^T + b over stacked parts, loaded in chunks of rows from storage that is reused."""
+    check(device, case)
+
+
+@kind(
+    "linear.epilogue",
+    corpus=[
+        LinearCase(tokens=1, rows=(32, 32), epilogue="silu"),
+        LinearCase(tokens=1, rows=(32, 32), epilogue="silu", dtype="narrow"),
+        LinearCase(tokens=16, columns=200, rows=(65, 65), epilogue="gelu_tanh", bias=True),
+        LinearCase(tokens=33, columns=31, rows=(MANY_ROWS, MANY_ROWS), epilogue="silu", bias=True, guarded=True),
+        LinearCase(tokens=7, columns=96, rows=(48, 48), epilogue="swiglu_clamped", dtype="narrow"),
+        LinearCase(tokens=0, rows=(16, 16), epilogue="silu"),
+    ],
+    drawn=st.builds(
+        LinearCase,
+        tokens=st.sampled_from([1, 2, 16, 17, 33]),
+        columns=st.sampled_from([7, 64, 200]),
+        rows=st.sampled_from([(16, 16), (63, 63), (100, 100)]),
+        dtype=st.sampled_from(["any", "narrow"]),
+        epilogue=st.sampled_from(["silu", "gelu_tanh", "swiglu_clamped"]),
+        bias=st.booleans(),
+        seed=st.integers(0, 2**16),
+    ),
+    examples=30,
+)
+def epilogue(device: Device, case: LinearCase) -> None:
+    """Of gate and up, stacked in that order, comes act(gate) * up; what is not declared is refused."""
     check(device, case)
 
 
@@ -188,7 +234,7 @@ def adopt(device: Device, case: LinearCase) -> None:
 def no_tokens(device: Device, case: LinearCase) -> None:
     """A product of no rows has no rows."""
     loaded = Loaded(device, case)
-    assert tuple(loaded.kernel.apply(loaded.inputs(0), loaded.packed).shape) == (0, sum(case.rows))
+    assert tuple(loaded.kernel.apply(loaded.inputs(0), loaded.packed).shape) == (0, case.features)
 
 
 @kind("linear.undeclared", corpus=[LinearCase(columns=96, scheme=scheme) for scheme in SCHEMES], quick=9)

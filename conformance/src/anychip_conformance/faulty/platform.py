@@ -48,7 +48,12 @@ def planted(context: PlatformContext) -> Fault | None:
 class FaultyPlatform(Platform):
     """The torch seam."""
 
-    capabilities = Capabilities(dtypes=frozenset({"float32", "bfloat16"}), collectives="runtime", batch_invariant=True)
+    capabilities = Capabilities(
+        dtypes=frozenset({"float32", "bfloat16"}),
+        collectives="runtime",
+        batch_invariant=True,
+        epilogues=frozenset({"silu", "gelu_tanh", "swiglu_clamped"}),
+    )
 
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)

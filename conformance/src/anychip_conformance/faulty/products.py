@@ -91,6 +91,16 @@ class SumsInBf16(PlainLinear):
         return total if out is None else out.copy_(total)
 
 
+@fault("linear-epilogue-takes-up-for-gate", "linear", killed_by="linear.epilogue.001")
+class EpilogueTakesUpForGate(PlainLinear):
+    """The activation is of the half that it should multiply."""
+
+    def apply(self, x: Tensor, packed: DenseWeights, *, out: Tensor | None = None) -> Tensor:
+        if self.spec.epilogue is not None:
+            packed = DenseWeights(packed.weight.roll(len(packed.weight) // 2, 0), packed.bias)
+        return super().apply(x, packed, out=out)
+
+
 @fault("linear-varies-with-the-batch", "linear", killed_by="linear.batch_invariant.001")
 class VariesWithTheBatch(PlainLinear):
     """Sums are split by the number of tokens, while batch invariance is declared."""

@@ -65,13 +65,21 @@ class ColumnParallelLinear(_PackedLinear):
     """Output features are split over ranks; nothing is communicated. Packs qkv and gate-up projections."""
 
     def __init__(
-        self, builder: Builder, *, in_features: int, projections: Sequence[Projection], bias: bool = False
+        self,
+        builder: Builder,
+        *,
+        in_features: int,
+        projections: Sequence[Projection],
+        bias: bool = False,
+        epilogue: str | None = None,
     ) -> None:
+        """`epilogue` is taken where the device has it for this product: `has_epilogue` tells."""
         parts, offset = [], 0
         for projection in projections:
             parts.append(LinearPart(name=projection.part, offset=offset, rows=projection.span.count))
             offset += projection.span.count
         scheme = builder.scheme([projection.name for projection in projections], in_features)
+        fused = scheme is None and epilogue in builder.platform.capabilities.epilogues
         spec = LinearSpec(
             in_features=in_features,
             out_features=offset,
@@ -79,8 +87,10 @@ class ColumnParallelLinear(_PackedLinear):
             dtype=builder.dtype,
             bias=bias,
             scheme=scheme,
+            epilogue=epilogue if fused else None,
         )
         super().__init__(builder, spec)
+        self.has_epilogue = fused
         for projection in projections:
             name, rows, span = projection.name, projection.rows, projection.span
             builder.formats.want(

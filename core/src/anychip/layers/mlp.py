@@ -40,7 +40,14 @@ class GatedMLP:
                 Projection("gate", fused, rows, span),
                 Projection("up", fused, rows, span.after(intermediate_size)),
             ]
-        self.gate_up = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
+        plain = builder.scheme([f"{name}.down_proj"], intermediate_size) is None
+        self.gate_up = ColumnParallelLinear(
+            builder,
+            in_features=hidden_size,
+            projections=projections,
+            bias=bias,
+            epilogue=activation if plain else None,  # it has no other format
+        )
         self.down = RowParallelLinear(
             builder,
             name=f"{name}.down_proj",
@@ -57,11 +64,12 @@ class GatedMLP:
         return self.gate_up.accepts
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(
-            self.ops.gate_up_act_quant(
-                gate_up=self.gate_up(x), activation=self.activation, out_format=self.down.accepts
+        hidden = self.gate_up(x)
+        if not self.gate_up.has_epilogue:
+            hidden = self.ops.gate_up_act_quant(
+                gate_up=hidden, activation=self.activation, out_format=self.down.accepts
             )
-        )
+        return self.down(hidden)
 
 
 class SparseMoE:

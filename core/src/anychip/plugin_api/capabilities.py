@@ -40,6 +40,8 @@ class Capabilities:
     """Of the KV cache; one byte wide, with the scales that AttentionLayer carries."""
     quantization: frozenset[str] = SCHEMES
     """Names of QuantScheme that the linear and MoE kernels take; what is not among them is refused at the start."""
+    epilogues: frozenset[str] = frozenset()
+    """Activations that dense products apply themselves, where asked: LinearSpec.epilogue."""
     sliding_window: bool = True
     softcap: bool = True
     alibi: bool = True

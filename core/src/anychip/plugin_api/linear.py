@@ -43,7 +43,9 @@ class LinearSpec:
     """y = x W^T + b on this rank: x [num_tokens, in_features], W [out_features, in_features].
 
     `scheme` None is a dense product in `dtype`; otherwise activations come and go in `dtype` all the same, and the
-    bias is plain. `parts` are the checkpoint tensors stacked along out_features.
+    bias is plain. `parts` are the checkpoint tensors stacked along out_features. `epilogue` names an activation of
+    MoESpec's: the first half of the features is gate, the second up, and y is act(gate) * up,
+    [num_tokens, out_features / 2]. Asked only of dense products, where Capabilities.epilogues has it.
     """
 
     in_features: int
@@ -124,5 +126,5 @@ class LinearKernel:
         self.load(packed, part, tensor, row=row)
 
     def apply(self, x: Tensor, packed: Packed, *, out: Tensor | None = None) -> Tensor:
-        """[num_tokens, out_features]."""
+        """[num_tokens, out_features], or half as many with an epilogue."""
         raise Unsupported(self.name, ["apply is not implemented"])

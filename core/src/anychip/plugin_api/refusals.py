@@ -24,6 +24,11 @@ def undeclared(spec: AttentionSpec | LinearSpec | MoESpec, capabilities: Capabil
         reasons += _attention(spec, capabilities)
     elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
         reasons.append(f"quantization {spec.scheme.name}; {among(spec.scheme.name, capabilities.quantization)}")
+    if isinstance(spec, LinearSpec) and spec.epilogue is not None:
+        if spec.epilogue not in capabilities.epilogues:
+            reasons.append(f"epilogue {spec.epilogue}; {among(spec.epilogue, capabilities.epilogues)}")
+        if spec.scheme is not None:
+            reasons.append(f"an epilogue of a quantized product: {spec.epilogue} of {spec.scheme.name}")
     if spec.invariant and not capabilities.batch_invariant:
         reasons.append("batch invariance")
     return reasons

@@ -32,6 +32,7 @@ from anychip_triton.attention import MAX_HEAD_DIM
 from anychip_triton.communicator import RuntimeCommunicator
 from anychip_triton.compiler import TorchCompiler
 from anychip_triton.graph import DecodeShapes, DeviceGraphs
+from anychip_triton.linear import EPILOGUES
 from anychip_triton.options import GpuOptions
 from anychip_triton.platform import TritonPlatform
 from anychip_triton.profile import device_profile
@@ -65,6 +66,7 @@ class GpuPlatform(TritonPlatform):
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
             head_dims=frozenset(range(8, MAX_HEAD_DIM + 1)),
+            epilogues=EPILOGUES,
             graph_level=self._graphs.level,
             collectives="runtime",
             streams=True,

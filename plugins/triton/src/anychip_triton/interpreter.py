@@ -28,6 +28,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from anychip.plugin_api import Capabilities, PeakMemory  # noqa: E402
 from anychip_triton.attention import MAX_HEAD_DIM  # noqa: E402
+from anychip_triton.linear import EPILOGUES  # noqa: E402
 from anychip_triton.platform import TritonPlatform  # noqa: E402
 from anychip_triton.targets import INTERPRETER, Target  # noqa: E402
 
@@ -70,6 +71,7 @@ class InterpreterPlatform(TritonPlatform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "float16", "bfloat16"}),
         head_dims=frozenset(range(8, MAX_HEAD_DIM + 1)),
+        epilogues=EPILOGUES,
         triton=True,
     )
     profiled_tokens = 8

@@ -15,11 +15,15 @@ from anychip.plugin_api import LinearKernel, LinearSpec, Platform, QuantScheme
 from anychip_triton.formats import KINDS, accepted, split_rows
 from anychip_triton.kernels.matmul import matmul, quantize_rows
 from anychip_triton.launch import Launcher, split_tile
+from anychip_triton.ops import TritonOps
 from anychip_triton.shapes import power_of_two, rows_of
 from anychip_triton.targets import Target
 
 SKINNY_ROWS = 16
 """Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
+
+EPILOGUES = frozenset({"silu", "gelu_tanh", "swiglu_clamped"})
+"""Activations of gate and up that a dense product applies."""
 
 _LEAST_BLOCK_K = 16
 _NEGATIVE_ZERO = 0x80
@@ -62,13 +66,18 @@ class TritonLinear(ReferenceLinear):
         self._everywhere = launch.target.backend == "interpreter"
 
     def apply(self, x: Tensor, packed: DenseWeights, *, out: Tensor | None = None) -> Tensor:
+        epilogue = self.spec.epilogue
         if x.shape[0] > SKINNY_ROWS and not self._everywhere:
+            if epilogue is not None:
+                gate_up = F.linear(x, packed.weight, packed.bias)
+                result = TritonOps(self._launch).gated_activation(gate_up=gate_up, activation=epilogue)
+                return result if out is None else out.copy_(result)
             if out is None:
                 return F.linear(x, packed.weight, packed.bias)
             if packed.bias is None:
                 return torch.mm(x, packed.weight.T, out=out)
             return torch.addmm(packed.bias, x, packed.weight.T, out=out)
-        return launch_matmul(self._launch, rows_of(x), packed.weight, packed.bias, out=out)
+        return launch_matmul(self._launch, rows_of(x), packed.weight, packed.bias, out=out, activation=epilogue or "")
 
 
 class TritonQuantizedLinear(ReferenceQuantizedLinear):
@@ -182,10 +191,11 @@ def launch_matmul(
     matrix: QuantizedMatrix | None = None,
     x_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """x W^T + b, [rows, out_features]."""
+    """x W^T + b, [rows, out_features]; with an activation half as many, of gate and up."""
     rows, columns = x.shape
-    features = weight.shape[0]
+    features = weight.shape[0] // (2 if activation else 1)
     scheme = None if matrix is None else matrix.scheme
     result = torch.empty((rows, features), dtype=dtype or x.dtype, device=x.device) if out is None else out
     tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), **weights_problem(scheme))
@@ -200,7 +210,7 @@ def launch_matmul(
         w_zero=result if zeros is None else zeros, bias=result if bias is None else bias,
         rows=rows, out_features=features, columns=columns, out_stride=result.stride(0), x_stride=x.stride(0),
         w_stride=weight.stride(0), w_groups=0 if matrix is None else matrix.scales.shape[1],
-        HAS_BIAS=bias is not None, **arguments,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, **arguments,
     )  # fmt: skip
     return result
 

@@ -28,7 +28,7 @@ from anychip.plugin_api import (
 )
 from anychip_triton.attention import TritonAttention, TritonPlan
 from anychip_triton.launch import Launcher
-from anychip_triton.linear import linear_kernel
+from anychip_triton.linear import EPILOGUES, linear_kernel
 from anychip_triton.moe import TritonMoE
 from anychip_triton.ops import TritonOps
 
@@ -112,11 +112,12 @@ def product(
     features: int,
     scheme: QuantScheme | None = None,
     dtype: str = "bfloat16",
+    epilogue: str | None = None,
 ) -> None:
     """x W^T of a projection."""
     spec = LinearSpec(
         in_features=columns, out_features=features, parts=(LinearPart(name="w", offset=0, rows=features),),
-        dtype=cast(Any, dtype), scheme=scheme,
+        dtype=cast(Any, dtype), scheme=scheme, epilogue=epilogue,
     )  # fmt: skip
     kernel = linear_kernel(spec, storage(place), launch)
     kernel.apply(_zeros((rows, columns), dtype, place), kernel.begin())
@@ -200,6 +201,7 @@ _PROJECTION = {"columns": 4096, "features": 6144}
 PROBLEMS: tuple[Problem, ...] = (
     *(partial(attention, **layer, rows=rows, queries=count) for layer in _LAYERS for rows, count in _STEPS),
     *(partial(product, rows=rows, **_PROJECTION) for rows in (1, 16)),
+    *(partial(product, rows=1, epilogue=activation, **_PROJECTION) for activation in sorted(EPILOGUES)),
     *(partial(product, rows=rows, scheme=s, **_PROJECTION) for s in SCHEMES for rows in (1, 16, 64, 512)),
     *(partial(experts, tokens=count, scheme=s) for s in (None, INT4, FP8, FP8_BLOCKS) for count in (1, 128, 4096)),
     partial(elementwise),
@@ -211,6 +213,7 @@ SAMPLE: tuple[Problem, ...] = (
     partial(attention, **_LLAMA, rows=1, queries=1),
     partial(attention, **_LLAMA, rows=4, queries=512),
     partial(product, rows=16, **_PROJECTION),
+    partial(product, rows=1, epilogue="silu", **_PROJECTION),
     partial(product, rows=512, scheme=FP8, **_PROJECTION),
     partial(product, rows=64, scheme=INT4, **_PROJECTION),
     partial(experts, tokens=4096),

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from anychip.ops.reference.functional import gated_activation
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import LinearKernel, LinearSpec, Platform
 from anychip.plugin_api.linear import Packed
@@ -68,6 +69,8 @@ class ReferenceLinear(_StackedParts):
 
     def apply(self, x: Tensor, packed: DenseWeights, *, out: Tensor | None = None) -> Tensor:
         result = F.linear(x, packed.weight, packed.bias)
+        if self.spec.epilogue is not None:
+            result = gated_activation(gate_up=result, activation=self.spec.epilogue)
         return result if out is None else out.copy_(result)
 
 

@@ -6,8 +6,7 @@ What changes from step to step is not specialized, as in matmul.py.
 import triton
 import triton.language as tl
 
-from anychip_triton.kernels.matmul import accumulate
-from anychip_triton.kernels.norm import activated
+from anychip_triton.kernels.matmul import features
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -76,24 +75,11 @@ def expert_matmul(
     inside = feature < out_features
     HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
     row = expert.to(tl.int64) * out_features * HALVES + feature
-    result = accumulate(
+    result = features(
         x, source * x_stride, live, x_scale, source * x_groups,
-        w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
-        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
+        w, row, inside, w_scale, w_zero, bias, w_stride, w_groups, out_features, columns,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, HAS_BIAS, FP8, ACTIVATION, DTYPE,
     )  # fmt: skip
-    if HAS_BIAS:
-        result += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "":
-        row += out_features
-        up = accumulate(
-            x, source * x_stride, live, x_scale, source * x_groups,
-            w, row * w_stride, inside, w_scale, w_zero, row * w_groups, columns,
-            GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
-        )  # fmt: skip
-        if HAS_BIAS:
-            up += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
-        # As if gate and up had been stored: the reference rounds them there.
-        result = activated(result.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32), ACTIVATION)
     at = pair[:, None] * out_features + feature[None, :]
     tl.store(out + at, result.to(DTYPE), mask=live[:, None] & inside[None, :])
 

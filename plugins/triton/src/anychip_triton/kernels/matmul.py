@@ -11,6 +11,7 @@ be another form of the kernel, compiled when it first comes.
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.norm import activated
 from anychip_triton.kernels.numbers import as_fp8, dot, fp8_to_float, in_8_bits, scale_of
 
 
@@ -135,12 +136,62 @@ def accumulate(
     return result
 
 
+@triton.jit
+def features(
+    x,
+    x_at,
+    x_live,
+    x_scale,
+    x_scale_at,
+    w,
+    row,  # [BLOCK_N] rows of w
+    w_live,
+    w_scale,
+    w_zero,
+    bias,
+    w_stride,
+    w_groups,
+    up,  # how far below a row of gate that of up stands, where ACTIVATION
+    columns,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_KIND: tl.constexpr,
+    X_SCALES: tl.constexpr,
+    W_KIND: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """A tile of results in float32, bias and activation applied. ACTIVATION "": the product; else of gate and up."""
+    result = accumulate(
+        x, x_at, x_live, x_scale, x_scale_at, w, row * w_stride, w_live, w_scale, w_zero, row * w_groups, columns,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
+    )  # fmt: skip
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=w_live, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "":
+        row += up
+        other = accumulate(
+            x, x_at, x_live, x_scale, x_scale_at, w, row * w_stride, w_live, w_scale, w_zero, row * w_groups, columns,
+            GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
+        )  # fmt: skip
+        if HAS_BIAS:
+            other += tl.load(bias + row, mask=w_live, other=0.0).to(tl.float32)[None, :]
+        # As if gate and up had been stored: the reference rounds them there.
+        result = activated(result.to(DTYPE).to(tl.float32), other.to(DTYPE).to(tl.float32), ACTIVATION)
+    return result
+
+
 @triton.jit(do_not_specialize=["rows"])
 def matmul(
     out,  # [rows, out_features]
     x,  # [rows, columns]
     x_scale,
-    w,  # [out_features, columns], or half as many bytes of int4
+    w,  # [out_features, columns], or half as many bytes of int4; twice as many rows where ACTIVATION
     w_scale,  # [out_features, groups] float32
     w_zero,  # [out_features, groups] uint8
     bias,  # [out_features]
@@ -162,21 +213,21 @@ def matmul(
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FP8: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """One tile. Programs next to each other share rows of weights, which are the larger side to read again."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_live, feature_live = row < rows, feature < out_features
-    result = accumulate(
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    result = features(
         x, row.to(tl.int64) * x_stride, row_live, x_scale, row * x_groups,
-        w, feature.to(tl.int64) * w_stride, feature_live, w_scale, w_zero, feature * w_groups, columns,
-        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, out.dtype.element_ty,
+        w, feature.to(tl.int64), feature_live, w_scale, w_zero, bias, w_stride, w_groups, out_features, columns,
+        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, HAS_BIAS, FP8, ACTIVATION, DTYPE,
     )  # fmt: skip
-    if HAS_BIAS:
-        result += tl.load(bias + feature, mask=feature_live, other=0.0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * out_stride + feature[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=row_live[:, None] & feature_live[None, :])
+    tl.store(out + at, result.to(DTYPE), mask=row_live[:, None] & feature_live[None, :])
 
 
 @triton.jit
