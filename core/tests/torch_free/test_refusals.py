@@ -53,3 +53,27 @@ def test_a_scheme_that_is_not_declared_has_a_nearest_one():
     )  # fmt: skip
     device = Capabilities(quantization=frozenset({"int8", "int4"}))
     assert undeclared(spec, device) == ["quantization fp8; int8 comes nearest, there are int4, int8"]
+
+
+def test_an_epilogue_is_of_a_dense_product_and_declared():
+    parts = (LinearPart(name="gate", offset=0, rows=8), LinearPart(name="up", offset=8, rows=8))
+    scheme = QuantScheme(name="int8", scales="channel")
+    device = Capabilities(epilogues=frozenset({"silu"}))
+    refused = {
+        (epilogue, quantized): undeclared(
+            LinearSpec(
+                in_features=8, out_features=16, parts=parts, dtype="float32", epilogue=epilogue,
+                scheme=scheme if quantized else None,
+            ),
+            device,
+        )
+        for epilogue in ("silu", "gelu_tanh")
+        for quantized in (False, True)
+    }  # fmt: skip
+    quantized = "an epilogue of a quantized product: {} of int8"
+    assert refused == {
+        ("silu", False): [],
+        ("silu", True): [quantized.format("silu")],
+        ("gelu_tanh", False): ["epilogue gelu_tanh"],
+        ("gelu_tanh", True): ["epilogue gelu_tanh", quantized.format("gelu_tanh")],
+    }

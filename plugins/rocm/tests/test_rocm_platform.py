@@ -47,6 +47,8 @@ def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):
     [
         ({"CUDA_VISIBLE_DEVICES": "1"}, ["gfx1100"]),
         ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, ["gfx942"]),
+        ({"ROCR_VISIBLE_DEVICES": ""}, []),
+        ({"HIP_VISIBLE_DEVICES": ""}, ["gfx942", "gfx1100"]),
         ({"ROCR_VISIBLE_DEVICES": "GPU-000000000000abca"}, ["gfx1100"]),
         ({"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "1"}, ["gfx942"]),
     ],

@@ -98,6 +98,7 @@ def test_a_compiler_in_place_of_the_fused_kernels_is_an_option(cuda):
     assert open_card().compiler() is None and "rms_norm" in open_card().ops()
     card = open_card(compile=True)
     assert isinstance(card.compiler(), TorchCompiler) and card.ops().keys() & COMPILED_OPS == set()
+    assert open_card().capabilities.epilogues and not card.capabilities.epilogues
     served = resolve_ops("card", card.ops(), compiler=card.compiler()).served_by
     assert served["residual_norm_quant"] == "card's compiler, from the reference"
     assert served["sample"].startswith("card (anychip_triton.ops")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anychip.plugin_api import LinearKernel, LinearPart, LinearSpec
+from anychip.plugin_api import Activation, LinearKernel, LinearPart, LinearSpec
 from anychip_conformance.case import kind
 from anychip_conformance.choices import CaseDtype, each_dtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
 from anychip_conformance.oracle.vectorised import Bounded, gated
 from anychip_conformance.oracle.vectorised import linear as product
 from anychip_conformance.products import SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
-
-Epilogue = Literal["silu", "gelu_tanh", "swiglu_clamped"]
 
 MANY_ROWS = 150
 """More rows than two chunks of loading."""
@@ -35,7 +33,7 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     strided: bool = False
     guarded: bool = False
     invariant: bool = False
-    epilogue: Epilogue | None = None
+    epilogue: Activation | None = None
     seed: int = 0
 
     @property
@@ -171,7 +169,7 @@ def dense(device: Device, case: LinearCase) -> None:
         columns=st.sampled_from([7, 64, 200]),
         rows=st.sampled_from([(16, 16), (63, 63), (100, 100)]),
         dtype=st.sampled_from(["any", "narrow"]),
-        epilogue=st.sampled_from(["silu", "gelu_tanh", "swiglu_clamped"]),
+        epilogue=st.sampled_from(get_args(Activation)),
         bias=st.booleans(),
         seed=st.integers(0, 2**16),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anychip.plugin_api import FusedMoE, MoESpec, Routing
+from anychip.plugin_api import Activation, FusedMoE, MoESpec, Routing
 from anychip_conformance.case import kind
 from anychip_conformance.choices import CaseDtype, each_dtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
@@ -36,7 +36,7 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hidden: int = 32
     intermediate: int = 24
     dtype: CaseDtype = "any"
-    activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
+    activation: Activation = "silu"
     bias: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = True
@@ -256,7 +256,7 @@ def route(device: Device, case: MoECase) -> None:
     ),
     drawn=st.builds(
         MoECase,
-        activation=st.sampled_from(["silu", "gelu_tanh", "swiglu_clamped"]),
+        activation=st.sampled_from(get_args(Activation)),
         bias=st.booleans(),
         shared=st.booleans(),
         crowded=st.booleans(),

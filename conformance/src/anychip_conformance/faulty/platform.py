@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from anychip.errors import ConfigError
 from anychip.plugin_api import (
+    Activation,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
@@ -52,7 +53,7 @@ class FaultyPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
         batch_invariant=True,
-        epilogues=frozenset({"silu", "gelu_tanh", "swiglu_clamped"}),
+        epilogues=frozenset(get_args(Activation)),
     )
 
     def __init__(self, context: PlatformContext) -> None:

@@ -48,7 +48,7 @@ from anychip.plugin_api.manifest import (
     Requirement,
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
-from anychip.plugin_api.moe import ExpertParallel, FusedMoE, MoESpec, Routing
+from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, op_override
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
@@ -75,7 +75,7 @@ from anychip.types import NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
     "API_VERSION", "EDIT_WIDTHS", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS",
-    "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Apart", "AttentionBackend", "AttentionLayer",
+    "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Activation", "Apart", "AttentionBackend", "AttentionLayer",
     "AttentionSpec", "BatchView", "CallBetween", "Capabilities", "CommandManifest", "Communicator", "CompileReport",
     "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EngineConfig", "Event",
     "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs",

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from anychip.plugin_api.platform import Platform
 
 
+Activation = Literal["silu", "gelu_tanh", "swiglu_clamped"]
+"""Of gate, before up multiplies it. swiglu_clamped: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within 7
+of zero (GPT-OSS)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoESpec:
     """`intermediate_size` is this rank's share. Experts are gate and up stacked, an activation, then down."""
@@ -26,8 +31,7 @@ class MoESpec:
     hidden_size: int
     intermediate_size: int
     dtype: DType
-    activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
-    """swiglu_clamped: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within 7 of zero (GPT-OSS)."""
+    activation: Activation = "silu"
     bias: bool = False
     """Whether gate, up and down add a bias."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"

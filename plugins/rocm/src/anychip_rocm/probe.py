@@ -9,9 +9,7 @@ from anychip.plugin_api import DeviceInfo, ProbeResult
 from anychip_triton.visibility import visible
 
 _DRIVER = Path("/dev/kfd")
-_VISIBLE = (("ROCR_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"))
-"""The driver's runtime and HIP each take the first of theirs that is set. HIP counts among what the other leaves."""
-
+_VISIBLE = "ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES"
 _NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
@@ -21,22 +19,29 @@ def probe() -> ProbeResult:
             reason=f"no AMD compute driver ({_DRIVER} is not there)",
             remedy=f"install ROCm's kernel driver; in a container, pass {_DRIVER} and /dev/dri",
         )
-    nodes = [_properties(node / "properties") for node in sorted(_NODES.glob("*"), key=lambda path: int(path.name))]
+    nodes = [
+        _properties(node / "properties") for node in sorted(_NODES.glob("[0-9]*"), key=lambda path: int(path.name))
+    ]
     gpus = [node for node in nodes if node.get("gfx_target_version")]
     seen = gpus
-    for names in _VISIBLE:
-        setting = next(filter(None, map(os.environ.get, names)), None)
+    for setting in _settings():
         seen = [seen[index] for index in visible(setting, [_uuid(node) for node in seen])]
     devices = tuple(
         DeviceInfo(index=index, name=_target(node["gfx_target_version"])) for index, node in enumerate(seen)
     )
-    known = ", ".join(name for names in _VISIBLE for name in names)
-    none = f"one of {known} hides all {len(gpus)} devices" if gpus else "the driver lists no GPU"
+    none = f"{_VISIBLE} hides all {len(gpus)} devices" if gpus else "the driver lists no GPU"
     return ProbeResult(
         devices=devices,
         reason="" if devices else none,
-        remedy="" if devices else f"check {known}, and rocminfo",
+        remedy="" if devices else f"check {_VISIBLE}, and rocminfo",
     )
+
+
+def _settings() -> tuple[str | None, str | None]:
+    """The driver's runtime's, which hides all where it is empty; and HIP's, which counts among what that leaves and
+    takes an empty one for none."""
+    hip = os.environ.get("HIP_VISIBLE_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES")
+    return os.environ.get("ROCR_VISIBLE_DEVICES"), hip or None
 
 
 def _uuid(node: dict[str, int]) -> str:

@@ -66,7 +66,7 @@ class GpuPlatform(TritonPlatform):
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "float16", "bfloat16"}),
             head_dims=frozenset(range(8, MAX_HEAD_DIM + 1)),
-            epilogues=EPILOGUES,
+            epilogues=frozenset() if options.compile else EPILOGUES,  # activations are what the compiler is asked for
             graph_level=self._graphs.level,
             collectives="runtime",
             streams=True,

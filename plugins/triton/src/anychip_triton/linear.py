@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 from anychip.ops.reference import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.linear import QuantizedWeights, ReferenceQuantizedLinear
 from anychip.ops.reference.quantized import QuantizedMatrix
-from anychip.plugin_api import LinearKernel, LinearSpec, Platform, QuantScheme
+from anychip.plugin_api import Activation, LinearKernel, LinearSpec, Platform, QuantScheme
 from anychip_triton.formats import KINDS, accepted, split_rows
 from anychip_triton.kernels.matmul import matmul, quantize_rows
 from anychip_triton.launch import Launcher, split_tile
@@ -22,7 +22,7 @@ from anychip_triton.targets import Target
 SKINNY_ROWS = 16
 """Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
 
-EPILOGUES = frozenset({"silu", "gelu_tanh", "swiglu_clamped"})
+EPILOGUES: frozenset[str] = frozenset(get_args(Activation))
 """Activations of gate and up that a dense product applies."""
 
 _LEAST_BLOCK_K = 16

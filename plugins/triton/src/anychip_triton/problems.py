@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
     ActFormat,
+    Activation,
     AttentionLayer,
     AttentionSpec,
     LinearPart,
@@ -28,7 +29,7 @@ from anychip.plugin_api import (
 )
 from anychip_triton.attention import TritonAttention, TritonPlan
 from anychip_triton.launch import Launcher
-from anychip_triton.linear import EPILOGUES, linear_kernel
+from anychip_triton.linear import linear_kernel
 from anychip_triton.moe import TritonMoE
 from anychip_triton.ops import TritonOps
 
@@ -151,7 +152,7 @@ def elementwise(launch: Launcher, place: str = "meta", *, dtype: str = "bfloat16
         form = ActFormat(dtype=cast(Any, dtype), scheme="fp8", group_size=group)
         ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6, out_format=form)
         ops.gate_up_act_quant(gate_up=_zeros((8, 28672), dtype, place), activation="silu", out_format=form)
-    for activation in ("silu", "gelu_tanh", "swiglu_clamped"):
+    for activation in get_args(Activation):
         ops.gated_activation(gate_up=_zeros((8, 28672), dtype, place), activation=activation)
 
 
@@ -201,7 +202,7 @@ _PROJECTION = {"columns": 4096, "features": 6144}
 PROBLEMS: tuple[Problem, ...] = (
     *(partial(attention, **layer, rows=rows, queries=count) for layer in _LAYERS for rows, count in _STEPS),
     *(partial(product, rows=rows, **_PROJECTION) for rows in (1, 16)),
-    *(partial(product, rows=1, epilogue=activation, **_PROJECTION) for activation in sorted(EPILOGUES)),
+    *(partial(product, rows=1, epilogue=activation, **_PROJECTION) for activation in get_args(Activation)),
     *(partial(product, rows=rows, scheme=s, **_PROJECTION) for s in SCHEMES for rows in (1, 16, 64, 512)),
     *(partial(experts, tokens=count, scheme=s) for s in (None, INT4, FP8, FP8_BLOCKS) for count in (1, 128, 4096)),
     partial(elementwise),
