@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from anychip.errors import CheckpointError
 from anychip.weights.dummy import DummyView, NoisePool
-from anychip.weights.files import SafetensorsFile, checkpoint_views
+from anychip.weights.files import SafetensorsFile
 from anychip.weights.matrix import CHUNK_BYTES, ROW_MULTIPLE, Span, row_chunks, stream
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64]
@@ -23,7 +23,6 @@ def test_every_part_of_a_tensor_reads_as_it_was_saved(dtype, tmp_path):
     saved = {"matrix": torch.arange(60).view(12, 5).to(dtype), "vector": torch.arange(7).to(dtype)}
     saved |= {"scalar": torch.tensor(3).to(dtype), "cube": torch.arange(24).view(2, 3, 4).to(dtype)}
     save_file(saved, tmp_path / "model.safetensors")
-    views = dict(checkpoint_views(tmp_path))
     file = SafetensorsFile(tmp_path / "model.safetensors")
     views = dict(file.views())
     for name, tensor in saved.items():

@@ -105,6 +105,7 @@ class TransformersModel:
             self.hf = family.cls._from_config(
                 family.hf_config, attn_implementation=ATTENTION, dtype=getattr(torch, builder.dtype)
             ).eval()
+        builder.weights.decoder = f"{self.hf.base_model_prefix}."
         self._renamings = [r for r in get_model_conversion_mapping(self.hf) if isinstance(r, WeightRenaming)]
         self._modules = dict(self.hf.named_modules())
         self.bridge = AttentionBridge(self._attention_layers(specs, config), self._backends(specs))
@@ -176,7 +177,7 @@ class TransformersModel:
         if head.bias is not None:  # rare, and left to the linear layers: whole on every rank
             head_name = ""
         if type(embedding) is not nn.Embedding:  # it does more than look up: its weight is kept whole
-            if tied:
+            if tied and self._builder.stored.tie(head_name, name):
                 self._replace(head_name, layers.TiedHead(embedding))
             return
         ours = layers.embedding(self._builder, name, config)

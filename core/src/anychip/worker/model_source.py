@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -19,10 +18,11 @@ from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel, Weight
 from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
+from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.dummy import dummy_views
-from anychip.weights.files import checkpoint_files, checkpoint_views, tensor_names
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
+from anychip.weights.stored import StoredTensors
 from anychip.worker.held import held_bytes, held_storages
 from anychip.worker.sizing import check_weights_fit
 
@@ -53,12 +53,9 @@ class CheckpointSource:
         self.dtype = resolve_dtype(config.dtype, model.dtype, platform)
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
         self.family = find_family(model, config, contributed)
+        self.checkpoint = Checkpoint(Path(model.folder))
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
-
-    @cached_property
-    def folder(self) -> Path:
-        return Path(self.model.folder)
 
     def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
         if self.model.num_heads % size:
@@ -83,18 +80,18 @@ class CheckpointSource:
 
     def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
         """From what the platform kept of an earlier start, or from the checkpoint."""
-        files = checkpoint_files(self.folder)
+        files = [file.path for file in self.checkpoint.files]
         self.progress = LoadProgress(sum(path.stat().st_size for path in files), shown=shard.rank == 0)
         key = self._key(shard, files)
         weights = held_storages(model)
         total = sum(storage.nbytes() for storage in weights)
         if self.progress.restore(total, lambda: self.platform.restore_weights(key, weights)):
             return
-        load_weights(register, self.progress.track(checkpoint_views(self.folder)), self.model.folder)
+        load_weights(register, self.progress.track(self.checkpoint.views()), self.model.folder)
         self.platform.keep_weights(key, weights)
 
     def _key(self, shard: Shard, files: Sequence[Path]) -> WeightsKey:
-        form = (str(self.folder.resolve()), self.dtype, self.kv_dtype, self.config.quantization, shard.rank, shard.size)
+        form = (str(self.checkpoint.folder.resolve()), self.dtype, self.kv_dtype, self.config.quantization, shard.rank, shard.size)
         stats = [(path.name, path.stat()) for path in files]
         contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
         name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
@@ -102,7 +99,10 @@ class CheckpointSource:
 
     def build_layers(self, shard: Shard, register: WeightRegister) -> StepModel:
         """The model with its weights allocated and not loaded."""
-        inner = weight_format(self.model.raw, self.config.quantization, self._names)
+        made_up = self.config.load_format == "dummy"
+        inner = weight_format(
+            self.model.raw, self.config.quantization, lambda: frozenset() if made_up else self.checkpoint.names
+        )
         builder = Builder(
             platform=self.platform,
             ops=self.ops,
@@ -110,12 +110,10 @@ class CheckpointSource:
             dtype=self.dtype,
             weights=register,
             formats=CheckedFormat(inner, self.platform),
+            stored=StoredTensors(None if made_up else self.checkpoint, register),
             kv_scales=self.kv_dtype != self.dtype,
         )
         return self.family(self.model, builder, self.attention_specs(shard.size))
-
-    def _names(self) -> frozenset[str]:
-        return frozenset() if self.config.load_format == "dummy" else tensor_names(self.folder)
 
 
 def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:

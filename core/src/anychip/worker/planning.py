@@ -20,7 +20,6 @@ from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
 from anychip.plugin_api import Communicator, PeakMemory, Shard, WeightView
 from anychip.registry.plugins import load_plugins
-from anychip.weights.files import checkpoint_views
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.worker.held import held_bytes
 from anychip.worker.kv_plan import kv_cache_config
@@ -117,8 +116,8 @@ def _stand_ins(prepared: Preparation, register: WeightRegister) -> Iterator[tupl
     """Zeros; and, of a checkpoint whose containers say more than their shapes, the few tensors that are wanted."""
     slots = list(register.slots.values())
     if any(slot.shape is None or slot.name in register.optional for slot in slots):
-        for name, view in checkpoint_views(prepared.source.folder):
-            if register.rename(name) in register.slots:
+        for name, view in prepared.source.checkpoint.views():
+            if register.place(name) in register.slots:
                 yield name, view
         return
     for slot in slots:
