@@ -33,13 +33,14 @@ def read(folder: Path) -> list[str]:
 
 @given(
     whole=st.booleans(),
-    assigned=st.dictionaries(st.text("xyz.", min_size=1, max_size=4), st.sampled_from(INDEXED), min_size=1)
-    | st.none(),
+    assigned=st.dictionaries(st.text("xyz.", min_size=1, max_size=4), st.sampled_from(INDEXED), min_size=1) | st.none(),
     strangers=st.sets(st.sampled_from((*STRANGERS, "original/model.safetensors", "pytorch_model.bin"))),
 )
 def test_the_models_own_files_are_read_and_no_other(whole, assigned, strangers):
     with TemporaryDirectory() as name:
-        folder = fill(Path(name), *strangers, *([WHOLE] if whole else []), *(INDEXED if assigned else []), index=assigned)
+        folder = fill(
+            Path(name), *strangers, *([WHOLE] if whole else []), *(INDEXED if assigned else []), index=assigned
+        )
         if whole:
             assert read(folder) == [WHOLE]
         elif assigned:

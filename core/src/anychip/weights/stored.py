@@ -20,7 +20,7 @@ class StoredTensors:
         alone, the head is the embedding too."""
         given = {self._register.place(name): name for name in self._names()}
         weight, other = f"{head}.weight", f"{embedding}.weight"
-        if any(name.startswith(f"{head}.") and name != weight for name in given):
+        if any(name.startswith(f"{head}.") and name not in (weight, f"{head}.bias") for name in given):
             return False
         if weight not in given:
             return True

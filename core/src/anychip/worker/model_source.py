@@ -91,7 +91,14 @@ class CheckpointSource:
         self.platform.keep_weights(key, weights)
 
     def _key(self, shard: Shard, files: Sequence[Path]) -> WeightsKey:
-        form = (str(self.checkpoint.folder.resolve()), self.dtype, self.kv_dtype, self.config.quantization, shard.rank, shard.size)
+        form = (
+            str(self.checkpoint.folder.resolve()),
+            self.dtype,
+            self.kv_dtype,
+            self.config.quantization,
+            shard.rank,
+            shard.size,
+        )
         stats = [(path.name, path.stat()) for path in files]
         contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
         name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
