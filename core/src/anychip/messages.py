@@ -18,7 +18,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """One request, already tokenized and checked. `sampling.n` sequences come of it, indexed from 0."""
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt: bytes
+    """The prompt's ids: int32 [num_prompt]."""
     sampling: SamplingParams
     max_output: int
     stop_ids: tuple[int, ...]
@@ -32,13 +33,26 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Whose request it is, for policies that share the device fairly."""
     deadline: float | None = None
     """Seconds from its arrival at the engine after which it ends with an error."""
+    block_hashes: bytes = b""
+    """The hashes of the prompt's full KV blocks, one after the other (kv_cache/hashing); b"": the engine makes them."""
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def prompt_token_ids(self) -> memoryview:
+        """The same ids as integers; nothing is copied."""
+        return memoryview(self.prompt).cast("i")
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Ends requests; `index` ends one sequence of a request only."""
+    """Ends requests; `index` ends one sequence of a request only. `reason` is "stop" where a stop string was found:
+    the sequence is complete."""
 
     request_id: str
     index: int | None = None
+    reason: FinishReason = "abort"
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -157,10 +171,12 @@ class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """`max_model_len` is what was asked for, or the longest that model and KV cache hold."""
+    """`max_model_len` is what was asked for, or the longest that model and KV cache hold. `hash_block_size`: tokens
+    under one hash of the prefix cache; None: there is none."""
 
     worker: WorkerReady
     max_model_len: int
+    hash_block_size: int | None = None
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -73,7 +73,7 @@ def run(core, *, seed: int, preempt_at: set[int] = frozenset(), limit: int = 600
         logprobs = {}
         for position, request in enumerate(step.sampling):
             values = distribution(tuple(request.token_ids), seed)
-            order = sorted(range(VOCAB), key=lambda token: -values[token])[: request.beams.num_candidates]
+            order = sorted(range(VOCAB), key=lambda token: -values[token])[: request.num_logprobs]
             logprobs[position] = TokenLogprobs(values[order[0]], order, [values[token] for token in order])
         ids = array("i", [0] * len(step.sampling)).tobytes()
         for delta in scheduler.update(step, StepResult(step.decision.step_id, ids, logprobs)):

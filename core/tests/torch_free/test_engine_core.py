@@ -48,7 +48,7 @@ def test_every_request_gets_its_tokens_at_any_depth(max_in_flight):
 def test_n_sequences_share_the_seed_and_differ_by_index():
     core = make_core(make_scheduler())
     core.add(add_message("a", list(range(5, 15)), n=4))
-    requests = [core.scheduler.requests["a", index] for index in range(4)]
+    requests = [core.scheduler.requests["a"][index] for index in range(4)]
     assert len({request.seed for request in requests}) == 1
     assert [request.index for request in requests] == [0, 1, 2, 3]
     ends = [delta for delta in run(core) if delta.finish_reason]
@@ -61,7 +61,7 @@ def test_requests_without_a_seed_get_reproducible_ones():
         core = make_core(make_scheduler(), seed=3)
         core.add(add_message("a", [5]))
         core.add(add_message("b", [5]))
-        seeds.append([core.scheduler.requests[name, 0].seed for name in "ab"])
+        seeds.append([core.scheduler.requests[name][0].seed for name in "ab"])
     assert seeds[0] == seeds[1]
     assert seeds[0][0] != seeds[0][1]
 
@@ -94,7 +94,7 @@ def test_an_abort_in_any_state_ends_the_request_and_frees_its_blocks(steps_befor
     ("message", "expected"),
     [
         (add_message("b", []), "the prompt is empty"),
-        (add_message("b", [5, VOCAB_SIZE]), f"token id {VOCAB_SIZE}, the vocabulary has {VOCAB_SIZE}"),
+        (add_message("b", [5, VOCAB_SIZE]), f"token id {VOCAB_SIZE}; the vocabulary has {VOCAB_SIZE}"),
         (add_message("b", [-1]), "token id -1"),
         (add_message("a", [5]), "is in use"),
         (add_message("b", [5], n=64), "requests wait, at most 64"),
@@ -105,7 +105,7 @@ def test_a_refused_request_leaves_nothing_behind(message, expected):
     core.add(add_message("a", [5]))
     with pytest.raises(UserError, match=expected):
         core.add(message)
-    assert list(core.scheduler.requests) == [("a", 0)]
+    assert list(core.scheduler.requests) == ["a"]
 
 
 def failing(core, call, at, *, fatal=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_edits_are_the_penalties_whenever_they_are_asked_for(
     logits = np.random.default_rng(0).normal(size=64).astype(np.float32)
     for count in range(len(output) + 1):
         if count in looks or count == len(output):
-            request.token_ids = prompt + output[:count]
+            request.output_token_ids = output[:count]
             expected = penalized(logits, sampling, prompt, output[:count])
             np.testing.assert_allclose(edited(logits, editor.edits(request)), expected, atol=1e-4)
 
@@ -77,12 +78,12 @@ def test_edits_outgrow_their_first_arrays():
 
 def allowed_tokens(sampling: SamplingParams, output: list[int], *, bad=(), stop_ids=(2,)) -> set[int]:
     request = make_request("a", [5, 6])
-    request.token_ids += output
-    message = AddRequest("a", [5, 6], sampling, 8, stop_ids, bad_token_ids=bad)
+    request.output_token_ids += output
+    message = AddRequest("a", array("i", [5, 6]).tobytes(), sampling, 8, stop_ids, bad_token_ids=bad)
     mask = np.full(-(-VOCAB_SIZE // 32), 0xFFFFFFFF, dtype=np.uint32)
     for processor in make_processors(message, VOCAB_SIZE):
-        if processor.applies(len(request.token_ids)):
-            processor.allowed(request, len(request.token_ids), mask)
+        if processor.applies(request.num_known):
+            processor.allowed(request, request.num_known, mask)
     return {token for token in range(VOCAB_SIZE) if mask[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
 
 
@@ -114,7 +115,7 @@ def test_a_restriction_that_leaves_nothing_gives_way():
 def test_each_sequence_keeps_its_own_counts():
     core = make_core(make_scheduler())
     core.add(add_message("a", [5, 6], max_output=3, n=2, frequency_penalty=1.0))
-    editors = [core.scheduler.requests["a", index].editor for index in range(2)]
+    editors = [core.scheduler.requests["a"][index].editor for index in range(2)]
     assert editors[0] is not editors[1]
     while core.has_work:
         core.step()

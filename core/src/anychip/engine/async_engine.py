@@ -179,7 +179,7 @@ class AsyncEngine:
                 continue
             output, ended_here = self.outputs.process(delta)
             if ended_here:
-                await self._send(Abort(delta.request_id, delta.index))
+                await self._send(Abort(delta.request_id, delta.index, "stop"))
             if output is not None:
                 if delta.finish_reason == "abort":
                     queue.put_nowait(RequestAborted(f"request {delta.request_id} was aborted"))

@@ -42,7 +42,7 @@ class EngineLoop:
 
     def run(self, core: EngineCore) -> None:
         """Serves until Shutdown."""
-        self.send(EngineReady(core.executor.ready, core.max_model_len))
+        self.send(EngineReady(core.executor.ready, core.max_model_len, core.hash_block_size))
         while not self._stopping:
             deltas = self._take_messages(core, wait=not core.has_work)
             if core.has_work:
@@ -68,7 +68,7 @@ class EngineLoop:
                     refusal = (type(error).__name__, str(error))
                     deltas.append(SequenceDelta(message.request_id, 0, [], finish_reason="abort", error=refusal))
             elif isinstance(message, Abort):
-                deltas += core.abort(message.request_id, message.index)
+                deltas += core.abort(message.request_id, message.index, message.reason)
             elif isinstance(message, Shutdown):
                 self._stopping = True
         return deltas

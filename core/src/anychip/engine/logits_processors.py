@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from anychip.errors import AnychipError
+from anychip.errors import AnychipError, InvalidRequest
 from anychip.messages import AddRequest, LateInputs, LogitEdits
 from anychip.request import LogitsProcessor, Request
 from anychip.sampling_params import SamplingParams
@@ -21,6 +21,8 @@ _ALL = np.uint32(0xFFFFFFFF)
 
 class MinTokens:
     """Forbids the tokens that would end a sequence before it has `min_tokens` of output."""
+
+    name = "min_tokens"
 
     def __init__(self, *, num_prompt: int, min_tokens: int, stop_ids: Sequence[int]) -> None:
         self.until = num_prompt + min_tokens
@@ -35,6 +37,8 @@ class MinTokens:
 
 class AllowedTokens:
     """Forbids every token but some."""
+
+    name = "allowed_token_ids"
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
         ids = np.asarray(token_ids, dtype=np.int64)
@@ -51,6 +55,8 @@ class AllowedTokens:
 class BadWords:
     """Forbids the token that would complete a word. Words are looked for in the output alone."""
 
+    name = "bad_words"
+
     def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
         self.words = [(list(word[:-1]), word[-1]) for word in words]
 
@@ -58,11 +64,11 @@ class BadWords:
         return True
 
     def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
-        output = request.num_output
+        output = request.output_token_ids
         last = [
             token
             for before, token in self.words
-            if len(before) <= output and request.token_ids[len(request.token_ids) - len(before) :] == before
+            if len(before) <= len(output) and output[len(output) - len(before) :] == before
         ]
         if last:
             clear(mask, np.asarray(last, dtype=np.int64))
@@ -78,7 +84,7 @@ class LogitEditor:
         self._frequency = sampling.frequency_penalty
         self._index: dict[int, int] = {}
         self._drawn: set[int] = set()
-        self._seen = len(prompt_token_ids)
+        self._seen = 0
         self._ids = np.zeros(256, dtype=np.int32)
         self._scales = np.ones(256, dtype=np.float32)
         self._shifts = np.zeros(256, dtype=np.float32)
@@ -93,9 +99,9 @@ class LogitEditor:
     def edits(self, request: Request) -> LogitEdits | None:
         """What the next token's logits need, where every earlier id of the request is known."""
         if self._repetition != 1 or self._presence or self._frequency:
-            for token in request.token_ids[self._seen :]:
+            for token in request.output_token_ids[self._seen :]:
                 self._count(token)
-            self._seen = len(request.token_ids)
+            self._seen = request.num_output
         used = len(self._index)
         if not used:
             return None
@@ -128,8 +134,7 @@ def make_processors(
     if sampling.allowed_token_ids is not None:
         processors.append(AllowedTokens(sampling.allowed_token_ids, vocab_size))
     if sampling.min_tokens > 0 and message.stop_ids:
-        num_prompt = len(message.prompt_token_ids)
-        processors.append(MinTokens(num_prompt=num_prompt, min_tokens=sampling.min_tokens, stop_ids=message.stop_ids))
+        processors.append(MinTokens(num_prompt=message.num_prompt, min_tokens=sampling.min_tokens, stop_ids=message.stop_ids))
     if message.bad_token_ids:
         processors.append(BadWords(message.bad_token_ids))
     return tuple(processors)
@@ -147,7 +152,7 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
         if request.editor is not None and (found := request.editor.edits(request)) is not None:
             edits[position] = found
         if request.processors:
-            token_position = len(request.token_ids)
+            token_position = request.num_known
             active = [p for p in request.processors if p.applies(token_position)]
             if active:
                 try:
@@ -158,14 +163,27 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
 
 
 def _mask(request: Request, position: int, active: Sequence[LogitsProcessor], vocab_size: int) -> bytes:
-    """A restriction that would leave no token gives way to those before it."""
-    mask = np.full(cdiv(vocab_size, 32), _ALL, dtype=np.uint32)
+    """A restriction that would leave no token gives way to those before it. The first has none to give way to: raises
+    InvalidRequest, since whatever were drawn would break it."""
+    mask = _all_tokens(vocab_size)
     for number, processor in enumerate(active):
         before = mask.copy() if number else None
         processor.allowed(request, position, mask)
-        if not mask.any():
-            mask = np.full_like(mask, _ALL) if before is None else before
+        if mask.any():
+            continue
+        if before is None:
+            raise InvalidRequest(
+                f"{processor.name} leaves none of the {vocab_size} tokens after {request.num_output} tokens of output"
+            )
+        mask = before
     return mask.tobytes()
+
+
+def _all_tokens(vocab_size: int) -> np.ndarray:  # [ceil(vocab_size / 32)] uint32
+    mask = np.full(cdiv(vocab_size, 32), _ALL, dtype=np.uint32)
+    if vocab_size % 32:
+        mask[-1] = (1 << vocab_size % 32) - 1
+    return mask
 
 
 def clear(mask: np.ndarray, ids: np.ndarray) -> None:

@@ -66,7 +66,7 @@ class _Sequence:
 
 class _Request:
     def __init__(self, message: AddRequest, tokenizer: Tokenizer | None) -> None:
-        self.prompt_token_ids = message.prompt_token_ids
+        self.prompt_token_ids = message.prompt_token_ids.tolist()
         self.sequences = [_Sequence(message, tokenizer) for _ in range(message.sampling.n)]
         self.cached_tokens = 0
 

@@ -70,6 +70,7 @@ class AsyncLLM:
             vocab_size=self.model.vocab_size,
             max_model_len=self.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
+            hash_block_size=ready.hash_block_size,
         )
         self.grammars = self._grammar_checker()
         self._adopt(ready)
@@ -110,7 +111,7 @@ class AsyncLLM:
             raise self.engine.dead
         arrived = time.monotonic()
         self._check_queue()
-        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
+        if len(prompt) > _LONG_TEXT:
             request = await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, options)
         else:
             request = self.inputs.process(request_id, prompt, sampling, options)

@@ -56,6 +56,7 @@ class LLM:
             vocab_size=model_config.vocab_size,
             max_model_len=self.engine.max_model_len,
             eos_token_ids=model_config.eos_token_ids,
+            hash_block_size=self.engine.hash_block_size,
         )
         self.outputs = OutputProcessor(self.tokenizer)
         self._count = 0
@@ -161,7 +162,7 @@ class LLM:
                         raise rebuild(*delta.error)
                     output, ended_here = self.outputs.process(delta)
                     if ended_here:
-                        self.engine.abort(delta.request_id, delta.index)
+                        self.engine.abort(delta.request_id, delta.index, "stop")
                     if output is not None:
                         if output.finished:
                             open_ids.discard(output.request_id)
