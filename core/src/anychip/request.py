@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from anychip.messages import LogitEdits, TokenLogprobs
+from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
@@ -33,14 +33,6 @@ class LogitsProcessor(Protocol):
 
     def applies(self, position: int) -> bool:
         """Whether the token at `position` is restricted at all; False costs nothing."""
-        ...
-
-
-class LogitsEditor(Protocol):
-    """Changes single logits of one sequence: penalties and biases."""
-
-    def edits(self, request: Request) -> LogitEdits | None:
-        """For the next token, where all earlier ids of the request are known; None: no change."""
         ...
 
 
@@ -70,7 +62,7 @@ class Request:
 
     __slots__ = (
         "arrival", "arrived_at", "beams", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline",
-        "editor", "epoch", "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed",
+        "epoch", "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed",
         "num_promised", "num_prompt", "priority", "processors", "prompt_logprobs", "rank", "reenters", "request_id",
         "sampling", "scheduled_at", "seed", "slot", "status", "stop_ids", "tenant", "token_ids",
     )  # fmt: skip
@@ -90,7 +82,6 @@ class Request:
         cache_salt: str = "",
         fork_of: Request | None = None,
         processors: tuple[LogitsProcessor, ...] = (),
-        editor: LogitsEditor | None = None,
         tenant: str = "",
         deadline: float = math.inf,
     ) -> None:
@@ -107,7 +98,6 @@ class Request:
         self.cache_salt = cache_salt
         self.fork_of = fork_of
         self.processors = processors
-        self.editor = editor
         self.tenant = tenant
         self.deadline = deadline  # on the monotonic clock
         self.beams: BeamSearch | None = None  # the search that the sequence is a beam of

@@ -14,17 +14,16 @@ from collections import deque
 from collections.abc import Sequence
 
 from anychip.engine.grammars import PendingGrammars
-from anychip.engine.logits_processors import LogitEditor, late_inputs, make_processors
+from anychip.engine.logits_processors import late_inputs, make_processors
 from anychip.errors import AnychipError, DeviceFault, InvalidRequest, QueueFull, RequestTimeout, StepFailed
 from anychip.executor.protocol import Executor
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import AddRequest, SequenceDelta
 from anychip.request import LogitsProcessor, Request
-from anychip.sampling_params import MAX_LOGPROBS
 from anychip.scheduler.beam_search import BeamSearch, num_candidates
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
-from anychip.types import RequestId
+from anychip.types import MAX_LOGPROBS, RequestId
 
 log = logging.getLogger("anychip.engine")
 
@@ -131,7 +130,6 @@ class EngineCore:
                 cache_salt=message.cache_salt,
                 fork_of=sequences[0] if sequences else None,
                 processors=make_processors(message, self.vocab_size, grammars[index : index + 1]),
-                editor=LogitEditor(sampling, message.prompt_token_ids) if sampling.edits_logits else None,
                 tenant=message.tenant,
                 deadline=deadline,
             )
@@ -223,8 +221,8 @@ class EngineCore:
     def _take_in_oldest(self, launched: ScheduledStep | None) -> list[SequenceDelta]:
         waits = launched is None or len(self.in_flight) == self.max_in_flight
         deltas: list[SequenceDelta] = []
-        # What restricts or edits the new step's tokens must know every earlier one.
-        needs_all = launched is not None and any(r.processors or r.editor is not None for r in launched.sampling)
+        # What restricts the new step's tokens must know every earlier one.
+        needs_all = launched is not None and any(request.processors for request in launched.sampling)
         while self.in_flight and self.in_flight[0] is not launched and (needs_all or waits):
             oldest = self.in_flight.popleft()
             deltas += self.scheduler.update(oldest, self.executor.collect())

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from anychip.messages import NewRow, StepDecision
 from anychip.request import Request
+from anychip.sampling_params import SamplingParams
+
+_NO_EDITS = SamplingParams()
+"""Beams are chosen by the model's own log-probabilities."""
 
 
 @dataclass(slots=True)
@@ -25,6 +29,7 @@ class ScheduledStep:
 def new_row(request: Request) -> NewRow:
     """A request entering its slot."""
     sampling = request.sampling
+    edits = sampling if request.beams is None else _NO_EDITS
     return NewRow(
         slot=request.slot if request.slot is not None else -1,
         token_ids=array("i", request.token_ids).tobytes(),
@@ -40,6 +45,10 @@ def new_row(request: Request) -> NewRow:
         logprobs=_reported(request),
         score_from=len(request.prompt_logprobs) if request.scores_prompt else request.num_prompt,
         score_top=sampling.prompt_logprobs or 0,
+        repetition_penalty=edits.repetition_penalty,
+        presence_penalty=edits.presence_penalty,
+        frequency_penalty=edits.frequency_penalty,
+        logit_bias=dict(edits.logit_bias),
     )
 
 
