@@ -34,7 +34,8 @@ def edit_logits(
     taken = frequency_penalty.unsqueeze(-1) * drawn + torch.where(drawn > 0, presence_penalty.unsqueeze(-1), 0)
     penalized = torch.where(count > 0, repeated, logits) - taken
     columns = torch.arange(bias_ids.shape[-1], device=logits.device)
-    added = torch.where(columns < num_biases.unsqueeze(-1), biases.index_select(0, slots), 0)
+    # Adding -0.0 changes no bit.
+    added = torch.where(columns < num_biases.unsqueeze(-1), biases.index_select(0, slots), -0.0)
     return penalized.scatter_add(-1, bias_ids.index_select(0, slots).long(), added)
 
 
