@@ -114,6 +114,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     weights: int
     activations: int
+    """Of the largest step, and what the device keeps for penalties and biases."""
     graphs: int
     kv_cache: int
     num_blocks: int
@@ -207,6 +208,11 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     """First position whose next prompt token is to be scored; num_prompt: none."""
     score_top: int
     """How many of the most likely tokens to report with a score."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    """By token id. The workers count the row's tokens themselves."""
 
 
 class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -227,15 +233,6 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     zeros: list[int]
 
 
-class LogitEdits(msgspec.Struct, frozen=True, array_like=True):
-    """Changes to single logits of a row, equally long: int32 ids, each once; float32 scales and shifts. A logit is
-    divided by its scale where it is positive, multiplied where it is negative, and then shifted."""
-
-    ids: bytes
-    scales: bytes
-    shifts: bytes
-
-
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What sampling needs that was not known when the step was launched, by position among its sampling rows.
 
@@ -244,7 +241,6 @@ class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     step_id: int
     masks: dict[int, bytes]
-    edits: dict[int, LogitEdits] = {}
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from anychip.messages import LogitEdits, TokenLogprobs
+from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
@@ -36,14 +36,6 @@ class LogitsProcessor(Protocol):
 
     def applies(self, position: int) -> bool:
         """Whether the token at `position` is restricted at all; False costs nothing."""
-        ...
-
-
-class LogitsEditor(Protocol):
-    """Changes single logits of one sequence: penalties and biases."""
-
-    def edits(self, request: Request) -> LogitEdits | None:
-        """For the next token, where all earlier ids of the request are known; None: no change."""
         ...
 
 
@@ -72,11 +64,11 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "arrived_at", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "editor",
-        "enters", "epoch", "finish_reason", "fork_of", "index", "is_beam", "max_output", "next_change_at", "num_cached_blocks",
+        "arrival", "arrived_at", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "enters",
+        "epoch", "finish_reason", "fork_of", "index", "is_beam", "max_output", "next_change_at", "num_cached_blocks",
         "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids", "priority", "processors",
-        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot",
-        "status", "stop_ids", "tenant",
+        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot", "status",
+        "stop_ids", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -96,7 +88,6 @@ class Request:
         num_logprobs: int = -1,
         fork_of: Request | None = None,
         processors: tuple[LogitsProcessor, ...] = (),
-        editor: LogitsEditor | None = None,
         tenant: str = "",
         arrived_at: float | None = None,
         deadline: float = math.inf,
@@ -115,7 +106,6 @@ class Request:
         self.cache_salt = cache_salt
         self.fork_of = fork_of  # whose prompt it may share, until it has a slot
         self.processors = processors
-        self.editor = editor
         self.tenant = tenant
         self.deadline = deadline  # on the monotonic clock
         self.is_beam = sampling.beam_width > 0

@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from anychip.engine.grammars import PendingGrammars
-from anychip.engine.logits_processors import LogitEditor, make_processors
+from anychip.engine.logits_processors import make_processors
 from anychip.engine.token_ids import check_token_ids
 from anychip.errors import AnychipError, InvalidRequest, QueueFull, RequestTimeout
 from anychip.kv_cache.hashing import HASH_BYTES
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import AddRequest
 from anychip.request import LogitsProcessor, Request
-from anychip.sampling_params import MAX_LOGPROBS
 from anychip.scheduler.beam_search import num_candidates
 from anychip.scheduler.scheduler import Scheduler
-from anychip.types import RequestId
+from anychip.types import MAX_LOGPROBS, RequestId
 
 _DEADLINES_EVERY_S = 0.1
 
@@ -148,9 +147,7 @@ class Admission:
         """`grammars` has one for each sequence, or none at all."""
         sampling, stop_ids = message.sampling, frozenset(message.stop_ids)
         seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        hashes = [
-            message.block_hashes[at : at + HASH_BYTES] for at in range(0, len(message.block_hashes), HASH_BYTES)
-        ]
+        hashes = [message.block_hashes[at : at + HASH_BYTES] for at in range(0, len(message.block_hashes), HASH_BYTES)]
         sequences: list[Request] = []
         for index in range(sampling.num_sequences):
             self._arrivals += 1
@@ -169,7 +166,6 @@ class Admission:
                 num_logprobs=_num_logprobs(message),
                 fork_of=sequences[0] if sequences else None,
                 processors=make_processors(message, self.vocab_size, grammars[index : index + 1]),
-                editor=LogitEditor(sampling, message.prompt_token_ids) if sampling.edits_logits else None,
                 tenant=message.tenant,
                 arrived_at=arrived_at,
                 deadline=_deadline(message, arrived_at),

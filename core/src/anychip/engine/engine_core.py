@@ -129,8 +129,8 @@ class EngineCore:
     def _take_in_oldest(self, launched: ScheduledStep | None) -> list[SequenceDelta]:
         waits = launched is None or len(self.in_flight) == self.max_in_flight
         deltas: list[SequenceDelta] = []
-        # What restricts or edits the new step's tokens must know every earlier one.
-        needs_all = launched is not None and any(r.processors or r.editor is not None for r in launched.sampling)
+        # What restricts the new step's tokens must know every earlier one.
+        needs_all = launched is not None and any(request.processors for request in launched.sampling)
         while self.in_flight and self.in_flight[0] is not launched and (needs_all or waits):
             oldest = self.in_flight.popleft()
             deltas += self.scheduler.update(oldest, self.executor.collect())

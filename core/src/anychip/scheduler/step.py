@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from anychip.messages import NewRow, StepDecision
 from anychip.request import Request
+from anychip.sampling_params import SamplingParams
 from anychip.scheduler.step_room import StepRoom
+
+_NO_EDITS = SamplingParams()
+"""Beams are chosen by the model's own log-probabilities."""
 
 
 @dataclass(slots=True)
@@ -49,6 +53,7 @@ def _new_row(request: Request) -> NewRow:
     """A request entering its slot."""
     assert request.slot is not None
     sampling = request.sampling
+    edits = _NO_EDITS if request.is_beam else sampling
     return NewRow(
         slot=request.slot,
         token_ids=request.prompt + array("i", request.output_token_ids).tobytes(),
@@ -64,4 +69,8 @@ def _new_row(request: Request) -> NewRow:
         logprobs=request.num_logprobs,
         score_from=len(request.prompt_logprobs) if request.scores_prompt else request.num_prompt,
         score_top=sampling.prompt_logprobs or 0,
+        repetition_penalty=edits.repetition_penalty,
+        presence_penalty=edits.presence_penalty,
+        frequency_penalty=edits.frequency_penalty,
+        logit_bias=dict(edits.logit_bias),
     )

@@ -18,7 +18,7 @@ from anychip.config import WorkerSpec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Communicator, PeakMemory, Shard, WeightView
+from anychip.plugin_api import Communicator, PeakMemory, Shard, WeightView, edit_state_bytes
 from anychip.registry.plugins import load_plugins
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.worker.held import held_bytes
@@ -56,11 +56,12 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
             activations = PeakMemory(nbytes=0, exact=False)
             notes.append("activations are not counted: the step program says what it needs once it is built")
         graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
-        num_blocks = whole.num_blocks(activations, graphs, pending=weights)
+        edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
+        num_blocks = whole.num_blocks(activations, graphs, pending=weights + edits)
         return WorkerReady(
             kv=kv_cache_config(whole.kv, num_blocks),
             rules=platform.step_rules.for_device(platform.capabilities),
-            memory=memory_plan(whole.kv, num_blocks, whole.limits, weights, activations, graphs),
+            memory=memory_plan(whole.kv, num_blocks, whole.limits, weights, activations, graphs, edits),
             device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
             notes=tuple(notes),
         )

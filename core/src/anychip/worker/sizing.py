@@ -50,13 +50,13 @@ def affordable_graphs(platform: Platform, policy: ShapePolicy) -> list[ShapeKey]
 
 
 def memory_plan(
-    kv: KVPlan, num_blocks: int, limits: StepLimits, weights: int, activations: PeakMemory, graphs: int
+    kv: KVPlan, num_blocks: int, limits: StepLimits, weights: int, activations: PeakMemory, graphs: int, edits: int
 ) -> MemoryPlan:
-    """What is printed at the start, and what operators plan with."""
+    """What is printed at the start, and what operators plan with. `edits`: bytes of the penalties' and biases' state."""
     per_request = sum(limits.max_pages)
     return MemoryPlan(
         weights=weights,
-        activations=activations.nbytes,
+        activations=activations.nbytes + edits,
         graphs=graphs,
         kv_cache=num_blocks * kv.block_bytes,
         num_blocks=num_blocks,

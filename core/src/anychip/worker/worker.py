@@ -8,7 +8,7 @@ from anychip.config import WorkerSpec
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Capabilities, CompileReport, PeakMemory, Shard
+from anychip.plugin_api import Capabilities, CompileReport, PeakMemory, Shard, edit_state_bytes
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import load_plugins
 from anychip.worker.kv_plan import kv_cache_config
@@ -49,19 +49,22 @@ class Worker:
         prepared = prepare(self.spec, model, self.platform, self.ops, contributed, per_host=per_host)
         source, kv, limits = prepared.source, prepared.kv, prepared.limits
         program = self.platform.step_program(source, kv, limits)
+        edits = edit_state_bytes(limits.max_slots, source.vocab_size)
         if program is not None:
             shape = maximal_shape(prepared.policy, limits)
             activations = PeakMemory(nbytes=program.memory(shape), exact=True)
+            pending = edits
         else:
             program = self._torch_program(prepared)
             activations = measure_maximal_step(self.platform, program, prepared.new_batch(), kv, limits)
+            pending = 0
         self.program = program
         graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
-        num_blocks = prepared.num_blocks(activations, graphs)
+        num_blocks = prepared.num_blocks(activations, graphs, pending=pending)
         state = program.initial_state(num_blocks)
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
-        memory = memory_plan(kv, num_blocks, limits, source.held_bytes, activations, graphs)
+        memory = memory_plan(kv, num_blocks, limits, source.held_bytes, activations, graphs, edits)
         self.ready = self._report(kv_cache_config(kv, num_blocks), memory, report, source)
 
     def _report(
