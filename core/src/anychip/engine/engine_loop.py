@@ -54,7 +54,6 @@ class EngineLoop:
 
     def run(self, core: EngineCore) -> None:
         """Serves until Shutdown."""
-        self._progress.started()
         self._heartbeat.core = core
         self.send(EngineReady(core.executor.ready, core.max_model_len))
         while not self._stopping:

@@ -131,7 +131,7 @@ class MultiprocessExecutor:
             if waited_s > (self._peers_timeout_s if faults else self._progress.limit_s):
                 if faults:
                     self._disagree(step_id)
-                self._end_hung(waited_s, f"{self._progress.doing} has brought nothing", "--step-timeout-s")
+                self._end_hung(waited_s, self._progress.doing, "--step-timeout-s")
 
     def _disagree(self, step_id: int) -> NoReturn:
         """Ranks that did not do the same steps cannot go on together."""
@@ -161,8 +161,8 @@ class MultiprocessExecutor:
                 reports.append(message)
             elif waited_s > self._progress.limit_s:
                 missing = world_size - len(reports)
-                what = f"{self._progress.doing} got no further, {missing} of {world_size} workers are not ready"
-                self._end_hung(waited_s, what, "--start-timeout-s")
+                doing = f"{self._progress.doing}, {missing} of {world_size} are not ready"
+                self._end_hung(waited_s, doing, "--start-timeout-s")
         # Ranks may see different free memory; what all can hold is what the engine may use.
         return min(reports, key=lambda report: report.kv.num_blocks)
 
@@ -181,7 +181,7 @@ class MultiprocessExecutor:
             child.stop(max(0.0, deadline - time.monotonic()))
         self._context.destroy(linger=0)
 
-    def _end_hung(self, waited_s: float, what: str, option: str) -> NoReturn:
+    def _end_hung(self, waited_s: float, doing: str, option: str) -> NoReturn:
         """Ends the workers, whose stacks go to the log: they will not end when asked."""
         for child in self._children:
             child.show_stack()
@@ -189,8 +189,8 @@ class MultiprocessExecutor:
         for child in self._children:
             child.kill()
         raise EngineHung(
-            f"{what} for {waited_s:.0f} s, {self._progress.limit_s:.0f} s may pass; the log has the workers' stacks; "
-            f"raise {option} if that may take so long"
+            f"the workers made no progress for {waited_s:.0f} s, {self._progress.limit_s:.0f} s may pass: {doing}; "
+            f"the log has their stacks; raise {option} if that may take so long"
         )
 
     def _broadcast(self, message: bytes) -> None:

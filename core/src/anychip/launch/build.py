@@ -59,6 +59,7 @@ def build_engine(
     except BaseException:
         executor.close("refused")
         raise
+    progress.started()
     return EngineCore(
         scheduler=scheduler,
         executor=executor,
