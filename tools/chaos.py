@@ -3,9 +3,9 @@ must hold: every request has ended in a result or an error, no block and no requ
 
 python tools/chaos.py --requests 10000 --concurrency 200 --kills 5 [--victim worker]
 
-With --hang, the victim is stopped (SIGSTOP) during 20 streams, and what must hold of a hang is measured: every request ends
-with the cause within the step timeout and 5 s, /health and /ready say no meanwhile, the server is ready again at most 6 s
-after, and every block is free.
+With --hang, the victim is stopped (SIGSTOP) during 20 streams, and what must hold of a hang is measured: every request
+ends with the cause within the step timeout and 5 s, /health and /ready are 503 meanwhile, the server is ready again at
+most 6 s after, and every block is free.
 
 python tools/chaos.py --hang --victim worker --step-timeout-s 5
 """
@@ -17,11 +17,12 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ _PATIENCE_S = 120
 _RETRIES = 20
 """As a client does that is told to come again."""
 
+MakeBody = Callable[[random.Random], tuple[str, dict[str, Any]]]
+"""A route and a body for it."""
+
 _REFUSALS = {400, 408, 409, 429, 503}
+
+_LAST_EVENT = re.compile(r'data: \{"type": ?"(message_stop|response\.(completed|incomplete|failed))"')
+"""Of a stream of another API than the completions'."""
 
 _ENDS_WITHIN_S = 5.0
 _READY_WITHIN_S = 6.0
@@ -114,14 +121,16 @@ def random_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", {**base, "prompt": tokens, "temperature": -1}
 
 
-async def one_request(client: httpx.AsyncClient, rng: random.Random, tally: Tally) -> None:
-    path, body = random_body(rng)
+async def one_request(
+    client: httpx.AsyncClient, rng: random.Random, tally: Tally, make: MakeBody = random_body
+) -> None:
+    path, body = make(rng)
     leaves_after = rng.randrange(1, 20) if rng.random() < 0.15 else None
     pause = rng.choice([0, 0, 0, 0.02])  # some read slowly
     try:
         async with asyncio.timeout(_PATIENCE_S):
             for _ in range(_RETRIES):
-                if body["stream"]:
+                if body.get("stream"):
                     end = await _stream(client, path, body, leaves_after, pause)
                 else:
                     end = await _whole(client, path, body)
@@ -154,8 +163,8 @@ async def _stream(
             if not line.startswith("data: "):
                 continue
             events += 1
-            done = line == "data: [DONE]"
-            error = error or '"error"' in line
+            done = line == "data: [DONE]" or _LAST_EVENT.match(line) is not None
+            error = error or '"error":{' in line.replace(" ", "")
             if leaves_after is not None and events >= leaves_after:
                 return "client left"
             if pause:

@@ -25,6 +25,7 @@ from anychip.launch.async_llm import AsyncLLM
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from chaos import hang, leftovers, storm
 
+
 def is_running(pid: int) -> bool:
     """Not so of a zombie, which only waits for whoever adopted it."""
     try:

@@ -77,7 +77,7 @@ class EngineLoop:
             frame = self._requests.recv()
             try:
                 message = to_engine_decoder.decode(frame)
-            except msgspec.MsgspecError as error:
+            except Exception as error:  # noqa: BLE001 - a process's boundary: a value's own check may raise anything
                 deltas += _refusal_of(frame, error)
                 continue
             deltas += self._take(core, message)
@@ -100,7 +100,7 @@ def _refused(request_id: str, error: UserError) -> SequenceDelta:
     return SequenceDelta(request_id, 0, [], finish_reason="abort", error=(type(error).__name__, str(error)))
 
 
-def _refusal_of(frame: bytes, error: msgspec.MsgspecError) -> list[SequenceDelta]:
+def _refusal_of(frame: bytes, error: Exception) -> list[SequenceDelta]:
     """What the sender of a message that cannot be read is told: the API process may be of another version. Such a
     message costs its own request, where it says whose it is, and no other."""
     log.error("a message of the API process cannot be read: %s", error)
