@@ -22,6 +22,7 @@
     ├── DeviceFault                the device failed: kind, fatal or not, ranks
     ├── StepFailed                 the step that a request was in failed; the engine goes on
     ├── EngineDead                 503, carries the root cause
+    │   └── EngineHung             it made no progress for too long, and was ended
     └── RequestAborted
 
 A message gives the cause, the numbers and the remedy.
@@ -30,6 +31,8 @@ A message gives the cause, the numbers and the remedy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import msgspec
 
 
 class AnychipError(Exception):
@@ -153,6 +156,14 @@ class Unsupported(PluginError):
         super().__init__(f"{who}: " + "; ".join(self.reasons))
 
 
+class Fault(msgspec.Struct, frozen=True, array_like=True):
+    """What a DeviceFault carries beside its message, as it crosses processes."""
+
+    kind: str
+    fatal: bool
+    ranks: tuple[int, ...]
+
+
 class DeviceFault(AnychipError):
     """The device or its runtime failed.
 
@@ -167,6 +178,11 @@ class DeviceFault(AnychipError):
         self.ranks = tuple(ranks)
         self.remedy = remedy
 
+    @property
+    def crossing(self) -> Fault:
+        """What another process must know beside the message."""
+        return Fault(self.kind, self.fatal, self.ranks)
+
 
 class StepFailed(AnychipError):
     """The device could not do the step that the request was in, and can do others: it was short of memory, say."""
@@ -174,6 +190,10 @@ class StepFailed(AnychipError):
 
 class EngineDead(AnychipError):
     """The engine stopped; the message carries the root cause."""
+
+
+class EngineHung(EngineDead):
+    """The engine, or a worker of its, made no progress for longer than it may."""
 
 
 class RequestAborted(AnychipError):
@@ -185,16 +205,23 @@ _BY_NAME: dict[str, type[AnychipError]] = {
     for cls in (
         InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
         KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
-        StepFailed,
+        StepFailed, EngineHung,
     )
 }  # fmt: skip
 
 
-def rebuild(kind: str, message: str) -> AnychipError:
+def fault_of(error: BaseException) -> Fault | None:
+    """What `rebuild` needs beside class name and message."""
+    return error.crossing if isinstance(error, DeviceFault) else None
+
+
+def rebuild(name: str, message: str, fault: Fault | None = None) -> AnychipError:
     """The error that another process reported by class name and message; EngineDead if the name is unknown."""
-    if kind in _BY_NAME:
-        return _BY_NAME[kind](message)
-    if kind == "Unsupported":
+    if fault is not None:
+        return DeviceFault(message, kind=fault.kind, fatal=fault.fatal, ranks=fault.ranks)
+    if name in _BY_NAME:
+        return _BY_NAME[name](message)
+    if name == "Unsupported":
         who, _, reasons = message.partition(": ")
         return Unsupported(who, [reasons])
-    return EngineDead(message if kind == "EngineDead" else f"{kind}: {message}")
+    return EngineDead(message if name == "EngineDead" else f"{name}: {message}")

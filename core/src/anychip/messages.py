@@ -1,7 +1,8 @@
 """What crosses process boundaries: msgspec structs without tensors, encoded as MessagePack.
 
-API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, EngineFailed.
-Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerReady, StepResult, WorkerFailed.
+API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, Heartbeat, EngineFailed.
+Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerProgress, WorkerReady, StepResult,
+                                                                            WorkerFailed.
 
 Index arrays travel as little-endian int32 bytes: one pass each way, however many rows run.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from anychip.errors import Fault
 from anychip.sampling_params import SamplingParams
 from anychip.types import FinishReason
 
@@ -102,11 +104,24 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Sent after each step that brought anything, and every so often while there is nothing to do: an engine that
-    says nothing makes no progress."""
+    """Sent after each step that brought anything."""
 
     deltas: list[SequenceDelta]
     stats: EngineStats | None = None
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Sent every half second by a thread of the engine process, however long its loop is busy."""
+
+    doing: str
+    """What the engine does, for people."""
+    busy_s: float
+    """Seconds since its last progress; time in which the process was stopped does not count."""
+    limit_s: float
+    """Seconds that may pass until its next progress."""
+    worker_pids: tuple[int, ...] = ()
+    stats: EngineStats | None = None
+    """None while it starts."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
@@ -165,10 +180,21 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the device declares, as text."""
 
 
-class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class WorkerProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Sent while a worker starts."""
+
     rank: int
-    kind: str
+    doing: str
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """`error` is a class name. With a `step_id`, the worker goes on without that step; otherwise it ends."""
+
+    rank: int
+    error: str
     message: str
+    fault: Fault | None = None
+    step_id: int | None = None
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -181,8 +207,11 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    kind: str
+    """The engine's last words; `error` is a class name."""
+
+    error: str
     message: str
+    fault: Fault | None = None
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):
@@ -255,6 +284,6 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 ToEngine = AddRequest | Abort | Shutdown
-FromEngine = EngineReady | Outputs | EngineFailed
+FromEngine = EngineReady | Outputs | Heartbeat | EngineFailed
 ToWorker = StepDecision | LateInputs | Shutdown
-FromWorker = WorkerReady | StepResult | WorkerFailed
+FromWorker = WorkerProgress | WorkerReady | StepResult | WorkerFailed

@@ -142,6 +142,33 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(call, at, max_in_flig
     assert pool.num_free == pool.num_usable and pool.num_deferred == 0 and not core.scheduler.requests
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3])
+@pytest.mark.parametrize("failed_steps", [{1}, {2}, {4}, {2, 3}, {3, 4, 5}])
+def test_a_step_that_fails_on_its_way_back_ends_its_requests_once_and_the_engine_goes_on(failed_steps, max_in_flight):
+    core = make_core(make_scheduler(max_num_seqs=2), max_in_flight=max_in_flight)
+    real, done = core.executor.collect, []
+
+    def collect():
+        result = real()
+        done.append(result.step_id)
+        if len(done) in failed_steps:
+            raise DeviceFault("asked 2 GiB, 1 GiB free", kind="out_of_memory", fatal=False)
+        return result
+
+    core.executor.collect = collect
+    names = [str(index) for index in range(8)]
+    for name in names:
+        core.add(add_message(name, [3, 4, 5, 6, 7, 8], max_output=5))
+    deltas = run(core)
+    errors = [delta.request_id for delta in deltas if delta.error is not None]
+    assert 1 <= len(errors) < len(names) and len(set(errors)) == len(errors)
+    for name in set(names) - set(errors):
+        assert [token for d in deltas if d.request_id == name for token in d.token_ids] == [TOKEN] * 5
+    pool = core.scheduler.kv.pool
+    assert pool.num_free == pool.num_usable and pool.num_deferred == 0 and not core.scheduler.requests
+    assert done == sorted(done)
+
+
 def test_what_a_failed_step_was_to_fill_is_not_offered():
     core = make_core(make_scheduler())
     failing(core, "launch", 1)

@@ -14,13 +14,22 @@ import zmq.asyncio
 from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
-from anychip.errors import AnychipError, EngineDead, InvalidRequest, RequestAborted, rebuild
+from anychip.errors import (
+    AnychipError,
+    EngineDead,
+    EngineHung,
+    InvalidRequest,
+    RequestAborted,
+    RequestTimeout,
+    rebuild,
+)
 from anychip.messages import (
     Abort,
     AddRequest,
     EngineFailed,
     EngineReady,
     EngineStats,
+    Heartbeat,
     Outputs,
     Shutdown,
     ToEngine,
@@ -28,12 +37,16 @@ from anychip.messages import (
 
 log = logging.getLogger("anychip.engine")
 
+_GRACE_S = 1.0
+"""The engine ends requests at their deadlines; one that is stuck cannot, and this side does so that much later."""
+
 
 class AsyncEngine:
     """`bind` opens the sockets; the engine process reports itself ready on them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_heartbeat: Callable[[Heartbeat], None] = lambda beat: None) -> None:
         self._folder = folder
+        self._on_heartbeat = on_heartbeat
         self._context = zmq.asyncio.Context()
         self._queues: dict[str, asyncio.Queue[RequestOutput | AnychipError]] = {}
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
@@ -81,7 +94,7 @@ class AsyncEngine:
         queue: asyncio.Queue[RequestOutput | AnychipError] = asyncio.Queue()
         self._queues[request.request_id] = queue
         self.outputs.add(request)
-        finished = False
+        finished, timer = False, self._end_late(request)
         try:
             await self._send(request)
             while not finished:
@@ -97,6 +110,8 @@ class AsyncEngine:
                     finished = True
                     raise items[-1]
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._queues[request.request_id]
             if not finished:
                 self.outputs.drop(request.request_id)
@@ -118,6 +133,20 @@ class AsyncEngine:
         await self._send(Abort(request_id))
         return True
 
+    def _end_late(self, request: AddRequest) -> asyncio.TimerHandle | None:
+        """Ends a request that the engine has not ended at its deadline."""
+        if request.deadline is None:
+            return None
+
+        def end() -> None:
+            queue = self._queues.get(request.request_id)
+            if queue is not None and self.outputs is not None:
+                self.outputs.drop(request.request_id)
+                queue.put_nowait(RequestTimeout(f"request {request.request_id} did not end within its deadline"))
+                self._abort_soon(Abort(request.request_id))
+
+        return asyncio.get_running_loop().call_later(request.deadline + _GRACE_S, end)
+
     def fail(self, error: AnychipError) -> None:
         """The engine is gone: every open request learns why, and so does every later one."""
         if self.dead is None:
@@ -131,6 +160,8 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Asks the engine to stop and closes the sockets."""
+        if self._context.closed:
+            return
         if self.dead is None:
             await self._to_engine.send(encoder.encode(Shutdown()))
         if self._reader is not None:
@@ -161,8 +192,13 @@ class AsyncEngine:
             if isinstance(message, EngineReady):
                 self._ready.set_result(message)
             elif isinstance(message, EngineFailed):
-                error = rebuild(message.kind, message.message)
-                self.fail(error if not self._ready.done() else EngineDead(f"the engine stopped: {error}"))
+                error = rebuild(message.error, message.message, message.fault)
+                whole = not self._ready.done() or isinstance(error, EngineHung)
+                self.fail(error if whole else EngineDead(f"the engine stopped: {error}"))
+            elif isinstance(message, Heartbeat):
+                self._on_heartbeat(message)
+                if message.stats is not None:
+                    self._on_stats(message.stats)
             else:
                 await self._deliver(message)
 

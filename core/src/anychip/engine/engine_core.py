@@ -132,8 +132,7 @@ class EngineCore:
         # What restricts the new step's tokens must know every earlier one.
         needs_all = launched is not None and any(request.processors for request in launched.sampling)
         while self.in_flight and self.in_flight[0] is not launched and (needs_all or waits):
-            oldest = self.in_flight.popleft()
-            deltas += self.scheduler.update(oldest, self.executor.collect())
+            deltas += self._take_in(self.in_flight.popleft())
             waits = False
         return deltas
 
@@ -151,8 +150,27 @@ class EngineCore:
         """Takes in every step in flight."""
         deltas: list[SequenceDelta] = []
         while self.in_flight:
-            deltas += self.scheduler.update(self.in_flight.popleft(), self.executor.collect())
+            deltas += self._take_in(self.in_flight.popleft())
         return deltas
+
+    def _take_in(self, step: ScheduledStep) -> list[SequenceDelta]:
+        try:
+            result = self.executor.collect()
+        except DeviceFault as fault:
+            self._lose(step, fault)
+            return []
+        return self.scheduler.update(step, result)
+
+    def _lose(self, step: ScheduledStep, fault: DeviceFault) -> None:
+        """Fails the requests of a step that was launched and came to nothing, where the device can go on. Later steps
+        in flight may read what this one was to write: they return, and nobody waits for them any more."""
+        if fault.fatal:
+            raise fault
+        log.error("step %d failed: %s", step.decision.step_id, fault)
+        later = {request.request_id for other in self.in_flight for request in other.requests}
+        for request_id in self.scheduler.abandon(step) | later:
+            if self.scheduler.sequences(request_id):  # an earlier step in flight may have failed too
+                self._fail(request_id, StepFailed(str(fault)))
 
     def close(self, reason: str) -> None:
         self.admission.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 import anychip
@@ -79,17 +80,17 @@ class Metrics:
             gauge.set(0)
 
     def take(self, stats: EngineStats) -> None:
-        """The engine's newest word."""
-        last, self._last = self._last, stats
+        """The engine's word, which may be older than the last: its threads do not wait for each other."""
+        last, self._last = self._last, _counted(self._last, stats)
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
         self.kv_blocks.set(stats.kv_blocks)
         self.progress.set(time.time())
-        self.steps.inc(stats.steps - last.steps)
-        self.queries.inc(stats.prefix_queries - last.prefix_queries)
-        self.hits.inc(stats.prefix_hits - last.prefix_hits)
-        self.preemptions.inc(stats.preemptions - last.preemptions)
+        self.steps.inc(self._last.steps - last.steps)
+        self.queries.inc(self._last.prefix_queries - last.prefix_queries)
+        self.hits.inc(self._last.prefix_hits - last.prefix_hits)
+        self.preemptions.inc(self._last.preemptions - last.preemptions)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"anychip_{name}", text, tuple(self._labels), registry=self.registry).labels(**self._labels)
@@ -101,6 +102,12 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         made = Histogram(f"anychip_{name}", text, tuple(self._labels), buckets=buckets, registry=self.registry)
         return made.labels(**self._labels)
+
+
+def _counted(last: EngineStats, stats: EngineStats) -> EngineStats:
+    """The newer of two words, by every count: none of them ever falls."""
+    counts = ("steps", "preemptions", "prefix_queries", "prefix_hits")
+    return msgspec.structs.replace(stats, **{name: max(getattr(last, name), getattr(stats, name)) for name in counts})
 
 
 class RequestClock:

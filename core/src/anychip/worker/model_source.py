@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,7 +31,8 @@ _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 
 
 class CheckpointSource:
-    """`progress` says what the last `build` read, `held_bytes` what the models built so far hold."""
+    """`progress` says what the last `build` read, `held_bytes` what the models built so far hold; `got_on` hears of
+    every tensor that is read."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class CheckpointSource:
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
         self.family = find_family(model, config, contributed)
         self.checkpoint = Checkpoint(Path(model.folder))
+        self.got_on: Callable[[str], None] = lambda doing: None
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
 
@@ -69,7 +71,7 @@ class CheckpointSource:
         # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
         check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
-            self.progress = LoadProgress(0, shown=False)
+            self.progress = LoadProgress(0, shown=False, got_on=self.got_on)
             views = dummy_views(register, self.dtype, self.platform.pinned)
             load_weights(register, self.progress.track(views), self.model.folder)
         else:
@@ -81,7 +83,8 @@ class CheckpointSource:
     def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
         """From what the platform kept of an earlier start, or from the checkpoint."""
         files = [file.path for file in self.checkpoint.files]
-        self.progress = LoadProgress(sum(path.stat().st_size for path in files), shown=shard.rank == 0)
+        total_bytes = sum(path.stat().st_size for path in files)
+        self.progress = LoadProgress(total_bytes, shown=shard.rank == 0, got_on=self.got_on)
         key = self._key(shard, files)
         weights = held_storages(model)
         total = sum(storage.nbytes() for storage in weights)

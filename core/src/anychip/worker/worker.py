@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 from anychip.config import WorkerSpec
@@ -21,10 +22,12 @@ from anychip.worker.torch_program import TorchStepProgram
 
 
 class Worker:
-    """Ready for steps once constructed. Raises what kept it from that."""
+    """Ready for steps once constructed. Raises what kept it from that. `got_on` hears what the start does, whenever a
+    part of it is done."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, got_on: Callable[[str], None] = lambda doing: None) -> None:
         self.spec = spec
+        self._got_on = got_on
         config = spec.config
         model = load_model_config(config.model)
         plugins = load_plugins()
@@ -48,6 +51,7 @@ class Worker:
     def _start(self, model: ModelConfig, contributed: dict[str, str], per_host: bool) -> None:
         prepared = prepare(self.spec, model, self.platform, self.ops, contributed, per_host=per_host)
         source, kv, limits = prepared.source, prepared.kv, prepared.limits
+        source.got_on = self._got_on
         program = self.platform.step_program(source, kv, limits)
         edits = edit_state_bytes(limits.max_slots, source.vocab_size)
         if program is not None:
@@ -59,9 +63,11 @@ class Worker:
             activations = measure_maximal_step(self.platform, program, prepared.new_batch(), kv, limits)
             pending = 0
         self.program = program
+        self._got_on("the KV cache is sized")
         graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
         num_blocks = prepared.num_blocks(activations, graphs, pending=pending)
         state = program.initial_state(num_blocks)
+        self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
         memory = memory_plan(kv, num_blocks, limits, source.held_bytes, activations, graphs, edits)
