@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
+from anychip.engine.input_threads import InputThreads
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import AnychipError, EngineDead, QueueFull, RequestAborted
@@ -36,8 +37,6 @@ log = logging.getLogger("anychip.engine")
 _WATCH_INTERVAL_S = 0.1
 _DRAIN_S = 5.0
 _RESTART_WINDOW_S = 600.0
-_LONG_TEXT = 4096
-"""Characters above which a prompt is tokenized beside the event loop."""
 
 
 class AsyncLLM:
@@ -49,6 +48,7 @@ class AsyncLLM:
         self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
+        self.threads = InputThreads()
         self.tracer = None if otel_endpoint is None else Tracer(otel_endpoint, config.public_name)
         self.tokenizer: Tokenizer | None = None
         self.max_model_len = 0
@@ -110,10 +110,8 @@ class AsyncLLM:
             raise self.engine.dead
         arrived = time.monotonic()
         self._check_queue()
-        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
-            request = await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, options)
-        else:
-            request = self.inputs.process(request_id, prompt, sampling, options)
+        size = len(prompt) + sum(map(len, sampling.bad_words))
+        request = await self.threads.run(size, self.inputs.process, request_id, prompt, sampling, options)
         if sampling.structured is not None and self.grammars is not None:
             await self.grammars.check(sampling.structured)
         headers = {} if options is None else options.trace_headers
@@ -195,6 +193,7 @@ class AsyncLLM:
             await self.grammars.close()
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
+        self.threads.close()
 
     async def _supervise(self) -> None:
         while True:
