@@ -101,10 +101,12 @@ class AsyncEngine:
                 if isinstance(item, AnychipError):
                     ended = True
                     raise item
-                ended = item.finished
+                if item.finished:
+                    ended = True
+                    del self._mailboxes[engine_id]
                 yield item
         finally:
-            del self._mailboxes[engine_id]
+            self._mailboxes.pop(engine_id, None)
             outputs.drop(engine_id)
             if not ended:
                 self._abort(Abort(engine_id))
