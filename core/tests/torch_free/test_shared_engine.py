@@ -1,5 +1,5 @@
-"""LLM's calls on an engine in their own process: interleaved, nested, left half way and from several threads, each gives
-what it gives alone."""
+"""LLM's calls on an engine in their own process: interleaved, nested, left half way and from several threads, each
+gives what it gives alone."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class Shared:
             return step
 
         scheduler.schedule = watched
-        self.core = make_core(
-            scheduler, max_in_flight=max_in_flight, token_of=lambda step, row: self.tokens[step, row]
-        )
+        self.core = make_core(scheduler, max_in_flight=max_in_flight, token_of=lambda step, row: self.tokens[step, row])
         self.outputs = OutputProcessor(None)
         self.engine = SharedEngine(self.core, self.outputs)
 

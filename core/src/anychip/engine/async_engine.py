@@ -56,7 +56,7 @@ class AsyncEngine:
         """Opens the sockets, before the engine process starts."""
         # This side connects: a socket that was bound would have nowhere to put a message once the engine is gone, and
         # its sender would wait for ever instead of learning of the death. Without a limit, sending never waits.
-        self._to_engine: zmq.Socket[bytes] = self._context.socket(zmq.PUSH, socket_class=zmq.Socket)
+        self._to_engine: zmq.Socket[bytes] = self._context.socket(zmq.PUSH, socket_class=zmq.Socket)  # type: ignore[arg-type, assignment]
         self._to_engine.setsockopt(zmq.SNDHWM, 0)
         self._to_engine.setsockopt(zmq.RECONNECT_IVL, 5)
         self._to_engine.connect(request_endpoint(self._folder))
@@ -121,11 +121,15 @@ class AsyncEngine:
         one."""
         found = [engine_id for engine_id, mailbox in self._mailboxes.items() if mailbox.request_id == request_id]
         for engine_id in found:
-            self._mailboxes[engine_id].put(RequestAborted(f"request {request_id} was aborted"))
-            if self.outputs is not None:
-                self.outputs.drop(engine_id)
-            self._abort(Abort(engine_id))
+            self._end(engine_id, RequestAborted(f"request {request_id} was aborted"))
         return bool(found)
+
+    def _end(self, engine_id: str, error: AnychipError) -> None:
+        """Ends an open request from aside."""
+        self._mailboxes[engine_id].put(error)
+        if self.outputs is not None:
+            self.outputs.drop(engine_id)
+        self._abort(Abort(engine_id))
 
     def fail(self, error: AnychipError) -> None:
         """The engine is gone: every open request learns why, and so does every later one."""

@@ -195,7 +195,7 @@ class EngineCore:
         self._next_look = now + _DEADLINES_EVERY_S
         late = {request.request_id for request in self.scheduler.requests.values() if request.deadline < now}
         for request_id in late:
-            self._fail(request_id, RequestTimeout(f"request {request_id} did not end within its deadline"))
+            self._fail(request_id, RequestTimeout("the request did not end within its deadline"))
 
     def _launch(self) -> ScheduledStep | None:
         if len(self.in_flight) >= self.max_in_flight:

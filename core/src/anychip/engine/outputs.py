@@ -41,7 +41,7 @@ class Pieces:
     """Outputs of one request that nobody has taken yet, as one. However many come, an output costs little more than its
     text and ids: a slow reader does not hold thousands of small objects."""
 
-    __slots__ = ("_newest", "_queued_s", "_prompt_logprobs", "_sequences")
+    __slots__ = ("_newest", "_prompt_logprobs", "_queued_s", "_sequences")
 
     def __init__(self) -> None:
         self._clear()

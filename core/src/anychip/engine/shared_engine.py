@@ -23,8 +23,8 @@ _Mailbox = deque[RequestOutput | Exception]
 
 
 class SharedEngine:
-    """Whoever waits for an output takes the engine's next step, for all; callers in other threads wait meanwhile. A step
-    puts each output into the mailbox of its run, so runs may be interleaved, nested or left in any order."""
+    """Whoever waits for an output takes the engine's next step, for all; callers in other threads wait meanwhile. A
+    step puts each output into the mailbox of its run, so runs may be interleaved, nested or left in any order."""
 
     def __init__(self, engine: EngineCore, outputs: OutputProcessor) -> None:
         self._engine = engine
@@ -95,7 +95,9 @@ class SharedEngine:
         """Nobody waits for these any more. May run whenever an iterator is collected as garbage, in a step of this very
         thread: the step's owner then does what is in the inbox."""
         with self._turn:
-            left = [Abort(request_id) for request_id in request_ids if self._mailboxes.pop(request_id, None) is not None]
+            left = [
+                Abort(request_id) for request_id in request_ids if self._mailboxes.pop(request_id, None) is not None
+            ]
             self._inbox += left
             if not left or self._stepping or self._closed:
                 return
@@ -103,7 +105,7 @@ class SharedEngine:
         try:
             self._take_in()
             self._deal(self._engine.drain())  # what they hold is given back now
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whoever leaves does not wait for what failed: others do
             self._fail_all(error)
         finally:
             self._end_turn()
@@ -130,7 +132,7 @@ class SharedEngine:
                 self._deal(self._engine.step())
             else:  # nothing would ever come
                 self._fail_all(RequestAborted("the engine does not know the request any more"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - every run learns of it
             self._fail_all(error)
         finally:
             self._end_turn()
@@ -147,7 +149,7 @@ class SharedEngine:
             try:
                 self._engine.add(message)
                 self._outputs.add(message)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - refused: its run raises it
                 self._put(message.request_id, error)
 
     def _deal(self, deltas: Sequence[SequenceDelta]) -> None:

@@ -157,9 +157,7 @@ class LLM:
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Outputs as they come, each with its prompt's number."""
         # Every prompt is checked before the first is accepted.
-        requests = [
-            self.inputs.process("", prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)
-        ]
+        requests = [self.inputs.process("", prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
         return self._shared.run(requests)
 
 

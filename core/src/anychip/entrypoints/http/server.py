@@ -45,8 +45,9 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Announce) -> 
 
 
 def steady_interpreter() -> None:
-    """For a process whose event loop must not stand still. What is loaded by now stays: collecting garbage need not look
-    at it each time, which takes tens of milliseconds. A thread that computes gives way after a millisecond, not five."""
+    """For a process whose event loop must not stand still. What is loaded by now stays: the garbage collector need not
+    look at it each time, which takes tens of milliseconds. A thread that computes gives way after a millisecond, not
+    five."""
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(0.001)

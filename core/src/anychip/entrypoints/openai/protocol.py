@@ -199,7 +199,7 @@ class CompletionBody(SamplingBody):
         begin = _IDS.match(fields.get("prompt", b""))
         if begin is None:
             return super().read(raw)
-        kind = list[int] if begin["several"] is None else list[list[int]]
+        kind: Any = list[int] if begin["several"] is None else list[list[int]]
         time.sleep(0)  # to the other threads, before and after each long call
         try:
             prompt = msgspec.json.decode(fields["prompt"], type=kind)
@@ -215,7 +215,7 @@ class CompletionBody(SamplingBody):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and not isinstance(self.prompt[0], int):
-            return cast(list[str] | list[list[int]], self.prompt)
+            return self.prompt
         return [cast(list[int], self.prompt)]
 
 
