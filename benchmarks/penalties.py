@@ -116,7 +116,11 @@ def decoding(penalties: dict[str, float]) -> EngineCore:
     )  # fmt: skip
     rng, sampling = np.random.default_rng(1), SamplingParams(max_tokens=STEPS + 32, **penalties)
     for index in range(ROWS):
-        core.add(AddRequest(str(index), rng.integers(0, VOCABULARY, PROMPT).tolist(), sampling, STEPS + 32, (2,)))
+        core.add(
+            AddRequest(
+                str(index), rng.integers(0, VOCABULARY, PROMPT, dtype=np.int32).tobytes(), sampling, STEPS + 32, (2,)
+            )
+        )
     while any(request.num_output == 0 for request in scheduler.requests.values()):
         core.step()
     return core

@@ -63,13 +63,13 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
 
     send = AsyncEngine._send
 
-    async def watched_send(self, message):
+    def watched_send(self, message):
         if not api:
             task = asyncio.current_task()
             above = [name for name in frames_of_ours(sys._getframe()) if "watched" not in name]
             api.extend([*created.get(task, []), *above, "AsyncEngine._send"])
         hops.append(type(message).__name__)
-        await send(self, message)
+        send(self, message)
 
     kernels = native.load("")
     attention = kernels.attention

@@ -21,6 +21,7 @@
     │   └── Unsupported            a factory refuses a spec, with every reason
     ├── DeviceFault                the device failed: kind, fatal or not, ranks
     ├── StepFailed                 the step that a request was in failed; the engine goes on
+    ├── OutputFailed               a request's tokens could not be made into its answer; others go on
     ├── EngineDead                 503, carries the root cause
     │   └── EngineHung             it made no progress for too long, and was ended
     └── RequestAborted
@@ -188,6 +189,10 @@ class StepFailed(AnychipError):
     """The device could not do the step that the request was in, and can do others: it was short of memory, say."""
 
 
+class OutputFailed(AnychipError):
+    """The tokens of a request could not be made into its answer. The request was ended, and others go on."""
+
+
 class EngineDead(AnychipError):
     """The engine stopped; the message carries the root cause."""
 
@@ -205,7 +210,7 @@ _BY_NAME: dict[str, type[AnychipError]] = {
     for cls in (
         InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
         KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
-        StepFailed, EngineHung,
+        StepFailed, OutputFailed, EngineHung,
     )
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from array import array
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +28,6 @@ from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import AddRequest, EngineReady, EngineStats, Heartbeat, Outputs, Shutdown
 from anychip.observability.metrics import Metrics
 from anychip.sampling_params import SamplingParams, StructuredOutput
-
 
 # -- the supervisor -------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ def test_a_deadline_is_kept_though_the_engine_is_stuck(monkeypatch):
             engine = AsyncEngine(Path(folder))
             engine.bind()
             engine.attach(OutputProcessor(None), lambda stats: None)
-            request = AddRequest("a", [5], SamplingParams(), 4, (), deadline=0.1)
+            request = AddRequest("a", array("i", [5]).tobytes(), SamplingParams(), 4, (), deadline=0.1)
             with pytest.raises(RequestTimeout, match="deadline"):
                 async for _ in engine.generate(request):
                     pass
@@ -219,7 +219,9 @@ def test_a_deadline_is_kept_while_the_grammar_is_not_checked_yet():
         llm = AsyncLLM(EngineConfig())
         llm._process = FakeProcess()
         llm.grammars = Slow()
-        llm.inputs = type("Inputs", (), {"process": lambda *_: AddRequest("a", [5], SamplingParams(), 4, ())})()
+        llm.inputs = type(
+            "Inputs", (), {"process": lambda *_: AddRequest("a", array("i", [5]).tobytes(), SamplingParams(), 4, ())}
+        )()
         sampling = SamplingParams(structured=StructuredOutput("regex", "a"))
         with pytest.raises(RequestTimeout, match="not begun within its deadline"):
             await llm.accept("a", [5], sampling, RequestOptions(deadline=0.05))

@@ -96,7 +96,7 @@ class Admission:
         for message, arrived_at in () if self.grammars is None else self.grammars.waiting:
             if _deadline(message, arrived_at) < now:
                 late.append(RequestId(message.request_id))
-        return [(one, RequestTimeout(f"request {one} did not end within its deadline")) for one in late]
+        return [(one, RequestTimeout("the request did not end within its deadline")) for one in late]
 
     def close(self) -> None:
         if self.grammars is not None:

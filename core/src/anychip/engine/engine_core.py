@@ -168,9 +168,9 @@ class EngineCore:
             raise fault
         log.error("step %d failed: %s", step.decision.step_id, fault)
         later = {request.request_id for other in self.in_flight for request in other.requests}
-        for request_id in self.scheduler.abandon(step) | later:
-            if self.scheduler.sequences(request_id):  # an earlier step in flight may have failed too
-                self._fail(request_id, StepFailed(str(fault)))
+        # An earlier step in flight may have failed too, and ended some of them.
+        lost = [one for one in self.scheduler.abandon(step) | later if self.scheduler.sequences(one)]
+        self._fail([(request_id, StepFailed(str(fault))) for request_id in lost])
 
     def close(self, reason: str) -> None:
         self.admission.close()

@@ -14,6 +14,7 @@ import msgspec
 from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
+from anychip.engine.input_threads import InputThreads
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
 from anychip.errors import AnychipError, QueueFull, RequestAborted, RequestTimeout
@@ -36,9 +37,6 @@ _RESTART_WINDOW_S = 600.0
 _LONGEST_PAUSE_S = 30.0
 """Between starts that fail."""
 
-_LONG_TEXT = 4096
-"""Characters above which a prompt is tokenized beside the event loop."""
-
 
 class AsyncLLM:
     """`start` returns once the engine is ready; `close` ends its process. An engine that dies is started again, at
@@ -49,6 +47,7 @@ class AsyncLLM:
         self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
+        self.threads = InputThreads()
         self.tracer = None if otel_endpoint is None else Tracer(otel_endpoint, config.public_name)
         self.tokenizer: Tokenizer | None = None
         self.max_model_len = 0
@@ -128,10 +127,8 @@ class AsyncLLM:
     async def _prepare(
         self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None
     ) -> AddRequest:
-        if len(prompt) > _LONG_TEXT:
-            request = await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, options)
-        else:
-            request = self.inputs.process(request_id, prompt, sampling, options)
+        size = len(prompt) + sum(map(len, sampling.bad_words))
+        request = await self.threads.run(size, self.inputs.process, request_id, prompt, sampling, options)
         if sampling.structured is not None and self.grammars is not None:
             await self.grammars.check(sampling.structured)
         return request
@@ -212,6 +209,7 @@ class AsyncLLM:
             await self.grammars.close()
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
+        self.threads.close()
 
     async def _supervise(self) -> None:
         """Replaces an engine that died, as often as may be. Nothing that goes wrong on the way ends this."""

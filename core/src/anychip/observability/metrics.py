@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 import anychip
 from anychip.engine.outputs import RequestOutput
@@ -40,14 +44,14 @@ class Metrics:
         self.hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self.preemptions = self._counter("num_preemptions", "Requests whose blocks were taken from them")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were begun")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.finished = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self.failed = self._counter("request_failure", "Requests that ended with an error, by its kind", "error")
         self.drafts = self._counter("spec_decode_num_drafts", "Drafts proposed by speculation")
         self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens proposed by speculation")
         self.accepted = self._counter("spec_decode_num_accepted_tokens", "Proposed tokens that were right")
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SECONDS)
-        self.inter_token = self._histogram("inter_token_latency_seconds", "Between a sequence's tokens", _STEPS)
+        self.tokens = TokenFigures(self._labels)
+        self.registry.register(self.tokens)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the end", _SECONDS)
         self.queue_time = self._histogram("request_queue_time_seconds", "Until first scheduled", _SECONDS)
         self.prefill_time = self._histogram("request_prefill_time_seconds", "Scheduled to first token", _SECONDS)
@@ -110,6 +114,37 @@ def _counted(last: EngineStats, stats: EngineStats) -> EngineStats:
     return msgspec.structs.replace(stats, **{name: max(getattr(last, name), getattr(stats, name)) for name in counts})
 
 
+class TokenFigures:
+    """What is counted for every token: plain numbers of one thread, in Prometheus's form when they are asked for.
+    prometheus_client's own counters take locks, and longer than the rest of what is done for a token."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = labels
+        self._tokens = 0
+        self._counts = [0] * (len(_STEPS) + 1)  # by interval; the last one is of longer ones
+        self._seconds = 0.0
+
+    def add(self, count: int, seconds: float | None) -> None:
+        """So many tokens of a sequence came at once, that many seconds after those before; None: they are its first."""
+        self._tokens += count
+        if seconds is not None and count:
+            self._counts[bisect_left(_STEPS, seconds / count)] += count
+            self._seconds += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """prometheus_client's protocol of a collector."""
+        names, values = tuple(self._labels), tuple(self._labels.values())
+        tokens = CounterMetricFamily("anychip_generation_tokens", "Tokens generated", labels=names)
+        tokens.add_metric(values, self._tokens)
+        yield tokens
+        between = HistogramMetricFamily(
+            "anychip_inter_token_latency_seconds", "Between a sequence's tokens", labels=names
+        )
+        bounds = [*(str(float(bound)) for bound in _STEPS), "+Inf"]
+        between.add_metric(values, list(zip(bounds, accumulate(self._counts), strict=True)), self._seconds)
+        yield between
+
+
 class RequestClock:
     """One request's times, as its caller sees them."""
 
@@ -143,11 +178,9 @@ class RequestClock:
         for sequence in output.outputs:
             count = len(sequence.token_ids)
             before = self._newest.get(sequence.index)
-            if before is not None and count:
-                metrics.inter_token.observe((now - before) / count)
+            metrics.tokens.add(count, None if before is None else now - before)
             self._newest[sequence.index] = now
             self.num_output += count
-            metrics.generation_tokens.inc(count)
             if sequence.finish_reason is not None:
                 metrics.finished.labels(self._model, sequence.finish_reason).inc()
 
