@@ -52,7 +52,7 @@ class Engine:
         )
         first = asyncio.ensure_future(anext(stream))
         message = await self.told()
-        assert isinstance(message, AddRequest) and message.prompt_token_ids == [prompt]
+        assert isinstance(message, AddRequest) and list(message.prompt_token_ids) == [prompt]
         return stream, first, message.request_id
 
     async def settle(self) -> None:

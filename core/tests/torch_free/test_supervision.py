@@ -287,7 +287,7 @@ def test_an_engine_says_how_it_stands_though_its_step_takes_long(served):
 
 def test_a_message_that_cannot_be_read_costs_its_own_request(served):
     api, core, _ = served
-    good = msgspec.to_builtins(add_message("good", [5, 6], max_output=2))
+    good = msgspec.to_builtins(add_message("good", [5, 6], max_output=2), builtin_types=(bytes,))
     bad = ["AddRequest", "bad", [5, 6], {"temperature": -3.0}, 2, [2]]
     for frame in (bad, ["AddRequest", "worse"], ["Unknown", 1], "text", [], good):
         api.sent.send(msgspec.msgpack.encode(frame))
