@@ -148,9 +148,7 @@ class Admission:
         """`grammars` has one for each sequence, or none at all."""
         sampling, stop_ids = message.sampling, frozenset(message.stop_ids)
         seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        hashes = [
-            message.block_hashes[at : at + HASH_BYTES] for at in range(0, len(message.block_hashes), HASH_BYTES)
-        ]
+        hashes = [message.block_hashes[at : at + HASH_BYTES] for at in range(0, len(message.block_hashes), HASH_BYTES)]
         sequences: list[Request] = []
         for index in range(sampling.num_sequences):
             self._arrivals += 1

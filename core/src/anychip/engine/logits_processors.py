@@ -134,7 +134,9 @@ def make_processors(
     if sampling.allowed_token_ids is not None:
         processors.append(AllowedTokens(sampling.allowed_token_ids, vocab_size))
     if sampling.min_tokens > 0 and message.stop_ids:
-        processors.append(MinTokens(num_prompt=message.num_prompt, min_tokens=sampling.min_tokens, stop_ids=message.stop_ids))
+        processors.append(
+            MinTokens(num_prompt=message.num_prompt, min_tokens=sampling.min_tokens, stop_ids=message.stop_ids)
+        )
     if message.bad_token_ids:
         processors.append(BadWords(message.bad_token_ids))
     return tuple(processors)

@@ -141,7 +141,9 @@ class BlockPool:
         its users know of. O(num_blocks): for tests."""
         for block in range(1, self.num_blocks):
             references = self.ref_count[block]
-            assert references == held[BlockId(block)], f"block {block}: {references} counted, {held[BlockId(block)]} held"
+            assert references == held[BlockId(block)], (
+                f"block {block}: {references} counted, {held[BlockId(block)]} held"
+            )
         assert self._num_held == len(held)
         assert not self._free.keys() & self._free_with_key.keys(), "a block is free twice"
         free = self._free.keys() | self._free_with_key.keys()

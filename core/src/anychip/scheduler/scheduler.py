@@ -224,7 +224,9 @@ class Scheduler:
             if granted <= 0:
                 break
             if not self.kv.enter(request, shared, granted):
-                self._blocked = _Blocked(request, self.kv.pool.num_returned, self.kv.missing(request, shared.num_tokens))
+                self._blocked = _Blocked(
+                    request, self.kv.pool.num_returned, self.kv.missing(request, shared.num_tokens)
+                )
                 break
             self._enter(request, shared.num_tokens)
             self._note_coming(coming, request, granted)

@@ -23,9 +23,7 @@ class GrammarProcessor:
 
     name = "the grammar"
 
-    def __init__(
-        self, matcher: LLMatcher, wanted: StructuredOutput, *, after: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, matcher: LLMatcher, wanted: StructuredOutput, *, after: Sequence[int] = ()) -> None:
         """`after`: tokens of the output after which the grammar begins; (): at once."""
         self._matcher = matcher
         self._wanted = wanted
