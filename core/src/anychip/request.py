@@ -74,9 +74,9 @@ class Request:
     __slots__ = (
         "arrival", "arrived_at", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "editor",
         "enters", "epoch", "finish_reason", "fork_of", "index", "is_beam", "max_output", "next_change_at",
-        "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids", "priority", "processors",
-        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot",
-        "status", "stop_ids", "tenant",
+        "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids",
+        "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at",
+        "seed", "slot", "status", "stop_ids", "tenant",
     )  # fmt: skip
 
     def __init__(

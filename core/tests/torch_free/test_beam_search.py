@@ -133,7 +133,7 @@ def test_searches_that_could_never_run_are_refused(options, expected):
         core.add(add_message("a", [5] * 3, **options))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), width=st.integers(2, 4), seed=st.integers(0, 10**6), prefix_caching=st.booleans())
 def test_results_do_not_depend_on_when_steps_return_and_who_is_preempted(data, width, seed, prefix_caching):
     core = make_core(make_scheduler(num_blocks=40, prefix_caching=prefix_caching))

@@ -42,7 +42,7 @@ def keeps(rules: DeviceRules, sizes: list[int], behind: list[int], budget: int) 
         assert size == left or size % rules.chunk_multiple == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     rules=RULES,
     budget=st.integers(1, 24),
@@ -54,9 +54,7 @@ def keeps(rules: DeviceRules, sizes: list[int], behind: list[int], budget: int) 
     depth=st.integers(1, 3),
     blocks=st.integers(22, 40),
 )
-def test_work_that_is_accepted_comes_to_its_end(
-    rules, budget, slots, requests, groups, caching, policy, depth, blocks
-):
+def test_work_that_is_accepted_comes_to_its_end(rules, budget, slots, requests, groups, caching, policy, depth, blocks):
     options = {"rules": rules, "budget": budget, "max_num_seqs": slots, "groups": groups, "num_blocks": blocks}
     try:
         scheduler = make_scheduler(prefix_caching=caching, policy=policy(), **options)
