@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
+import msgspec
 import numpy as np
 import pytest
 from engine_kit import TOKEN, VOCAB_SIZE, add_message, make_core, make_scheduler
 
+from anychip.engine.grammars import PendingGrammars
 from anychip.errors import DeviceFault, UserError
+from anychip.sampling_params import StructuredOutput
 
 
 def run(core, *, limit: int = 500):
@@ -186,3 +191,51 @@ def test_a_fatal_fault_ends_the_engine():
     core.add(add_message("a", [5, 6], max_output=4))
     with pytest.raises(DeviceFault, match="asked 2 GiB"):
         run(core)
+
+
+def test_a_sequence_that_a_stop_string_ends_is_complete_for_the_policy():
+    scheduler, ended = make_scheduler(), []
+    scheduler.policy.ended = lambda request: ended.append((request.request_id, request.finish_reason))
+    core = make_core(scheduler)
+    for name in ("stopped", "left"):
+        core.add(add_message(name, [5, 6], max_output=9))
+    core.step()
+    core.abort("stopped", 0, "stop")
+    core.abort("left")
+    assert ended == [("stopped", "stop"), ("left", "abort")]
+
+
+def test_a_deadline_counts_from_arrival_while_a_grammar_is_compiled():
+    class Never:
+        def submit(self, wanted, *, count, after):
+            return Future()
+
+    now = [100.0]
+    core = make_core(make_scheduler())
+    core.admission.grammars, core.admission._clock = PendingGrammars(Never()), lambda: now[0]
+    message = add_message("a", [5], structured=StructuredOutput("json_object"))
+    core.add(msgspec.structs.replace(message, deadline=2.0))
+    assert core.step() == []
+    now[0] += 2.5
+    (end,) = core.step()
+    assert end.error[0] == "RequestTimeout"
+    assert not core.has_work
+
+
+def test_a_request_that_waited_for_its_grammar_keeps_its_arrival():
+    compiled = Future()
+
+    class Compiler:
+        def submit(self, wanted, *, count, after):
+            return compiled
+
+    now = [100.0]
+    core = make_core(make_scheduler())
+    core.admission.grammars, core.admission._clock = PendingGrammars(Compiler()), lambda: now[0]
+    message = add_message("a", [5], structured=StructuredOutput("json_object"))
+    core.add(msgspec.structs.replace(message, deadline=2.0))
+    compiled.set_result([])
+    now[0] += 1.5
+    core.admission.enter_compiled(wait=False)
+    (request,) = core.scheduler.sequences("a")
+    assert (request.arrived_at, request.deadline) == (100.0, 102.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
+import msgspec
 import numpy as np
 import pytest
 from engine_kit import TOKEN, VOCAB_SIZE, add_message, make_core, make_request, make_scheduler
@@ -144,3 +145,38 @@ def test_values_out_of_range_are_refused_by_name(values, param):
     with pytest.raises(InvalidRequest) as refused:
         SamplingParams(**values)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("vocab_size", [31, 32, 33, 1000])
+def test_a_first_restriction_that_leaves_nothing_ends_the_request(vocab_size):
+    """Also where the mask's last word has bits beyond the vocabulary."""
+    core = make_core(make_scheduler())
+    core.vocab_size = core.admission.vocab_size = vocab_size
+    message = add_message("a", [5, 6])
+    core.add(msgspec.structs.replace(message, bad_token_ids=tuple((token,) for token in range(vocab_size))))
+    deltas = core.step() + core.step()
+    assert [delta.error for delta in deltas if delta.error] == [
+        ("InvalidRequest", f"bad_words leaves none of the {vocab_size} tokens after 0 tokens of output")
+    ]
+    core.drain()
+    assert core.scheduler.kv.pool.num_free == core.scheduler.kv.pool.num_usable
+
+
+def test_bad_words_give_way_to_a_grammar_that_leaves_nothing_else():
+    class OnlyNine:
+        name = "the grammar"
+
+        def applies(self, position):
+            return True
+
+        def allowed(self, request, position, mask):
+            mask[:] = 0
+            mask[0] = 1 << 9
+
+    core = make_core(make_scheduler())
+    core.add(msgspec.structs.replace(add_message("a", [5, 6], max_output=1), bad_token_ids=((9,),)))
+    (request,) = core.scheduler.sequences("a")
+    request.processors = (OnlyNine(), *request.processors)
+    core.step()
+    words = np.frombuffer(core.executor.late[0].masks[0], np.uint32)
+    assert words[0] == 1 << 9 and not words[1:].any()

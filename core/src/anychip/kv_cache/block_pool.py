@@ -65,29 +65,33 @@ class BlockPool:
         self._num_held += count
         return blocks
 
-    def take(self, block: BlockId) -> None:
-        """One more reference, reviving a block that is free or deferred."""
-        if self.ref_count[block] == 0:
-            self._num_held += 1
-            (self._free if self._key_of[block] is None else self._free_with_key).pop(block, None)
-        self.ref_count[block] += 1
+    def take(self, blocks: Iterable[BlockId]) -> None:
+        """One more reference each, reviving those that are free or deferred."""
+        ref_count = self.ref_count
+        for block in blocks:
+            if block == NULL_BLOCK:
+                continue
+            if ref_count[block] == 0:
+                self._num_held += 1
+                (self._free if self._key_of[block] is None else self._free_with_key).pop(block, None)
+            ref_count[block] += 1
 
     def release(self, blocks: Iterable[BlockId]) -> None:
         """One reference less each. Of blocks alike, the first released is the first to be handed out again."""
-        in_flight = self._launched > self._retired
-        ref_count = self.ref_count
+        ref_count, released = self.ref_count, []
         for block in blocks:
             if block == NULL_BLOCK:
                 continue
             left = ref_count[block] = ref_count[block] - 1
             assert left >= 0, f"block {block} released twice"
             if left == 0:
-                self._num_held -= 1
-                if in_flight:
-                    self._fence_of[block] = self._launched
-                    self._deferred.append((self._launched, block))
-                else:
-                    self._return(block)
+                released.append(block)
+        self._num_held -= len(released)
+        if self._launched == self._retired:
+            self._return(released)
+        for block in released if self._launched > self._retired else ():
+            self._fence_of[block] = self._launched
+            self._deferred.append((self._launched, block))
 
     def launched(self, step_id: int) -> None:
         """A step that touches held blocks is in flight. Step ids grow."""
@@ -96,14 +100,19 @@ class BlockPool:
     def retired(self, step_id: int) -> None:
         """This step and all before it are done: what they kept from the pool returns."""
         self._retired = step_id
-        while self._deferred and self._deferred[0][0] <= step_id:
-            fence, block = self._deferred.popleft()
-            if self.ref_count[block] == 0 and self._fence_of[block] == fence and not self.is_free(block):
-                self._return(block)
+        deferred, returned = self._deferred, []
+        while deferred and deferred[0][0] <= step_id:
+            fence, block = deferred.popleft()
+            # A block that was revived and released again stands in the queue twice, and its last fence counts.
+            if self.ref_count[block] == 0 and self._fence_of[block] == fence:
+                self._fence_of[block] = 0
+                returned.append(block)
+        self._return(returned)
 
-    def is_free(self, block: BlockId) -> bool:
-        """Whether allocate may hand the block out."""
-        return block in self._free or block in self._free_with_key
+    def count_free(self, blocks: Iterable[BlockId]) -> int:
+        """How many of the blocks allocate could hand out."""
+        ref_count, free, with_key = self.ref_count, self._free, self._free_with_key
+        return sum(ref_count[block] == 0 and (block in with_key or block in free) for block in blocks)
 
     def is_writable(self, block: BlockId) -> bool:
         """Whether a holder may write: nobody else holds it, and the prefix cache does not offer it."""
@@ -147,6 +156,8 @@ class BlockPool:
             block: key for block, key in enumerate(self._key_of) if key is not None
         }, "keys and blocks disagree"
 
-    def _return(self, block: BlockId) -> None:
-        (self._free if self._key_of[block] is None else self._free_with_key)[block] = None
-        self.num_returned += 1
+    def _return(self, blocks: list[BlockId]) -> None:
+        key_of, free, with_key = self._key_of, self._free, self._free_with_key
+        for block in blocks:
+            (free if key_of[block] is None else with_key)[block] = None
+        self.num_returned += len(blocks)

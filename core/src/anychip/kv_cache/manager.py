@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from anychip.kv_cache.block_pool import BlockPool
 from anychip.kv_cache.hashing import extend_hashes, finest_block_size
+from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, first_visible, prefix_key
 from anychip.messages import KVCacheConfig, KVGroup
 from anychip.request import Request
 from anychip.types import NULL_BLOCK, BlockId, cdiv
@@ -44,101 +46,40 @@ class KVCacheManager:
 
     # -- admission ----------------------------------------------------------------------------------------
 
-    def find_shared(self, request: Request) -> int:
-        """How many tokens of a waiting request need no computing: those of the prompt that it forks from, or the
-        longest prefix on offer. At least one token is always left. Nothing is taken yet."""
-        if request.fork_of is not None and self._can_fork(request.fork_of):
-            return request.num_prompt - 1
-        return self._longest_hit(request) * self.hash_block_size
+    def find_shared(self, request: Request) -> Shared:
+        """What a waiting request need not compute: the prompt that it forks from, or the longest prefix on offer. At
+        least one token is always left. Nothing is taken yet."""
+        parent = request.fork_of
+        fork = None if parent is None else find_fork(self.groups, parent)
+        if parent is None or fork is None:
+            return self._find_prefix(request)
+        parent.next_change_at = 0  # its last block may be shared from now on
+        return fork
 
-    def enter(self, request: Request, shared: int, num_tokens: int) -> bool:
-        """Gives a waiting request the blocks of the `shared` tokens that were found, and room for `num_tokens` more.
-        False, with nothing changed, when the pool is short."""
-        tables = self._shared_tables(request, shared)
-        need = sum(self.pool.is_free(block) for table in tables for block in table)
-        for group, table in zip(self.groups, tables, strict=True):
-            need += cdiv(shared + num_tokens, group.block_size) - len(table)
-            need += shared % group.block_size > 0  # the block that it shares in part is copied
+    def enter(self, request: Request, shared: Shared, num_tokens: int) -> bool:
+        """Gives a waiting request the blocks that it shares, and room for `num_tokens` more. False, with nothing
+        changed, when the pool is short."""
+        need = self.pool.count_free(chain.from_iterable(shared.tables))
+        for group, table in zip(self.groups, shared.tables, strict=True):
+            need += cdiv(shared.num_tokens + num_tokens, group.block_size) - len(table)
+            need += shared.num_tokens % group.block_size > 0  # the block that it shares in part is copied
         if need > self.pool.num_free:
             return False
-        self._share(request, tables, shared)
+        self._share(request, shared)
         has_room = self.allocate(request, num_tokens)
         assert has_room, f"{request}: {need} blocks were counted, and there are fewer"
         return True
 
-    def _longest_hit(self, request: Request) -> int:
-        """In hash blocks: the longest prefix that every group can offer."""
+    def _find_prefix(self, request: Request) -> Shared:
         if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
-            return 0
-        longest = (request.num_known - 1) // self.hash_block_size
-        settled = False
-        while not settled and longest:
-            settled = True
-            for index, group in enumerate(self.groups):
-                offered = self._group_hit(index, group, request, longest)
-                if offered < longest:
-                    longest, settled = offered, False
-        return longest
+            return Shared(0, [[] for _ in self.groups])
+        return find_prefix(self.groups, self.pool, request, self.hash_block_size)
 
-    def _group_hit(self, index: int, group: KVGroup, request: Request, limit: int) -> int:
-        """In hash blocks: the longest prefix up to `limit` that one group can offer. A windowed group needs
-        only the blocks that the next token still sees."""
-        ratio = group.block_size // self.hash_block_size
-        best = run = 0
-        hashes = request.block_hashes
-        for block in range(limit // ratio):
-            hash_block = (block + 1) * ratio - 1
-            if hash_block >= len(hashes):  # made as the search goes: one that misses early makes few
-                extend_hashes(request, self.hash_block_size, hash_block + 1)
-            hit = self.pool.find(self._key(index, hashes[hash_block])) is not None
-            run = run + 1 if hit else 0
-            if not hit and group.window is None:
-                break
-            length = (block + 1) * group.block_size
-            first_needed = 0 if group.window is None else max(0, length - group.window + 1) // group.block_size
-            if run >= block + 1 - first_needed:
-                best = block + 1
-        return best * ratio
-
-    def _can_fork(self, parent: Request) -> bool:
-        """Whether a parent's prompt is computed, and all its blocks but those outside the window are there."""
-        shared = parent.num_prompt - 1
-        if shared < 1 or not parent.block_ids or parent.num_computed < parent.num_prompt:
-            return False
-        return all(
-            len(table) >= cdiv(shared, group.block_size)
-            and NULL_BLOCK not in table[_first_visible(group, shared) : cdiv(shared, group.block_size)]
-            for group, table in zip(self.groups, parent.block_ids, strict=True)
-        )
-
-    def _shared_tables(self, request: Request, shared: int) -> list[list[BlockId]]:
-        parent = request.fork_of
-        if parent is None or shared != request.num_prompt - 1 or not self._can_fork(parent):
-            return [self._hit_table(index, group, request, shared) for index, group in enumerate(self.groups)]
-        tables = []
-        for group, table in zip(self.groups, parent.block_ids, strict=True):
-            first = _first_visible(group, shared)
-            tables.append([NULL_BLOCK] * first + table[first : cdiv(shared, group.block_size)])
-        parent.next_change_at = 0  # its last block is shared now
-        return tables
-
-    def _hit_table(self, index: int, group: KVGroup, request: Request, shared: int) -> list[BlockId]:
-        ratio, first = group.block_size // self.hash_block_size, _first_visible(group, shared)
-        table = [NULL_BLOCK] * first
-        for block in range(first, shared // group.block_size):
-            found = self.pool.find(self._key(index, request.block_hashes[(block + 1) * ratio - 1]))
-            assert found is not None, "a hit vanished between search and use"
-            table.append(found)
-        return table
-
-    def _share(self, request: Request, tables: list[list[BlockId]], shared: int) -> None:
-        for table in tables:
-            for block in table:
-                if block != NULL_BLOCK:
-                    self.pool.take(block)
-        request.block_ids = tables
-        request.num_cached_blocks = [shared // group.block_size for group in self.groups]
-        request.num_computed = shared
+    def _share(self, request: Request, shared: Shared) -> None:
+        self.pool.take(chain.from_iterable(shared.tables))
+        request.block_ids = shared.tables
+        request.num_cached_blocks = [shared.num_tokens // group.block_size for group in self.groups]
+        request.num_computed = shared.num_tokens
 
     def adopt(self, moves: Sequence[tuple[Request, Request]]) -> None:
         """Each (request, source) gives the request the source's blocks in place of its own, all moves at once. The
@@ -148,8 +89,7 @@ class KVCacheManager:
             for _, source in moves
         ]
         for tables, _, _ in snapshots:
-            for block in (block for table in tables for block in table if block != NULL_BLOCK):
-                self.pool.take(block)
+            self.pool.take(chain.from_iterable(tables))
         for (request, source), (tables, hashes, cached) in zip(moves, snapshots, strict=True):
             self.free(request)
             request.block_ids, request.block_hashes, request.num_cached_blocks = tables, hashes, cached
@@ -161,8 +101,7 @@ class KVCacheManager:
         del request.block_hashes[request.num_prompt // self.hash_block_size :]
         if request.block_ids:
             self.free(request)
-            shared = self._longest_hit(request) * self.hash_block_size
-            self._share(request, self._shared_tables(request, shared), shared)
+            self._share(request, self._find_prefix(request))
 
     # -- growth -------------------------------------------------------------------------------------------
 
@@ -219,7 +158,7 @@ class KVCacheManager:
         the window's mask hides them."""
         if group.window is None:
             return
-        for at in range(min(_first_visible(group, start), len(table)) - 1, -1, -1):
+        for at in range(min(first_visible(group, start), len(table)) - 1, -1, -1):
             if table[at] == NULL_BLOCK:
                 break
             self.pool.release([table[at]])
@@ -243,7 +182,7 @@ class KVCacheManager:
             for at in range(done, full):
                 block = request.block_ids[index][at]
                 if block != NULL_BLOCK:
-                    self.pool.offer(self._key(index, hashes[(at + 1) * ratio - 1]), block)
+                    self.pool.offer(prefix_key(index, hashes[(at + 1) * ratio - 1]), block)
             request.num_cached_blocks[index] = full
 
     def next_full(self, request: Request, num_tokens: int) -> tuple[int, bytes] | None:
@@ -289,15 +228,6 @@ class KVCacheManager:
         held = Counter(block for table in [*tables, others] for block in table if block != NULL_BLOCK)
         self.pool.check_integrity(held)
 
-    @staticmethod
-    def _key(group: int, block_hash: bytes) -> bytes:
-        return block_hash if group == 0 else block_hash + bytes([group])
-
-
-def _first_visible(group: KVGroup, position: int) -> int:
-    """Index of the first block that a token at `position` still sees."""
-    return 0 if group.window is None else max(0, position - group.window + 1) // group.block_size
-
 
 def _next_change(group: KVGroup, start: int, end: int) -> int:
     """First position from `end` on whose token needs another block, or leaves one outside the window, where the
@@ -305,7 +235,7 @@ def _next_change(group: KVGroup, start: int, end: int) -> int:
     next_block = cdiv(end, group.block_size) * group.block_size
     if group.window is None:
         return next_block
-    passes = (_first_visible(group, start) + 1) * group.block_size + group.window - 1
+    passes = (first_visible(group, start) + 1) * group.block_size + group.window - 1
     return min(next_block, max(end, passes))
 
 

@@ -69,6 +69,9 @@ class Capabilities:
 class StepRules:
     """Limits of one step that no policy may break. None: no limit beyond the configuration's.
 
+    `mix_prefill_decode` False: either every row of a step computes one token, or every row computes more. The kind goes
+    by the tokens, not by the request's history: where a prefix hit or a fork leaves one token of a prompt, that row
+    runs with those that decode. A step of one-token rows runs when no row of more tokens can.
     `chunk_multiple`: a prefill chunk that is not the prompt's last has a multiple of this many tokens.
     `max_padded_tokens`: num_rows x longest row, for devices that compute a rectangle.
     """

@@ -217,16 +217,18 @@ class Scheduler:
             if self._is_blocked(request):
                 break
             shared = self.kv.find_shared(request)
-            behind = request.num_known - shared
+            behind = request.num_known - shared.num_tokens
             granted = room.grant(behind)
             if behind == 1 and room.rows == "more tokens":
                 continue
             if granted <= 0:
                 break
             if not self.kv.enter(request, shared, granted):
-                self._blocked = _Blocked(request, self.kv.pool.num_returned, self.kv.missing(request, shared))
+                self._blocked = _Blocked(
+                    request, self.kv.pool.num_returned, self.kv.missing(request, shared.num_tokens)
+                )
                 break
-            self._enter(request, shared)
+            self._enter(request, shared.num_tokens)
             self._note_coming(coming, request, granted)
             draft.place(request, granted, prefill=behind > 1)
             admitted.append(request)
