@@ -6,6 +6,7 @@ A declared capability that fails a conformance case is a failure; an undeclared 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +82,21 @@ class StepRules:
     max_padded_tokens: int | None = None
     decode_steps_per_launch: int = 1
     """Only 1 in interface 0.1: several steps per launch need the sampler inside the loop."""
+
+    def broken_by(self, counts: Sequence[int]) -> str:
+        """The rule that a step of so many tokens by row breaks; "": none. A row of one token in a step of prefills may
+        be a prompt's last."""
+        prefills = sum(count > 1 for count in counts)
+        padded = len(counts) * max(counts)
+        for name, value, most in (
+            ("max_tokens", sum(counts), self.max_tokens),
+            ("max_rows", len(counts), self.max_rows),
+            ("max_padded_tokens", padded, self.max_padded_tokens),
+            ("max_prefills", prefills, self.max_prefills),
+        ):
+            if most is not None and value > most:
+                return f"{name} is {most}, and the step has {value}"
+        return ""
 
     def for_device(self, capabilities: Capabilities) -> DeviceRules:
         """The same limits in the form that crosses processes."""

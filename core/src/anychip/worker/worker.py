@@ -18,7 +18,7 @@ from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
-from anychip.worker.sizing import maximal_shape, measure_maximal_step, memory_plan
+from anychip.worker.sizing import measure_maximal_step, memory_plan, step_memory
 from anychip.worker.torch_program import TorchStepProgram
 
 
@@ -46,8 +46,8 @@ class Worker:
         source, kv, limits = prepared.source, prepared.kv, prepared.limits
         program = self._step_program(prepared)
         if program is not None:
-            shape = maximal_shape(prepared.policy, limits)
-            activations = PeakMemory(nbytes=program.memory(shape), exact=True)
+            needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
+            activations = PeakMemory(nbytes=needed, exact=True)
         else:
             program = self._torch_program(prepared)
             activations = measure_maximal_step(self.platform, program, prepared.new_batch(), kv, limits)
