@@ -19,7 +19,7 @@ from anychip.registry.plugins import Plugins
 from anychip.worker.worker import Worker
 
 METHODS = [name for name, _ in inspect.getmembers(Platform, inspect.isfunction) if not name.startswith("_")]
-ELSEWHERE = {"stream", "synchronize", "profiler", "health", "sleep", "wake", "check", "explain"}
+ELSEWHERE = {"synchronize", "profiler", "health", "sleep", "wake", "check", "explain"}
 """Asked by tools, or to look after a device; a platform that cannot explain an error is no obstacle to another."""
 ANOTHER_MODEL = {"moe", "keep_weights", "restore_weights"}
 """Asked for experts, and for weights that lie in files."""

@@ -96,7 +96,7 @@ def paged_batch(
     view = BatchView(
         query_start=device.tensor(starts, "int32"),
         seq_lens=device.tensor(lengths, "int32"),
-        block_table=device.tensor(table, caps.table_dtype),
+        block_table=device.tensor(table, "int32"),
         slot_mapping=device.tensor(slots, caps.slot_dtype),
         positions=device.tensor(positions, "int32"),
         num_reqs=key.num_reqs,

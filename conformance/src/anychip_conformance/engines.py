@@ -138,7 +138,7 @@ def preempt_often(scheduler: Scheduler) -> None:
 
 def open_worker(device: Device, folder: Path, **settings: Any) -> Worker:
     """One worker in this process, to be driven step by step."""
-    config = EngineConfig(model=str(folder), num_kv_blocks=16, **{**engine_settings(device), **settings})
+    config = EngineConfig(model=str(folder), **{"num_kv_blocks": 16, **engine_settings(device), **settings})
     indexes = tuple(found.index for found in device.probe.devices)
     return Worker(
         WorkerSpec(

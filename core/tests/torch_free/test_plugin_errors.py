@@ -111,7 +111,7 @@ def code(text: str, module: str) -> ModuleType:
 def caught(call: object) -> BaseException:
     try:
         call()  # type: ignore[operator]
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         return error
     raise AssertionError("nothing was raised")
 

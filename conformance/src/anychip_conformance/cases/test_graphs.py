@@ -29,8 +29,8 @@ class ShapeCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     corpus=[ShapeCase(), ShapeCase(max_tokens=512, max_rows=4), ShapeCase(max_tokens=16, max_rows=16, pages=1)],
 )
 def policy(device: Device, case: ShapeCase) -> None:
-    """Every step that obeys the device's rules and the limits has a shape that holds it; a shape's own sizes lead back to
-    it; features pass."""
+    """Every step that obeys the device's rules and the limits has a shape that holds it; a shape's own sizes lead back
+    to it."""
     rules = device.platform.step_rules
     rows, length = min(case.max_rows, rules.max_rows or case.max_rows), 16 * case.pages
     bounds = (case.max_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)

@@ -28,9 +28,7 @@ class Capabilities:
     """Defaults describe the reference ops on a host CPU, which every platform starts from."""
 
     dtypes: frozenset[DType] = frozenset({"float32", "bfloat16"})
-    index_dtype: Literal["int32", "int64"] = "int32"
     slot_dtype: Literal["int32", "int64"] = "int64"
-    table_dtype: Literal["int32", "int64"] = "int32"
     max_slots: int | None = None
     """Most token slots (blocks x block size) that one cache may address; None: as many as memory holds."""
     head_dims: frozenset[int] | None = None
@@ -48,22 +46,22 @@ class Capabilities:
     alibi: bool = True
     sinks: bool = True
     mla: bool = False
-    kv_write: Literal["separate", "fused", "functional"] = "separate"
+    kv_write: Literal["in_place", "functional"] = "in_place"
+    """functional: writing keys and values gives a new cache, and far block ids are not judged."""
     host_lengths: Literal["none", "upper_bound", "exact"] = "none"
     """What the attention plan needs of sequence lengths on the host."""
     padding: Literal["zero_rows", "dummy_request"] = "zero_rows"
     """Whether a padded row has no query, or one query token of its own on the null block."""
     stale_kv: Literal["any", "must_be_finite"] = "any"
     """must_be_finite: blocks are zeroed before reuse, since masked values still enter products."""
-    sampling: Literal["device", "host"] = "device"
     seeded_sampling: bool = True
     reload: Literal["inplace", "repack", "none"] = "inplace"
+    """Whether LinearKernel.update and FusedMoE.update write new weights where the old ones lie."""
     graph_level: GraphLevel = GraphLevel.NONE
     collectives: Literal["runtime", "compiler", "none"] = "none"
     streams: bool = False
     batch_invariant: bool = False
     lora: bool = False
-    triton: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,7 +133,6 @@ class GraphCapture:
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:

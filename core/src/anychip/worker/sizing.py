@@ -33,8 +33,8 @@ def step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv
 
 
 def largest_steps(rules: StepRules, limits: StepLimits) -> list[list[int]]:
-    """Steps, as numbers of tokens by row, that obey rules and limits and are the largest in rows, in the longest row, and
-    in tokens for so many rows."""
+    """Steps, as numbers of tokens by row, that obey rules and limits and are the largest in rows, in the longest row,
+    and in tokens for so many rows."""
     rows = min(limits.max_num_reqs, limits.max_num_tokens, rules.max_padded_tokens or limits.max_num_reqs)
     steps = [[1] * rows]
     if rules.mix_prefill_decode and rules.max_prefills != 0:
@@ -51,8 +51,8 @@ def largest_prompts(rules: StepRules, limits: StepLimits, tokens: int) -> list[i
     """Of the steps of whole prompts, the one with most tokens, and of such the one with fewest rows: tokens by row.
     It has `tokens` at most."""
     prompts = limits.max_num_reqs if rules.max_prefills is None else min(limits.max_num_reqs, rules.max_prefills)
-    enough = range(1, 1 + max(1, min(prompts, tokens)))
-    return max((_equal_rows(rules, limits, tokens, count, longest=limits.max_model_len - 1) for count in enough), key=sum)
+    counts, longest = range(1, 1 + max(1, min(prompts, tokens))), limits.max_model_len - 1
+    return max((_equal_rows(rules, limits, tokens, count, longest=longest) for count in counts), key=sum)
 
 
 def _equal_rows(
