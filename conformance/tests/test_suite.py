@@ -260,3 +260,33 @@ def test_pages_follow_from_the_suite_and_the_scorecards() -> None:
 
 def test_every_kind_says_what_it_protects_from() -> None:
     assert all(len(case.kind.protects) > 20 for case in all_cases())
+
+
+# -- what of a step-seam device a case exercises --------------------------------------------------------------
+
+
+def outcome(case: str, *used: str) -> Outcome:
+    return Outcome(case=case, verdict=Verdict.PASS, used=used)
+
+
+def test_a_capability_that_only_factories_showed_is_not_tested_on_the_step_seam() -> None:
+    outcomes = [
+        outcome("attn.softcap.001", "softcap"),
+        outcome("attn.alibi.001", "alibi"),
+        outcome("e2e.greedy.002", "softcap"),
+    ]
+    states = {
+        seam: {row.name: row.state for row in scorecard.capability_rows(outcomes, None, seam)}
+        for seam in ("step", "torch")
+    }
+    assert states["step"] == {"softcap": "tested", "alibi": "reference"}
+    assert states["torch"] == {"softcap": "tested", "alibi": "tested"}
+    assert scorecard.passed_through(outcomes, "step") == {"program": 1, "factories": 2}
+    assert scorecard.passed_through(outcomes, "torch") == {}
+    assert "program: 1; through reference factories: 2" in scorecard.through_line({"program": 1, "factories": 2})
+
+
+def test_every_section_of_the_core_profile_says_what_it_exercises() -> None:
+    neither = {"isolation", "shape", "comm"}
+    sections = {case.partition(".")[0] for case in manifest.frozen().cases}
+    assert sections == scorecard.THROUGH_PROGRAM | scorecard.THROUGH_FACTORIES | neither

@@ -111,7 +111,7 @@ def code(text: str, module: str) -> ModuleType:
 def caught(call: object) -> BaseException:
     try:
         call()  # type: ignore[operator]
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - what was raised is what is asked for
         return error
     raise AssertionError("nothing was raised")
 
