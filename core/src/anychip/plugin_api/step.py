@@ -7,7 +7,7 @@ comes out, and the old one must not be used again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from anychip.plugin_api.linear import WeightView
     from anychip.plugin_api.ops import Ops
 
 State = Any
@@ -220,8 +221,23 @@ class ModelSource(Protocol):
         """By layer, for one of `size` shards; needs no weights."""
         ...
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The checkpoint's config.json."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, WeightView]]:
+        """The checkpoint's tensors by name, each read when it is asked for: for a program that lays them out itself.
+        Nothing is built, so nothing is held twice."""
+        ...
+
     def build(self, shard: Shard) -> StepModel:
         """Builds the shard's layers on the platform and streams its weights."""
+        ...
+
+    def release(self, model: StepModel) -> int:
+        """Gives back the memory of a built model's tensors, once a program has copied them to its device; returns the
+        bytes. The model's shapes and backends stay; it must not be run again."""
         ...
 
 

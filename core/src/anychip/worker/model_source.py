@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
@@ -15,7 +17,16 @@ from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
-from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel, WeightsKey
+from anychip.plugin_api import (
+    AttentionSpec,
+    Communicator,
+    GroupSpec,
+    Platform,
+    Shard,
+    StepModel,
+    WeightsKey,
+    WeightView,
+)
 from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
@@ -31,7 +42,8 @@ _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 
 
 class CheckpointSource:
-    """`progress` says what the last `build` read, `held_bytes` what the models built so far hold."""
+    """`progress` says what the last `build` read, `held_bytes` what the weights of the models built so far take, on the
+    host or, once released, on their program's device."""
 
     def __init__(
         self,
@@ -42,7 +54,7 @@ class CheckpointSource:
         ops: OpTable,
         contributed: dict[str, str],
     ) -> None:
-        self.config = config
+        self.settings = config
         # Rotary tables, and which of a model's rotary factors apply, follow the length that is served.
         served = min(model.max_positions, config.max_model_len or model.max_positions)
         self.model = msgspec.structs.replace(model, max_positions=served)
@@ -55,6 +67,10 @@ class CheckpointSource:
         self.family = find_family(model, config, contributed)
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.model.raw
 
     @cached_property
     def folder(self) -> Path:
@@ -71,7 +87,7 @@ class CheckpointSource:
         model = self.build_layers(shard, register)
         # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
         check_weights_fit(self.platform, held_bytes(model), free)
-        if self.config.load_format == "dummy":
+        if self.settings.load_format == "dummy":
             self.progress = LoadProgress(0, shown=False)
             views = dummy_views(register, self.dtype, self.platform.pinned)
             load_weights(register, self.progress.track(views), self.model.folder)
@@ -80,6 +96,24 @@ class CheckpointSource:
         register.finish()
         self.held_bytes += held_bytes(model)
         return model
+
+    def weights(self) -> Iterator[tuple[str, WeightView]]:
+        if self.settings.load_format != "dummy":
+            yield from checkpoint_views(self.folder)
+            return
+        alone = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
+        register = WeightRegister()
+        with FakeTensorMode():  # only names and shapes are wanted
+            self.build_layers(Shard(rank=0, size=1, communicator=Communicator(alone)), register)
+        yield from dummy_views(register, self.dtype, self.platform.pinned)
+
+    def release(self, model: StepModel) -> int:
+        freed = 0
+        for storage in held_storages(model):
+            if storage.resizable():  # memory that is another's is left to it
+                freed += storage.nbytes()
+                storage.resize_(0)
+        return freed
 
     def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
         """From what the platform kept of an earlier start, or from the checkpoint."""
@@ -94,7 +128,14 @@ class CheckpointSource:
         self.platform.keep_weights(key, weights)
 
     def _key(self, shard: Shard, files: Sequence[Path]) -> WeightsKey:
-        form = (str(self.folder.resolve()), self.dtype, self.kv_dtype, self.config.quantization, shard.rank, shard.size)
+        form = (
+            str(self.folder.resolve()),
+            self.dtype,
+            self.kv_dtype,
+            self.settings.quantization,
+            shard.rank,
+            shard.size,
+        )
         stats = [(path.name, path.stat()) for path in files]
         contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
         name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
@@ -102,7 +143,7 @@ class CheckpointSource:
 
     def build_layers(self, shard: Shard, register: WeightRegister) -> StepModel:
         """The model with its weights allocated and not loaded."""
-        inner = weight_format(self.model.raw, self.config.quantization, self._names)
+        inner = weight_format(self.model.raw, self.settings.quantization, self._names)
         builder = Builder(
             platform=self.platform,
             ops=self.ops,
@@ -115,7 +156,7 @@ class CheckpointSource:
         return self.family(self.model, builder, self.attention_specs(shard.size))
 
     def _names(self) -> frozenset[str]:
-        return frozenset() if self.config.load_format == "dummy" else tensor_names(self.folder)
+        return frozenset() if self.settings.load_format == "dummy" else tensor_names(self.folder)
 
 
 def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:
