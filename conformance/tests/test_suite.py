@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from packages import anychip, make_bad
 
 from anychip.errors import ConfigError
+from anychip.plugin_api import StepProgram
+from anychip.worker.model_source import CheckpointSource
 from anychip_conformance import manifest, pages, registry, scorecard
 from anychip_conformance.device import open_device
 from anychip_conformance.host_watch import HostWatch
@@ -290,3 +293,27 @@ def test_every_section_of_the_core_profile_says_what_it_exercises() -> None:
     neither = {"isolation", "shape", "comm"}
     sections = {case.partition(".")[0] for case in manifest.frozen().cases}
     assert sections == scorecard.THROUGH_PROGRAM | scorecard.THROUGH_FACTORIES | neither
+
+
+# -- what documents say of the suite --------------------------------------------------------------------------
+
+
+def test_no_document_has_a_count_of_cases_or_faults_that_was_typed() -> None:
+    generated = {"docs/reference/conformance-cases.md"}
+    number = re.compile(r"\b\d+\s+(?:conformance\s+)?(?:cases|planted\s+faults)\b")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]:
+        name = str(path.relative_to(ROOT))
+        if name not in generated:
+            assert number.findall(path.read_text()) == [], f"{name}: the suite grows; leave the number to make matrix"
+    assert f"The {len(frozen().cases)} cases" in (ROOT / "docs" / "reference" / pages.CASES).read_text()
+
+
+def test_the_page_of_the_step_seam_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "step-seam.md").read_text()
+    for name in vars(StepProgram):
+        assert name.startswith("_") or f"{name}(" in text, f"StepProgram.{name} is not on the page"
+    for name in ("config", "weights", "attention_specs", "build", "release", "ops"):
+        assert hasattr(CheckpointSource, name) or name == "ops"
+        assert f"`{name}" in text
+    for section in scorecard.THROUGH_PROGRAM | scorecard.THROUGH_FACTORIES:
+        assert f"`{section}`" in text, f"cases of {section} run the program or the factories: which?"

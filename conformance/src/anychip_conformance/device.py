@@ -185,7 +185,9 @@ def manifest_of(name: str) -> PlatformManifest:
     if name not in plugins.platforms:
         broken = "".join(f"; {b.package}: {b.error}" for b in plugins.broken)
         there = ", ".join(sorted(plugins.platforms))
-        raise DeviceUnavailable(f"device {name!r} is not installed; there are {there}{broken}")
+        raise DeviceUnavailable(
+            f'device {name!r} is not installed; there are {there}{broken}; try pip install "anychip[{name}]"'
+        )
     return plugins.platforms[name]
 
 
