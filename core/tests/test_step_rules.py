@@ -45,7 +45,7 @@ def limited(draw: st.DrawFn) -> tuple[StepRules, StepLimits]:
     rules = draw(RULES)
     rows = draw(st.integers(1, rules.max_rows or 40))
     limits = StepLimits(
-        max_num_tokens=draw(st.integers(rows, max(rows, rules.max_tokens or 600))),
+        max_num_tokens=draw(st.integers(1, rules.max_tokens or 600)),
         max_num_reqs=rows,
         max_model_len=draw(st.integers(2, 400)),
         max_slots=rows,
@@ -66,9 +66,7 @@ def test_the_steps_that_memory_is_asked_of_obey_the_rules(given):
     rules, limits = given
     for step in largest_steps(rules, limits):
         check(rules, limits, sum(step), len(step), max(step))
-        prompts = sum(count > 1 for count in step)
-        assert rules.max_prefills is None or prompts <= rules.max_prefills
-        assert rules.mix_prefill_decode or prompts in (0, len(step), len(step) - 1), "a row of one token ends a prompt"
+        assert not rules.broken_by(step)
 
 
 @given(limited(), st.integers(1, 700))
@@ -76,10 +74,27 @@ def test_the_step_that_is_measured_obeys_the_rules_and_fills_what_it_may(given, 
     rules, limits = given
     step = largest_prompts(rules, limits, tokens)
     check(rules, limits, sum(step), len(step), max(step))
+    assert not rules.broken_by(step)
     assert sum(step) <= tokens and max(step) < limits.max_model_len
     if rules == StepRules():
-        room = limits.max_num_reqs * (limits.max_model_len - 1)
+        room = limits.max_num_reqs * max(1, limits.max_model_len - 1)
         assert sum(step) == min(tokens, limits.max_num_tokens, room)
+
+
+@pytest.mark.parametrize(
+    ("rules", "counts", "said"),
+    [
+        (StepRules(mix_prefill_decode=False), [5, 1], "1 of 2 rows have more than one token"),
+        (StepRules(mix_prefill_decode=False), [5, 2], ""),
+        (StepRules(mix_prefill_decode=False), [1, 1], ""),
+        (StepRules(max_prefills=1), [2, 2], "max_prefills is 1, and the step has 2"),
+        (StepRules(max_padded_tokens=8), [1, 5], "max_padded_tokens is 8, and the step has 10"),
+        (StepRules(max_tokens=4, max_rows=2), [2, 3], "max_tokens is 4, and the step has 5"),
+        (StepRules(), [100, 1, 7], ""),
+    ],
+)
+def test_a_step_that_breaks_a_rule_is_told_which(rules, counts, said):
+    assert said in rules.broken_by(counts) and bool(said) == bool(rules.broken_by(counts))
 
 
 def test_a_program_is_asked_for_the_memory_of_shapes_that_its_policy_has():

@@ -82,9 +82,11 @@ class StepRules:
     """Only 1 in interface 0.1: several steps per launch need the sampler inside the loop."""
 
     def broken_by(self, counts: Sequence[int]) -> str:
-        """The rule that a step of so many tokens by row breaks; "": none. A row of one token in a step of prefills may
-        be a prompt's last."""
+        """The rule that a step of so many tokens by row breaks; "": none. `chunk_multiple` depends on what is left of a
+        prompt, and is not looked at."""
         prefills = sum(count > 1 for count in counts)
+        if not self.mix_prefill_decode and 0 < prefills < len(counts):
+            return f"mix_prefill_decode is False, and {prefills} of {len(counts)} rows have more than one token"
         padded = len(counts) * max(counts)
         for name, value, most in (
             ("max_tokens", sum(counts), self.max_tokens),

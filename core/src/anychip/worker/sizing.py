@@ -65,6 +65,8 @@ def _equal_rows(
         width = min(width, rules.max_padded_tokens // count)
     width = max(1, width)
     total = min(tokens, limits.max_num_tokens, width * count)
+    if total % width == 1 and not rules.mix_prefill_decode and total > width:
+        total -= 1
     return [width] * (total // width) + ([total % width] if total % width else [])
 
 
