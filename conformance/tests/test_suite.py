@@ -312,7 +312,7 @@ def test_the_page_of_the_step_seam_names_what_is_there() -> None:
     text = (ROOT / "docs" / "step-seam.md").read_text()
     for name in vars(StepProgram):
         assert name.startswith("_") or f"{name}(" in text, f"StepProgram.{name} is not on the page"
-    for name in ("config", "weights", "attention_specs", "build", "release", "ops"):
+    for name in ("config_json", "weights", "attention_specs", "build", "release", "ops"):
         assert hasattr(CheckpointSource, name) or name == "ops"
         assert f"`{name}" in text
     for section in scorecard.THROUGH_PROGRAM | scorecard.THROUGH_FACTORIES:

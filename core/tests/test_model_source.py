@@ -39,7 +39,7 @@ def source(folder, **settings) -> CheckpointSource:
 
 def test_weights_are_the_checkpoints_tensors_by_name(folder):
     given = source(folder)
-    assert given.config == json.loads((folder / "config.json").read_text())
+    assert given.config_json == json.loads((folder / "config.json").read_text())
     stored = load_file(folder / "model.safetensors")
     read = {name: view.read().clone() for name, view in given.weights()}
     assert set(read) == set(stored)

@@ -222,8 +222,8 @@ class ModelSource(Protocol):
         ...
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        """The checkpoint's config.json."""
+    def config_json(self) -> Mapping[str, Any]:
+        """The checkpoint's, as it was read."""
         ...
 
     def weights(self) -> Iterator[tuple[str, WeightView]]:

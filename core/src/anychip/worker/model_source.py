@@ -54,7 +54,7 @@ class CheckpointSource:
         ops: OpTable,
         contributed: dict[str, str],
     ) -> None:
-        self.settings = config
+        self.config = config
         # Rotary tables, and which of a model's rotary factors apply, follow the length that is served.
         served = min(model.max_positions, config.max_model_len or model.max_positions)
         self.model = msgspec.structs.replace(model, max_positions=served)
@@ -69,7 +69,7 @@ class CheckpointSource:
         self.held_bytes = 0
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config_json(self) -> Mapping[str, Any]:
         return self.model.raw
 
     @cached_property
@@ -87,7 +87,7 @@ class CheckpointSource:
         model = self.build_layers(shard, register)
         # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
         check_weights_fit(self.platform, held_bytes(model), free)
-        if self.settings.load_format == "dummy":
+        if self.config.load_format == "dummy":
             self.progress = LoadProgress(0, shown=False)
             views = dummy_views(register, self.dtype, self.platform.pinned)
             load_weights(register, self.progress.track(views), self.model.folder)
@@ -98,7 +98,7 @@ class CheckpointSource:
         return model
 
     def weights(self) -> Iterator[tuple[str, WeightView]]:
-        if self.settings.load_format != "dummy":
+        if self.config.load_format != "dummy":
             yield from checkpoint_views(self.folder)
             return
         alone = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
@@ -132,7 +132,7 @@ class CheckpointSource:
             str(self.folder.resolve()),
             self.dtype,
             self.kv_dtype,
-            self.settings.quantization,
+            self.config.quantization,
             shard.rank,
             shard.size,
         )
@@ -143,7 +143,7 @@ class CheckpointSource:
 
     def build_layers(self, shard: Shard, register: WeightRegister) -> StepModel:
         """The model with its weights allocated and not loaded."""
-        inner = weight_format(self.model.raw, self.settings.quantization, self._names)
+        inner = weight_format(self.model.raw, self.config.quantization, self._names)
         builder = Builder(
             platform=self.platform,
             ops=self.ops,
@@ -156,7 +156,7 @@ class CheckpointSource:
         return self.family(self.model, builder, self.attention_specs(shard.size))
 
     def _names(self) -> frozenset[str]:
-        return frozenset() if self.settings.load_format == "dummy" else tensor_names(self.folder)
+        return frozenset() if self.config.load_format == "dummy" else tensor_names(self.folder)
 
 
 def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:
