@@ -53,6 +53,12 @@ def test_the_example_is_as_generated_but_for_its_op() -> None:
         assert path in CHANGED or (EXAMPLE / path).read_text() == text, f"{path} differs from the template"
 
 
+def test_each_seam_has_a_readme_of_its_own() -> None:
+    torch, step = (rendered("zeta", seam)["README.md"] for seam in ("torch", "step"))
+    assert "Replace op by op" in torch and "name torch's device" in torch
+    assert "program.py" in step and "release(model)" in step and "op by op" not in step
+
+
 @pytest.mark.parametrize("name", ["Acme", "2fast", "a-b", "", "acme/../x"])
 def test_a_name_that_is_no_identifier_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="lower case"):

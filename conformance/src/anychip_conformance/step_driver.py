@@ -19,6 +19,7 @@ class StepDriver:
 
     def __init__(self, device: Device, folder: Path) -> None:
         self.worker = open_worker(device, folder)
+        self._device, self._rules = device, device.platform.step_rules
         self.block_size = self.worker.ready.kv.groups[0].block_size
         self._step = 0
 
@@ -39,6 +40,8 @@ class StepDriver:
         slot: how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn.
         `edits` likewise: token id to the scale and the shift of its logit. `scored` slots, when they are new, report
         their prompt's log-probabilities."""
+        broken = self._rules.broken_by(list(tokens.values()))
+        self._device.limit(broken, not broken)
         self._step += 1
         rows = [
             NewRow(

@@ -16,6 +16,7 @@
     │   └── PortInUse
     ├── PluginError                the vendor can mend it
     │   ├── PluginImportFailed
+    │   ├── PluginFailed           a hook raised: names package, hook and cause
     │   ├── IncompatiblePlugin     interface version out of range
     │   ├── InvalidOverride        an op with the wrong name or signature
     │   └── Unsupported            a factory refuses a spec, with every reason
@@ -140,6 +141,18 @@ class PluginImportFailed(PluginError):
     """An entry point, a probe or a platform module raised at import."""
 
 
+class PluginFailed(PluginError):
+    """A plugin's code raised what no hook may raise. `package`, `hook` and `cause` say who, where and what."""
+
+    @classmethod
+    def of(cls, package: str, hook: str, error: BaseException) -> PluginFailed:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return cls(
+            f"{package}: {hook} raised {text}; report this to the authors of {package.partition(' ')[0]} with the "
+            "traceback in the log (ANYCHIP_LOG_LEVEL=debug shows each), or do without it"
+        )
+
+
 class IncompatiblePlugin(PluginError):
     """The plugin was built against an interface version that this core does not speak."""
 
@@ -209,8 +222,8 @@ _BY_NAME: dict[str, type[AnychipError]] = {
     cls.__name__: cls
     for cls in (
         InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
-        KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
-        StepFailed, OutputFailed, EngineHung,
+        KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, PluginFailed, IncompatiblePlugin,
+        InvalidOverride, StepFailed, OutputFailed, EngineHung,
     )
 }  # fmt: skip
 

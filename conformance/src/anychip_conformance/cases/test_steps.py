@@ -177,11 +177,16 @@ def zeroed(device: Device, case: Nothing) -> None:
 
 @kind("step.no_compilation", deadline_s=_DEADLINE_S)
 def no_compilation(device: Device, case: Nothing) -> None:
-    """After warm-up nothing is compiled any more: preparing the same shapes again finds as many programs as before."""
+    """After warm-up nothing is compiled any more: preparing the same shapes again finds as many programs as before.
+    Graphs that may be captured when a step first needs them are captured by runs of the same requests before it: with
+    an empty prefix cache, and with a full one."""
     prepares = device.manifest.seam == "step" or device.capabilities.graph_level > GraphLevel.NONE
     device.limit("it prepares neither steps nor graphs", prepares)
     with open_llm(device, checkpoint(device, "llama").path) as llm:
         worker = llm.engine.executor.worker  # type: ignore[attr-defined]
+        if device.platform.graph_capture().lazy:
+            for _ in range(2):
+                llm.generate(prompts())
         before = worker.program.warm_up([]).num_programs
         llm.generate(prompts())
         after = worker.program.warm_up([]).num_programs

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from anychip.plugin_api import CallBetween, CompileReport, SamplingInputs, ShapeKey, ShapePolicy, StepInputs
+from anychip.plugin_api import (
+    CallBetween,
+    CompileReport,
+    KVPlan,
+    ModelSource,
+    SamplingInputs,
+    ShapeKey,
+    ShapePolicy,
+    StepInputs,
+    StepLimits,
+)
 from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenGraphs, RecordedGraph, RecordedPieces
 from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
 from anychip_conformance.faulty.registry import fault
@@ -204,3 +214,14 @@ class MasksLogprobs(StaticStepProgram):
             masked = self.ops.apply_token_masks(logits=hidden.logits.float(), masks=masks[: len(hidden.logits)])
             hidden = StaticHidden(masked, hidden.slots, hidden.scores)
         return super().sample(state, hidden, late)
+
+
+@fault("step-attention-scale", "step", killed_by="e2e.greedy.001")
+class AttentionScale(StaticStepProgram):
+    """The program's second layer multiplies queries and keys by three times the model's scale."""
+
+    def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits) -> None:
+        super().__init__(source, kv, limits)
+        model: Any = self.model
+        for layer in model.layers[1:2]:
+            layer.attention.layer.scale *= 3

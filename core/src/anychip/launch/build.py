@@ -22,6 +22,7 @@ from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig
 from anychip.plugin_api.manifest import Decision, Placement
+from anychip.registry.blame import calling
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins
 from anychip.scheduler.policy import make_policy
@@ -123,12 +124,15 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path, pr
     per_host = chosen.manifest.topology == "process_per_host"
     world_size = 1 if per_host else len(chosen.indexes)
     specs = [worker_spec(config, chosen, folder, rank) for rank in range(world_size)]
-    environments = [
-        chosen.manifest.worker_env(
-            config, Placement(rank=spec.rank, world_size=world_size, device_indexes=spec.device_indexes)
-        )
-        for spec in specs
-    ]
+    with calling(chosen.manifest.package, "PlatformManifest.worker_env"):
+        environments = [
+            dict(
+                chosen.manifest.worker_env(
+                    config, Placement(rank=spec.rank, world_size=world_size, device_indexes=spec.device_indexes)
+                )
+            )
+            for spec in specs
+        ]
     # Variables must be set before the device's runtime is imported, so a worker that has any gets a process.
     needs_processes = world_size > 1 or any(environments)
     if config.executor == "inline" and needs_processes:

@@ -16,6 +16,7 @@ from anychip.launch.build import build_engine, progress_of
 from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
 from anychip.model_config import load_model_config
 from anychip.observability.logs import configure_logging
+from anychip.registry.blame import blamed
 from anychip.registry.plugins import load_plugins
 
 log = logging.getLogger("anychip.engine")
@@ -35,7 +36,7 @@ def main(spec: EngineSpec) -> int:
         return 1
     except Exception as error:
         log.exception("the engine stopped")
-        loop.fail(error)
+        loop.fail(blamed(error) or error)
         return 1
     finally:
         if core is not None:

@@ -59,7 +59,9 @@ class ShapePolicy:
     def bucket(
         self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
     ) -> ShapeKey:
-        """The smallest shape that holds a step. Steps obey StepRules, so there always is one."""
+        """The smallest shape that holds a step. Core asks for steps that obey StepRules and StepLimits: no more rows,
+        tokens, padded tokens (rows times the longest) or tokens in a row than they allow. A policy has a shape for each
+        of those, and may raise for others."""
         return ShapeKey(
             num_tokens=num_tokens,
             num_reqs=num_reqs,
@@ -122,7 +124,6 @@ class GraphCapture:
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:

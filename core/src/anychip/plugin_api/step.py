@@ -10,7 +10,7 @@ The state holds the KV cache, each slot's last sampled id, and what penalties an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +26,7 @@ from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anychip.plugin_api.linear import WeightView
     from anychip.plugin_api.ops import Ops
 
 State = Any
@@ -243,8 +244,23 @@ class ModelSource(Protocol):
         """By layer, for one of `size` shards; needs no weights."""
         ...
 
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The checkpoint's, as it was read."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, WeightView]]:
+        """The checkpoint's tensors by name, each read when it is asked for: for a program that lays them out itself.
+        Nothing is built, so nothing is held twice."""
+        ...
+
     def build(self, shard: Shard) -> StepModel:
         """Builds the shard's layers on the platform and streams its weights."""
+        ...
+
+    def release(self, model: StepModel) -> int:
+        """Gives back the memory of a built model's tensors, once a program has copied them to its device; returns the
+        bytes. The model's shapes and backends stay; it must not be run again."""
         ...
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
@@ -14,7 +16,16 @@ from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
-from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel, WeightsKey
+from anychip.plugin_api import (
+    AttentionSpec,
+    Communicator,
+    GroupSpec,
+    Platform,
+    Shard,
+    StepModel,
+    WeightsKey,
+    WeightView,
+)
 from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
@@ -31,8 +42,8 @@ _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 
 
 class CheckpointSource:
-    """`progress` says what the last `build` read, `held_bytes` what the models built so far hold; `got_on` hears of
-    every tensor that is read."""
+    """`progress` says what the last `build` read, `held_bytes` what the weights of the models built so far take, on the
+    host or, once released, on their program's device. `got_on` hears of every tensor that is read."""
 
     def __init__(
         self,
@@ -59,6 +70,10 @@ class CheckpointSource:
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
 
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        return self.model.raw
+
     def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
         if self.model.num_heads % size:
             raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {size} ranks")
@@ -79,6 +94,24 @@ class CheckpointSource:
         register.finish()
         self.held_bytes += held_bytes(model)
         return model
+
+    def weights(self) -> Iterator[tuple[str, WeightView]]:
+        if self.config.load_format != "dummy":
+            yield from self.checkpoint.views()
+            return
+        alone = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
+        register = WeightRegister()
+        with FakeTensorMode():  # only names and shapes are wanted
+            self.build_layers(Shard(rank=0, size=1, communicator=Communicator(alone)), register)
+        yield from dummy_views(register, self.dtype, self.platform.pinned)
+
+    def release(self, model: StepModel) -> int:
+        freed = 0
+        for storage in held_storages(model):
+            if storage.resizable():  # memory that is another's is left to it
+                freed += storage.nbytes()
+                storage.resize_(0)
+        return freed
 
     def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
         """From what the platform kept of an earlier start, or from the checkpoint."""

@@ -8,7 +8,7 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.messages import LateInputs, MemoryPlan, NewRow, StepDecision
 from anychip.model_config import ModelConfig
-from anychip.plugin_api import KVPlan, PeakMemory, Platform, ShapeKey, ShapePolicy, StepLimits, StepProgram
+from anychip.plugin_api import KVPlan, PeakMemory, Platform, ShapeKey, ShapePolicy, StepLimits, StepProgram, StepRules
 from anychip.types import cdiv
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.model_runner import ModelRunner
@@ -18,12 +18,13 @@ _GRAPHS_SHARE = 0.1
 
 
 def step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:
-    """The configuration's limits within the device's."""
+    """The configuration's limits within the device's. No step has more tokens than its rows may be long."""
     rules = platform.step_rules
     length = config.max_model_len or model.max_positions
     rows = min(config.most_rows, rules.max_rows or config.most_rows)
+    bounds = (config.most_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
     return StepLimits(
-        max_num_tokens=min(config.most_tokens, rules.max_tokens or config.most_tokens),
+        max_num_tokens=min(bound for bound in bounds if bound is not None),
         max_num_reqs=rows,
         max_model_len=length,
         max_slots=config.most_rows,
@@ -31,15 +32,54 @@ def step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv
     )
 
 
-def maximal_shape(policy: ShapePolicy, limits: StepLimits) -> ShapeKey:
-    """The shape of the largest step."""
-    return policy.bucket(
-        num_tokens=limits.max_num_tokens,
-        num_reqs=limits.max_num_reqs,
-        max_query_len=limits.max_num_tokens,
-        num_pages=max(limits.max_pages),
-        features=(),
-    )
+def largest_steps(rules: StepRules, limits: StepLimits) -> list[list[int]]:
+    """Steps, as numbers of tokens by row, that obey rules and limits and are the largest in rows, in the longest row,
+    and in tokens for so many rows."""
+    rows = min(limits.max_num_reqs, limits.max_num_tokens, rules.max_padded_tokens or limits.max_num_reqs)
+    steps = [[1] * rows]
+    if rules.mix_prefill_decode and rules.max_prefills != 0:
+        left = limits.max_num_tokens - rows + 1
+        longest = min(left, limits.max_model_len, (rules.max_padded_tokens or left * rows) // rows)
+        steps.append([longest] + [1] * (rows - 1))
+    prompts = min(rows, rows if rules.max_prefills is None else rules.max_prefills)
+    counts = {1 << power for power in range(prompts.bit_length())} | {prompts}
+    steps += [_equal_rows(rules, limits, limits.max_num_tokens, count) for count in sorted(counts) if count]
+    return steps
+
+
+def largest_prompts(rules: StepRules, limits: StepLimits, tokens: int) -> list[int]:
+    """Of the steps of whole prompts, the one with most tokens, and of such the one with fewest rows: tokens by row.
+    It has `tokens` at most."""
+    prompts = limits.max_num_reqs if rules.max_prefills is None else min(limits.max_num_reqs, rules.max_prefills)
+    counts, longest = range(1, 1 + max(1, min(prompts, tokens))), limits.max_model_len - 1
+    return max((_equal_rows(rules, limits, tokens, count, longest=longest) for count in counts), key=sum)
+
+
+def _equal_rows(
+    rules: StepRules, limits: StepLimits, tokens: int, count: int, *, longest: int | None = None
+) -> list[int]:
+    """`count` rows at most, as long as rules, limits and `tokens` allow, the last one shorter where tokens end."""
+    width = min(limits.max_model_len if longest is None else longest, tokens, limits.max_num_tokens)
+    if rules.max_padded_tokens is not None:
+        count = min(count, rules.max_padded_tokens)
+        width = min(width, rules.max_padded_tokens // count)
+    width = max(1, width)
+    total = min(tokens, limits.max_num_tokens, width * count)
+    if total % width == 1 and not rules.mix_prefill_decode and total > width:
+        total -= 1
+    return [width] * (total // width) + ([total % width] if total % width else [])
+
+
+def step_memory(program: StepProgram, policy: ShapePolicy, rules: StepRules, limits: StepLimits) -> int:
+    """Bytes of the step that needs most, as the program says."""
+    pages = max(limits.max_pages)
+    keys = {
+        policy.bucket(
+            num_tokens=sum(step), num_reqs=len(step), max_query_len=max(step), num_pages=pages, features=()
+        )
+        for step in largest_steps(rules, limits)
+    }  # fmt: skip
+    return max(program.memory(key) for key in keys)
 
 
 def affordable_graphs(platform: Platform, policy: ShapePolicy) -> list[ShapeKey]:
@@ -94,8 +134,9 @@ def measure_maximal_step(
 ) -> PeakMemory:
     """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough; of a smaller
     one, scaled up, where the platform asks for that."""
-    tokens = min(limits.max_num_tokens, platform.profiled_tokens or limits.max_num_tokens)
-    lengths = maximal_rows(limits, tokens)
+    rules = platform.step_rules
+    largest = largest_prompts(rules, limits, limits.max_num_tokens)
+    lengths = largest_prompts(rules, limits, platform.profiled_tokens or limits.max_num_tokens)
     per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
     num_blocks = 1 + sum(map(sum, per_request))
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
@@ -124,16 +165,7 @@ def measure_maximal_step(
         runner.sample(LateInputs(0, {})).fetch()
 
     peak = platform.measure(run)
-    return PeakMemory(nbytes=peak.nbytes * limits.max_num_tokens // tokens, exact=peak.exact)
-
-
-def maximal_rows(limits: StepLimits, tokens: int) -> list[int]:
-    """Prompt lengths that make up so many tokens, as long as the model allows."""
-    left, lengths = tokens, list[int]()
-    while left and len(lengths) < limits.max_num_reqs:
-        lengths.append(min(left, limits.max_model_len - 1))
-        left -= lengths[-1]
-    return lengths
+    return PeakMemory(nbytes=peak.nbytes * sum(largest) // sum(lengths), exact=peak.exact)
 
 
 def _profile_row(slot: int, length: int, tables: list[list[int]]) -> NewRow:
