@@ -18,7 +18,7 @@ from torch import Tensor
 from anychip.config import EngineConfig
 from anychip.errors import DeviceUnavailable
 from anychip.model_config import load_model_config
-from anychip.weight_files import WHOLE, weight_files
+from anychip.weight_files import weight_files
 from anychip_conformance.layerwise import LOGITS, Recording
 from anychip_conformance.oracle.streams import stream_bound
 from anychip_conformance.program_scores import SINGLE, WHOLE
@@ -119,7 +119,7 @@ def first_layers(model: Path, count: int, folder: Path) -> Path:
         for name, tensor in load_file(file.path).items()
         if (file.tensors is None or name in file.tensors) and _layer(name) < count
     }
-    save_file(kept, folder / WHOLE, metadata={"format": "pt"})
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
