@@ -117,7 +117,7 @@ def test_an_aborted_search_gives_everything_back():
     core.scheduler.schedule()
     ends = core.abort("a")
     assert [end.index for end in ends] == [0, 1]
-    assert not core.scheduler.requests and not core.scheduler.waiting_tokens
+    assert not core.scheduler.requests and not core.scheduler.waiting.num_tokens
 
 
 @pytest.mark.parametrize(

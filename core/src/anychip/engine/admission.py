@@ -109,7 +109,7 @@ class Admission:
         waiting = len(self.scheduler.waiting) + self.num_pending
         if waiting + message.sampling.num_sequences > self.max_waiting:
             raise QueueFull(f"{waiting} requests wait, at most {self.max_waiting} may; try again later")
-        waiting_tokens = self.scheduler.waiting_tokens
+        waiting_tokens = self.scheduler.waiting.num_tokens
         if waiting and waiting_tokens + num_prompt > self.max_waiting_tokens:
             raise QueueFull(
                 f"prompts of {waiting_tokens} tokens wait, at most {self.max_waiting_tokens} may; try again later"

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from array import array
-from bisect import bisect_left, insort
-from typing import NamedTuple
+from bisect import insort
 
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, EngineStats, SequenceDelta, StepDecision, StepResult, TokenLogprobs
@@ -19,18 +18,10 @@ from anychip.scheduler.beams import Beams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.step import ScheduledStep, StepDraft
 from anychip.scheduler.step_room import Rows, StepRoom, check_rules
+from anychip.scheduler.waiting import WaitingQueue, remove
 from anychip.types import FinishReason, RequestId, Slot
 
 assert sys.byteorder == "little", "messages carry little-endian arrays"
-
-
-class _Blocked(NamedTuple):
-    """A request for which the pool was short. Looking at it again is of no use before a block returns to the pool, or
-    `missing` is on offer: a long prefix takes long to look up, and steps are many."""
-
-    request: Request
-    num_returned: int
-    missing: bytes | None
 
 
 class Scheduler:
@@ -51,15 +42,12 @@ class Scheduler:
         self.rules = rules
         self.max_rows = max_num_seqs
         self.max_tokens = max_num_batched_tokens
-        self.waiting: list[Request] = []  # by policy key
+        self._beams = Beams(kv)
+        self.waiting = WaitingQueue(kv, policy, self._beams)
         self.running: list[Request] = []  # by policy key
         self.requests: dict[RequestId, dict[int, Request]] = {}
         """By id, and by index of the sequence: all that have not ended."""
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
-        self.waiting_tokens = 0
-        """Of the prompts that wait."""
-        self._beams = Beams(kv)
-        self._blocked: _Blocked | None = None
         self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
         self._finished_slots: list[int] = []
         self._next_step = 1
@@ -75,7 +63,7 @@ class Scheduler:
         for request in sequences:
             known[request.index] = request
             self.policy.arrived(request)
-            self._wait(request)
+            self.waiting.add(request)
 
     def sequences(self, request_id: RequestId) -> list[Request]:
         """A request's sequences that have not ended."""
@@ -87,18 +75,17 @@ class Scheduler:
         if request is None:
             return False
         if request.status is RequestStatus.RUNNING:
-            self._drop_from(self.running, request)
+            remove(self.running, request, self.policy.key)
             self._give_up_slot(request)
             self.kv.free(request)
         else:
-            self._drop_from(self.waiting, request)
-            self.waiting_tokens -= request.num_prompt
+            self.waiting.remove(request)
         self._finish(request, reason)
         return True
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's blocks and slot; it computes its tokens again when it resumes."""
-        self._drop_from(self.running, request)
+        remove(self.running, request, self.policy.key)
         self._give_up_slot(request)
         self.kv.offer(request)
         self.kv.free(request)
@@ -106,7 +93,7 @@ class Scheduler:
         request.num_promised = 0
         request.num_computed = 0
         request.become(RequestStatus.PREEMPTED)
-        self._wait(request)
+        self.waiting.add(request)
         self.num_preemptions += 1
 
     @property
@@ -120,7 +107,7 @@ class Scheduler:
         return EngineStats(
             running=len(self.running),
             waiting=len(self.waiting),
-            waiting_tokens=self.waiting_tokens,
+            waiting_tokens=self.waiting.num_tokens,
             kv_blocks_used=pool.num_usable - pool.num_free,
             kv_blocks=pool.num_usable,
             steps=self._next_step - 1,
@@ -141,14 +128,14 @@ class Scheduler:
                 draft = self._draft("one token")
         if not draft.rows and self._stalled():
             self.preempt(self.running[-1])
-            self._admit_waiting(draft)
+            self.waiting.admit(draft, len(self._free_slots), self._enter)
         return self._step(draft) if draft.rows else None
 
     def _draft(self, rows: Rows) -> StepDraft:
         draft = StepDraft(StepRoom(self.rules, self.max_tokens, self.max_rows, rows))
         self._grow_running(draft)
         if self.waiting and not draft.is_short:
-            self._admit_waiting(draft)
+            self.waiting.admit(draft, len(self._free_slots), self._enter)
         return draft
 
     def _stalled(self) -> bool:
@@ -202,50 +189,6 @@ class Scheduler:
                 return False
         return True
 
-    def _admit_waiting(self, draft: StepDraft) -> None:
-        """Requests enter in order, as far as the step has room and the pool blocks."""
-        room = draft.room
-        admitted: list[Request] = []
-        coming = self._coming(draft)
-        for request in self.waiting:
-            if not self._free_slots or room.is_full:
-                break
-            if self._waits_for_parent(request) or (request.is_beam and self._beams.waits(request)):
-                continue
-            if any(self.kv.shareable(request, at) in hashes for at, hashes in coming.items()):
-                continue  # this very step computes what the request would compute again: a step later it is shared
-            if self._is_blocked(request):
-                break
-            shared = self.kv.find_shared(request)
-            behind = request.num_known - shared.num_tokens
-            granted = room.grant(behind)
-            if behind == 1 and room.rows == "more tokens":
-                continue
-            if granted <= 0:
-                break
-            if not self.kv.enter(request, shared, granted):
-                self._blocked = _Blocked(
-                    request, self.kv.pool.num_returned, self.kv.missing(request, shared.num_tokens)
-                )
-                break
-            self._enter(request, shared.num_tokens)
-            self._note_coming(coming, request, granted)
-            draft.place(request, granted, prefill=behind > 1)
-            admitted.append(request)
-        if admitted:
-            gone = set(admitted)
-            self.waiting = [request for request in self.waiting if request not in gone]
-            for request in admitted:
-                self.waiting_tokens -= request.num_prompt
-                insort(self.running, request, key=self.policy.key)
-
-    def _is_blocked(self, request: Request) -> bool:
-        """Whether the pool was short for a request, and nothing has changed that could help."""
-        if self._blocked is None or self._blocked.request is not request:
-            return False
-        missing, pool = self._blocked.missing, self.kv.pool
-        return self._blocked.num_returned == pool.num_returned and (missing is None or pool.find(missing) is None)
-
     def _enter(self, request: Request, shared: int) -> None:
         """A request that has its blocks gets a slot."""
         if request.status is RequestStatus.WAITING:
@@ -258,32 +201,7 @@ class Scheduler:
         request.enters = True
         request.fork_of = None
         request.become(RequestStatus.RUNNING)
-
-    def _coming(self, draft: StepDraft) -> dict[int, set[bytes]]:
-        """By index, the hash of the first block that each prefill of the step makes full: who would compute that block
-        as well shares all before it."""
-        coming: dict[int, set[bytes]] = {}
-        for request, count in zip(draft.rows, draft.counts, strict=True):
-            self._note_coming(coming, request, count)
-        return coming
-
-    def _note_coming(self, coming: dict[int, set[bytes]], request: Request, count: int) -> None:
-        found = self.kv.next_full(request, count) if count > 1 else None
-        if found is not None:
-            coming.setdefault(found[0], set()).add(found[1])
-
-    @staticmethod
-    def _waits_for_parent(request: Request) -> bool:
-        """A fork waits while its parent's prompt is about to be computed, then shares it."""
-        parent = request.fork_of
-        if parent is None or request.status is RequestStatus.PREEMPTED:
-            return False
-        if parent.status is RequestStatus.WAITING:
-            return True
-        if parent.status is not RequestStatus.RUNNING:
-            request.fork_of = None
-            return False
-        return parent.num_computed < parent.num_prompt
+        insort(self.running, request, key=self.policy.key)
 
     def _step(self, draft: StepDraft) -> ScheduledStep:
         rows, counts = draft.rows, draft.counts
@@ -372,7 +290,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: FinishReason) -> FinishReason:
         self.kv.offer(request)
-        self._drop_from(self.running, request)
+        remove(self.running, request, self.policy.key)
         self._give_up_slot(request)
         self.kv.free(request)
         self._finish(request, reason)
@@ -396,13 +314,3 @@ class Scheduler:
         self._free_slots.append(request.slot)
         self._finished_slots.append(request.slot)
         request.slot = None
-
-    def _wait(self, request: Request) -> None:
-        insort(self.waiting, request, key=self.policy.key)
-        self.waiting_tokens += request.num_prompt
-
-    def _drop_from(self, ordered: list[Request], request: Request) -> None:
-        position = bisect_left(ordered, self.policy.key(request), key=self.policy.key)
-        while ordered[position] is not request:  # equal keys stand together
-            position += 1
-        del ordered[position]
