@@ -14,15 +14,17 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "anychip-acme"
 CHANGED = {"src/anychip_acme/ops.py", "README.md", "tests/test_ops.py"}
 """What the example does beyond the template: one op."""
 MOST_LINES = 100
+SAMPLE = [f"--case={id}" for id in ("attn.decode.001", "linear.dense.001", "op.rms_norm.001", "e2e.greedy.001")]
 
 
 @pytest.mark.parametrize("seam", ["torch", "step"])
-def test_a_generated_plugin_passes_as_it_is(tmp_path: Path, seam: str) -> None:
+@pytest.mark.parametrize("judged", [SAMPLE, pytest.param(["--profile", "quick"], marks=pytest.mark.full)])
+def test_a_generated_plugin_passes_as_it_is(tmp_path: Path, seam: str, judged: list[str]) -> None:
     folder = write_plugin("zeta", seam, tmp_path)
     sources = list((folder / "src").rglob("*.py"))
     assert sum(len(path.read_text().splitlines()) for path in sources) <= MOST_LINES
     announce(folder / "src", "anychip_zeta", "zeta")
-    done = anychip(["conformance", "--device", "zeta", "--profile", "quick"], folder / "src")
+    done = anychip(["conformance", "--device", "zeta", *judged], folder / "src")
     assert done.returncode == 0, done.stdout[-3000:]
     prompt = ["--prompt", "import numpy as", "--max-tokens", "4", "--temperature", "0"]
     texts = [anychip(["generate", "--device", name, *prompt], folder / "src").stdout for name in ("zeta", "cpu")]
