@@ -22,7 +22,7 @@ from anychip.plugin_api import (
     StepRules,
 )
 from anychip.registry.plugins import Plugins
-from anychip.worker.sizing import largest_prompts, largest_steps, step_memory
+from anychip.worker.largest_steps import largest_prompts, largest_steps, step_memory
 
 maybe = st.none() | st.integers(1, 300)
 RULES = st.builds(

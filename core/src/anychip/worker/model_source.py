@@ -34,8 +34,7 @@ from anychip.weights.dummy import dummy_views
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.weights.stored import StoredTensors
-from anychip.worker.held import held_bytes, held_storages
-from anychip.worker.sizing import check_weights_fit
+from anychip.worker.held import check_weights_fit, held_bytes, held_storages
 
 _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 """Short names of --kv-cache-dtype."""

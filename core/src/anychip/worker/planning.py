@@ -29,11 +29,11 @@ from anychip.plugin_api import (
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
-from anychip.worker.held import held_bytes
+from anychip.worker.held import check_weights_fit, held_bytes
 from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
-from anychip.worker.sizing import check_weights_fit, measure_maximal_step, memory_plan
 from anychip.worker.torch_program import TorchStepProgram
 
 _LEAST_LAYERS = 4
@@ -70,11 +70,11 @@ def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, pla
         notes.append("activations are not counted: the step program says what it needs once it is built")
     graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
     edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
-    num_blocks = whole.num_blocks(activations, graphs, pending=weights + edits)
+    blocks = count_blocks(whole, activations, graphs, pending=weights + edits)
     return WorkerReady(
-        kv=kv_cache_config(whole.kv, num_blocks),
+        kv=kv_cache_config(whole.kv, blocks),
         rules=platform.step_rules.for_device(platform.capabilities),
-        memory=memory_plan(whole.kv, num_blocks, whole.limits, weights, activations, graphs, edits),
+        memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs, edits=edits),
         device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
         notes=tuple(notes),
     )
@@ -121,7 +121,7 @@ def _activations(prepared: Preparation, shard: Shard) -> PeakMemory:
         limits=prepared.limits,
         communicators=[shard.communicator],
     )
-    return measure_maximal_step(prepared.platform, program, prepared.new_batch(), prepared.kv, prepared.limits)
+    return measure_largest_step(prepared, program)
 
 
 def _stand_ins(prepared: Preparation, register: WeightRegister) -> Iterator[tuple[str, WeightView]]:

@@ -23,11 +23,12 @@ from anychip.plugin_api import (
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import load_plugins
 from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.largest_steps import step_memory
+from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
-from anychip.worker.sizing import measure_maximal_step, memory_plan, step_memory
 from anychip.worker.torch_program import TorchStepProgram
 
 
@@ -54,7 +55,7 @@ class Worker:
 
     def _start(self, model: ModelConfig, contributed: dict[str, str], per_host: bool) -> None:
         prepared = prepare(self.spec, model, self.platform, self.ops, contributed, per_host=per_host)
-        source, kv, limits = prepared.source, prepared.kv, prepared.limits
+        source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
         program = self._step_program(prepared)
         edits = edit_state_bytes(limits.max_slots, source.vocab_size)
@@ -64,18 +65,20 @@ class Worker:
             pending = edits
         else:
             program = self._torch_program(prepared)
-            activations = measure_maximal_step(self.platform, program, prepared.new_batch(), kv, limits)
+            activations = measure_largest_step(prepared, program)
             pending = 0
         self.program = program
         self._got_on("the KV cache is sized")
         graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
-        num_blocks = prepared.num_blocks(activations, graphs, pending=pending)
-        state = program.initial_state(num_blocks)
+        blocks = count_blocks(prepared, activations, graphs, pending=pending)
+        state = program.initial_state(blocks)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
-        memory = memory_plan(kv, num_blocks, limits, source.held_bytes, activations, graphs, edits)
-        self.ready = self._report(kv_cache_config(kv, num_blocks), memory, report, source)
+        memory = memory_plan(
+            prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
+        )
+        self.ready = self._report(kv_cache_config(prepared.kv, blocks), memory, report, source)
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
