@@ -34,6 +34,7 @@ Hidden = Any
 IN_PROMPT, DRAWN = 1, 2
 """What a token's count holds: IN_PROMPT once where it stands in the prompt, and DRAWN for each time in the output."""
 
+
 @dataclass(slots=True, kw_only=True)
 class StepInputs:
     """Host arrays of one step, padded to `key`. All lie in one buffer, `arena`, so that one copy moves them.

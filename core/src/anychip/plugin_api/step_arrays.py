@@ -51,7 +51,12 @@ class ArraySpec:
 
 
 def array(
-    *shape: str, dtype: str = "int32", padding: float | str = 0, feature: str = "", name: str = "", by_group: bool = False
+    *shape: str,
+    dtype: str = "int32",
+    padding: float | str = 0,
+    feature: str = "",
+    name: str = "",
+    by_group: bool = False,
 ) -> Any:
     """A dataclass field that holds an array; `name` is that of its section where it is not the field's."""
     declared = {"shape": shape, "dtype": dtype, "padding": padding, "feature": feature, "by_group": by_group}
