@@ -157,9 +157,7 @@ class StaticStepProgram(StepProgram):
     def initial_state(self, num_blocks: int) -> DonatedState:
         self._num_blocks = num_blocks
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
-        return DonatedState(
-            Held(self._new_caches(), last_ids, EditState.blank(self.limits.max_slots, self.vocab_size))
-        )
+        return DonatedState(Held(self._new_caches(), last_ids, EditState.blank(self.limits.max_slots, self.vocab_size)))
 
     def _new_caches(self) -> list[Tensor]:
         # Functional caches cannot share a buffer between groups: each layer has its own.

@@ -164,9 +164,7 @@ def drawing(launch: Launcher, place: str = "meta") -> None:
     logits = zeros((rows, vocab), "float32")
     ops.apply_token_masks(logits=logits, masks=zeros((rows, -(-vocab // 32)), "int32"))
     slots, counts = zeros((rows,), "int32"), zeros((rows + 1, vocab), "int32")
-    penalties = {
-        f"{name}_penalty": zeros((rows,), "float32") for name in ("repetition", "presence", "frequency")
-    }
+    penalties = {f"{name}_penalty": zeros((rows,), "float32") for name in ("repetition", "presence", "frequency")}
     ops.edit_logits(
         logits=logits, slots=slots, counts=counts, bias_ids=zeros((rows + 1, MAX_BIASES), "int32"),
         biases=zeros((rows + 1, MAX_BIASES), "float32"), num_biases=slots, **penalties,

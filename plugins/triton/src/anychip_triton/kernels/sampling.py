@@ -178,7 +178,9 @@ def add_biases(
     inside = at < tl.load(num_biases + row)
     bias = tl.load(slots + row).to(tl.int64) * width + at
     place = out + row * vocab + tl.load(bias_ids + bias, mask=inside, other=0)
-    tl.store(place, tl.load(place, mask=inside, other=0.0) + tl.load(biases + bias, mask=inside, other=0.0), mask=inside)
+    tl.store(
+        place, tl.load(place, mask=inside, other=0.0) + tl.load(biases + bias, mask=inside, other=0.0), mask=inside
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
