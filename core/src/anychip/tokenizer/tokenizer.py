@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,25 @@ from anychip.errors import CheckpointError, InvalidRequest
 from anychip.hub import resolve_folder
 from anychip.tokenizer.chat_template import ChatTemplate
 from anychip.tokenizer.sentencepiece import convert
+from anychip.tokenizer.token_bytes import TokenBytes
+
+_MAX_ID = 2**32 - 1
+"""The largest that `tokenizers` takes."""
 
 
 class Tokenizer:
-    """`raw` is the `tokenizers` object, for incremental decoding. `chat_template` None: the model has none."""
+    """`raw` is the `tokenizers` object. `chat_template` None: the model has none. `known_bytes` None: its decoder
+    cannot be read token by token. `all_bytes` is token_bytes as a table, `shown_bytes` without special tokens'."""
 
     def __init__(self, raw: tokenizers.Tokenizer, chat_template: ChatTemplate | None) -> None:
         self.raw = raw
         self.chat_template = chat_template
-        self._texts: dict[int, str] = {}
+        self.known_bytes = TokenBytes.of(raw.decoder)
+        added = raw.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        self.special_ids = frozenset(id for id in map(raw.token_to_id, special) if id is not None)
+        self.all_bytes = _Bytes(self._read_bytes)
+        self.shown_bytes = _Bytes(lambda id: b"" if id in self.special_ids else self.all_bytes[id])
 
     @classmethod
     def load(cls, model: str, vocab_size: int | None = None, *, chat_template: str | None = None) -> Tokenizer:
@@ -52,18 +62,51 @@ class Tokenizer:
         text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def name(self, token_id: int) -> str | None:
+        """A token's name in the vocabulary; None for an id that has none."""
+        if not 0 <= token_id <= _MAX_ID:
+            return None
+        name: str | None = self.raw.id_to_token(token_id)
+        return name
+
+    def is_shown(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """Whether a token is part of the text."""
+        return self.name(token_id) is not None and not (skip_special_tokens and token_id in self.special_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text that has begun: its exact bytes, with its leading space, and parts of a
+        character where it is no whole one. Special tokens are their own text; ids without a token have no bytes."""
+        return self.all_bytes[token_id]
+
     def token(self, token_id: int) -> str:
         """One token as text; bytes that are no text of their own show as U+FFFD."""
-        text = self._texts.get(token_id)
-        if text is None:  # decoding takes some microseconds, and likely tokens are asked for again and again
-            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
-        return text
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _read_bytes(self, token_id: int) -> bytes:
+        name = self.name(token_id)
+        if name is None:
+            return b""
+        if self.known_bytes is None:
+            return self.decode([token_id], skip_special_tokens=False).encode()
+        return self.known_bytes.after_others(name)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt for a conversation; options are ChatTemplate.render's. Raises InvalidRequest."""
         if self.chat_template is None:
             raise InvalidRequest("the model has no chat template; use completions", param="messages")
         return self.chat_template.render(messages, **options)
+
+
+class _Bytes(dict[int, bytes]):
+    """Bytes by token: reading them takes some microseconds, and likely tokens are asked for again and again."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, token_id: int) -> bytes:
+        data = self[token_id] = self._read(token_id)
+        return data
 
 
 def _content(folder: Path) -> str:
