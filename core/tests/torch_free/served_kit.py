@@ -24,7 +24,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% 
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token a byte: characters beyond ASCII are several tokens. Token i is byte i of `sorted(ByteLevel.alphabet())`."""
+    """A token a byte: characters beyond ASCII are several tokens."""
     vocabulary = {name: number for number, name in enumerate(sorted(ByteLevel.alphabet()))}
     raw = RawTokenizer(BPE(vocabulary, []))
     raw.pre_tokenizer = ByteLevel(add_prefix_space=False)

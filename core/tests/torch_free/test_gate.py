@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -10,12 +11,15 @@ import zlib
 
 import httpx
 import pytest
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served_kit import ScriptedLLM, with_client
+from starlette.responses import StreamingResponse
 
 from anychip.config import ServerConfig
-from anychip.entrypoints.http import incoming
+from anychip.entrypoints.http import connection, incoming
+from anychip.entrypoints.http.connection import Connection
 from anychip.entrypoints.http.incoming import Incoming
 from anychip.entrypoints.http.keys import Keys, given_key, hashed
 from anychip.errors import BodyTooLarge, ConfigError, InvalidRequest, RequestTimeout
@@ -48,7 +52,7 @@ def test_a_key_has_no_more_open_than_it_may_until_the_last_byte(path, body, stre
 
 
 def test_a_client_that_leaves_a_stream_gives_its_place_back():
-    llm = ScriptedLLM("a" * 1000, gap=0.001)
+    llm = ScriptedLLM("a" * 100, gap=0.001)
     config = ServerConfig(key_concurrency=1, api_key="k")
     raw = json.dumps({"prompt": "x", "stream": True}).encode()
     messages = [{"type": "http.request", "body": raw, "more_body": False}]
@@ -215,6 +219,72 @@ def test_packed_requests_are_answered_and_unknown_encodings_named():
     assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 415, 415]
     assert "'br' is not read; send gzip, deflate" in answers[4].json()["error"]["message"]
     assert answers[4].headers["accept-encoding"] == "gzip, deflate"
+
+
+# -- connections ------------------------------------------------------------------------------------------
+
+
+async def served_over_sockets(app, use) -> None:
+    """`use` gets the port of a server with our connections."""
+    config = uvicorn.Config(
+        app, http=Connection, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        await asyncio.wait_for(use(server.servers[0].sockets[0].getsockname()[1]), 10)
+    finally:
+        server.should_exit = True
+        await running
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("sent", [b"", b"GET /", b"GET / HTTP/1.1\r\nhost: x\r\n"])
+def test_a_head_that_never_ends_is_not_waited_for(monkeypatch, before, sent):
+    monkeypatch.setattr(connection, "HEAD_S", 0.05)
+
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def waits(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(before):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+        writer.write(sent or b"G" * before)
+        with contextlib.suppress(ConnectionResetError):  # it is not closed politely
+            assert await reader.read() == b""
+        writer.close()
+
+    asyncio.run(served_over_sockets(app, waits))
+
+
+def test_an_answer_that_nobody_takes_ends_its_request(monkeypatch):
+    monkeypatch.setattr(connection, "UNREAD_S", 0.05)
+    ended = []
+
+    async def app(scope, receive, send) -> None:
+        async def body():
+            try:
+                while True:
+                    yield bytes(2**20)
+            finally:
+                ended.append(True)
+
+        await StreamingResponse(body())(scope, receive, send)
+
+    async def never_reads(port: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.transport.pause_reading()
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        while not ended:
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+    asyncio.run(served_over_sockets(app, never_reads))
 
 
 # -- methods, labels, the log -----------------------------------------------------------------------------

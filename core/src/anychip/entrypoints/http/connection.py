@@ -15,13 +15,13 @@ UNREAD_S = 120.0
 """How long a client may leave an answer untaken once the buffers are full."""
 
 
-class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn's types are not seen
+class Connection(H11Protocol):
     """h11 also bounds the length of a request's head, 64 KiB, whatever else is installed."""
 
     _head: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head = self.loop.call_later(HEAD_S, self._drop)
 
