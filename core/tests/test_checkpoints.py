@@ -90,6 +90,7 @@ def test_a_file_that_is_no_safetensors_is_refused(checkpoint):
 
 
 def test_an_index_that_names_an_absent_file_is_refused(checkpoint):
+    (checkpoint / WEIGHTS).unlink()
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "part-2.safetensors"}}))
     with pytest.raises(CheckpointError, match="names part-2.safetensors, which is not in"):
         open_llm(checkpoint)
@@ -97,6 +98,7 @@ def test_an_index_that_names_an_absent_file_is_refused(checkpoint):
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
 def test_an_index_that_cannot_be_read_is_refused(checkpoint, content):
+    (checkpoint / WEIGHTS).unlink()
     (checkpoint / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match="index.json is no index of a checkpoint"):
         open_llm(checkpoint)

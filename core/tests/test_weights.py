@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from anychip.errors import CheckpointError
+from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.dummy import DummyView, NoisePool
-from anychip.weights.files import SafetensorsFile, checkpoint_views
+from anychip.weights.files import SafetensorsFile
 from anychip.weights.matrix import CHUNK_BYTES, ROW_MULTIPLE, Span, row_chunks, stream
+from anychip.weights.register import WeightRegister, load_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64]
 
@@ -23,7 +27,6 @@ def test_every_part_of_a_tensor_reads_as_it_was_saved(dtype, tmp_path):
     saved = {"matrix": torch.arange(60).view(12, 5).to(dtype), "vector": torch.arange(7).to(dtype)}
     saved |= {"scalar": torch.tensor(3).to(dtype), "cube": torch.arange(24).view(2, 3, 4).to(dtype)}
     save_file(saved, tmp_path / "model.safetensors")
-    views = dict(checkpoint_views(tmp_path))
     file = SafetensorsFile(tmp_path / "model.safetensors")
     views = dict(file.views())
     for name, tensor in saved.items():
@@ -34,6 +37,66 @@ def test_every_part_of_a_tensor_reads_as_it_was_saved(dtype, tmp_path):
     assert same(views["cube"].read((1, 2)), saved["cube"][1:2])
     assert same(views["vector"].read((2, 6)), saved["vector"][2:6])
     file.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(places=st.dictionaries(st.sampled_from("uvwxyz"), st.sampled_from("ab"), min_size=1), data=st.data())
+def test_a_tensor_is_read_from_the_shard_that_the_index_assigns_it_to(places, data):
+    """Other shards may hold it too, and tensors that the index leaves out."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in set(places.values()):
+            extra = data.draw(st.sets(st.sampled_from("uvwxyz")))
+            tensors = {t: torch.full((2,), float(places.get(t) == file)) for t in extra}
+            save_file(
+                tensors | {t: torch.ones(2) for t, f in places.items() if f == file}, folder / f"{file}.safetensors"
+            )
+        index = {tensor: f"{file}.safetensors" for tensor, file in places.items()}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        checkpoint = Checkpoint(folder)
+        read = [(tensor, view.read().tolist()) for tensor, view in checkpoint.views()]
+        assert sorted(read) == [(tensor, [1.0, 1.0]) for tensor in sorted(places)]
+        assert checkpoint.names == set(places)
+
+
+def test_a_shard_without_a_tensor_that_is_assigned_to_it_is_named(tmp_path):
+    save_file({"v": torch.zeros(2)}, tmp_path / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(("u", "v", "w"), "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for read in (lambda: Checkpoint(tmp_path).names, lambda: list(Checkpoint(tmp_path).views())):
+        with pytest.raises(
+            CheckpointError, match=r"a.safetensors lacks tensor 'u' and 1 more, which .*index.json assigns"
+        ):
+            read()
+
+
+def test_a_tensor_that_two_pieces_hold_is_refused_without_an_index(tmp_path):
+    for index in (1, 2):
+        save_file({"v": torch.zeros(2)}, tmp_path / f"model-0000{index}-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="both hold tensor 'v', and there is no model.safetensors.index.json"):
+        list(Checkpoint(tmp_path).views())
+
+
+@given(first=st.binary(min_size=1, max_size=20), second=st.binary(min_size=1, max_size=20))
+def test_tensors_are_the_same_if_all_their_bytes_are(first, second):
+    with TemporaryDirectory() as name:
+        tensors = {n: torch.frombuffer(bytearray(b), dtype=torch.uint8) for n, b in (("a", first), ("b", second))}
+        save_file(
+            tensors | {"c": tensors["a"].clone(), "d": tensors["a"].view(torch.int8).clone()},
+            Path(name) / "model.safetensors",
+        )
+        checkpoint = Checkpoint(Path(name))
+        assert checkpoint.same("a", "c")
+        assert not checkpoint.same("a", "d"), "another dtype"
+        assert checkpoint.same("a", "b") == (first == second)
+
+
+def test_a_tensor_under_two_names_is_refused_with_both(tmp_path):
+    save_file({"norm.weight": torch.zeros(2), "model.norm.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    register = WeightRegister()
+    register.want("model.norm.weight", (2,), lambda view: None)
+    with pytest.raises(CheckpointError, match="is another 'model.norm.weight': the checkpoint holds it under two"):
+        load_weights(register, Checkpoint(tmp_path).views(), "folder")
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

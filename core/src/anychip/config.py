@@ -58,6 +58,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0
     require_native: bool = False
     timeout_s: float = 120.0
+    """The longest that ranks wait for one another."""
+    start_timeout_s: float = 600.0
+    """The longest that a start may go without progress, such as weights that are read."""
+    step_timeout_s: float | None = None
+    """The longest that a step may take; None: by the times of steps of similar size, 30 s or more."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -68,6 +73,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; expected {least} or more")
+        for name in ("timeout_s", "start_timeout_s", "step_timeout_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"{name} is {seconds}; expected seconds above 0")
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction}; expected above 0, up to 1")
         if self.dtype != "auto" and self.dtype not in DTYPES:

@@ -13,16 +13,17 @@ import msgspec
 from anychip.config import EngineConfig
 from anychip.errors import CheckpointError, ConfigError
 from anychip.types import QUICKSTART
+from anychip.weight_files import weight_files
 
 _QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What can be a repository of the hub."""
 
-INDEX = "model.safetensors.index.json"
-
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py", "*.txt")
 """What a checkpoint is made of; pickles are left where they are."""
+_NOT = ("*/*.safetensors", "consolidated*.safetensors")
+"""The same weights in another format, which some repositories hold beside the model."""
 
 
 def located(config: EngineConfig) -> EngineConfig:
@@ -61,7 +62,9 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_NOT))
+        )
         if not _complete(folder):  # offline, what is there is returned
             raise FileNotFoundError(f"{folder} lacks config.json or weights")
         return folder
@@ -75,25 +78,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 def _complete(folder: Path) -> bool:
     """Whether an interrupted download left nothing out that a start would miss."""
-    if not (folder / "config.json").is_file():
-        return False
-    indexed = indexed_files(folder)
-    if indexed is not None:
-        return all((folder / name).is_file() for name in indexed)
-    return any(folder.glob("*.safetensors"))
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def indexed_files(folder: Path) -> list[str] | None:
-    """The files that a checkpoint's index names; None where it has none. Raises CheckpointError for one that cannot
-    be read."""
-    index = folder / INDEX
-    if not index.is_file():
-        return None
     try:
-        return sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{index} is no index of a checkpoint: {error}") from error
+        return (folder / "config.json").is_file() and bool(weight_files(folder))
+    except CheckpointError:
+        return False

@@ -9,12 +9,11 @@ from typing import Literal
 import msgspec
 
 from anychip.errors import InvalidRequest
+from anychip.types import MAX_BIASES, MAX_LOGPROBS
 
-MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
-MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
 MAX_BEAMS = MAX_LOGPROBS // 2
 """A beam is continued by the best of twice as many tokens as there are beams."""
@@ -114,9 +113,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 _check(name, token, lambda v: 0 <= v < 2**31, "token ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest("allowed_token_ids is empty: no token could be drawn", param="allowed_token_ids")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+        if len(self.logit_bias) > MAX_BIASES:
             raise InvalidRequest(
-                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS}", param="logit_bias"
+                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_BIASES}", param="logit_bias"
             )
         for token, bias in self.logit_bias.items():
             _check("logit_bias", token, lambda v: 0 <= v < 2**31, "token ids")
@@ -138,11 +137,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def num_sequences(self) -> int:
         """Sequences that run at once."""
         return self.beam_width or self.n
-
-    @property
-    def edits_logits(self) -> bool:
-        """Whether penalties or biases change the model's logits."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     @property
     def greedy(self) -> bool:

@@ -77,7 +77,8 @@ def test_a_download_that_was_cut_short_is_not_taken_for_the_model(hub_cache):
 
 def test_an_index_must_have_all_its_files(hub_cache):
     snapshot = cached_model(hub_cache)
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors").rename(snapshot / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="nor complete"):
         resolve_folder("acme/tiny")

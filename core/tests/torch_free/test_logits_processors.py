@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 
+import msgspec
 import numpy as np
 import pytest
 from engine_kit import TOKEN, VOCAB_SIZE, add_message, make_core, make_request, make_scheduler
@@ -63,7 +65,7 @@ def test_edits_are_the_penalties_whenever_they_are_asked_for(
     logits = np.random.default_rng(0).normal(size=64).astype(np.float32)
     for count in range(len(output) + 1):
         if count in looks or count == len(output):
-            request.token_ids = prompt + output[:count]
+            request.output_token_ids = output[:count]
             expected = penalized(logits, sampling, prompt, output[:count])
             np.testing.assert_allclose(edited(logits, editor.edits(request)), expected, atol=1e-4)
 
@@ -77,12 +79,12 @@ def test_edits_outgrow_their_first_arrays():
 
 def allowed_tokens(sampling: SamplingParams, output: list[int], *, bad=(), stop_ids=(2,)) -> set[int]:
     request = make_request("a", [5, 6])
-    request.token_ids += output
-    message = AddRequest("a", [5, 6], sampling, 8, stop_ids, bad_token_ids=bad)
+    request.output_token_ids += output
+    message = AddRequest("a", array("i", [5, 6]).tobytes(), sampling, 8, stop_ids, bad_token_ids=bad)
     mask = np.full(-(-VOCAB_SIZE // 32), 0xFFFFFFFF, dtype=np.uint32)
     for processor in make_processors(message, VOCAB_SIZE):
-        if processor.applies(len(request.token_ids)):
-            processor.allowed(request, len(request.token_ids), mask)
+        if processor.applies(request.num_known):
+            processor.allowed(request, request.num_known, mask)
     return {token for token in range(VOCAB_SIZE) if mask[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
 
 
@@ -114,7 +116,7 @@ def test_a_restriction_that_leaves_nothing_gives_way():
 def test_each_sequence_keeps_its_own_counts():
     core = make_core(make_scheduler())
     core.add(add_message("a", [5, 6], max_output=3, n=2, frequency_penalty=1.0))
-    editors = [core.scheduler.requests["a", index].editor for index in range(2)]
+    editors = [core.scheduler.requests["a"][index].editor for index in range(2)]
     assert editors[0] is not editors[1]
     while core.has_work:
         core.step()
@@ -143,3 +145,38 @@ def test_values_out_of_range_are_refused_by_name(values, param):
     with pytest.raises(InvalidRequest) as refused:
         SamplingParams(**values)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("vocab_size", [31, 32, 33, 1000])
+def test_a_first_restriction_that_leaves_nothing_ends_the_request(vocab_size):
+    """Also where the mask's last word has bits beyond the vocabulary."""
+    core = make_core(make_scheduler())
+    core.vocab_size = core.admission.vocab_size = vocab_size
+    message = add_message("a", [5, 6])
+    core.add(msgspec.structs.replace(message, bad_token_ids=tuple((token,) for token in range(vocab_size))))
+    deltas = core.step() + core.step()
+    assert [delta.error for delta in deltas if delta.error] == [
+        ("InvalidRequest", f"bad_words leaves none of the {vocab_size} tokens after 0 tokens of output")
+    ]
+    core.drain()
+    assert core.scheduler.kv.pool.num_free == core.scheduler.kv.pool.num_usable
+
+
+def test_bad_words_give_way_to_a_grammar_that_leaves_nothing_else():
+    class OnlyNine:
+        name = "the grammar"
+
+        def applies(self, position):
+            return True
+
+        def allowed(self, request, position, mask):
+            mask[:] = 0
+            mask[0] = 1 << 9
+
+    core = make_core(make_scheduler())
+    core.add(msgspec.structs.replace(add_message("a", [5, 6], max_output=1), bad_token_ids=((9,),)))
+    (request,) = core.scheduler.sequences("a")
+    request.processors = (OnlyNine(), *request.processors)
+    core.step()
+    words = np.frombuffer(core.executor.late[0].masks[0], np.uint32)
+    assert words[0] == 1 << 9 and not words[1:].any()

@@ -112,7 +112,6 @@ class HostlenGraphs(GraphCapture):
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> RecordedGraph:

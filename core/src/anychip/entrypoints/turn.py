@@ -232,12 +232,12 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
 def inside_reasoning(parsers: ChosenParsers, prompt: str) -> bool:
     """Whether the prompt ends where the model is thinking already."""
     make = parsers.make_reasoning
-    return isinstance(make, type) and issubclass(make, TagReasoning) and prompt.rstrip().endswith(make.start)
+    return isinstance(make, type) and issubclass(make, TagReasoning) and prompt.rstrip().endswith(make.start_marker)
 
 
 def _reasoning_end(parsers: ChosenParsers) -> str:
     make = parsers.make_reasoning
-    return make.end if isinstance(make, type) and issubclass(make, TagReasoning) else ""
+    return make.end_marker if isinstance(make, type) and issubclass(make, TagReasoning) else ""
 
 
 def _forced_calls(request: TurnRequest) -> StructuredOutput | None:

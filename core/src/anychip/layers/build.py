@@ -11,6 +11,7 @@ from anychip.quantization.format import WeightFormat
 from anychip.types import DType
 from anychip.weights.matrix import Span
 from anychip.weights.register import WeightRegister
+from anychip.weights.stored import StoredTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class Builder:
     dtype: DType
     weights: WeightRegister
     formats: WeightFormat
+    stored: StoredTensors
     kv_scales: bool = False
     """Whether the KV cache is quantized, so that layers want its scales."""
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anychip.errors import ConfigError
 from anychip.layers.build import Builder
-from anychip.plugin_api import LinearPart, LinearSpec, WeightView
+from anychip.plugin_api import LinearPart, LinearSpec, QuantScheme, WeightView
 from anychip.types import cdiv
 from anychip.weights.matrix import Matrix, Span, stream
+
+AT_LOAD = QuantScheme(name="int8", scales="channel")
+"""Of heads that are quantized as they are loaded; rows past the vocabulary are made for no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class LMHead:
     """Hidden states [num_rows, hidden_size] to logits [num_rows, vocab_size], gathered on every rank.
 
     Tied, the kernel adopts the embedding's storage, and packs a copy only where its layout needs one, or where the head
-    is quantized.
+    is quantized. A checkpoint that ties them and yet brings a head with other values is believed: its head is used.
     """
 
     def __init__(
@@ -72,8 +76,15 @@ class LMHead:
         self.communicator = builder.shard.communicator
         share = VocabularyShare.of(builder, vocab_size)
         held = share.held(vocab_size)
+        if tied is not None and not builder.stored.tie(name, tied.name):
+            tied = None
         formats = builder.formats.for_head()
         scheme = formats.scheme(name, hidden_size)
+        if scheme is not None and scheme != AT_LOAD and vocab_size % builder.shard.size:
+            raise ConfigError(
+                f"{name} is stored as {scheme.name} by {scheme.scales}, and its {vocab_size} rows do not split evenly "
+                f"{builder.shard.size} ways; choose another tensor_parallel_size"
+            )
         parts = [LinearPart(name="all", offset=0, rows=held.count)]
         if held.count < share.count:
             parts.append(LinearPart(name="tail", offset=held.count, rows=share.count - held.count))

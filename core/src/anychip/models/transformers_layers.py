@@ -35,24 +35,29 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, layer: LMHead) -> None:
+    """`bias` [vocab_size], whole on every rank, where the library's head has one."""
+
+    def __init__(self, layer: LMHead, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.layer = layer
+        self.bias = bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.layer(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        logits = self.layer(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        return logits if self.bias is None else logits + self.bias
 
 
 class TiedHead(nn.Module):
     """Over an embedding that transformers keeps: the same weight, whole on every rank."""
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, bias: nn.Parameter | None) -> None:
         super().__init__()
         self._embedding = [embedding]  # in a list: its parameters are listed once, where they belong
+        self.bias = bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight: Tensor = self._embedding[0].weight  # type: ignore[assignment]
-        return F.linear(hidden, weight)
+        return F.linear(hidden, weight, self.bias)
 
 
 class ParallelLinear(nn.Module):
@@ -83,7 +88,7 @@ def embedding(builder: Builder, name: str, config: ModelConfig) -> Embedding:
     return Embedding(layer)
 
 
-def head(builder: Builder, name: str, config: ModelConfig, tied: Embedding | None) -> Head:
+def head(builder: Builder, name: str, config: ModelConfig, tied: Embedding | None, bias: nn.Parameter | None) -> Head:
     layer = LMHead(
         builder,
         name=name,
@@ -91,7 +96,7 @@ def head(builder: Builder, name: str, config: ModelConfig, tied: Embedding | Non
         hidden_size=config.hidden_size,
         tied=None if tied is None else tied.layer,
     )
-    return Head(layer)
+    return Head(layer, bias)
 
 
 def parallel_linear(builder: Builder, name: str, module: nn.Linear, style: str) -> ParallelLinear:

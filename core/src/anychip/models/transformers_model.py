@@ -105,6 +105,7 @@ class TransformersModel:
             self.hf = family.cls._from_config(
                 family.hf_config, attn_implementation=ATTENTION, dtype=getattr(torch, builder.dtype)
             ).eval()
+        builder.weights.decoder = f"{self.hf.base_model_prefix}."
         self._renamings = [r for r in get_model_conversion_mapping(self.hf) if isinstance(r, WeightRenaming)]
         self._modules = dict(self.hf.named_modules())
         self.bridge = AttentionBridge(self._attention_layers(specs, config), self._backends(specs))
@@ -173,16 +174,13 @@ class TransformersModel:
         embedding, head = self.hf.get_input_embeddings(), self.hf.get_output_embeddings()
         name, head_name = self._name_of(embedding), self._name_of(head)
         tied = bool(getattr(self._family.hf_config, "tie_word_embeddings", False))
-        if head.bias is not None:  # rare, and left to the linear layers: whole on every rank
-            head_name = ""
         if type(embedding) is not nn.Embedding:  # it does more than look up: its weight is kept whole
-            if tied:
-                self._replace(head_name, layers.TiedHead(embedding))
+            if tied and self._builder.stored.tie(head_name, name):
+                self._replace(head_name, layers.TiedHead(embedding, head.bias))
             return
         ours = layers.embedding(self._builder, name, config)
         self._replace(name, ours)
-        if head_name:
-            self._replace(head_name, layers.head(self._builder, head_name, config, ours if tied else None))
+        self._replace(head_name, layers.head(self._builder, head_name, config, ours if tied else None, head.bias))
 
     def _name_of(self, module: nn.Module) -> str:
         return next((str(name) for name, candidate in self._modules.items() if candidate is module), "")

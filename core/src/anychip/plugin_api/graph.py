@@ -15,30 +15,21 @@ if TYPE_CHECKING:
     from anychip.plugin_api.attention import Plan
     from anychip.plugin_api.communicator import Communicator
 
-EDIT_WIDTHS = (64, 1024, 16384, 262144)
-"""How many logits of a row a step may edit: the smallest that holds every row's edits."""
-
 SCORES = "scores"
 """Feature of a forward pass: some of its tokens ask for the log-probability of the token that follows them."""
 
-
-def edits_feature(width: int) -> str:
-    """Feature of a sampling that edits up to `width` logits of each row."""
-    return f"edits:{width}"
+LOGPROBS, MASKS, EDITS = "logprobs", "masks", "edits"
+"""Features of a sampling: some of its rows ask for log-probabilities, have a mask, have penalties or biases."""
 
 
-def edits_width(features: tuple[str, ...]) -> int:
-    """The width that features ask for; 0: no edits."""
-    return next((int(name.partition(":")[2]) for name in features if name.startswith("edits:")), 0)
-
-
-def sampling_features(vocab_size: int) -> list[tuple[str, ...]]:
+def sampling_features() -> list[tuple[str, ...]]:
     """Every combination that a sampling may need beyond the plain draw, in the order that ShapeKey.features has: what
     a device that compiles ahead must prepare for each number of rows."""
-    widths = [width for narrower, width in zip((0, *EDIT_WIDTHS), EDIT_WIDTHS, strict=False) if narrower < vocab_size]
-    edits: list[tuple[str, ...]] = [(), *((edits_feature(width),) for width in widths)]
     return [
-        (*logprobs, *masks, *edit) for logprobs in ((), ("logprobs",)) for masks in ((), ("masks",)) for edit in edits
+        tuple(feature for feature in (logprobs, masks, edits) if feature)
+        for logprobs in ("", LOGPROBS)
+        for masks in ("", MASKS)
+        for edits in ("", EDITS)
     ]
 
 
@@ -68,7 +59,9 @@ class ShapePolicy:
     def bucket(
         self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
     ) -> ShapeKey:
-        """The smallest shape that holds a step. Steps obey StepRules, so there always is one."""
+        """The smallest shape that holds a step. Core asks for steps that obey StepRules and StepLimits: no more rows,
+        tokens, padded tokens (rows times the longest) or tokens in a row than they allow. A policy has a shape for each
+        of those, and may raise for others."""
         return ShapeKey(
             num_tokens=num_tokens,
             num_reqs=num_reqs,
@@ -131,7 +124,6 @@ class GraphCapture:
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:

@@ -122,7 +122,7 @@ class Container(ABC):
         return self
 
     def for_head(self) -> WeightFormat:
-        return self.plain
+        return self
 
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         if matrix.scheme is None:

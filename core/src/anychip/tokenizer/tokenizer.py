@@ -55,7 +55,9 @@ class Tokenizer:
         return cls(raw, None if source is None else ChatTemplate(source, names))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would keep every other thread from running until it is done.
+        (encoding,) = self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

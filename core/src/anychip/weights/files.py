@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from anychip.errors import CheckpointError
-from anychip.hub import INDEX, indexed_files
-from anychip.plugin_api import WeightView
 
 _MOST_HEADER_BYTES = 100 << 20
 _DTYPES = {
@@ -88,14 +86,27 @@ class SafetensorsFile:
     def views(self) -> Iterator[tuple[str, FileView]]:
         """Every tensor in the order of its bytes, so that the disk is read straight through."""
         self._ahead.start()
-        for name, entry in sorted(self._entries.items(), key=lambda item: item[1].data_offsets):
-            begin = self._begin + entry.data_offsets[0]
-            yield name, FileView(self, name, tuple(entry.shape), _DTYPES[entry.dtype], begin)
+        for name, _ in sorted(self._entries.items(), key=lambda item: item[1].data_offsets):
+            yield name, self.view(name)
+
+    def view(self, name: str) -> FileView:
+        entry = self._entries[name]
+        begin = self._begin + entry.data_offsets[0]
+        return FileView(self, name, tuple(entry.shape), _DTYPES[entry.dtype], begin)
+
+    def pieces(self, offset: int, nbytes: int) -> Iterator[bytearray]:
+        """The file's bytes from `offset`, a few at a time."""
+        for start in range(offset, offset + nbytes, _AHEAD_STEP):
+            piece = bytearray(min(_AHEAD_STEP, offset + nbytes - start))
+            self._fill(memoryview(piece), start)
+            yield piece
 
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fills a contiguous host tensor with the file's bytes from `offset`."""
-        buffer = memoryview(target.view(torch.uint8).numpy().data)
         self._ahead.reached(offset)
+        self._fill(memoryview(target.view(torch.uint8).numpy().data), offset)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
         while len(buffer):
             count = os.preadv(self._fd, [buffer], offset)
             if count == 0:
@@ -183,45 +194,12 @@ class FileView:
         self._file.read_into(rows.flatten(), self._offset + start * row_bytes)
         return rows[(slice(None), *(slice(*inner) for inner in bounds[1:]))]
 
-
-def checkpoint_views(folder: Path) -> Iterator[tuple[str, WeightView]]:
-    """Every tensor of a checkpoint, file by file. Raises CheckpointError where there is nothing to read."""
-    for path in checkpoint_files(folder):
-        file = SafetensorsFile(path)
-        try:
-            yield from file.views()
-        finally:
-            file.close()
+    def pieces(self) -> Iterator[bytearray]:
+        return self._file.pieces(self._offset, self.nbytes)
 
 
-def tensor_names(folder: Path) -> frozenset[str]:
-    """Of every file, from their headers."""
-    names: set[str] = set()
-    for path in checkpoint_files(folder):
-        file = SafetensorsFile(path)
-        names.update(file.names())
-        file.close()
-    return frozenset(names)
-
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, those of its index where it has one."""
-    indexed = indexed_files(folder)
-    if indexed is not None:
-        absent = [name for name in indexed if not (folder / name).is_file()]
-        if absent:
-            raise CheckpointError(f"{folder / INDEX} names {absent[0]}, which is not in {folder}")
-        return [folder / name for name in indexed]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds {pickles[0]}, a pickle, which can run code when it is read; anychip reads "
-                "safetensors only: convert it with save_pretrained(..., safe_serialization=True)"
-            )
-        raise CheckpointError(f"{folder} holds no *.safetensors file; --load-format dummy runs without weights")
-    return files
+def same_bytes(first: FileView, second: FileView) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes; stops at the first that differ."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return all(a == b for a, b in zip(first.pieces(), second.pieces(), strict=True))

@@ -34,6 +34,17 @@ class WeightRegister:
     """Wanted names that a checkpoint may lack."""
     rename: Callable[[str], str] = str
     """From a checkpoint's names to those that are wanted."""
+    decoder: str = "model."
+    """What names of the decoder begin with; a checkpoint saved from the decoder alone leaves it out."""
+
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Wanted names that a tensor of another name serves, by that name."""
+
+    def place(self, name: str) -> str:
+        """The name under which a checkpoint's tensor is wanted, if it is."""
+        name = self.rename(name)
+        name = self.aliases.get(name, name)
+        return name if name in self.slots or self.decoder + name not in self.slots else self.decoder + name
 
     def finish(self) -> None:
         """Once every tensor is with its layers."""
@@ -52,10 +63,12 @@ def load_weights(register: WeightRegister, views: Iterator[tuple[str, WeightView
     mis-shaped, naming it and its file."""
     missing = dict(register.slots)
     for name, view in views:
-        name = register.rename(name)
+        name = register.place(name)
         slot = missing.pop(name, None)
         if slot is None:
-            if name.endswith(register.ignored) and name not in register.slots:
+            if name in register.slots:
+                raise CheckpointError(f"{view.source} is another {name!r}: the checkpoint holds it under two names")
+            if name.endswith(register.ignored):
                 continue
             raise CheckpointError(f"{view.source} has no place in the model; is config.json from another checkpoint?")
         if slot.shape is not None and view.shape != slot.shape:

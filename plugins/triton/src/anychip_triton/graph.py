@@ -113,13 +113,12 @@ class DeviceGraphs(GraphCapture):
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> DeviceGraph:
         self._rehearse(fn, communicators)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool or self._pool, stream=self._side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             output = fn()
         return DeviceGraph(graph, recorder or Recorder(), output)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from anychip.errors import ConfigError
+from anychip.registry.blame import imported
 
 AUTO, NONE = "auto", "none"
 
@@ -89,6 +89,5 @@ def _load(kind: str, name: str | None, known: Mapping[str, str]) -> Callable[...
         return None
     if name not in known:
         raise ConfigError(f"{kind} parser {name!r} is unknown; known are auto, none, {', '.join(sorted(known))}")
-    module, _, attribute = known[name].partition(":")
-    loaded: Callable[..., Any] = getattr(import_module(module), attribute)
+    loaded: Callable[..., Any] = imported(known[name])
     return loaded

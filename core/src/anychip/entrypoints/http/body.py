@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -13,6 +14,9 @@ from anychip.errors import InvalidRequest
 
 log = logging.getLogger("anychip.http")
 Body = TypeVar("Body", bound="Strict")
+
+LONG_BODY = 64 * 1024
+"""Bytes above which a body is read beside the event loop."""
 
 REMOVED = {
     "best_of": "generate n answers and choose among them",
@@ -39,16 +43,24 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """A body of JSON. Raises ValidationError."""
+        return cls.model_validate_json(raw)
+
 
 async def read_body(request: Request, kind: type[Body], *, lenient: bool) -> Body:
     """`lenient` ignores unknown parameters, with a warning in the log. Raises InvalidRequest."""
-    return checked(await request.body(), kind, lenient=lenient)
+    raw = await request.body()
+    if len(raw) > LONG_BODY:
+        return await asyncio.to_thread(checked, raw, kind, lenient=lenient)
+    return checked(raw, kind, lenient=lenient)
 
 
 def checked(raw: bytes, kind: type[Body], *, lenient: bool = False) -> Body:
     """The same of a body that is at hand."""
     try:
-        return kind.model_validate_json(raw)
+        return kind.read(raw)
     except ValidationError as error:
         if lenient and (accepted := _without_unknown(raw, kind, error)) is not None:
             return accepted

@@ -9,12 +9,15 @@ request_id) are vLLM's; beam_width, early_stopping and deadline are anychip's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, cast
 
+import msgspec
 from pydantic import Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import LONG_BODY, Strict
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import GrammarKind, SamplingParams, StructuredOutput
 
@@ -188,10 +191,41 @@ class CompletionBody(SamplingBody):
     echo: bool = False
     add_special_tokens: bool = True
 
-    def prompts(self) -> list[str | list[int]]:
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """Token ids are most of a long body, and are read apart: pydantic would hold up every other thread meanwhile.
+        Raises ValidationError, and InvalidRequest for a prompt that is no list of ids."""
+        fields = _fields(raw) if len(raw) > LONG_BODY else {}
+        begin = _IDS.match(fields.get("prompt", b""))
+        if begin is None:
+            return super().read(raw)
+        kind: Any = list[int] if begin["several"] is None else list[list[int]]
+        time.sleep(0)  # to the other threads, before and after each long call
+        try:
+            prompt = msgspec.json.decode(fields["prompt"], type=kind)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"prompt: {error}", param="prompt") from None
+        time.sleep(0)
+        body = super().read(msgspec.json.encode(fields | {"prompt": msgspec.Raw(b"[]")}))
+        body.prompt = prompt
+        return body
+
+    def prompts(self) -> Sequence[str | list[int]]:
         """One or several, as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        several = [item for item in self.prompt if not isinstance(item, int)]
-        return [*several] if several else [ids]
+        if self.prompt and not isinstance(self.prompt[0], int):
+            return self.prompt
+        return [cast(list[int], self.prompt)]
+
+
+_IDS = re.compile(rb"\s*\[\s*(?P<several>\[\s*)?-?[0-9]")
+"""How a list of token ids, or of several prompts' ids, begins."""
+
+
+def _fields(raw: bytes) -> dict[str, msgspec.Raw]:
+    """A JSON object's values, not read yet; {} for what is none."""
+    try:
+        return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError:
+        return {}

@@ -1,0 +1,37 @@
+"""What layers ask of a checkpoint while they are built, in the names that they want."""
+
+from __future__ import annotations
+
+from anychip.errors import CheckpointError
+from anychip.weights.checkpoint import Checkpoint
+from anychip.weights.register import WeightRegister
+
+
+class StoredTensors:
+    """`checkpoint` None: weights are made up."""
+
+    def __init__(self, checkpoint: Checkpoint | None, register: WeightRegister) -> None:
+        self._checkpoint = checkpoint
+        self._register = register
+
+    def tie(self, head: str, embedding: str) -> bool:
+        """Whether module `head` is to hold the weight of module `embedding`, where config.json ties them: False for a
+        checkpoint that brings a head with values of its own, plain or quantized. Of a checkpoint that has the head
+        alone, the head is the embedding too."""
+        given = {self._register.place(name): name for name in self._names()}
+        weight, other = f"{head}.weight", f"{embedding}.weight"
+        if any(name.startswith(f"{head}.") and name not in (weight, f"{head}.bias") for name in given):
+            return False
+        if weight not in given:
+            return True
+        if other not in given:
+            self._register.aliases[weight] = other
+            return True
+        assert self._checkpoint is not None, "names come from a checkpoint"
+        return self._checkpoint.same(given[weight], given[other])
+
+    def _names(self) -> frozenset[str]:
+        try:
+            return frozenset() if self._checkpoint is None else self._checkpoint.names
+        except CheckpointError:  # a plan needs config.json alone; a start reads the files, and says what is wrong
+            return frozenset()
