@@ -144,10 +144,21 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS takes both --tls-cert and --tls-key")
-        if self.admin_port is not None and not self.admin_key:
+        for name in ("api_key", "admin_key"):
+            _check_key(name, getattr(self, name))
+        if self.admin_port is not None and self.admin_key is None:
             raise ConfigError("--admin-port takes an --admin-key: whoever reaches the port could stop the server")
         if self.key_concurrency is not None and self.key_concurrency < 1:
             raise ConfigError(f"key_concurrency is {self.key_concurrency}; expected 1 or more")
+
+
+def _check_key(name: str, key: str | None) -> None:
+    """A secret that is unset where it should be set must not open the server."""
+    remedy = f"give --{name.replace('_', '-')} or ANYCHIP_{name.upper()} a key, or leave both out"
+    if key is not None and not key.strip():
+        raise ConfigError(f"{name} is empty; {remedy}")
+    if key is not None and key != key.strip():
+        raise ConfigError(f"{name} begins or ends with white space, which no client can send; {remedy}")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,6 @@ from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
 from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.openai.stateful.protocol import ResponsesBody
-from anychip.entrypoints.openai.stateful.routes import response_routes
 from anychip.entrypoints.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from anychip.entrypoints.serving import Caller, Serving
 
@@ -27,17 +26,13 @@ def openai_routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/chat/completions", openapi_extra=schema_of(ChatBody))
     async def chat(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, ChatBody, lenient=lenient)
-            return await respond(await accept_chat(serving, body, Caller.of(request)), request, stream=body.stream)
+        body = await read_body(request, ChatBody, lenient=lenient)
+        return await respond(await accept_chat(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/v1/completions", openapi_extra=schema_of(CompletionBody))
     async def completions(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, CompletionBody, lenient=lenient)
-            return await respond(
-                await accept_completion(serving, body, Caller.of(request)), request, stream=body.stream
-            )
+        body = await read_body(request, CompletionBody, lenient=lenient)
+        return await respond(await accept_completion(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
     async def tokenize_text(request: Request) -> Response:
@@ -65,5 +60,4 @@ def openai_routes(serving: Serving) -> APIRouter:
         serving.check_model(model)
         return card()
 
-    router.include_router(response_routes(serving))
     return router

@@ -74,11 +74,9 @@ def response_routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/responses", openapi_extra=schema_of(ResponsesBody))
     async def create(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
-            return await respond(
-                await accept_response(serving, store, body, Caller.of(request)), request, stream=body.stream
-            )
+        body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
+        answer = await accept_response(serving, store, body, Caller.of(request))
+        return await respond(answer, request, stream=body.stream)
 
     @router.get("/v1/responses/{response_id}")
     async def get(response_id: str, request: Request) -> Response:
