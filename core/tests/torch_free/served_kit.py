@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
+from starlette.types import ASGIApp
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -49,7 +50,7 @@ class ScriptedLLM:
         self.gap = gap
         self.open = self.most_open = 0
         self.asked: list[tuple[Any, ...]] = []
-        self.after = asyncio.Event()
+        self.apps: dict[ServerConfig | None, ASGIApp] = {}
 
     async def accept(
         self, request_id: str, prompt: Any, sampling: Any, options: Any = None
@@ -97,10 +98,12 @@ class ScriptedLLM:
 def with_client(
     llm: ScriptedLLM, use: Callable[[httpx.AsyncClient], Any], config: ServerConfig | None = None, **headers: str
 ) -> Any:
-    """What `use` makes of a client of the application."""
+    """What `use` makes of a client of the application, which is built once for an engine."""
+    if config not in llm.apps:
+        llm.apps[config] = make_app(llm, config)  # type: ignore[arg-type]
 
     async def run() -> Any:
-        transport = httpx.ASGITransport(make_app(llm, config), raise_app_exceptions=True)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(llm.apps[config])
         async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
             return await use(client)
 

@@ -14,7 +14,7 @@ from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.answer import sse
 from anychip.entrypoints.openai.protocol import CompletionBody
-from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, failed_stream, usage
+from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, TextOffsets, failed_stream, usage
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, InvalidRequest
 from anychip.sampling_params import SamplingParams
@@ -27,8 +27,8 @@ MAX_PROMPTS = 256
 class _Progress:
     """What a stream has sent of one choice."""
 
+    offsets: TextOffsets
     begun: bool = False
-    characters: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,26 +76,30 @@ class CompletionAnswer:
 
     def _choice(self, number: int, piece: RequestOutput, output: SequenceOutput) -> Json:
         index = number * self.per_prompt + output.index
-        progress = self.progress.setdefault(index, _Progress())
+        progress = self.progress.get(index)
+        if progress is None:
+            skips = self.body.skip_special_tokens
+            offsets = TextOffsets(self.reply.tokenizer, skip_special_tokens=skips)
+            progress = self.progress[index] = _Progress(offsets)
         if self.empty:
             output = SequenceOutput(index=output.index, logprobs=None, finish_reason="length")
             if self.body.logprobs is not None:
                 output.logprobs = []
-        prompt_text = ""
+        before = None
         if self.body.echo and not progress.begun:
-            prompt_text = self._prompt_text(piece)
-            progress.characters = len(prompt_text)
-        choice = self.reply.completion_choice(index, output, offset=progress.characters)
+            before = self._prompt_logprobs(piece, progress.offsets)
+        choice = self.reply.completion_choice(index, output, progress.offsets)
         if not progress.begun:
             progress.begun = True
             if self.body.echo:
-                choice["text"] = prompt_text + choice["text"]
-                self._echo_logprobs(choice, piece)
+                choice["text"] = self._prompt_text(piece) + choice["text"]
+            if before is not None:
+                after = choice["logprobs"] or {name: [] for name in before}
+                choice["logprobs"] = {name: before[name] + after[name] for name in before}
             if self.body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = self.reply.prompt_logprobs(piece)
             if self.body.return_token_ids:
                 choice["prompt_token_ids"] = piece.prompt_token_ids
-        progress.characters += len(output.text)
         return choice
 
     def _prompt_text(self, piece: RequestOutput) -> str:
@@ -103,13 +107,12 @@ class CompletionAnswer:
             return ""
         return self.reply.tokenizer.decode(piece.prompt_token_ids, skip_special_tokens=self.body.skip_special_tokens)
 
-    def _echo_logprobs(self, choice: Json, piece: RequestOutput) -> None:
+    def _prompt_logprobs(self, piece: RequestOutput, offsets: TextOffsets) -> Json | None:
+        """Of the prompt's tokens, as of an answer's; None where nobody asked."""
         if self.body.logprobs is None:
-            return
+            return None
         scored = [None, *(piece.prompt_logprobs or [])][: len(piece.prompt_token_ids)]
-        before = self.reply.completion_logprobs(piece.prompt_token_ids, scored, 0)
-        after = choice["logprobs"] or {name: [] for name in before}
-        choice["logprobs"] = {name: before[name] + after[name] for name in before}
+        return self.reply.completion_logprobs(piece.prompt_token_ids, scored, offsets)
 
 
 async def accept_completion(serving: Serving, body: CompletionBody, caller: Caller) -> CompletionAnswer:

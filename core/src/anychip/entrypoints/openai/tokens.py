@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import Several, Strict
 from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES, ChatMessage, ToolBody
 from anychip.entrypoints.openai.protocol import TokenIds
 from anychip.entrypoints.serving import Serving
@@ -21,8 +21,8 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, max_length=MAX_MESSAGES)
-    tools: list[ToolBody] | None = None
+    messages: list[ChatMessage] | None = Field(default=None, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: Several[ToolBody] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
