@@ -178,12 +178,15 @@ async def _interleave(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutp
             async for piece in stream:
                 yield 0, piece
         return
+    # One piece of each stream waits here, however slow the reader is: what comes meanwhile is merged where it is made.
     queue: asyncio.Queue[tuple[int, RequestOutput] | AnychipError | None] = asyncio.Queue()
+    room = [asyncio.Semaphore(1) for _ in streams]
 
     async def pump(number: int, stream: AsyncGenerator[RequestOutput]) -> None:
         try:
             async with aclosing(stream):
                 async for piece in stream:
+                    await room[number].acquire()
                     queue.put_nowait((number, piece))
             queue.put_nowait(None)
         except AnychipError as error:
@@ -199,6 +202,7 @@ async def _interleave(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutp
             if item is None:
                 running -= 1
             else:
+                room[item[0]].release()
                 yield item
     finally:
         for task in tasks:
