@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.answer import sse
 from anychip.entrypoints.http.errors import error_body
+from anychip.entrypoints.http.long_json import LongList, listed
 from anychip.entrypoints.turn import AnswerSoFar
 from anychip.errors import AnychipError
 from anychip.messages import TokenLogprobs
@@ -40,11 +42,7 @@ class Reply:
 
     # -- completions --------------------------------------------------------------------------------------
 
-    def completion_choice(self, index: int, output: SequenceOutput, offsets: TextOffsets) -> Json:
-        """`offsets` of the choice, for logprobs.text_offset."""
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = self.completion_logprobs(output.token_ids, output.logprobs, offsets)
+    def completion_choice(self, index: int, output: SequenceOutput, logprobs: Json | None) -> Json:
         return {
             "index": index,
             "text": output.text,
@@ -53,15 +51,18 @@ class Reply:
             **self._extras(output),
         }
 
-    def completion_logprobs(
+    async def completion_logprobs(
         self, token_ids: Sequence[int], found: Sequence[TokenLogprobs | None], offsets: TextOffsets
     ) -> Json:
         """`found` None: a token that nothing stands before."""
+        length = len(token_ids)
         return {
-            "tokens": [self._shown(token) for token in token_ids],
-            "token_logprobs": [None if entry is None else entry.chosen for entry in found],
-            "top_logprobs": [None if entry is None else self._likeliest(entry) for entry in found],
-            "text_offset": [offsets.take(token) for token in token_ids],
+            "tokens": await listed((self._shown(token) for token in token_ids), length),
+            "token_logprobs": await listed((None if entry is None else entry.chosen for entry in found), length),
+            "top_logprobs": await listed(
+                (None if entry is None else self._likeliest(entry) for entry in found), length
+            ),
+            "text_offset": await listed((offsets.take(token) for token in token_ids), length),
         }
 
     def _likeliest(self, entry: TokenLogprobs) -> dict[str, float]:
@@ -80,15 +81,17 @@ class Reply:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def prompt_logprobs(self, output: RequestOutput) -> list[Json | None]:
+    async def prompt_logprobs(self, output: RequestOutput) -> list[Json | None] | LongList:
         """vLLM's form: by token of the prompt, its id and the likeliest ones to what is known of them."""
-        entries: list[Json | None] = [None]
-        for token, found in zip(output.prompt_token_ids[1:], output.prompt_logprobs or [], strict=True):
-            likeliest = zip(found.top_ids, found.top, strict=True)
-            listed = {str(i): self._ranked(i, value, rank) for rank, (i, value) in enumerate(likeliest, start=1)}
-            listed.setdefault(str(token), self._ranked(token, found.chosen, None))
-            entries.append(listed)
-        return entries
+        scored = zip(output.prompt_token_ids[1:], output.prompt_logprobs or [], strict=True)
+        entries = chain([None], (self._prompt_entry(token, found) for token, found in scored))
+        return await listed(entries, len(output.prompt_token_ids))
+
+    def _prompt_entry(self, token: int, found: TokenLogprobs) -> Json:
+        likeliest = zip(found.top_ids, found.top, strict=True)
+        entry = {str(i): self._ranked(i, value, rank) for rank, (i, value) in enumerate(likeliest, start=1)}
+        entry.setdefault(str(token), self._ranked(token, found.chosen, None))
+        return entry
 
     def _ranked(self, token: int, logprob: float, rank: int | None) -> Json:
         text = self.text(token)
@@ -106,6 +109,7 @@ class Reply:
         answer: AnswerSoFar,
         finish_reason: str | None,
         *,
+        logprobs: Json | None,
         with_reasoning: bool = True,
     ) -> Json:
         message: Json = {"role": "assistant", "content": answer.content, "refusal": None}
@@ -124,26 +128,32 @@ class Reply:
         return {
             "index": index,
             "message": message,
-            "logprobs": self.chat_logprobs(output),
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
             **self._extras(output),
         }
 
-    def chat_delta(self, index: int, delta: Json, output: SequenceOutput | None, finish_reason: str | None) -> Json:
-        """`output` with the first of a piece's deltas, which carries its tokens."""
+    def chat_delta(
+        self, index: int, delta: Json, output: SequenceOutput | None, finish_reason: str | None, logprobs: Json | None
+    ) -> Json:
+        """`output` and `logprobs` with the first of a piece's deltas, which carries its tokens."""
         return {
             "index": index,
             "delta": delta,
-            "logprobs": None if output is None else self.chat_logprobs(output),
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
             **({} if output is None else self._extras(output)),
         }
 
-    def chat_logprobs(self, output: SequenceOutput) -> Json | None:
+    async def chat_logprobs(self, output: SequenceOutput) -> Json | None:
         if output.logprobs is None:
             return None
-        pairs = zip(output.token_ids, output.logprobs, strict=True)
-        return {"content": [self._chat_entry(token, entry) for token, entry in pairs], "refusal": None}
+        return {"content": await listed(self.chat_entries(output), len(output.logprobs)), "refusal": None}
+
+    def chat_entries(self, output: SequenceOutput) -> Iterator[Json]:
+        """Of an output that has log-probabilities, one for each of its tokens."""
+        pairs = zip(output.token_ids, output.logprobs or [], strict=True)
+        return (self._chat_entry(token, entry) for token, entry in pairs)
 
     def _chat_entry(self, token: int, entry: TokenLogprobs) -> Json:
         top = zip(entry.top_ids, entry.top, strict=True)
