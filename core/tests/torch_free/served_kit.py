@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
+from starlette.types import ASGIApp
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -18,6 +19,7 @@ from anychip.entrypoints.http.app import make_app
 from anychip.messages import TokenLogprobs
 from anychip.observability.metrics import Metrics
 from anychip.tokenizer.chat_template import ChatTemplate
+from anychip.tokenizer.detokenizer import Detokenizer
 from anychip.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if tools %}{{ tools }}{% endif %}"
@@ -49,7 +51,7 @@ class ScriptedLLM:
         self.gap = gap
         self.open = self.most_open = 0
         self.asked: list[tuple[Any, ...]] = []
-        self.after = asyncio.Event()
+        self.apps: dict[ServerConfig | None, ASGIApp] = {}
 
     async def accept(
         self, request_id: str, prompt: Any, sampling: Any, options: Any = None
@@ -64,13 +66,15 @@ class ScriptedLLM:
         try:
             ids = self.tokenizer.encode(self.answer)
             steps = [ids] if self.gap is None else [[i] for i in ids]
+            detokenizer = Detokenizer(self.tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens)
             for number, new in enumerate(steps):
                 last = number == len(steps) - 1
+                text = detokenizer.add(new) + (detokenizer.rest() if last else "")
                 yield RequestOutput(
                     request_id=request_id,
                     prompt_token_ids=prompt,
                     prompt_logprobs=self._scores(prompt[1:], sampling.prompt_logprobs) if number == 0 else None,
-                    outputs=[self._piece(index, new, sampling, last) for index in range(sampling.n)],
+                    outputs=[self._piece(index, new, text, sampling, last) for index in range(sampling.n)],
                     finished=last,
                 )
                 if self.gap is not None:
@@ -78,11 +82,11 @@ class ScriptedLLM:
         finally:
             self.open -= 1
 
-    def _piece(self, index: int, ids: list[int], sampling: Any, last: bool) -> SequenceOutput:
+    def _piece(self, index: int, ids: list[int], text: str, sampling: Any, last: bool) -> SequenceOutput:
         return SequenceOutput(
             index=index,
             token_ids=list(ids),
-            text=self.answer if self.gap is None else self.tokenizer.decode(ids),
+            text=text,
             logprobs=self._scores(ids, sampling.logprobs),
             finish_reason="stop" if last else None,
         )
@@ -97,10 +101,12 @@ class ScriptedLLM:
 def with_client(
     llm: ScriptedLLM, use: Callable[[httpx.AsyncClient], Any], config: ServerConfig | None = None, **headers: str
 ) -> Any:
-    """What `use` makes of a client of the application."""
+    """What `use` makes of a client of the application, which is built once for an engine."""
+    if config not in llm.apps:
+        llm.apps[config] = make_app(llm, config)  # type: ignore[arg-type]
 
     async def run() -> Any:
-        transport = httpx.ASGITransport(make_app(llm, config), raise_app_exceptions=True)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(llm.apps[config])
         async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
             return await use(client)
 

@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from anychip.entrypoints.http.answer import respond
 from anychip.entrypoints.http.body import read_body, schema_of
+from anychip.entrypoints.http.long_json import JsonResponse
 from anychip.entrypoints.openai.chat import accept_chat
 from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
@@ -36,11 +37,11 @@ def openai_routes(serving: Serving) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
     async def tokenize_text(request: Request) -> Response:
-        return JSONResponse(await tokenize(serving, await read_body(request, TokenizeBody, lenient=lenient)))
+        return JsonResponse(await tokenize(serving, await read_body(request, TokenizeBody, lenient=lenient)))
 
     @router.post("/detokenize", openapi_extra=schema_of(DetokenizeBody))
     async def detokenize_ids(request: Request) -> Response:
-        return JSONResponse(detokenize(serving, await read_body(request, DetokenizeBody, lenient=lenient)))
+        return JsonResponse(await detokenize(serving, await read_body(request, DetokenizeBody, lenient=lenient)))
 
     def card() -> dict[str, Any]:
         return {
