@@ -119,7 +119,7 @@ def count_blocks(
         if nbytes is None:
             raise ConfigError("the device does not say how much memory is free; give --kv-cache-bytes")
         # More than every slot filled to the model's length can hold is never used.
-        useful = 1 + config.most_rows * sum(cdiv(max_model_len, size) for size in plan.block_sizes)
+        useful = 1 + config.resolved_max_num_seqs * sum(cdiv(max_model_len, size) for size in plan.block_sizes)
         count = min(nbytes // plan.block_bytes, useful)
     if max_slots is not None:
         count = min(count, max_slots // max(plan.block_sizes))
