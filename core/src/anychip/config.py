@@ -96,7 +96,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def resolved_max_num_seqs(self) -> int:
-        """Rows that a step may have: max_num_seqs, or the default for a host if neither the user nor the plugin sets it."""
+        """Rows that a step may have: max_num_seqs, or a host's default if neither the user nor the plugin sets it."""
         return self.max_num_seqs or _HOST_ROWS
 
     @property

@@ -52,7 +52,7 @@ def cuda(monkeypatch):
 def test_pieces_see_new_inputs_and_calls_see_new_plans(cuda, heeds_out):
     x, runs = torch.arange(6.0), []
 
-    def layer(x, apart):
+    def layer(x, run_outside_graph):
         doubled = x * 2
 
         def call(plans, out):
@@ -60,10 +60,10 @@ def test_pieces_see_new_inputs_and_calls_see_new_plans(cuda, heeds_out):
             result = doubled + plans[0]
             return out.copy_(result) if heeds_out and out is not None else result
 
-        return apart(call) * 3
+        return run_outside_graph(call) * 3
 
-    def model(apart):
-        return layer(layer(x, apart), apart)
+    def model(run_outside_graph):
+        return layer(layer(x, run_outside_graph), run_outside_graph)
 
     graphs = DeviceGraphs()
     handle = graphs.capture_pieces(model, [1.0], 6)

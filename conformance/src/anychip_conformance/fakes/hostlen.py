@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip.ops.reference import DenseCacheAttention, attend_row
 from anychip.plugin_api import (
-    Apart,
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
@@ -30,6 +29,7 @@ from anychip.plugin_api import (
     Platform,
     PlatformContext,
     Recorder,
+    RunOutsideGraph,
     ShapeKey,
     ShapePolicy,
     StepLimits,
@@ -125,7 +125,7 @@ class HostlenGraphs(GraphCapture):
 
     def capture_pieces(
         self,
-        fn: Callable[[Apart], Any],
+        fn: Callable[[RunOutsideGraph], Any],
         plans: Sequence[Any],
         num_tokens: int,
         *,
@@ -133,7 +133,7 @@ class HostlenGraphs(GraphCapture):
     ) -> RecordedPieces:
         recording, pieces = Recording(), list[list[Task] | CallBetween]()
 
-        def apart(call: PlannedCall) -> Tensor:
+        def run_outside_graph(call: PlannedCall) -> Tensor:
             recording.paused = True
             between = CallBetween(call, call(plans, None))
             recording.paused = False
@@ -142,7 +142,7 @@ class HostlenGraphs(GraphCapture):
             return between.out
 
         with recording:
-            output = fn(apart)
+            output = fn(run_outside_graph)
         return RecordedPieces([*pieces, recording.tasks], output)
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from anychip.errors import Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
 from anychip.plugin_api.communicator import Communicator
-from anychip.plugin_api.graph import MASKS, SCORES, Apart, ShapeKey
+from anychip.plugin_api.graph import MASKS, SCORES, RunOutsideGraph, ShapeKey
 from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
 from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
 
@@ -174,8 +174,8 @@ class ForwardContext:
     plans: Sequence[Any]  # by KV group
     caches: list[Any]  # by layer
     layer_groups: Sequence[int]  # by layer
-    apart: Apart | None = None
-    """Of a capture in pieces: attention runs between them."""
+    run_outside_graph: RunOutsideGraph | None = None
+    """Given while a step is captured in pieces: attention then runs between the pieces."""
 
     def attend(
         self,
@@ -190,7 +190,7 @@ class ForwardContext:
     ) -> Tensor:
         """AttentionBackend.forward on a layer's plan and cache."""
         index, group, caches = layer.index, self.layer_groups[layer.index], self.caches
-        if self.apart is None:
+        if self.run_outside_graph is None:
             plan = self.plans[group]
             attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
             return attended
@@ -201,7 +201,7 @@ class ForwardContext:
             )
             return attended
 
-        return self.apart(call)
+        return self.run_outside_graph(call)
 
 
 class StepModel(Protocol):

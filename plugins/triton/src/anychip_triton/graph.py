@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
-    Apart,
     CallBetween,
     Communicator,
     GraphCapture,
     GraphLevel,
     PlannedCall,
     Recorder,
+    RunOutsideGraph,
     ShapeKey,
     ShapePolicy,
     StepLimits,
@@ -144,7 +144,7 @@ class DeviceGraphs(GraphCapture):
 
     def capture_pieces(
         self,
-        fn: Callable[[Apart], Any],
+        fn: Callable[[RunOutsideGraph], Any],
         plans: Sequence[Any],
         num_tokens: int,
         *,
@@ -157,7 +157,7 @@ class DeviceGraphs(GraphCapture):
             pieces.append(torch.cuda.CUDAGraph())
             pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-        def apart(call: PlannedCall) -> Tensor:
+        def run_outside_graph(call: PlannedCall) -> Tensor:
             pieces[-1].capture_end()
             out = call(plans, None)
             # A piece has read a call's result before the next call is made: layers share a tensor.
@@ -169,7 +169,7 @@ class DeviceGraphs(GraphCapture):
         torch.cuda.synchronize()
         with torch.cuda.stream(self._side):
             begin()
-            output = fn(apart)
+            output = fn(run_outside_graph)
             pieces[-1].capture_end()
         torch.cuda.current_stream().wait_stream(self._side)
         return DevicePieces(pieces, output)
