@@ -67,7 +67,7 @@ def test_pieces_see_new_inputs_and_calls_see_new_plans(cuda, heeds_out):
 
     graphs = DeviceGraphs()
     handle = graphs.capture_pieces(model, [1.0], 6)
-    assert [type(piece).__name__ for piece in handle.pieces] == ["StandInGraph", "CallBetween"] * 2 + ["StandInGraph"]
+    assert [type(piece).__name__ for piece in handle.pieces] == ["StandInGraph", "EagerCall"] * 2 + ["StandInGraph"]
     assert {piece.pool for piece in handle.pieces[::2]} == {"pool"}
     assert handle.pieces[1].out is handle.pieces[3].out  # layers share what calls write to
     runs.clear()

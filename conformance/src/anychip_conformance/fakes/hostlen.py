@@ -18,9 +18,9 @@ from anychip.plugin_api import (
     AttentionLayer,
     AttentionSpec,
     BatchView,
-    CallBetween,
     Capabilities,
     Communicator,
+    EagerCall,
     FusedMoE,
     GraphCapture,
     GraphLevel,
@@ -96,7 +96,7 @@ class RecordedGraph:
 
 @dataclass(slots=True)
 class RecordedPieces:
-    pieces: list[list[Task] | CallBetween]
+    pieces: list[list[Task] | EagerCall]
     output: Any
     num_replays: int = 0
 
@@ -131,15 +131,15 @@ class HostlenGraphs(GraphCapture):
         *,
         communicators: Sequence[Communicator] = (),
     ) -> RecordedPieces:
-        recording, pieces = Recording(), list[list[Task] | CallBetween]()
+        recording, pieces = Recording(), list[list[Task] | EagerCall]()
 
         def run_outside_graph(call: PlannedCall) -> Tensor:
             recording.paused = True
-            between = CallBetween(call, call(plans, None))
+            eager = EagerCall(call, call(plans, None))
             recording.paused = False
-            pieces.extend((recording.tasks, between))
+            pieces.extend((recording.tasks, eager))
             recording.tasks = []
-            return between.out
+            return eager.out
 
         with recording:
             output = fn(run_outside_graph)
@@ -147,7 +147,7 @@ class HostlenGraphs(GraphCapture):
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece(plans)
             else:
                 for task in piece:

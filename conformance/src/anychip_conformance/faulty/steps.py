@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from anychip.plugin_api import (
-    CallBetween,
     CompileReport,
+    EagerCall,
     KVPlan,
     ModelSource,
     SamplingInputs,
@@ -63,7 +63,7 @@ class LosesResult(HostlenGraphs):
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece.call(plans, None)
             else:
                 for task in piece:

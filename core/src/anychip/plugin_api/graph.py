@@ -92,8 +92,8 @@ the next piece reads."""
 
 
 @dataclass(slots=True)
-class CallBetween:
-    """A call between two pieces, and the tensor that its result goes to at every replay."""
+class EagerCall:
+    """A call that runs eagerly between two captured pieces, and the tensor that receives its result at every replay."""
 
     call: PlannedCall
     out: Tensor
@@ -143,8 +143,8 @@ class GraphCapture:
         *,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once and records it in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are not
-        recorded: they run under `plans`. What is recorded depends on the number of tokens alone."""
+        """Runs fn once and records it in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are
+        not recorded: they run under `plans`. What is recorded depends on the number of tokens alone."""
         raise Unsupported("graph capture", ["the platform captures no pieces"])
 
     def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
-    CallBetween,
     Communicator,
+    EagerCall,
     GraphCapture,
     GraphLevel,
     PlannedCall,
@@ -86,7 +86,7 @@ class DeviceGraph:
 
 @dataclass(slots=True)
 class DevicePieces:
-    pieces: list[torch.cuda.CUDAGraph | CallBetween]
+    pieces: list[torch.cuda.CUDAGraph | EagerCall]
     output: Any
 
 
@@ -151,7 +151,7 @@ class DeviceGraphs(GraphCapture):
         communicators: Sequence[Communicator] = (),
     ) -> DevicePieces:
         self._rehearse(lambda: fn(lambda call: call(plans, None)), communicators)
-        pieces, outs = list[torch.cuda.CUDAGraph | CallBetween](), dict[torch.Size, Tensor]()
+        pieces, outs = list[torch.cuda.CUDAGraph | EagerCall](), dict[torch.Size, Tensor]()
 
         def begin() -> None:
             pieces.append(torch.cuda.CUDAGraph())
@@ -162,7 +162,7 @@ class DeviceGraphs(GraphCapture):
             out = call(plans, None)
             # A piece has read a call's result before the next call is made: layers share a tensor.
             out = outs.setdefault(out.shape, out)
-            pieces.append(CallBetween(call, out))
+            pieces.append(EagerCall(call, out))
             begin()
             return out
 
@@ -176,7 +176,7 @@ class DeviceGraphs(GraphCapture):
 
     def run_pieces(self, handle: DevicePieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece(plans)
             else:
                 piece.replay()
