@@ -266,19 +266,20 @@ class ModelSource(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class KVPlan:
-    """The KV cache as core laid it out: which layers form a group, and which share a buffer of the pool."""
+    """The layout that core gave the KV cache: which layers form a group, and which share a buffer of the pool."""
 
     block_sizes: tuple[int, ...]  # by group
     layer_groups: tuple[int, ...]  # by layer
     layer_buffers: tuple[int, ...]  # by layer
     num_buffers: int
+    """Buffers of the pool, which is also the number of layers in each group."""
     page_bytes: int
-    """Of one block in one buffer."""
+    """Bytes of one block in one buffer."""
     specs: tuple[AttentionSpec, ...]  # by group
 
     @property
     def block_bytes(self) -> int:
-        """Of one block in all buffers."""
+        """Bytes of one block in all buffers."""
         return self.page_bytes * self.num_buffers
 
 
@@ -288,7 +289,7 @@ def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
 
 
 class StepProgram:
-    """Runs steps. zero compilations after warm_up is the promise of a compiled one."""
+    """Runs steps. A compiled program compiles nothing after warm_up."""
 
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
         return CompileReport(num_programs=0, seconds=0.0)
