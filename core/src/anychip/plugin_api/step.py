@@ -272,7 +272,7 @@ class KVPlan:
     layer_groups: tuple[int, ...]  # by layer
     layer_buffers: tuple[int, ...]  # by layer
     num_buffers: int
-    """Buffers of the pool, which is also the number of layers in each group."""
+    """Buffers of the pool: the most layers that a group has."""
     page_bytes: int
     """Bytes of one block in one buffer."""
     specs: tuple[AttentionSpec, ...]  # by group
