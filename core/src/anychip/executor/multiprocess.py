@@ -194,13 +194,13 @@ class MultiprocessExecutor:
         )
 
     def _broadcast(self, message: bytes) -> None:
-        for socket in self._to_workers:
-            while True:
+        for socket, child in zip(self._to_workers, self._children, strict=True):
+            # A worker that is gone takes no message any more; whoever collects the step learns what it died of.
+            while child.exit_code() is None:
                 try:
                     socket.send(message, zmq.NOBLOCK)
                     break
-                except zmq.Again:  # a worker that is gone takes no message any more
-                    self.check()
+                except zmq.Again:
                     socket.poll(int(_POLL_S * 1000), zmq.POLLOUT)
 
     def _receive(self) -> FromWorker | None:
