@@ -95,13 +95,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.served_model_name or self.model
 
     @property
-    def most_rows(self) -> int:
-        """Of a step: max_num_seqs, or a host's where neither the user nor the device's plugin gives one."""
+    def resolved_max_num_seqs(self) -> int:
+        """Rows that a step may have: max_num_seqs, or a host's default if neither the user nor the plugin sets it."""
         return self.max_num_seqs or _HOST_ROWS
 
     @property
-    def most_tokens(self) -> int:
-        """Of a step: max_num_batched_tokens, likewise."""
+    def resolved_max_num_batched_tokens(self) -> int:
+        """Tokens that a step may compute: max_num_batched_tokens, or the default for a host if nobody sets it."""
         return self.max_num_batched_tokens or _HOST_TOKENS
 
     @property

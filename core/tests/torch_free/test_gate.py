@@ -271,6 +271,7 @@ def test_an_answer_that_nobody_takes_ends_its_request(monkeypatch):
             try:
                 while True:
                     yield bytes(2**20)
+                    await asyncio.sleep(0)  # as a model's answer does: nothing else runs before
             finally:
                 ended.append(True)
 

@@ -12,9 +12,7 @@ import numpy as np
 
 from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import (
-    DRAWN,
     EDITS,
-    IN_PROMPT,
     LOGPROBS,
     MASKS,
     NULL_BLOCK,
@@ -37,6 +35,7 @@ from anychip.plugin_api.step_layout import (
     step_layout,
 )
 from anychip.worker.staging import StagingRing
+from anychip.worker.token_counter import TokenCounter
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTS = ("top_k", "seed_low", "seed_high", "sample_index", "num_biases")
@@ -266,24 +265,6 @@ class InputBatch:
             all_greedy=not self._floats["temperature"][slots].any(),
             staged_at=staged_at,
         )
-
-
-class TokenCounter:
-    """Counts a row's tokens as EnteringRow has them, in time that grows with the row alone."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._place = np.zeros(vocab_size, dtype=np.int64)  # by token: a place of the row where it stands
-        self._counts = np.zeros(vocab_size, dtype=np.int32)
-
-    def count(self, ids: np.ndarray, num_prompt: int) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct ids of a row [num_ids] int32 and their counts; the first `num_prompt` are its prompt."""
-        places = np.arange(len(ids))
-        self._place[ids] = places
-        distinct = ids[self._place[ids] == places]
-        self._counts[distinct] = 0
-        self._counts[ids[:num_prompt]] = IN_PROMPT
-        np.add.at(self._counts, ids[num_prompt:], DRAWN)
-        return distinct, self._counts[distinct]
 
 
 def _fill(views: Views, layout: Layout, **values: np.ndarray) -> None:
