@@ -126,6 +126,8 @@ class MultiprocessExecutor:
             if isinstance(message, StepResult):
                 if faults or message.step_id != step_id:
                     self._disagree(step_id)
+                while any(child.exit_code() is not None for child in self._children):
+                    self._receive()  # raises what the worker died of: no step counts without it
                 return message
             waited_s = 0.0 if message is not None else waited_s + _POLL_S
             if waited_s > (self._peers_timeout_s if faults else self._progress.limit_s):
