@@ -132,9 +132,7 @@ class _Generation(Extension):
 def _for_template(message: Message) -> dict[str, Any]:
     """Without what is null; reasoning also under the name that GPT-OSS's template reads."""
     given = {key: value for key, value in message.items() if value is not None}
-    if "reasoning_content" in given:
-        given.setdefault("thinking", given["reasoning_content"])
-    return given
+    return {"thinking": given["reasoning_content"], **given} if "reasoning_content" in given else given
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Sequence[Message]:
