@@ -1,45 +1,55 @@
-"""A checkpoint's chat template: Jinja in a sandbox, the operator's or the checkpoint's, never a client's."""
+"""A checkpoint's chat template: Jinja in a sandbox, the operator's or the checkpoint's, never a client's. Templates see
+what transformers shows them, and render as they do there."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anychip.errors import ConfigError, InvalidRequest
+from anychip.tokenizer.roles import merged_at_the_beginning, with_known_roles
 
 _TOOLS_PREAMBLE = (
     "You may call these functions. To call any, answer with nothing but a JSON list of objects "
     '{"name": ..., "parameters": {...}}.\n'
 )
+_DEVELOPER = re.compile(r"""["']developer["']""")
+
+Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """`special_tokens` are bos_token and the like, which templates write out. A template that is no Jinja is refused
-    when it is used: completions need none."""
+    """`special_tokens` are bos_token and the like, which templates write out. `with_tools` is used instead of `source`
+    where a conversation has tools. A template that is no Jinja is refused when it is used: completions need none."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self.source = source
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, with_tools: str | None = None) -> None:
+        self.source = source if with_tools is None else f"{source}\n{with_tools}"
+        """All that the template says."""
+        self._sources = (source, source if with_tools is None else with_tools)
         self._special_tokens = special_tokens
         self._environment = environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._template: Template | None = None
+        self._templates: dict[str, Template] = {}
 
     @classmethod
     def read(cls, file: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
         """An operator's template. Raises ConfigError for a file that cannot be read, or is no Jinja."""
         try:
             template = cls(Path(file).read_text(), special_tokens)
-            template._compiled()
+            template._compiled(template.source)
         except (OSError, UnicodeDecodeError, TemplateError) as error:
             raise ConfigError(f"--chat-template {file} cannot be used: {error}") from error
         return template
@@ -49,37 +59,85 @@ class ChatTemplate:
         """Whether the template writes tools; where it does not, a system message lists them."""
         return "tools" in self.source
 
+    @property
+    def knows_developer(self) -> bool:
+        """Whether the template has the role `developer`; where it has not, developer messages are system messages."""
+        return _DEVELOPER.search(self.source) is not None
+
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt, ending where the assistant's turn begins. Raises InvalidRequest for what the template refuses."""
+        own = [message for message in messages if message.get("role") == "developer"]
+        if not self.knows_developer:
+            messages = with_known_roles(messages)
         if tools and not self.knows_tools:
             messages = _with_tools(messages, tools)
-        try:
-            return self._compiled().render(
-                **(variables or {}),
-                messages=list(messages),
+
+        def written(messages: Sequence[Message]) -> str:
+            return self._compiled(self._sources[bool(tools)]).render(
+                **{"documents": None, **(variables or {})},
+                messages=[_for_template(message) for message in messages],
                 tools=list(tools) or None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
+
+        try:
+            if own and not self.knows_developer:
+                return _with_all(own, messages, written)
+            return written(messages)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
 
-    def _compiled(self) -> Template:
-        if self._template is None:
-            self._template = self._environment.from_string(self.source)
-        return self._template
+    def _compiled(self, source: str) -> Template:
+        template = self._templates.get(source)
+        if template is None:
+            template = self._templates[source] = self._environment.from_string(source)
+        return template
 
 
-def _with_tools(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> Sequence[Mapping[str, Any]]:
+def _with_all(own: Sequence[Message], messages: Sequence[Message], written: Callable[[Sequence[Message]], str]) -> str:
+    """The prompt with the developer's messages in it. A template that refuses a system message within the
+    conversation, or leaves it out, gets one at the beginning that says everything."""
+    try:
+        text = written(messages)
+        if all(str(message.get("content") or "").strip() in text for message in own):
+            return text
+    except TemplateError:
+        if merged_at_the_beginning(messages) == messages:
+            raise
+    return written(merged_at_the_beginning(messages))
+
+
+class _Generation(Extension):
+    """{% generation %}: marks what the assistant wrote, for training. The text is as if it was not there."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """Without what is null; reasoning also under the name that GPT-OSS's template reads."""
+    given = {key: value for key, value in message.items() if value is not None}
+    if "reasoning_content" in given:
+        given.setdefault("thinking", given["reasoning_content"])
+    return given
+
+
+def _with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Sequence[Message]:
     listed = _TOOLS_PREAMBLE + "\n".join(_to_json(tool["function"]) for tool in tools)
     first = messages[0] if messages else None
     if first is not None and first["role"] == "system":
@@ -87,9 +145,15 @@ def _with_tools(
     return [{"role": "system", "content": listed}, *messages]
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As templates expect it: Jinja's own filter would escape what is HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import tokenizers
 
 from anychip.errors import CheckpointError, InvalidRequest
 from anychip.hub import resolve_folder
 from anychip.tokenizer.chat_template import ChatTemplate
 from anychip.tokenizer.sentencepiece import convert
+from anychip.tokenizer.special_tokens import SpecialTokens, read_object
 from anychip.tokenizer.token_bytes import TokenBytes
 
 _MAX_ID = 2**32 - 1
@@ -38,21 +38,24 @@ class Tokenizer:
         """`chat_template` is a file that replaces the checkpoint's. Raises CheckpointError where the checkpoint has no
         tokenizer, or one that makes ids beyond `vocab_size`."""
         folder = resolve_folder(model)
-        settings_path = folder / "tokenizer_config.json"
-        settings = msgspec.json.decode(settings_path.read_bytes()) if settings_path.is_file() else {}
+        settings = read_object(folder / "tokenizer_config.json")
         raw = tokenizers.Tokenizer.from_str(_content(folder))
-        _add_tokens(raw, settings)
+        # What a trainer left there would cut prompts, or fill them up.
+        raw.no_truncation()
+        raw.no_padding()
+        special = SpecialTokens.read(folder, settings)
+        special.add_to(raw, vocab_size)
         last = max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
         if vocab_size is not None and last >= vocab_size:
             raise CheckpointError(
                 f"the tokenizer of {folder} makes ids up to {last}, the model's vocabulary has {vocab_size}: "
                 "they do not belong together; give the model's own with --tokenizer"
             )
-        names = {key: _special(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        names = special.texts()
         if chat_template is not None:
             return cls(raw, ChatTemplate.read(chat_template, names))
-        source = _chat_template(folder, settings)
-        return cls(raw, None if source is None else ChatTemplate(source, names))
+        source, with_tools = _chat_templates(folder, settings)
+        return cls(raw, None if source is None else ChatTemplate(source, names, with_tools=with_tools))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # `encode` would keep every other thread from running until it is done.
@@ -121,26 +124,15 @@ def _content(folder: Path) -> str:
     raise CheckpointError(f"{path} is missing; use --skip-tokenizer to serve token ids only")
 
 
-def _add_tokens(raw: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Tokens that were added after tokenizer.json was written: tokenizer_config.json says which, and their ids."""
-    listed = sorted((int(number), entry) for number, entry in settings.get("added_tokens_decoder", {}).items())
-    for number, entry in listed:
-        content = entry["content"]
-        if raw.token_to_id(content) is None and number == raw.get_vocab_size(with_added_tokens=True):
-            flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
-            token = tokenizers.AddedToken(content, special=bool(entry.get("special", False)), **flags)
-            raw.add_tokens([token])
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template
-
-
-def _special(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, Mapping) else str(token or "")
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The template, and the one for conversations with tools where the checkpoint has a second."""
+    named = settings.get("chat_template")
+    if isinstance(named, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in named}
+    elif not isinstance(named, dict):
+        named = {} if named is None else {"default": named}
+    if (file := folder / "chat_template.jinja").is_file():
+        named = {"default": file.read_text()}
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        named[file.stem] = file.read_text()
+    return named.get("default"), named.get("tool_use")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anychip.chat.events import OutputParser, ReasoningParser
 from anychip.errors import ConfigError
 from anychip.registry.blame import imported
 
@@ -30,7 +31,7 @@ REASONING_PARSERS = {
     "granite": f"{_HERE}.reasoning:GraniteReasoning",
     "harmony": f"{_HERE}.harmony:Harmony",
 }
-"""Classes made with (rest, *, inside), as TagReasoning; harmony reads reasoning and tools in one."""
+"""ReasoningParser classes; harmony reads reasoning and tools in one."""
 
 _TOOL_SIGNS = (
     ("<|channel|>", "harmony"),
@@ -59,11 +60,30 @@ class ChosenParsers:
     tools: str | None
     reasoning: str | None
     make_tools: Callable[[], Any] | None
-    make_reasoning: Callable[..., Any] | None
+    make_reasoning: ReasoningParser | None
 
     @property
     def shows_special_tokens(self) -> bool:
         return bool({self.tools, self.reasoning} & SHOWS_SPECIAL_TOKENS)
+
+    @property
+    def read_in_one(self) -> bool:
+        """Whether one parser reads both: the model may call before its reasoning ends."""
+        return self.make_reasoning is not None and self.make_reasoning is self.make_tools
+
+    def starts_inside(self, prompt: str) -> bool:
+        """Whether the prompt ends where the model is thinking already."""
+        return self.make_reasoning is not None and self.make_reasoning.starts_inside(prompt)
+
+    def end_marker(self, prompt: str) -> str:
+        """What ends the reasoning that the prompt has begun; "" if it has begun none."""
+        return self.make_reasoning.end_marker if self.make_reasoning and self.starts_inside(prompt) else ""
+
+    def reader(self, calls: OutputParser, prompt: str) -> OutputParser:
+        """Reads the output of this prompt; `calls` reads what is no reasoning."""
+        if self.make_reasoning is None:
+            return calls
+        return self.make_reasoning(calls, inside=self.starts_inside(prompt))
 
 
 def choose_parsers(
