@@ -95,13 +95,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.served_model_name or self.model
 
     @property
-    def most_rows(self) -> int:
-        """Of a step: max_num_seqs, or a host's where neither the user nor the device's plugin gives one."""
+    def resolved_max_num_seqs(self) -> int:
+        """Rows that a step may have: max_num_seqs, or a host's default if neither the user nor the plugin sets it."""
         return self.max_num_seqs or _HOST_ROWS
 
     @property
-    def most_tokens(self) -> int:
-        """Of a step: max_num_batched_tokens, likewise."""
+    def resolved_max_num_batched_tokens(self) -> int:
+        """Tokens that a step may compute: max_num_batched_tokens, or the default for a host if nobody sets it."""
         return self.max_num_batched_tokens or _HOST_TOKENS
 
     @property
@@ -144,10 +144,21 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS takes both --tls-cert and --tls-key")
-        if self.admin_port is not None and not self.admin_key:
+        for name in ("api_key", "admin_key"):
+            _check_key(name, getattr(self, name))
+        if self.admin_port is not None and self.admin_key is None:
             raise ConfigError("--admin-port takes an --admin-key: whoever reaches the port could stop the server")
         if self.key_concurrency is not None and self.key_concurrency < 1:
             raise ConfigError(f"key_concurrency is {self.key_concurrency}; expected 1 or more")
+
+
+def _check_key(name: str, key: str | None) -> None:
+    """A secret that is unset where it should be set must not open the server."""
+    remedy = f"give --{name.replace('_', '-')} or ANYCHIP_{name.upper()} a key, or leave both out"
+    if key is not None and not key.strip():
+        raise ConfigError(f"{name} is empty; {remedy}")
+    if key is not None and key != key.strip():
+        raise ConfigError(f"{name} begins or ends with white space, which no client can send; {remedy}")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     structured_after: tuple[int, ...] = ()
     """Tokens after which structured output begins; (): at once."""
     tenant: str = ""
-    """Whose request it is, for policies that share the device fairly."""
+    """Who sent the request, for policies that share the device fairly."""
     deadline: float | None = None
     """Seconds from its arrival at the engine after which it ends with an error."""
     block_hashes: bytes = b""
@@ -78,7 +78,7 @@ class SequenceDelta(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of the prompt's tokens from the second on, with the first new token."""
+    """Log-probabilities of the prompt's tokens from the second on; they come with the first new token."""
     cached_tokens: int = 0
     queued_s: float | None = None
     """With the first token: how long the request waited until it was first scheduled."""
@@ -92,7 +92,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     running: int
     waiting: int
     waiting_tokens: int
-    """Of the prompts that wait."""
+    """Tokens of the prompts that wait."""
     kv_blocks_used: int
     kv_blocks: int
     steps: int
@@ -100,7 +100,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_queries: int
     """Prompt tokens that were looked up in the prefix cache."""
     prefix_hits: int
-    """And those that were found there."""
+    """Prompt tokens that the prefix cache held."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -114,7 +114,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Sent every half second by a thread of the engine process, however long its loop is busy."""
 
     doing: str
-    """What the engine does, for people."""
+    """What the engine is doing, in words for people."""
     busy_s: float
     """Seconds since its last progress; time in which the process was stopped does not count."""
     limit_s: float
@@ -125,21 +125,26 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
-    """Bytes by purpose on one device, and what the KV cache holds."""
+    """How one device's memory is divided, in bytes, and what its KV cache holds."""
 
     weights: int
+    """Bytes of the packed weights."""
     activations: int
-    """Of the largest step, and what the device keeps for penalties and biases."""
+    """Bytes that the largest step needs, and those of the state for penalties and biases."""
     graphs: int
+    """Bytes reserved for captured graphs."""
     kv_cache: int
+    """Bytes of all KV blocks."""
     num_blocks: int
+    """Blocks of the KV cache, block 0 included."""
     kv_tokens: int
+    """Tokens that the KV cache holds."""
     max_concurrency: float
-    """Requests of the maximum length that fit at once."""
+    """How many requests of the maximum length fit at once."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):
-    """Layers whose blocks are handed out together. `window` None: every earlier token is kept."""
+    """Layers that get their blocks together. `window` counts tokens; None keeps every earlier token."""
 
     block_size: int
     window: int | None = None
@@ -175,7 +180,7 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     device: str
     notes: tuple[str, ...] = ()
     kernels: dict[str, str] = {}
-    """By op: what serves it, and why."""
+    """For each op, which implementation serves it, and why."""
     capabilities: dict[str, str] = {}
     """What the device declares, as text."""
 

@@ -145,7 +145,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def _check(name: str, value: float, allowed: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not is_number:
         raise InvalidRequest(f"{name} is {value!r}; expected {expected}", param=name)
     if not allowed(value):
-        raise InvalidRequest(f"{name} is {value}; expected {expected}", param=name)
+        shown = value if isinstance(value, float) or abs(value) < 2**64 else "beyond 64 bits"
+        raise InvalidRequest(f"{name} is {shown}; expected {expected}", param=name)

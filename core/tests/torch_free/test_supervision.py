@@ -273,7 +273,7 @@ def served():
 
 
 def test_an_engine_says_how_it_stands_though_its_step_takes_long(served):
-    api, core, progress = served
+    api, core, _ = served
     collect, released = core.executor.collect, threading.Event()
     core.executor.collect = lambda: (released.wait(10), collect())[1]
     api.sent.send(encoder.encode(add_message("a", [5, 6, 7])))
@@ -286,7 +286,7 @@ def test_an_engine_says_how_it_stands_though_its_step_takes_long(served):
 
 
 def test_a_message_that_cannot_be_read_costs_its_own_request(served):
-    api, core, _ = served
+    api, _, _ = served
     good = msgspec.to_builtins(add_message("good", [5, 6], max_output=2), builtin_types=(bytes,))
     bad = ["AddRequest", "bad", [5, 6], {"temperature": -3.0}, 2, [2]]
     for frame in (bad, ["AddRequest", "worse"], ["Unknown", 1], "text", [], good):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from anychip.plugin_api import Apart, GraphLevel, Recorder, StepLimits, StepRules
+from anychip.plugin_api import GraphLevel, Recorder, RunOutsideGraph, StepLimits, StepRules
 from anychip.types import cdiv
 from anychip_conformance.batch import Row, usual_limits
 from anychip_conformance.case import kind
@@ -162,7 +162,7 @@ def pieces(device: Device, case: AttentionCase) -> None:
     fixed = [x.clone() for x in _inputs(calls[0])]
     current = [calls[0]]
 
-    def region(apart: Apart) -> Tensor:
+    def region(run_outside_graph: RunOutsideGraph) -> Tensor:
         doubled = [x * 2 for x in fixed]
 
         def attend(plans: Sequence[Any], out: Tensor | None) -> Tensor:
@@ -172,7 +172,7 @@ def pieces(device: Device, case: AttentionCase) -> None:
             )
             return result
 
-        return apart(attend) * 4
+        return run_outside_graph(attend) * 4
 
     def plan(call: Call) -> object:
         return call.backend.plan(call.batch.view, call.batch.key, group=0)

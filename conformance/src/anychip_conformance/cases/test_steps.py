@@ -155,8 +155,8 @@ _AGAIN = 3
 
 @kind("step.penalties", deadline_s=_DEADLINE_S)
 def penalties(device: Device, case: Nothing) -> None:
-    """Tokens of the prompt count for the repetition penalty, those drawn for all three, the one just drawn included, each
-    in its own row, in whatever place of the step that is; rows without penalties draw what they always do."""
+    """Tokens of the prompt count for the repetition penalty, and drawn tokens for all three, the newest too. Each row
+    counts for itself, wherever it stands in the step; rows without penalties draw what they always do."""
 
     def check(driver: StepDriver) -> None:
         plain = expected(device, 4)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from anychip.plugin_api import (
-    CallBetween,
     CompileReport,
+    EagerCall,
     EnteringRow,
     KVPlan,
     ModelSource,
@@ -66,7 +66,7 @@ class LosesResult(HostlenGraphs):
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece.call(plans, None)
             else:
                 for task in piece:

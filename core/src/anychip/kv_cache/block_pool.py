@@ -66,7 +66,7 @@ class BlockPool:
         return blocks
 
     def take(self, blocks: Iterable[BlockId]) -> None:
-        """One more reference each, reviving those that are free or deferred."""
+        """Adds one reference to each block, and revives blocks that are free or deferred."""
         ref_count = self.ref_count
         for block in blocks:
             if block == NULL_BLOCK:
@@ -77,7 +77,7 @@ class BlockPool:
             ref_count[block] += 1
 
     def release(self, blocks: Iterable[BlockId]) -> None:
-        """One reference less each. Of blocks alike, the first released is the first to be handed out again."""
+        """Takes one reference from each block. Among equals, the block that was released first is handed out first."""
         ref_count, released = self.ref_count, []
         for block in blocks:
             if block == NULL_BLOCK:
@@ -94,11 +94,11 @@ class BlockPool:
             self._deferred.append((self._launched, block))
 
     def launched(self, step_id: int) -> None:
-        """A step that touches held blocks is in flight. Step ids grow."""
+        """Called when a step that touches held blocks is launched. Step ids grow."""
         self._launched = step_id
 
     def retired(self, step_id: int) -> None:
-        """This step and all before it are done: what they kept from the pool returns."""
+        """Called when this step and all before it are done: the blocks that they kept from the pool return."""
         self._retired = step_id
         deferred, returned = self._deferred, []
         while deferred and deferred[0][0] <= step_id:
@@ -123,7 +123,7 @@ class BlockPool:
         return self._by_key.get(key)
 
     def forget(self) -> None:
-        """Offers nothing any more."""
+        """Withdraws every block that the prefix cache offers."""
         for block in self._by_key.values():
             self._key_of[block] = None
         self._by_key.clear()

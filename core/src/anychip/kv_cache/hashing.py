@@ -26,7 +26,7 @@ def finest_block_size(groups: Sequence[KVGroup]) -> int:
 
 
 def root_hash(digests: Sequence[bytes]) -> bytes:
-    """What the first block's parent is: the same for requests that may share."""
+    """The parent hash of the first block. Requests that may share blocks have the same one."""
     outer = sha256()
     for digest in digests:
         outer.update(len(digest).to_bytes(8, "little"))

@@ -21,18 +21,19 @@ from anychip.types import NULL_BLOCK, BlockId, cdiv
 
 @dataclass(slots=True)
 class BlockChanges:
-    """What a step's allocations mean for the workers, collected until the step is sent."""
+    """Changes of the block tables that the workers must know, collected until the step is sent."""
 
     new_blocks: list[int] = field(default_factory=list)
-    """Flat: slot, group, index in the table, block id."""
+    """Entries of the block tables, four numbers each: slot, group, index in the table, block id. Flat, so that one pass
+    encodes them as int32 [num_changes, 4]."""
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """(source, destination), in order."""
+    """Block ids (source, destination), in the order of copying."""
     fresh: list[int] = field(default_factory=list)
-    """Blocks handed out, for devices that must zero them."""
+    """Ids of the blocks handed out, for devices that must zero them."""
 
 
 class KVCacheManager:
-    """`prefix_caching` False offers and finds nothing; forks still share."""
+    """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups

@@ -1,4 +1,4 @@
-"""What a request that is about to enter can share: the longest prefix on offer, or the prompt of the one it forks from.
+"""Finds the blocks that an entering request can share: the longest prefix on offer, or the prompt of its fork's parent.
 Looks only; nothing is taken."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Shared(NamedTuple):
 
 
 def prefix_key(group: int, block_hash: bytes) -> bytes:
-    """What the prefix cache offers a group's block under."""
+    """The key under which the prefix cache offers a group's block."""
     return block_hash if group == 0 else block_hash + bytes([group])
 
 

@@ -130,7 +130,7 @@ class AsyncLLM:
         size = len(prompt) + sum(map(len, sampling.bad_words))
         request = await self.threads.run(size, self.inputs.process, request_id, prompt, sampling, options)
         if sampling.structured is not None and self.grammars is not None:
-            await self.grammars.check(sampling.structured)
+            await self.grammars.check(sampling.structured, "" if options is None else options.tenant)
         return request
 
     def _check_queue(self) -> None:

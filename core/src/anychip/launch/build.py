@@ -49,13 +49,13 @@ def build_engine(
     executor.ready = msgspec.structs.replace(executor.ready, notes=notes)
     try:
         max_model_len = resolve_max_model_len(config, model, executor.ready)
-        check_fits(executor.ready, max_model_len, config.most_tokens)
+        check_fits(executor.ready, max_model_len, config.resolved_max_num_batched_tokens)
         scheduler = Scheduler(
             kv=KVCacheManager(executor.ready.kv, prefix_caching=config.prefix_caching),
             policy=policy,
             rules=executor.ready.rules,
-            max_num_seqs=config.most_rows,
-            max_num_batched_tokens=config.most_tokens,
+            max_num_seqs=config.resolved_max_num_seqs,
+            max_num_batched_tokens=config.resolved_max_num_batched_tokens,
         )
     except BaseException:
         executor.close("refused")
@@ -106,7 +106,7 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: Worke
     """The given length; or, where none is given, the model's own, as far as the KV cache holds it."""
     if config.max_model_len is not None:
         return config.max_model_len
-    fits = longest_that_fits(ready.kv, config.most_tokens)
+    fits = longest_that_fits(ready.kv, config.resolved_max_num_batched_tokens)
     return max(2, min(model.max_positions, fits))
 
 

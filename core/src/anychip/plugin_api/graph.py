@@ -86,14 +86,14 @@ class Recorder:
 PlannedCall = Callable[[Sequence[Any], "Tensor | None"], "Tensor"]
 """An attention call under a step's plans, by KV group, into a tensor or a new one."""
 
-Apart = Callable[[PlannedCall], "Tensor"]
-"""Runs a call outside the pieces of a capture, now and at every replay with that step's plans; returns the tensor that
+RunOutsideGraph = Callable[[PlannedCall], "Tensor"]
+"""Takes a call out of a capture: the call runs now, and at every replay with that step's plans. Returns the tensor that
 the next piece reads."""
 
 
 @dataclass(slots=True)
-class CallBetween:
-    """A call between two pieces, and the tensor that its result goes to at every replay."""
+class EagerCall:
+    """A call that runs eagerly between two captured pieces, and the tensor that receives its result at every replay."""
 
     call: PlannedCall
     out: Tensor
@@ -137,14 +137,14 @@ class GraphCapture:
 
     def capture_pieces(
         self,
-        fn: Callable[[Apart], Any],
+        fn: Callable[[RunOutsideGraph], Any],
         plans: Sequence[Plan],
         num_tokens: int,
         *,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once, recording all but the calls that it hands to Apart, which run under `plans`; returns a handle.
-        What is recorded depends on the number of tokens alone."""
+        """Runs fn once and records it in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are
+        not recorded: they run under `plans`. What is recorded depends on the number of tokens alone."""
         raise Unsupported("graph capture", ["the platform captures no pieces"])
 
     def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:

@@ -105,8 +105,8 @@ class Ops(Protocol):
         ...
 
     def count_tokens(self, *, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
-        """counts [num_slots, vocab_size] int32 with DRAWN added for each pair of slots and ids [rows] int32; a pair that
-        is there twice counts twice. The argument may be overwritten, and returned."""
+        """counts [num_slots, vocab_size] int32 with DRAWN added for each pair of slots and ids [rows] int32; a repeated
+        pair counts again. The argument may be overwritten, and returned."""
         ...
 
     def sample(

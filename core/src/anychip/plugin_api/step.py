@@ -19,7 +19,7 @@ import numpy as np
 from anychip.errors import Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
 from anychip.plugin_api.communicator import Communicator
-from anychip.plugin_api.graph import MASKS, SCORES, Apart, ShapeKey
+from anychip.plugin_api.graph import MASKS, SCORES, RunOutsideGraph, ShapeKey
 from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
 from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
 
@@ -74,8 +74,9 @@ class StepInputs:
 class SamplingInputs:
     """By sampling row, padded to key.num_reqs: what drawing a token needs. Lies in one buffer, `arena`.
 
-    With the feature EDITS some rows have penalties or biases: Ops.edit_logits takes them, and the counts and biases that
-    the state keeps by slot. It comes before the masks. Every row drawn in such a step is counted (Ops.count_tokens).
+    With the feature EDITS some rows have penalties or biases. Ops.edit_logits takes them, and the counts and biases
+    that the state keeps by slot. It comes before the masks.
+    Every row drawn in such a step is counted (Ops.count_tokens).
     `masks` is a packed bitmask of allowed tokens, bit i of word i // 32 for token i; None when no row has one.
     `staged_at` is where the arena begins in StepInputs.staged, so that a device which copied that has it already; None
     when masks came late and it is a buffer of its own.
@@ -174,8 +175,8 @@ class ForwardContext:
     plans: Sequence[Any]  # by KV group
     caches: list[Any]  # by layer
     layer_groups: Sequence[int]  # by layer
-    apart: Apart | None = None
-    """Of a capture in pieces: attention runs between them."""
+    run_outside_graph: RunOutsideGraph | None = None
+    """Given while a step is captured in pieces: attention then runs between the pieces."""
 
     def attend(
         self,
@@ -190,7 +191,7 @@ class ForwardContext:
     ) -> Tensor:
         """AttentionBackend.forward on a layer's plan and cache."""
         index, group, caches = layer.index, self.layer_groups[layer.index], self.caches
-        if self.apart is None:
+        if self.run_outside_graph is None:
             plan = self.plans[group]
             attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
             return attended
@@ -201,7 +202,7 @@ class ForwardContext:
             )
             return attended
 
-        return self.apart(call)
+        return self.run_outside_graph(call)
 
 
 class StepModel(Protocol):
@@ -266,19 +267,20 @@ class ModelSource(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class KVPlan:
-    """The KV cache as core laid it out: which layers form a group, and which share a buffer of the pool."""
+    """The layout that core gave the KV cache: which layers form a group, and which share a buffer of the pool."""
 
     block_sizes: tuple[int, ...]  # by group
     layer_groups: tuple[int, ...]  # by layer
     layer_buffers: tuple[int, ...]  # by layer
     num_buffers: int
+    """Buffers of the pool: the most layers that a group has."""
     page_bytes: int
-    """Of one block in one buffer."""
+    """Bytes of one block in one buffer."""
     specs: tuple[AttentionSpec, ...]  # by group
 
     @property
     def block_bytes(self) -> int:
-        """Of one block in all buffers."""
+        """Bytes of one block in all buffers."""
         return self.page_bytes * self.num_buffers
 
 
@@ -288,7 +290,7 @@ def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
 
 
 class StepProgram:
-    """Runs steps. zero compilations after warm_up is the promise of a compiled one."""
+    """Runs steps. A compiled program compiles nothing after warm_up."""
 
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
         return CompileReport(num_programs=0, seconds=0.0)
@@ -307,16 +309,16 @@ class StepProgram:
         raise Unsupported("step program", ["edit is not implemented"])
 
     def enter(self, state: State, rows: Sequence[EnteringRow]) -> State:
-        """Replaces what the rows' slots have for Ops.edit_logits: counts, and biases where the row has any. Called before
-        the forward pass of the step in which a request with penalties or biases enters its slot, or enters it anew."""
+        """Replaces what the rows' slots hold for Ops.edit_logits: counts, and biases where the row has any. Called
+        before the forward pass of the step in which a request with penalties or biases enters its slot, also anew."""
         raise Unsupported("step program", ["enter is not implemented"])
 
     def forward(self, state: State, inputs: StepInputs) -> tuple[State, Hidden]:
         raise Unsupported("step program", ["forward is not implemented"])
 
     def sample(self, state: State, hidden: Hidden, late: SamplingInputs) -> tuple[State, StepOutputs]:
-        """Draws a token for every sampling row and keeps it in the state as its slot's last id; with the feature EDITS, of
-        edited logits, and counts it for its slot."""
+        """Draws a token for every sampling row and keeps it in the state as its slot's last id. With the feature EDITS
+        it draws from edited logits and counts the token for its slot."""
         raise Unsupported("step program", ["sample is not implemented"])
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
-"""A step's arrays in their arena, what a KV group sees of them, and blank inputs of a shape, for capturing and compiling
-ahead."""
+"""A step's arrays in their arena, what a KV group sees of them, and blank inputs for capturing and compiling ahead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Order among requests. A device's limits are not policies: they are StepRules, which every policy obeys."""
+"""Orders requests. A device's limits are not policies: they are StepRules, and every policy obeys them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SchedulingPolicy:
     first served."""
 
     def arrived(self, request: Request) -> None:
-        """Called once, before the first `key`; may set `request.rank`."""
+        """Called once for each request, before its first `key`; may set `request.rank`."""
 
     def started(self, request: Request) -> None:
         """The request has been given a slot."""

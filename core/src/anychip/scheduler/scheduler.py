@@ -46,7 +46,7 @@ class Scheduler:
         self.waiting = WaitingQueue(kv, policy, self._beams)
         self.running: list[Request] = []  # by policy key
         self.requests: dict[RequestId, dict[int, Request]] = {}
-        """By id, and by index of the sequence: all that have not ended."""
+        """All requests that have not ended, by id and by index of the sequence."""
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
         self._finished_slots: list[int] = []
@@ -102,7 +102,7 @@ class Scheduler:
 
     @property
     def stats(self) -> EngineStats:
-        """How things stand now."""
+        """Counts of the scheduler's requests, tokens and blocks now."""
         pool = self.kv.pool
         return EngineStats(
             running=len(self.running),

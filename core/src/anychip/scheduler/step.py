@@ -16,19 +16,21 @@ _NO_EDITS = SamplingParams()
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """A decision, and who will receive its samples: a result counts only under the epoch it was launched in."""
+    """A decision, and the requests that receive its samples. A request takes results of its own epoch only."""
 
     decision: StepDecision
     requests: list[Request]
     """The decision's rows."""
     sampling: list[Request]
+    """The rows that sample a token, in the order of the decision's rows."""
     epochs: list[int]
+    """For each request of `sampling`, its epoch at launch."""
     scoring: dict[int, tuple[Request, int]]
-    """By position among the decision's rows: whose prompt tokens it scores, and the epoch."""
+    """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
 
 
 class StepDraft:
-    """A step while the scheduler fills it. `is_short`: a running request found no blocks, so that nobody enters."""
+    """A step while the scheduler fills it. `is_short`: a running request found no blocks, so no other may enter."""
 
     __slots__ = ("counts", "is_short", "new_rows", "room", "rows")
 

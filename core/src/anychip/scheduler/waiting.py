@@ -1,4 +1,4 @@
-"""Who waits for a slot, in order, and who of them enters a step. Slots are the scheduler's to give."""
+"""Keeps the requests that wait for a slot, in order, and picks those that enter a step. The scheduler gives slots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Blocked(NamedTuple):
 
 
 class WaitingQueue:
-    """`requests` by policy key; `num_tokens` counts those of their prompts."""
+    """`requests` is sorted by policy key; `num_tokens` counts the tokens of their prompts."""
 
     def __init__(self, kv: KVCacheManager, policy: SchedulingPolicy, beams: Beams) -> None:
         self.requests: list[Request] = []

@@ -86,7 +86,7 @@ def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *,
         if nbytes is None:
             raise ConfigError("the device does not say how much memory is free; give --kv-cache-bytes")
         # More than every slot filled to the model's length can hold is never used.
-        useful = 1 + config.most_rows * sum(cdiv(limits.max_model_len, size) for size in kv.block_sizes)
+        useful = 1 + config.resolved_max_num_seqs * sum(cdiv(limits.max_model_len, size) for size in kv.block_sizes)
         count = min(nbytes // kv.block_bytes, useful)
     max_slots = prepared.platform.capabilities.max_slots
     if max_slots is not None:

@@ -104,13 +104,13 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
     """The configuration's limits within the device's. No step has more tokens than its rows may be long."""
     rules = platform.step_rules
     length = config.max_model_len or model.max_positions
-    rows = min(config.most_rows, rules.max_rows or config.most_rows)
-    bounds = (config.most_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
+    rows = min(config.resolved_max_num_seqs, rules.max_rows or config.resolved_max_num_seqs)
+    bounds = (config.resolved_max_num_batched_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
     return StepLimits(
         max_num_tokens=min(bound for bound in bounds if bound is not None),
         max_num_reqs=rows,
         max_model_len=length,
-        max_slots=config.most_rows,
+        max_slots=config.resolved_max_num_seqs,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
     )
 

@@ -15,7 +15,6 @@ from anychip.plugin_api import (
     EDITS,
     LOGPROBS,
     MAX_LOGPROBS,
-    Apart,
     Communicator,
     CompileReport,
     EnteringRow,
@@ -27,6 +26,7 @@ from anychip.plugin_api import (
     Ops,
     Platform,
     Recorder,
+    RunOutsideGraph,
     SamplingInputs,
     Scores,
     ShapeKey,
@@ -157,8 +157,10 @@ class TorchStepProgram(StepProgram):
         slots = fields["sample_slots"][: inputs.num_samples]
         return state, TorchHidden(self._logits(hidden, rows), slots, _staged_draws(staged, inputs), scores)
 
-    def _context(self, state: TorchState, plans: Sequence[object], apart: Apart | None = None) -> ForwardContext:
-        return ForwardContext(plans, state.caches, self.kv.layer_groups, apart)
+    def _context(
+        self, state: TorchState, plans: Sequence[object], run_outside_graph: RunOutsideGraph | None = None
+    ) -> ForwardContext:
+        return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph)
 
     def _in_pieces(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor | None:
         """None where no pieces are captured for so many tokens."""
@@ -264,8 +266,8 @@ class TorchStepProgram(StepProgram):
         plans = self._plans(inputs, fields)
         ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
 
-        def step(apart: Apart) -> Tensor:
-            return self.model.forward(ids, positions, self._context(self._state, plans, apart))
+        def step(run_outside_graph: RunOutsideGraph) -> Tensor:
+            return self.model.forward(ids, positions, self._context(self._state, plans, run_outside_graph))
 
         handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
         return CapturedPieces(handle, ids, positions)

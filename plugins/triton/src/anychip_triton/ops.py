@@ -14,7 +14,6 @@ from anychip_triton.kernels import embedding, norm, sampling, truncation
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
 
-
 _FEW = 256
 """Biases, or rows, that one program takes."""
 

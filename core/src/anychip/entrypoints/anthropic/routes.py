@@ -129,9 +129,8 @@ def anthropic_routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/messages", openapi_extra=schema_of(MessagesBody))
     async def messages(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, MessagesBody, lenient=lenient)
-            return await respond(await accept_message(serving, body, Caller.of(request)), request, stream=body.stream)
+        body = await read_body(request, MessagesBody, lenient=lenient)
+        return await respond(await accept_message(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/v1/messages/count_tokens", openapi_extra=schema_of(CountTokensBody))
     async def count_tokens(request: Request) -> Response:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from anychip.config import EngineConfig, ServerConfig
 from anychip.entrypoints.http.admin import make_admin_app
 from anychip.entrypoints.http.app import make_app
+from anychip.entrypoints.http.connection import Connection
 from anychip.errors import ConfigError, PortInUse
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import WorkerReady
@@ -103,6 +104,8 @@ def _check_unused(path: Path) -> None:
             probe.connect(str(path))
         except ConnectionRefusedError:  # left behind by a server that was killed
             return
+        except PermissionError as error:
+            raise PortInUse(f"{path} is another user's socket; choose another with --uds") from error
     raise PortInUse(f"another server listens on {path}")
 
 
@@ -183,6 +186,8 @@ class _Server:
     def _settings(self, app: ASGIApp) -> uvicorn.Config:
         return uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=math.ceil(self.config.drain_s) + _LAST_WORDS_S,

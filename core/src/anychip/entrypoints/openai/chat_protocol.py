@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import Parameters, Several, Strict
 from anychip.entrypoints.openai.protocol import SamplingBody
 from anychip.entrypoints.turn import Tool, ToolChoice
 from anychip.errors import InvalidRequest
@@ -16,7 +16,7 @@ from anychip.errors import InvalidRequest
 MAX_MESSAGES = 4096
 
 
-class ContentPart(BaseModel):
+class ContentPart(Parameters):
     """Text; anything else is refused by its name."""
 
     model_config = ConfigDict(extra="allow")
@@ -39,9 +39,9 @@ class MessageToolCall(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Several[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Several[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -110,9 +110,7 @@ class ToolBody(Strict):
 
     def tool(self) -> Tool:
         function = self.function
-        if function.parameters is None:
-            return Tool(name=function.name, description=function.description or "")
-        return Tool(name=function.name, description=function.description or "", parameters=function.parameters)
+        return Tool(name=function.name, description=function.description or "", parameters=function.parameters or {})
 
 
 class NamedFunction(Strict):
@@ -125,12 +123,12 @@ class NamedTool(Strict):
 
 
 class ChatBody(SamplingBody):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[ToolBody] | None = None
+    tools: Several[ToolBody] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
