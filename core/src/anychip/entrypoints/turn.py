@@ -25,6 +25,7 @@ from anychip.sampling_params import SamplingParams, StructuredOutput
 
 MAX_TOOLS = 128
 _NONE: Mapping[str, Any] = {"type": "object", "properties": {}}
+_NAMES_NOTHING = {"type", "properties", "required", "title", "description", "$schema"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _RENDER_ASIDE = 64
 """Messages above which the template is rendered beside the event loop."""
@@ -41,8 +42,11 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Of the arguments, for a grammar."""
-        return dict(self.parameters or {"type": "object", "properties": {}, "additionalProperties": False})
+        """Of the arguments, for a grammar. One that names no properties allows none, or the grammar would make them
+        up."""
+        given = self.parameters or _NONE
+        named_none = not given.get("properties") and given.keys() <= _NAMES_NOTHING
+        return {**given, "type": "object", "additionalProperties": False} if named_none else dict(given)
 
     def for_template(self) -> dict[str, Any]:
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters or _NONE)}

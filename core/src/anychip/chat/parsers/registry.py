@@ -69,7 +69,7 @@ class ChosenParsers:
     @property
     def read_in_one(self) -> bool:
         """Whether one parser reads both: the model may call before its reasoning ends."""
-        return self.make_reasoning is not None and self.make_reasoning is self.make_tools
+        return self.reasoning is not None and self.reasoning == self.tools
 
     def starts_inside(self, prompt: str) -> bool:
         """Whether the prompt ends where the model is thinking already."""
@@ -96,12 +96,23 @@ def choose_parsers(
         tools=None if tool_name in (None, NONE) else tool_name,
         reasoning=None if reasoning_name in (None, NONE) else reasoning_name,
         make_tools=_load("tool", tool_name, {**TOOL_PARSERS, **contributed.get("tool", {})}),
-        make_reasoning=_load("reasoning", reasoning_name, {**REASONING_PARSERS, **contributed.get("reasoning", {})}),
+        make_reasoning=_reasoning(reasoning_name, {**REASONING_PARSERS, **contributed.get("reasoning", {})}),
     )
 
 
 def _sign(template: str | None, signs: tuple[tuple[str, str], ...]) -> str | None:
     return next((name for sign, name in signs if template is not None and sign in template), None)
+
+
+def _reasoning(name: str | None, known: Mapping[str, str]) -> ReasoningParser | None:
+    parser: Any = _load("reasoning", name, known)
+    missing = [
+        member for member in ("end_marker", "starts_inside") if parser is not None and not hasattr(parser, member)
+    ]
+    if missing:
+        raise ConfigError(f"reasoning parser {name!r} ({known[str(name)]}) has no {missing[0]}; see ReasoningParser")
+    made: ReasoningParser | None = parser
+    return made
 
 
 def _load(kind: str, name: str | None, known: Mapping[str, str]) -> Callable[..., Any] | None:
