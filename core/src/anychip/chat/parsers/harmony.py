@@ -40,6 +40,7 @@ class Harmony:
         self._buffer = TextBuffer()
         self._state = "between"
         self._arguments: Brackets | None = None
+        self._begun = False  # a message was read
         self._count = 0
         self._index = 0  # of the newest call
 
@@ -59,8 +60,9 @@ class Harmony:
 
     def finish(self) -> list[Event]:
         held = self._buffer.take_all()
-        if self._state == "between" and any(marker in held for marker in _OPENS) and _is_header(held):
-            held = ""  # a header that was cut
+        cut_marker = any(marker.startswith(held.strip()) for marker in (*_OPENS, *_ENDS))
+        if (self._state == "header" and _is_header(held)) or (self._state == "between" and self._begun and cut_marker):
+            held = ""  # a header, or the marker of a message's end, that was cut
         match self._state:
             case "analysis":
                 events: list[Event] = [Reasoning(held)] if held else []
@@ -109,6 +111,7 @@ class Harmony:
     def _open(self, header: str) -> list[Event]:
         found = _HEADER.fullmatch(header)
         assert found is not None
+        self._begun = True
         name = (found["to1"] or found["to2"] or "").removeprefix("functions.")
         if name:
             self._state, self._index, self._count = "call", self._count, self._count + 1

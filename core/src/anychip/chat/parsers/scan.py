@@ -100,7 +100,7 @@ class ContentText:
 
     def __init__(self) -> None:
         self._any = False
-        self._called = False  # a call stands after the newest text
+        self.after_call = False  # a call stands after the newest text
         self._space = ""  # white space after the newest text
         self._space_after_call = ""
 
@@ -108,24 +108,24 @@ class ContentText:
         if not text:
             return []
         if text.isspace():
-            if self._called:
+            if self.after_call:
                 self._space_after_call += text
             else:
                 self._space += text
             return []
         body = text.rstrip()
         end = text[len(body) :]
-        between = self._space + self._space_after_call if self._any or not self._called else ""
-        if self._called and not self._any:
+        between = self._space + self._space_after_call if self._any or not self.after_call else ""
+        if self.after_call and not self._any:
             body = body.lstrip()
-        self._any, self._called, self._space, self._space_after_call = True, False, end, ""
+        self._any, self.after_call, self._space, self._space_after_call = True, False, end, ""
         return [Content(between + body)]
 
     def call(self) -> None:
         """A tool call stands here."""
-        self._called, self._space_after_call = True, ""
+        self.after_call, self._space_after_call = True, ""
 
     def rest(self) -> list[Event]:
         """The white space at the end, unless it is next to a call."""
         text, self._space = self._space, ""
-        return [Content(text)] if text and not self._called else []
+        return [Content(text)] if text and not self.after_call else []

@@ -198,5 +198,11 @@ class DeepSeekTools(TaggedTools):
         marker = self._ALL if self._buffer.text.startswith(self._ALL) else self._OPEN
         return self._content.add(self._buffer.take(len(marker)))
 
+    def finish(self) -> list[Event]:
+        held = self._buffer.text
+        if self._state in ("text", "head") and self._open and self._content.after_call and self._END.startswith(held):
+            self._buffer.take_all()  # the marker was cut
+        return super().finish()
+
     def _tails(self) -> Sequence[Parts]:
         return ((SPACE, "```", SPACE, self._CLOSE), (SPACE, self._CLOSE))
