@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from anychip.config import EngineConfig, ServerConfig
+from anychip.engine.input_threads import InputThreads
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
 from anychip.messages import TokenLogprobs
@@ -42,6 +43,7 @@ class ScriptedLLM:
         self.config = EngineConfig(served_model_name="m")
         self.metrics = Metrics("m")
         self.tokenizer = byte_tokenizer()
+        self.threads = InputThreads()
         self.model = type("Model", (), {"vocab_size": 256})()
         self.sampling_defaults: dict[str, float] = {}
         self.max_model_len = 1 << 20
