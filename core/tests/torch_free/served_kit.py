@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from anychip.config import EngineConfig, ServerConfig
 from anychip.engine.input_processor import InputProcessor
+from anychip.engine.input_threads import InputThreads
 from anychip.engine.ipc import encoder
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
@@ -44,6 +45,7 @@ class ScriptedLLM:
         self.config = EngineConfig(served_model_name="m")
         self.metrics = Metrics("m")
         self.tokenizer = byte_tokenizer()
+        self.threads = InputThreads()
         self.model = type("Model", (), {"vocab_size": 256})()
         self.sampling_defaults: dict[str, float] = {}
         self.max_model_len = 1 << 20

@@ -3,12 +3,12 @@ tool calls, and every API writes the same events in its own form."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -27,8 +27,8 @@ MAX_TOOLS = 128
 _NONE: Mapping[str, Any] = {"type": "object", "properties": {}}
 _NAMES_NOTHING = {"type", "properties", "required", "title", "description", "$schema"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_RENDER_ASIDE = 64
-"""Messages above which the template is rendered beside the event loop."""
+_CHARACTERS_EACH = 16
+"""A message or tool takes as long to render as so many characters take to tokenize."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,16 +215,15 @@ async def render(llm: AsyncLLM, request: TurnRequest) -> str:
             param="messages",
         )
     tools = [tool.for_template() for tool in request.tools] if request.tool_choice.mode != "none" else []
-    arguments: dict[str, Any] = {
-        "tools": tools,
-        "add_generation_prompt": request.add_generation_prompt,
-        "variables": request.template_variables,
-    }
-    if len(request.messages) > _RENDER_ASIDE:
-        text = await asyncio.to_thread(llm.tokenizer.apply_chat_template, request.messages, **arguments)
-    else:
-        text = llm.tokenizer.apply_chat_template(request.messages, **arguments)
-    return text + request.prefill
+    rendered = partial(
+        llm.tokenizer.apply_chat_template,
+        request.messages,
+        tools=tools,
+        add_generation_prompt=request.add_generation_prompt,
+        variables=request.template_variables,
+    )
+    characters += _CHARACTERS_EACH * (len(request.messages) + len(tools))
+    return await llm.threads.run(characters, rendered) + request.prefill
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:

@@ -22,6 +22,7 @@ _TOOLS_PREAMBLE = (
     "You may call these functions. To call any, answer with nothing but a JSON list of objects "
     '{"name": ..., "parameters": {...}}.\n'
 )
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _DEVELOPER = re.compile(r"""["']developer["']""")
 
 Message = Mapping[str, Any]
@@ -79,14 +80,12 @@ class ChatTemplate:
         if tools and not self.knows_tools:
             messages = _with_tools(messages, tools)
 
+        seen: dict[str, Any] = {"documents": None, **self._special_tokens, **(variables or {})}
+        seen |= {"tools": list(tools) or None, "add_generation_prompt": add_generation_prompt}
+
         def written(messages: Sequence[Message]) -> str:
-            return self._compiled(self._sources[bool(tools)]).render(
-                **{"documents": None, **(variables or {})},
-                messages=[_for_template(message) for message in messages],
-                tools=list(tools) or None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            template = self._compiled(self._sources[bool(tools)])
+            return _with_nulls(lambda given: template.render({**seen, "messages": given}), messages)
 
         try:
             if own and not self.knows_developer:
@@ -129,10 +128,26 @@ class _Generation(Extension):
         return caller()
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """Without what is null; reasoning also under the name that GPT-OSS's template reads."""
+def _with_nulls(rendered: Callable[[Sequence[Message]], str], messages: Sequence[Message]) -> str:
+    """What is null is left out, as transformers does. Some templates ask for content that is none, or join it to other
+    text: where one refuses a message without content, it gets null, and then an empty text."""
+    try:
+        return rendered([_for_template(message) for message in messages])
+    except (TemplateError, TypeError):
+        if all(message.get("content") is not None for message in messages):
+            raise
+    try:
+        return rendered([_for_template(message, content=None) for message in messages])
+    except (TemplateError, TypeError):
+        return rendered([_for_template(message, content="") for message in messages])
+
+
+def _for_template(message: Message, **absent: Any) -> dict[str, Any]:
+    """Without what is null, but for `absent`; reasoning also under the names that other templates read it by."""
     given = {key: value for key, value in message.items() if value is not None}
-    return {"thinking": given["reasoning_content"], **given} if "reasoning_content" in given else given
+    given |= {key: value for key, value in absent.items() if key not in given}
+    reasoning = next((given[key] for key in _REASONING if key in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Sequence[Message]:

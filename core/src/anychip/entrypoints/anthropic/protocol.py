@@ -139,6 +139,8 @@ def _messages(body: MessageBody) -> list[Message]:
         elif block.type != "redacted_thinking":
             raise _unreadable(block)
     if message["content"] or "tool_calls" in message or not results:
+        if not message["content"] and "tool_calls" in message:
+            message["content"] = None  # as templates know a message of calls alone
         results.append(message)
     return results
 

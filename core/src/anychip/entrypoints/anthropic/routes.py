@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -139,7 +139,8 @@ def anthropic_routes(serving: Serving) -> APIRouter:
         turn = _turn(body, SamplingParams())
         text = await render(serving.llm, turn)
         assert serving.llm.tokenizer is not None
-        ids = await asyncio.to_thread(serving.llm.tokenizer.encode, text, add_special_tokens=False)
+        encoded = partial(serving.llm.tokenizer.encode, text, add_special_tokens=False)
+        ids = await serving.llm.threads.run(len(text), encoded)
         return JSONResponse({"input_tokens": len(ids)})
 
     return router

@@ -54,7 +54,8 @@ class ChatMessage(Strict):
         """Raises InvalidRequest for content that is no text."""
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"a {self.role} message has no content", param="messages")
-        message: dict[str, Any] = {"role": self.role, "content": joined_text(self.content)}
+        content = None if self.content is None else joined_text(self.content)
+        message: dict[str, Any] = {"role": self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls:
@@ -147,7 +148,7 @@ class ChatBody(SamplingBody):
             raise InvalidRequest(
                 "continue_final_message: the last message is not the assistant's", param="continue_final_message"
             )
-        return messages[:-1], messages[-1]["content"]
+        return messages[:-1], messages[-1]["content"] or ""
 
     def choice(self) -> ToolChoice:
         parallel = self.parallel_tool_calls is not False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -53,7 +54,7 @@ async def tokenize(serving: Serving, body: TokenizeBody) -> dict[str, Any]:
             add_generation_prompt=body.add_generation_prompt,
         )
         text, adds_special = await render(llm, turn), bool(body.add_special_tokens)
-    ids = await asyncio.to_thread(llm.tokenizer.encode, text, add_special_tokens=adds_special)
+    ids = await llm.threads.run(len(text), partial(llm.tokenizer.encode, text, add_special_tokens=adds_special))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llm.max_model_len}
     answer["tokens"] = await listed(ids, len(ids))
     if body.return_token_strs:

@@ -144,7 +144,7 @@ def as_messages(items: Sequence[InputItem]) -> list[Message]:
             if messages and messages[-1]["role"] == "assistant":
                 messages[-1].setdefault("tool_calls", []).append(call)
             else:
-                messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+                messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
         elif item.type == "function_call_output":
             messages.append({"role": "tool", "tool_call_id": item.call_id or "", "content": _text(item.output)})
         elif item.type != "reasoning":  # what a model thought is not sent to it again
