@@ -14,7 +14,7 @@ import tokenizers
 from anychip.errors import CheckpointError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_EXTRA = "extra_special_tokens"
+_EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -32,24 +32,20 @@ class SpecialTokens:
         """`settings` are tokenizer_config.json's. Raises CheckpointError for a file that is no JSON object."""
         values = dict(settings)
         if not values.get(_EXTRA):
-            values[_EXTRA] = values.get("additional_special_tokens")
+            values[_EXTRA] = values.pop(_OLDER_EXTRA, None)
         listed: dict[int, tokenizers.AddedToken] = {}
         if "added_tokens_decoder" in settings:
             # A folder that lists its tokens with their ids has no need of the older files.
             listed = {int(number): _token(entry) for number, entry in settings["added_tokens_decoder"].items()}
         else:
-            older = read_object(folder / "special_tokens_map.json")
-            if isinstance(older.get(_EXTRA), list):
-                older[_EXTRA] = [*_tokens(values.get(_EXTRA)), *_tokens(older[_EXTRA])]
-            values |= older
-            if not values.get(_EXTRA):
-                values[_EXTRA] = values.get("additional_special_tokens")
-        named = _named(values)
-        extra = _tokens(values.get(_EXTRA))
-        if "added_tokens_decoder" not in settings:
-            special = {token.content for token in (*named.values(), *extra)}
+            _merge(values, read_object(folder / "special_tokens_map.json"))
+            special = {token.content for token in (*_named(values).values(), *_tokens(values.get(_EXTRA)))}
             for content, number in read_object(folder / "added_tokens.json").items():
                 listed[int(number)] = _added(content, special=content in special)
+        named = _named(values)
+        if isinstance(values.get(_EXTRA), Mapping) or not values.get(_EXTRA):
+            values[_EXTRA] = values.get(_OLDER_EXTRA)
+        extra = _tokens(values[_EXTRA])
         return cls(named, tuple(listed[number] for number in sorted(listed)), extra)
 
     def texts(self) -> dict[str, str]:
@@ -82,6 +78,13 @@ def read_object(path: Path) -> dict[str, Any]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _merge(values: dict[str, Any], older: dict[str, Any]) -> None:
+    """What special_tokens_map.json says takes the place of the settings, but for lists of extra tokens."""
+    if isinstance(older.get(_EXTRA), list):
+        older[_EXTRA] = [*_tokens(values.get(_EXTRA)), *_tokens(older[_EXTRA])]
+    values |= older
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]:
