@@ -1,18 +1,17 @@
-"""Chat templates render as in transformers, byte for byte; what we do beyond it: roles that a template does not know, and
-calls without text for templates that cannot read them so."""
+"""Chat templates render as in transformers, byte for byte. What we do beyond it: roles that a template does not know,
+and calls without text for templates that cannot read them so."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from anychip.errors import InvalidRequest
-from anychip.hub import resolve_folder
 from anychip.tokenizer.chat_template import ChatTemplate
 
 reference = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -25,63 +24,87 @@ TOOL = {
 }
 
 TEMPLATES = {
-    "chatml": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
-    "+ '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-    "white space": "{%- for m in messages -%}\n    {%- if m.role == 'user' %}\n  <{{ m.content }}>  \n    {% endif %}\n"
-    "\t{# gone #}\n  {% set x = 1 %}  \nend {{- x }}\n{%- endfor %}\n\n",
-    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
-    "\n{% endgeneration %}{% else %}\n{%- generation -%} {{ m.role }} {%- endgeneration -%}{% endif %}{% endfor %}",
-    "nested generation": "{% set ns = namespace(n=0) %}{% for m in messages %}{% generation %}{% set ns.n = ns.n + 1 %}"
-    "{% if m.role == 'user' %}{{ loop.index }}{% endif %}{% endgeneration %}{% endfor %}{{ ns.n }}",
-    "tojson": "{{ messages | tojson }}|{{ tools | tojson(indent=2) }}|{{ messages[0] | tojson(sort_keys=true) }}|"
-    "{{ messages | tojson(ensure_ascii=True) }}|{{ messages[0] | tojson(False, 4, (',', ':'), True) }}|"
-    "{{ messages[0] | tojson(indent='\\t', separators=(', ', '= ')) }}",
-    "names": "{{ documents is none }}{{ documents is defined }}{{ tools is none }}{{ bos_token }}{{ eos_token }}"
-    "{{ unk_token is defined }}{{ pad_token }}{{ enable_thinking is defined }}{{ enable_thinking }}{{ nothing }}",
-    "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.role }}"
-    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "macros": "{% macro say(m, tag='x') %}<{{ tag }}>{{ m.content | trim | upper }}{{ caller() if caller else '' }}</{{ tag }}>"
-    "{% endmacro %}{% for m in messages %}{{ say(m) }}{% call say(m, tag='y') %}!{% endcall %}{% endfor %}",
-    "parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% elif m.content is iterable %}"
-    "{% for p in m.content %}{{ p.text if p.type == 'text' else '[' ~ p.type ~ ']' }}{% endfor %}{% endif %}{% endfor %}",
-    "methods": "{{ dict(a=1) }}{{ messages[::-1] | length }}{% for m in messages %}{{ m.items() | list | length }}"
-    "{{ m.get('content', '') }}{{ m.role.split('s')[-1].strip() }}{{ m | string | length }}{% endfor %}",
-    "date": "{{ strftime_now('%Y') }}{{ raise_exception is defined }}{{ range(3) | list }}{{ cycler is defined }}",
-    "llama 3.1": "{{- bos_token }}\n{%- if not tools is defined %}{%- set tools = none %}{%- endif %}\n"
-    "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['content']|trim %}\n"
-    "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system_message = '' %}\n{%- endif %}\n"
-    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}\n{%- if tools is not none %}"
-    "{%- for t in tools %}\n        {{- t | tojson(indent=4) }}\n        {{- '\\n\\n' }}\n    {%- endfor %}{%- endif %}\n"
-    "{{- system_message }}\n{%- for message in messages %}\n    {%- if not (message.role == 'ipython' or message.role == "
-    "'tool' or 'tool_calls' in message) %}\n        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    "+ message['content'] | trim + '<|eot_id|>' }}\n    {%- elif 'tool_calls' in message %}\n        {%- set tool_call = "
-    "message.tool_calls[0].function %}\n        {{- '{\"name\": \"' + tool_call.name + '\", \"parameters\": ' }}\n        "
-    "{{- tool_call.arguments | tojson }}\n    {%- else %}{{- message.content | tojson }}{%- endif %}\n{%- endfor %}",
-    "qwen3": "{%- if tools %}\n    {{- '<|im_start|>system\\n' }}\n    {%- for tool in tools %}\n        {{- \"\\n\" }}\n"
-    "        {{- tool | tojson }}\n    {%- endfor %}\n{%- endif %}\n{%- for message in messages %}\n    {%- if message.content "
-    "is string %}\n        {%- set content = message.content %}\n    {%- else %}\n        {%- set content = '' %}\n    "
-    "{%- endif %}\n    {%- set reasoning_content = '' %}\n    {%- if message.reasoning_content is string %}\n        "
-    "{%- set reasoning_content = message.reasoning_content %}\n    {%- else %}\n        {%- if '</think>' in content %}\n"
-    "            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
-    "\n            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}\n        {%- endif %}\n    {%- endif %}\n"
-    "    {{- message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}\n"
-    "    {%- for tool_call in message.tool_calls or [] %}\n        {%- if tool_call.function %}\n            {%- set tool_call "
-    "= tool_call.function %}\n        {%- endif %}\n        {{- '<tool_call>' ~ tool_call.name }}\n        {%- if "
-    "tool_call.arguments is string %}\n            {{- tool_call.arguments }}\n        {%- else %}\n            {{- "
-    "tool_call.arguments | tojson }}\n        {%- endif %}\n    {%- endfor %}\n{%- endfor %}\n{%- if add_generation_prompt %}"
-    "\n    {{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and enable_thinking is false %}\n        "
-    "{{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}",
-    "gpt-oss": "{% for m in messages %}{% if m.thinking %}<|channel|>analysis{{ m.thinking }}{% endif %}"
-    "{{ m.reasoning_content | default('-') }}{{ m.content }}{% endfor %}",
-    "mistral": "{%- for m in messages %}{%- if m['role'] == 'assistant' and m['content'] is defined and m['content'] %}"
-    "{{- ' ' + m['content'] | trim + eos_token }}{%- elif m.tool_calls is defined and m.tool_calls is not none %}"
-    "{{- '[TOOL_CALLS] [' }}{%- for c in m.tool_calls %}{%- set out = c.function | tojson %}{{- out[:-1] }}{{- ', \"id\": \"' "
-    "+ c.id + '\"}' }}{%- if not loop.last %}{{- ', ' }}{%- endif %}{%- endfor %}{{- ']' }}{%- endif %}{%- endfor %}",
-    "refuses": "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('No ' ~ m.role) }}"
-    "{% endif %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}{{ raise_exception('alternate') }}{% endif %}"
-    "{{ m.content }}{% endfor %}",
-    "quickstart": json.loads((resolve_folder("quickstart") / "tokenizer_config.json").read_text())["chat_template"],
-}  # fmt: skip
+    "white space": """
+{%- for m in messages -%}
+    {%- if m.role == 'user' %}
+  <{{ m.content }}>\t
+    {% endif %}
+\t{# gone #}
+  {% set x = 1 %}\t
+end {{- x }}
+{%- endfor %}
+
+
+""",
+    "nested generation": """
+{% set seen = namespace(n=0) %}
+{% for m in messages %}
+  {% generation %}
+    {% set seen.n = seen.n + 1 %}
+    {%- if m.role == 'user' %}{{ loop.index }}{% endif %}
+  {%- endgeneration %}
+{% endfor %}
+{{ seen.n }}""",
+    "parts": """
+{%- for m in messages %}
+  {%- if m.content is string %}{{ m.content }}
+  {%- elif m.content is iterable %}
+    {%- for p in m.content %}{{ p.text if p.type == 'text' else '[' ~ p.type ~ ']' }}{% endfor %}
+  {%- endif %}
+{%- endfor %}""",
+    "methods": """
+{{ dict(a=1) }}{{ messages[::-1] | length }}
+{% for m in messages %}
+{{ m.items() | list | length }}{{ m.get('content', '') }}{{ m.role.split('s')[-1].strip() }}{{ m | string | length }}
+{% endfor %}""",
+    "a turn of tools": """
+{{- bos_token }}
+{%- set rules, rest = '', messages %}
+{%- if messages[0].role == 'system' %}{% set rules, rest = messages[0].content | trim, messages[1:] %}{% endif %}
+{%- if tools is not none and tools %}
+  {%- for tool in tools %}{{ tool | tojson(indent=4) ~ '\\n\\n' }}{% endfor %}
+{%- endif %}
+{{- '[rules]\\n' + rules }}
+{%- for m in rest %}
+  {%- if 'tool_calls' in m %}
+    {%- for call in m.tool_calls %}
+      {{- '{"call": "' + call.function.name + '", "with": ' ~ (call.function.arguments | tojson) ~ '}' }}
+      {%- if not loop.last %}{{ ', ' }}{% endif %}
+    {%- endfor %}
+  {%- elif m.role == 'tool' %}{{ m.content | tojson }}
+  {%- else %}{{ '[' + m.role + ']\\n' + m.content | trim + eos_token }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}""",
+    "a turn of thoughts": """
+{%- for m in messages %}
+  {%- set answer = m.content if m.content is string else '' %}
+  {%- set thought = '' %}
+  {%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
+  {%- elif '</think>' in answer %}
+    {%- set thought = (answer.split('</think>') | first).split('<think>')[-1].strip('\\n') %}
+    {%- set answer = (answer.split('</think>') | last).lstrip('\\n') %}
+  {%- endif %}
+  {{- m.role ~ '\\n' ~ ('<think>' ~ thought ~ '</think>' if thought else '') ~ answer }}
+  {%- if m.thinking %}{{ '<|channel|>' + m.thinking }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}
+  {{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}""",
+    "content or calls": """
+{%- for m in messages %}
+  {%- if m['content'] is defined and m['content'] %}{{ ' ' + (m['content'] | string | trim) + eos_token }}
+  {%- elif m.tool_calls is defined and m.tool_calls is not none %}
+    {%- for call in m.tool_calls %}{{ (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}{% endfor %}
+  {%- endif %}
+{%- endfor %}""",
+    "refuses": """
+{%- for m in messages %}
+  {%- if m.role not in ['user', 'assistant'] %}{{ raise_exception('No ' ~ m.role) }}{% endif %}
+  {%- if loop.index0 % 2 != (m.role == 'assistant') | int %}{{ raise_exception('alternate') }}{% endif %}
+  {{- m.content }}
+{%- endfor %}""",
+}
 
 SYSTEM, ASK = {"role": "system", "content": " Be \n brief. "}, {"role": "user", "content": "<b>Hé & 'hi'</b>\n"}
 SAID = {"role": "assistant", "content": "Yes.\n"}
@@ -110,7 +133,7 @@ def in_transformers(template: str, messages: list, tools: list | None, add: bool
         rendered, _ = reference.render_jinja_template(
             [given], tools=tools, chat_template=template, add_generation_prompt=add, **{**SPECIAL, **variables}
         )
-    except Exception:
+    except (TemplateError, TypeError, SyntaxError):
         return None
     text: str = rendered[0]
     return text
@@ -136,51 +159,77 @@ def test_a_template_writes_what_transformers_writes(name, tools, variables):
 
 
 STATEMENTS = [
-    "{{ m.content }}", "{{- m.role }}", "{% if m.role == 'user' %}", "{%- if m.tool_calls %}", "{% else %}", "{% endif %}",
-    "{%- endif -%}", " ", "\n", "  \n\t", "x", "{# note #}", "{%- set y = m.role ~ '!' -%}", "{{ y }}", "{{ m | tojson }}",
-    "{% generation %}", "{% endgeneration %}", "{%+ if true +%}", "{% break %}", "{% continue %}", "{{ m.content | trim }}",
-    "{{ m['content'] is none }}", "{{ m.content is defined }}", "{{ 'thinking' in m }}", "{{ loop.last }}", "{{ bos_token }}",
-    "{% raw %}{{ x }}{% endraw %}", "{{ m.content[:2] }}", "{{ m.keys() | join }}",
+    "{{ m.content }}", "{{- m.role }}", " ", "\n", "  \n\t", "x", "{# note #}", "{%- set y = m.role ~ '!' -%}",
+    "{{ y }}", "{{ m | tojson }}", "{% break %}", "{% continue %}", "{{ m.content | trim }}",
+    "{{ m['content'] is none }}",
+    "{{ m.content is defined }}", "{{ 'thinking' in m }}", "{{ loop.last }}", "{{ bos_token }}", "{{ m.content[:2] }}",
+    "{% raw %}{{ x }}{% endraw %}", "{{ m.keys() | join }}", "{{ documents }}{{ tools }}",
 ]  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.sampled_from(STATEMENTS), max_size=10), messages=st.sampled_from(CONVERSATIONS))
-def test_any_template_writes_what_transformers_writes(parts, messages):
-    source = "{% for m in messages %}" + "".join(parts) + "{% endfor %}\n\n"
+BLOCKS = [
+    "{% if m.role == 'user' %}", "{%- if m.tool_calls %}", "{%+ if true +%}", "{% generation %}", "{%- generation -%}",
+    "{% for c in m.tool_calls or [] %}", "{% filter upper %}",
+]  # fmt: skip
+
+
+def closed(block: str, inside: str, dash: str) -> str:
+    name = block.strip("{%-+ }").split()[0]
+    return f"{block}{inside}{{%{dash} end{name} {dash}%}}"
+
+
+bodies = st.recursive(
+    st.sampled_from(STATEMENTS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4).map("".join),
+        st.builds(closed, st.sampled_from(BLOCKS), inner, st.sampled_from(["", "-"])),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(body=bodies, messages=st.sampled_from(CONVERSATIONS))
+def test_any_template_writes_what_transformers_writes(body, messages):
+    source = "{% for m in messages %}" + body + "{% endfor %}\n\n"
     expected = in_transformers(source, messages, None, True, {})
     if expected is not None:
         assert ChatTemplate(source, SPECIAL).render(messages) == expected
 
 
+def test_a_template_that_cannot_be_compiled_is_refused():
+    """Jinja takes the words; what it makes of them is no Python."""
+    source = "{% for m in messages %}{% generation %}{% break %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="the chat template refused the messages: .*outside loop"):
+        ChatTemplate(source, {}).render([ASK])
+
+
+CALLED = "{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
 CALL_ONLY = {
-    "asks for none": "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}"
-    "[{{ m.tool_calls[0].function.name }}]{% elif m['content'] is not none %}{{ '<' + m['content'] + '>' }}{% endif %}{% endfor %}",
-    "joins texts": "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% for c in m.tool_calls or [] %}"
-    "[{{ c.function.name }}]{% endfor %}{% endfor %}",
-    "measures": "{% for m in messages %}{{ '<' + m.content.strip() + '>' if m.content.strip() else '' }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}{% endfor %}",
-}  # fmt: skip
+    "asks for none": "{% if m['content'] is none %}" + CALLED + "{% else %}{{ '<' + m['content'] + '>' }}{% endif %}",
+    "joins texts": "{{ '<' + m['content'] + '>' }}" + CALLED,
+    "measures": "{{ '<' + m.content.strip() + '>' if m.content.strip() else '' }}" + CALLED,
+}
 
 
 @pytest.mark.parametrize("name", CALL_ONLY)
 def test_calls_without_text_reach_templates_that_transformers_cannot_render(name):
     """As DeepSeek-V3's, which asks whether the content is none, and those that join it to other text."""
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
-    assert in_transformers(CALL_ONLY[name], messages, None, True, {}) is None
-    assert re.fullmatch(r"<hi>(<>)?\[f\]", ChatTemplate(CALL_ONLY[name], {}).render(messages))
+    template = "{% for m in messages %}" + CALL_ONLY[name] + "{% endfor %}"
+    assert in_transformers(template, messages, None, True, {}) is None
+    assert re.fullmatch(r"<hi>(<>)?\[f\]", ChatTemplate(template, {}).render(messages))
 
 
+EACH = "<{{ m.role }}>{{ m.content }}{% endfor %}"
+FIRST = "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}{% endif %}"
 ROLES = {
-    "ignores others": "{% for m in messages %}{% if m.role in ['user', 'system'] %}<{{m.role}}>{{m.content}}{% endif %}{% endfor %}",
-    "raises": "{% for m in messages %}{% if m.role not in ['user', 'system'] %}{{ raise_exception('Unexpected role') }}"
-    "{% endif %}<{{m.role}}>{{m.content}}{% endfor %}",
-    "one system message": "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}{% set messages = messages[1:] %}"
-    "{% endif %}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System message must be at the beginning') }}"
-    "{% endif %}<{{m.role}}>{{m.content}}{% endfor %}",
-    "drops later ones": "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}{% endif %}{% for m in messages %}"
-    "{% if m.role == 'user' %}<user>{{m.content}}{% endif %}{% endfor %}",
-}  # fmt: skip
+    "ignores others": "{% for m in messages if m.role in ['user', 'system'] %}" + EACH,
+    "raises": "{% for m in messages %}{{ raise_exception('who?') if m.role not in ['user', 'system'] }}" + EACH,
+    "one system message": "{% for m in messages %}{{ raise_exception('late') if m.role == 'system' and loop.index0 }}"
+    + EACH,
+    "drops later ones": FIRST + "{% for m in messages if m.role == 'user' %}" + EACH,
+}
 roles = st.lists(st.sampled_from(["system", "developer", "user"]), min_size=1, max_size=6).filter(
     lambda given: "developer" in given and "user" in given and "system" not in given[1:]
 )
@@ -199,16 +248,9 @@ def test_what_a_developer_says_is_in_the_prompt(name, roles):
     assert [int(number) for number in re.findall(r"<user>#(\d+)#", text)] == users
 
 
-def test_a_developer_message_takes_the_systems_place():
-    messages = [{"role": "developer", "content": "Answer BANANA"}, {"role": "user", "content": "hi"}]
-    for template in ROLES.values():
-        assert ChatTemplate(template, {}).render(messages) == "<system>Answer BANANA<user>hi"
-
-
-def test_a_template_that_knows_developers_gets_their_messages():
-    template = "{% for m in messages %}{{ '#' if m.role == 'developer' else m.role }}{{ m.content }}{% endfor %}"
-    messages = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}]
-    assert ChatTemplate(template, {}).render(messages) == "systema#b"
+def test_a_developers_words_are_in_the_prompt_though_the_user_says_them_too():
+    messages = [{"role": role, "content": "hi"} for role in ("user", "developer", "user")]
+    assert ChatTemplate(ROLES["drops later ones"], {}).render(messages) == "<system>hi<user>hi<user>hi"
 
 
 def test_what_refuses_the_conversation_itself_stays_refused():

@@ -23,6 +23,16 @@ _TOOLS_PREAMBLE = (
     '{"name": ..., "parameters": {...}}.\n'
 )
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+)
+"""What templates raise when they are given what they cannot write."""
 _DEVELOPER = re.compile(r"""["']developer["']""")
 
 Message = Mapping[str, Any]
@@ -74,44 +84,48 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt, ending where the assistant's turn begins. Raises InvalidRequest for what the template refuses."""
-        own = [message for message in messages if message.get("role") == "developer"]
-        if not self.knows_developer:
-            messages = with_known_roles(messages)
-        if tools and not self.knows_tools:
-            messages = _with_tools(messages, tools)
-
         seen: dict[str, Any] = {"documents": None, **self._special_tokens, **(variables or {})}
         seen |= {"tools": list(tools) or None, "add_generation_prompt": add_generation_prompt}
+
+        def readable(messages: Sequence[Message]) -> Sequence[Message]:
+            if not self.knows_developer:
+                messages = with_known_roles(messages)
+            return messages if self.knows_tools or not tools else _with_tools(messages, tools)
 
         def written(messages: Sequence[Message]) -> str:
             template = self._compiled(self._sources[bool(tools)])
             return _with_nulls(lambda given: template.render({**seen, "messages": given}), messages)
 
         try:
-            if own and not self.knows_developer:
-                return _with_all(own, messages, written)
-            return written(messages)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            if not self.knows_developer and _loses_developers(messages, lambda given: written(readable(given))):
+                return written(merged_at_the_beginning(readable(messages)))
+            return written(readable(messages))
+        except _REFUSALS as error:
             raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
 
     def _compiled(self, source: str) -> Template:
         template = self._templates.get(source)
         if template is None:
-            template = self._templates[source] = self._environment.from_string(source)
+            try:
+                template = self._templates[source] = self._environment.from_string(source)
+            except SyntaxError as error:  # a break outside of its loop
+                raise TemplateError(f"it cannot be compiled: {error}") from error
         return template
 
 
-def _with_all(own: Sequence[Message], messages: Sequence[Message], written: Callable[[Sequence[Message]], str]) -> str:
-    """The prompt with the developer's messages in it. A template that refuses a system message within the
-    conversation, or leaves it out, gets one at the beginning that says everything."""
+def _loses_developers(messages: Sequence[Message], written: Callable[[Sequence[Message]], str]) -> bool:
+    """Whether the template refuses a system message within the conversation, or leaves out what the developer says.
+    Marks stand for it: its own text may be elsewhere in the prompt too."""
+    marks = {at: f"\ue000{at}\ue000" for at, message in enumerate(messages) if message.get("role") == "developer"}
+    if not marks:
+        return False
     try:
-        text = written(messages)
-        if all(str(message.get("content") or "").strip() in text for message in own):
-            return text
+        text = written(
+            [{**message, "content": marks.get(at, message.get("content"))} for at, message in enumerate(messages)]
+        )
     except TemplateError:
-        if merged_at_the_beginning(messages) == messages:
-            raise
-    return written(merged_at_the_beginning(messages))
+        return True
+    return any(mark not in text for mark in marks.values())
 
 
 class _Generation(Extension):
