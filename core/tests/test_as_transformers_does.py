@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pytest
@@ -148,10 +149,14 @@ def test_a_template_renders_as_transformers_renders_it(reference, name):
     ours = ChatTemplate(source + "{# tools #}", {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
     for messages, given in itertools.product(_CONVERSATIONS, _OPTIONS):
         options = {"add_generation_prompt": True} | given
-        try:
-            expected = reference.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            expected = error
+        expected: Any = None
+        # Clients send null beside a call: a template that refuses it gets an empty text.
+        for given_ones in (messages, [{**m, "content": m.get("content") or ""} for m in messages]):
+            try:
+                expected = reference.apply_chat_template(given_ones, chat_template=source, tokenize=False, **options)
+                break
+            except jinja2.TemplateError as error:
+                expected = expected or error
         tools, add = options.pop("tools", ()), options.pop("add_generation_prompt")
         if isinstance(expected, Exception):
             with pytest.raises(InvalidRequest, match=str(expected)):
