@@ -6,6 +6,7 @@ PACKAGES := core plugins/cpu plugins/triton plugins/cuda plugins/rocm plugins/tp
 MODEL ?= quickstart
 PORT ?= 8000
 WORKERS ?= auto
+MINUTES ?= 5
 # Test processes run side by side; a thread each keeps them out of each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -15,7 +16,7 @@ SIMULATED := fake-static fake-hostlen fake-spmd
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
-.PHONY: serve test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx check-full bench docs clean wheels try-wheels bump
+.PHONY: serve test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -57,7 +58,10 @@ sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan
 amx: $(VENV)/dev.done  ## the CPU's kernels for AMX, its registers emulated
 	$(BIN)/python tools/check_kernels.py emulated-amx
 
-check-full: lint test equality gpu-kernels mutation conformance interpreted try-wheels sanitize amx docs
+soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothing is left; MINUTES=30 for longer
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --minutes $(MINUTES)
+
+check-full: lint test equality gpu-kernels mutation conformance interpreted try-wheels sanitize amx soak docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py

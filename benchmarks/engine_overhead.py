@@ -87,7 +87,7 @@ def measure(num_seqs: int, groups: tuple[KVGroup, ...]) -> dict[str, float]:
             Request(
                 request_id=RequestId(str(index)),
                 index=0,
-                prompt_token_ids=rng.integers(0, 32000, PROMPT + index % BLOCK_SIZE).tolist(),
+                prompt=rng.integers(0, 32000, PROMPT + index % BLOCK_SIZE, dtype=np.int32).tobytes(),
                 sampling=sampling,
                 max_output=STEPS + 32,
                 stop_ids=frozenset({2}),

@@ -1,7 +1,13 @@
 """Requests of every kind at a server while its processes are killed, its clients leave and its queue is full; then what
 must hold: every request has ended in a result or an error, no block and no request is left, the server is ready again.
 
-python tools/chaos.py --requests 10000 --concurrency 200 --kill-engine 5
+python tools/chaos.py --requests 10000 --concurrency 200 --kills 5 [--victim worker]
+
+With --hang, the victim is stopped (SIGSTOP) during 20 streams, and what must hold of a hang is measured: every request
+ends with the cause within the step timeout and 5 s, /health and /ready are 503 meanwhile, the server is ready again at
+most 6 s after, and every block is free.
+
+python tools/chaos.py --hang --victim worker --step-timeout-s 5
 """
 
 from __future__ import annotations
@@ -11,11 +17,12 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +38,16 @@ _PATIENCE_S = 120
 _RETRIES = 20
 """As a client does that is told to come again."""
 
+MakeBody = Callable[[random.Random], tuple[str, dict[str, Any]]]
+"""A route and a body for it."""
+
 _REFUSALS = {400, 408, 409, 429, 503}
+
+_LAST_EVENT = re.compile(r'data: \{"type": ?"(message_stop|response\.(completed|incomplete|failed))"')
+"""Of a stream of another API than the completions'."""
+
+_ENDS_WITHIN_S = 5.0
+_READY_WITHIN_S = 6.0
 
 
 @dataclass
@@ -47,6 +63,39 @@ class Tally:
         ends = ", ".join(f"{count} {end}" for end, count in self.ends.most_common())
         ready = ", ".join(f"{seconds:.1f} s" for seconds in self.ready_s) or "never killed"
         return f"{ends}; lost: {len(self.lost)}; ready again after {ready}"
+
+
+@dataclass
+class Hang:
+    """What 20 streams saw of a process that was stopped. Times are seconds."""
+
+    step_timeout_s: float
+    ends: list[float] = field(default_factory=list)
+    """Of each stream, since the stop."""
+    causes: Counter[str] = field(default_factory=Counter)
+    ready_after: float = 0.0
+    """Since the last stream's end."""
+    refused: set[str] = field(default_factory=set)
+    """Which of /health and /ready were 503 before the server was ready again."""
+
+    @property
+    def problems(self) -> list[str]:
+        found = []
+        if max(self.ends) > self.step_timeout_s + _ENDS_WITHIN_S:
+            found.append(f"a stream ended after {max(self.ends):.1f} s")
+        found += [f"{count} streams ended so: {end}" for end, count in self.causes.items() if "made no prog" not in end]
+        if self.ready_after > _READY_WITHIN_S:
+            found.append(f"ready again {self.ready_after:.1f} s after the last stream's end")
+        if self.refused != {"/health", "/ready"}:
+            found.append(f"503 from {sorted(self.refused)} alone")
+        return found
+
+    def __str__(self) -> str:
+        ends = f"{len(self.ends)} streams ended {min(self.ends):.1f} to {max(self.ends):.1f} s after the stop"
+        return (
+            f"{ends} (step timeout {self.step_timeout_s:.0f} s); ready again {self.ready_after:.1f} s later; 503 from "
+            f"{', '.join(sorted(self.refused))} meanwhile; {self.causes.most_common(1)[0][0]}"
+        )
 
 
 def random_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
@@ -72,14 +121,16 @@ def random_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", {**base, "prompt": tokens, "temperature": -1}
 
 
-async def one_request(client: httpx.AsyncClient, rng: random.Random, tally: Tally) -> None:
-    path, body = random_body(rng)
+async def one_request(
+    client: httpx.AsyncClient, rng: random.Random, tally: Tally, make: MakeBody = random_body
+) -> None:
+    path, body = make(rng)
     leaves_after = rng.randrange(1, 20) if rng.random() < 0.15 else None
     pause = rng.choice([0, 0, 0, 0.02])  # some read slowly
     try:
         async with asyncio.timeout(_PATIENCE_S):
             for _ in range(_RETRIES):
-                if body["stream"]:
+                if body.get("stream"):
                     end = await _stream(client, path, body, leaves_after, pause)
                 else:
                     end = await _whole(client, path, body)
@@ -112,8 +163,8 @@ async def _stream(
             if not line.startswith("data: "):
                 continue
             events += 1
-            done = line == "data: [DONE]"
-            error = error or '"error"' in line
+            done = line == "data: [DONE]" or _LAST_EVENT.match(line) is not None
+            error = error or '"error":{' in line.replace(" ", "")
             if leaves_after is not None and events >= leaves_after:
                 return "client left"
             if pause:
@@ -149,6 +200,41 @@ async def storm(
         await killer
         await _until_ready(client)
     return tally
+
+
+async def hang(server: Server, *, victim: str, step_timeout_s: float, streams: int = 20) -> Hang:
+    """Stops the engine, or a worker of its, once all streams have begun."""
+    seen = Hang(step_timeout_s)
+    begun = [asyncio.Event() for _ in range(streams)]
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=_PATIENCE_S, limits=limits) as client:
+
+        async def stream(number: int) -> str:
+            body = {"prompt": [5 + number] * 20, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+            last = ""
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        begun[number].set()
+                        last = line.removeprefix("data: ")
+            seen.ends.append(time.perf_counter() - stopped_at)
+            error = json.loads(last).get("error")
+            return "no error" if error is None else str(error["message"])
+
+        stopped_at = float("inf")
+        tasks = [asyncio.create_task(stream(number)) for number in range(streams)]
+        await asyncio.gather(*(event.wait() for event in begun))
+        pids = server.engine_pids() if victim == "engine" else children(server.engine_pid())
+        os.kill(pids[-1], signal.SIGSTOP)
+        stopped_at = time.perf_counter()
+        seen.causes.update(await asyncio.gather(*tasks))
+        ended_at = time.perf_counter()
+        for path in ("/health", "/ready"):
+            if (await client.get(path)).status_code == 503:
+                seen.refused.add(path)
+        await _until_ready(client)
+        seen.ready_after = time.perf_counter() - ended_at
+    return seen
 
 
 async def _kill(
@@ -199,10 +285,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, default=200)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--victim", choices=["engine", "worker"], default="engine")
+    parser.add_argument("--hang", action="store_true", help="stop the victim instead of killing it")
+    parser.add_argument("--step-timeout-s", type=float, default=5.0, help="with --hang")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-option", action="append", default=[], help="of `anychip serve`")
     arguments = parser.parse_args(argv)
     more = ["--tensor-parallel-size", "2"] if arguments.victim == "worker" else []
+    if arguments.hang:
+        return _show_hang(arguments, more)
     server = Server("--device", "cpu", "--restarts", str(arguments.kills + 1), *more, *arguments.server_option)
     try:
         began = time.perf_counter()
@@ -220,6 +310,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in [*tally.lost[:20], *map(str, leftovers(server).items())]:
             print(f"  {problem}")
         return 1 if tally.lost or leftovers(server) else 0
+    finally:
+        server.stop()
+
+
+def _show_hang(arguments: argparse.Namespace, more: Sequence[str]) -> int:
+    timeout_s = arguments.step_timeout_s
+    options = ["--device", "cpu", "--step-timeout-s", str(timeout_s), *more, *arguments.server_option]
+    server = Server(*options)
+    try:
+        seen = asyncio.run(hang(server, victim=arguments.victim, step_timeout_s=timeout_s))
+        problems = [*seen.problems, *map(str, leftovers(server).items())]
+        shown = server.log().count("most recent call first")
+        print(f"{arguments.victim} stopped: {seen}; stacks of {shown} threads in the log")
+        for problem in problems:
+            print(f"  {problem}")
+        return 1 if problems else 0
     finally:
         server.stop()
 

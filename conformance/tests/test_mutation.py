@@ -3,7 +3,9 @@ passes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,20 @@ from anychip_conformance.registry import all_cases, find_case
 from anychip_conformance.run import run_case
 from anychip_conformance.verdicts import Verdict
 
-NAMED_BY_THE_ISSUE = 47
-MUST_HAVE = NAMED_BY_THE_ISSUE + 20
+MUST_HAVE = 130
+SAMPLE = 3
+"""One fault in so many, of every section, is planted by `make test`; `make mutation` plants all."""
+
+
+def sampled() -> list[Any]:
+    seen: Counter[str] = Counter()
+    parameters = []
+    for id in all_faults():
+        section = id.partition("-")[0]
+        marks = [pytest.mark.full] if seen[section] % SAMPLE else []
+        parameters.append(pytest.param(id, marks=marks))
+        seen[section] += 1
+    return parameters
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +45,7 @@ def test_there_are_enough_faults() -> None:
     assert all(find_case(fault.killed_by) is not None for fault in all_faults().values())
 
 
-@pytest.mark.parametrize("id", all_faults())
+@pytest.mark.parametrize("id", sampled())
 def test_the_fault_is_killed(id: str, honest: dict[str, Device]) -> None:
     fault = all_faults()[id]
     case = find_case(fault.killed_by)

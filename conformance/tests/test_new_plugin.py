@@ -14,15 +14,17 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "anychip-acme"
 CHANGED = {"src/anychip_acme/ops.py", "README.md", "tests/test_ops.py"}
 """What the example does beyond the template: one op."""
 MOST_LINES = 100
+SAMPLE = [f"--case={id}" for id in ("attn.decode.001", "linear.dense.001", "op.rms_norm.001", "e2e.greedy.001")]
 
 
 @pytest.mark.parametrize("seam", ["torch", "step"])
-def test_a_generated_plugin_passes_as_it_is(tmp_path: Path, seam: str) -> None:
+@pytest.mark.parametrize("judged", [SAMPLE, pytest.param(["--profile", "quick"], marks=pytest.mark.full)])
+def test_a_generated_plugin_passes_as_it_is(tmp_path: Path, seam: str, judged: list[str]) -> None:
     folder = write_plugin("zeta", seam, tmp_path)
     sources = list((folder / "src").rglob("*.py"))
     assert sum(len(path.read_text().splitlines()) for path in sources) <= MOST_LINES
     announce(folder / "src", "anychip_zeta", "zeta")
-    done = anychip(["conformance", "--device", "zeta", "--profile", "quick"], folder / "src")
+    done = anychip(["conformance", "--device", "zeta", *judged], folder / "src")
     assert done.returncode == 0, done.stdout[-3000:]
     prompt = ["--prompt", "import numpy as", "--max-tokens", "4", "--temperature", "0"]
     texts = [anychip(["generate", "--device", name, *prompt], folder / "src").stdout for name in ("zeta", "cpu")]
@@ -51,6 +53,12 @@ def test_the_example_is_as_generated_but_for_its_op() -> None:
     assert there - set(files) <= CHANGED
     for path, text in files.items():
         assert path in CHANGED or (EXAMPLE / path).read_text() == text, f"{path} differs from the template"
+
+
+def test_each_seam_has_a_readme_of_its_own() -> None:
+    torch, step = (rendered("zeta", seam)["README.md"] for seam in ("torch", "step"))
+    assert "Replace op by op" in torch and "name torch's device" in torch
+    assert "program.py" in step and "release(model)" in step and "op by op" not in step
 
 
 @pytest.mark.parametrize("name", ["Acme", "2fast", "a-b", "", "acme/../x"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from packages import anychip, make_bad
 
 from anychip.errors import ConfigError
+from anychip.plugin_api import StepProgram
+from anychip.worker.model_source import CheckpointSource
 from anychip_conformance import manifest, pages, registry, scorecard
 from anychip_conformance.device import open_device
 from anychip_conformance.host_watch import HostWatch
@@ -260,3 +263,57 @@ def test_pages_follow_from_the_suite_and_the_scorecards() -> None:
 
 def test_every_kind_says_what_it_protects_from() -> None:
     assert all(len(case.kind.protects) > 20 for case in all_cases())
+
+
+# -- what of a step-seam device a case exercises --------------------------------------------------------------
+
+
+def outcome(case: str, *used: str) -> Outcome:
+    return Outcome(case=case, verdict=Verdict.PASS, used=used)
+
+
+def test_a_capability_that_only_factories_showed_is_not_tested_on_the_step_seam() -> None:
+    outcomes = [
+        outcome("attn.softcap.001", "softcap"),
+        outcome("attn.alibi.001", "alibi"),
+        outcome("e2e.greedy.002", "softcap"),
+    ]
+    states = {
+        seam: {row.name: row.state for row in scorecard.capability_rows(outcomes, None, seam)}
+        for seam in ("step", "torch")
+    }
+    assert states["step"] == {"softcap": "tested", "alibi": "reference"}
+    assert states["torch"] == {"softcap": "tested", "alibi": "tested"}
+    assert scorecard.passed_through(outcomes, "step") == {"program": 1, "factories": 2}
+    assert scorecard.passed_through(outcomes, "torch") == {}
+    assert "program: 1; through reference factories: 2" in scorecard.through_line({"program": 1, "factories": 2})
+
+
+def test_every_section_of_the_core_profile_says_what_it_exercises() -> None:
+    neither = {"isolation", "shape", "comm"}
+    sections = {case.partition(".")[0] for case in manifest.frozen().cases}
+    assert sections == scorecard.THROUGH_PROGRAM | scorecard.THROUGH_FACTORIES | neither
+
+
+# -- what documents say of the suite --------------------------------------------------------------------------
+
+
+def test_no_document_has_a_count_of_cases_or_faults_that_was_typed() -> None:
+    generated = {"docs/reference/conformance-cases.md"}
+    number = re.compile(r"\b\d+\s+(?:conformance\s+)?(?:cases|planted\s+faults)\b")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]:
+        name = str(path.relative_to(ROOT))
+        if name not in generated:
+            assert number.findall(path.read_text()) == [], f"{name}: the suite grows; leave the number to make matrix"
+    assert f"The {len(frozen().cases)} cases" in (ROOT / "docs" / "reference" / pages.CASES).read_text()
+
+
+def test_the_page_of_the_step_seam_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "step-seam.md").read_text()
+    for name in vars(StepProgram):
+        assert name.startswith("_") or f"{name}(" in text, f"StepProgram.{name} is not on the page"
+    for name in ("config_json", "weights", "attention_specs", "build", "release", "ops"):
+        assert hasattr(CheckpointSource, name) or name == "ops"
+        assert f"`{name}" in text
+    for section in scorecard.THROUGH_PROGRAM | scorecard.THROUGH_FACTORIES:
+        assert f"`{section}`" in text, f"cases of {section} run the program or the factories: which?"

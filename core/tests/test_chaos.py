@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Server, events
+from served import Server, children, events
 
 from anychip import SamplingParams
 from anychip.config import EngineConfig
@@ -23,7 +23,16 @@ from anychip.errors import EngineDead
 from anychip.launch.async_llm import AsyncLLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from chaos import leftovers, storm
+from chaos import hang, leftovers, storm
+
+
+def is_running(pid: int) -> bool:
+    """Not so of a zombie, which only waits for whoever adopted it."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
 
 LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
@@ -37,6 +46,22 @@ def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, optio
         assert sum(tally.ends.values()) >= 100 and len(tally.ready_s) == 1
         assert leftovers(server) == {}
         assert server.metric("anychip_engine_restarts_total") == 1
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), ("worker", ["--tensor-parallel-size", "2"])])
+def test_requests_end_with_the_cause_when_a_process_hangs_and_the_engine_is_replaced(victim, options):
+    server = Server("--device", "cpu", "--kv-cache-bytes", "64M", "--step-timeout-s", "4", *options)
+    try:
+        stopped = [server.engine_pid(), *children(server.engine_pid())]
+        seen = asyncio.run(hang(server, victim=victim, step_timeout_s=4.0, streams=8))
+        assert all("made no progress for" in cause and "--step-timeout-s" in cause for cause in seen.causes)
+        assert seen.refused == {"/health", "/ready"} and len(seen.ends) == 8
+        assert leftovers(server) == {}
+        assert not any(is_running(pid) for pid in stopped)
+        assert server.log().count("(most recent call first)") > 1
+        assert server.post("/v1/completions", LONG | {"stream": False, "max_tokens": 2}).status_code == 200
     finally:
         assert server.stop() == 0
 

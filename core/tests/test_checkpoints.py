@@ -160,7 +160,7 @@ def test_without_a_length_the_model_gets_what_fits(checkpoint):
 
 def test_a_dtype_that_the_device_lacks_is_refused(checkpoint):
     with pytest.raises(
-        ConfigError, match="float16 .* not among those of cpu: bfloat16 comes nearest, there are bfloat16"
+        ConfigError, match="float16 .* not among those of cpu: bfloat16 is nearest; available: bfloat16"
     ):
         open_llm(checkpoint, dtype="float16")
 

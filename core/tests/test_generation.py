@@ -110,6 +110,27 @@ def test_repetition_penalty_is_that_of_transformers(llm, theirs):
     assert output.outputs[0].token_ids == expected[0, len(ids) :].tolist()
 
 
+def test_penalties_survive_preemptions_and_hold_for_each_sequence(llm):
+    ids = llm.tokenizer.encode("import")
+    params = SamplingParams(
+        n=2, seed=3, max_tokens=24, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=1.0,
+        logit_bias={77: 2.0}, ignore_eos=True,
+    )  # fmt: skip
+    (expected,) = llm.generate([ids], params)
+    request = llm.inputs.process("preempted", ids, params)
+    llm.engine.add(request)
+    found: dict[int, list[int]] = {0: [], 1: []}
+    step = 0
+    while llm.engine.has_work:
+        step += 1
+        if step % 5 == 0 and llm.engine.scheduler.running:
+            llm.engine.scheduler.preempt(llm.engine.scheduler.running[0])
+        for delta in llm.engine.step():
+            found[delta.index] += delta.token_ids
+    assert [found[0], found[1]] == [output.token_ids for output in expected.outputs]
+    assert found[0] != found[1]
+
+
 def test_biases_and_restrictions_hold_for_their_row_alone(llm):
     free, biased, allowed = llm.generate(
         ["x = "] * 3,

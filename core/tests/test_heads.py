@@ -1,4 +1,4 @@
-"""The output head: the checkpoint's own where it brings one, and otherwise the embedding where config.json ties them."""
+"""The output head: the checkpoint's own where it brings one, else the embedding where config.json ties them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check(folder: Path, **settings) -> int:
 
 
 def check_family(family: str, folder: Path) -> None:
-    head, embedding = tied_checkpoint(family, folder)
+    head, _ = tied_checkpoint(family, folder)
     shape = load_file(folder / WEIGHTS)[head].shape
     shared = check(folder)
     give_head(folder, head)

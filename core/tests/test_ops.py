@@ -8,13 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anychip.config import EngineConfig
 from anychip.errors import InvalidOverride, Unsupported
+from anychip.launch.inspect import inspect_ops
 from anychip.ops.reference import REFERENCE_OPS
 from anychip.ops.reference.functional import embedding, rms_norm, rotary
 from anychip.ops.reference.philox import philox, uniform
 from anychip.ops.reference.sampling import apply_token_masks, logprobs, sample, truncate
 from anychip.ops.table import resolve_ops
 from anychip.plugin_api import QKNorm, Rope, op_override
+from anychip.registry.devices import choose_device
+from anychip.registry.plugins import load_plugins
 
 # -- randomness -------------------------------------------------------------------------------------------
 
@@ -242,3 +246,16 @@ def test_an_override_with_a_wrong_name_version_or_signature_is_refused(name, ove
 def test_require_native_names_every_reference_op():
     with pytest.raises(Unsupported, match="no override of rms_norm"):
         resolve_ops("acme", {}, require_native=True)
+
+
+def test_a_compiled_step_serves_every_op_that_has_no_override():
+    table = resolve_ops("acme", {}, require_native=True, compiled_steps=True)
+    assert set(table.served_by.values()) == {"the step program"}
+    assert table.reference_ops == ()
+
+
+@pytest.mark.parametrize("device", ["fake-static", "fake-spmd"])
+def test_the_hot_path_of_a_step_seam_device_is_its_program(device):
+    report = inspect_ops(choose_device(EngineConfig(device=device), load_plugins()))
+    assert report.served_by["rms_norm"] == "the step program"
+    assert not report.reference_ops

@@ -375,7 +375,7 @@ def test_columns_ordered_by_activation_are_refused(tmp_path):
 
 def test_a_scheme_that_the_device_lacks_is_refused_with_those_it_has(tmp_path):
     make_quantized_checkpoint("gptq", tmp_path)
-    with pytest.raises(Unsupported, match=r"fake-hostlen with a checkpoint in int4 .*: int8 comes nearest, there are"):
+    with pytest.raises(Unsupported, match=r"fake-hostlen with a checkpoint in int4 .*: int8 is nearest; available:"):
         open_llm(Case("llama", 64, True, False, True, "fake-hostlen"), tmp_path)
 
 

@@ -14,7 +14,7 @@ import pytest
 from anychip.config import EngineConfig, EngineSpec
 from anychip.engine.async_engine import AsyncEngine
 from anychip.entrypoints.http.app import make_app
-from anychip.launch import async_llm, engine_main
+from anychip.launch import async_llm, engine_main, engine_process
 from anychip.launch.async_llm import AsyncLLM
 from anychip_cpu import native
 
@@ -63,13 +63,13 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
 
     send = AsyncEngine._send
 
-    async def watched_send(self, message):
+    def watched_send(self, message):
         if not api:
             task = asyncio.current_task()
             above = [name for name in frames_of_ours(sys._getframe()) if "watched" not in name]
             api.extend([*created.get(task, []), *above, "AsyncEngine._send"])
         hops.append(type(message).__name__)
-        await send(self, message)
+        send(self, message)
 
     kernels = native.load("")
     attention = kernels.attention
@@ -82,7 +82,7 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
 
     monkeypatch.setattr(AsyncEngine, "_send", watched_send)
     monkeypatch.setattr(kernels, "attention", watched_kernel)
-    monkeypatch.setattr(async_llm, "Child", EngineThread)
+    monkeypatch.setattr(engine_process, "Child", EngineThread)
     asyncio.get_running_loop().set_task_factory(make_task)
 
     llm = AsyncLLM(EngineConfig(device="cpu", num_kv_blocks=256))

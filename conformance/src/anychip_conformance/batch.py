@@ -96,7 +96,7 @@ def paged_batch(
     view = BatchView(
         query_start=device.tensor(starts, "int32"),
         seq_lens=device.tensor(lengths, "int32"),
-        block_table=device.tensor(table, caps.table_dtype),
+        block_table=device.tensor(table, "int32"),
         slot_mapping=device.tensor(slots, caps.slot_dtype),
         positions=device.tensor(positions, "int32"),
         num_reqs=key.num_reqs,
@@ -120,11 +120,12 @@ def paged_batch(
 
 
 def usual_limits(device: Device, tokens: int = 0, rows: int = 0, *, pages: int = 8, block_size: int = 16) -> StepLimits:
-    """Of a small server, or as large as a batch needs."""
+    """Of a small server, or as large as a batch needs, within the device's rules."""
     rules = device.platform.step_rules
     rows = rules.max_rows or max(rows, _USUAL_ROWS)
+    bounds = (rules.max_tokens or max(tokens, _USUAL_TOKENS), rules.max_padded_tokens, rows * pages * block_size)
     return StepLimits(
-        max_num_tokens=rules.max_tokens or max(tokens, _USUAL_TOKENS),
+        max_num_tokens=min(bound for bound in bounds if bound is not None),
         max_num_reqs=rows,
         max_model_len=pages * block_size,
         max_slots=rows,
@@ -137,7 +138,11 @@ def _key(
 ) -> ShapeKey:
     """The device's own shape for a batch, and at least the padding that the case asks for."""
     rules = device.platform.step_rules
-    for name, most, wanted in (("tokens", rules.max_tokens, tokens), ("rows", rules.max_rows, rows)):
+    for name, most, wanted in (
+        ("tokens", rules.max_tokens, tokens),
+        ("rows", rules.max_rows, rows),
+        ("padded tokens", rules.max_padded_tokens, rows * longest),
+    ):
         device.limit(f"steps hold {most} {name}, the case has {wanted}", most is None or wanted <= most)
     policy = device.platform.shape_policy(usual_limits(device, tokens, rows, pages=pages, block_size=block_size))
     key = policy.bucket(num_tokens=tokens, num_reqs=rows, max_query_len=longest, num_pages=pages, features=())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anychip.errors import DeviceUnavailable, Unsupported
-from anychip.ops.table import OpTable, resolve_ops
+from anychip.ops.table import OpTable, resolve_platform_ops
 from anychip.plugin_api import Capabilities, LinearPart, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
 from anychip.registry.devices import candidate, choose_named
 from anychip.registry.plugins import load_plugins
@@ -169,7 +169,7 @@ def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device
         options=manifest.options.parse(manifest.package, options),
         probe=found.probe,
     )
-    ops = resolve_ops(platform.name, platform.ops(), compiler=platform.compiler())
+    ops = resolve_platform_ops(platform)
     return Device(manifest=manifest, options=options, probe=found.probe, opened=platform, table=ops)
 
 
@@ -185,7 +185,9 @@ def manifest_of(name: str) -> PlatformManifest:
     if name not in plugins.platforms:
         broken = "".join(f"; {b.package}: {b.error}" for b in plugins.broken)
         there = ", ".join(sorted(plugins.platforms))
-        raise DeviceUnavailable(f"device {name!r} is not installed; there are {there}{broken}")
+        raise DeviceUnavailable(
+            f'device {name!r} is not installed; there are {there}{broken}; try pip install "anychip[{name}]"'
+        )
     return plugins.platforms[name]
 
 

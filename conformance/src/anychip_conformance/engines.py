@@ -13,6 +13,7 @@ import torch
 
 from anychip import LLM
 from anychip.config import EngineConfig, WorkerSpec
+from anychip.messages import StepDecision
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
 from anychip.worker.worker import Worker
 from anychip_conformance.choices import widest
@@ -120,7 +121,18 @@ def engine_settings(device: Device) -> dict[str, Any]:
 
 
 def open_llm(device: Device, folder: Path, **settings: Any) -> LLM:
-    return LLM(str(folder), **{**engine_settings(device), **settings})
+    """An engine in this process, whose every step is held against the device's rules."""
+    llm = LLM(str(folder), **{**engine_settings(device), **settings})
+    executor, rules = llm.engine.executor, device.platform.step_rules
+    launch = executor.launch
+
+    def checked(decision: StepDecision) -> None:
+        broken = rules.broken_by(np.frombuffer(decision.num_tokens, dtype=np.int32).tolist())
+        assert not broken, f"step {decision.step_id} breaks a rule of {device.name}: {broken}"
+        launch(decision)
+
+    executor.launch = checked  # type: ignore[method-assign]
+    return llm
 
 
 def preempt_often(scheduler: Scheduler) -> None:
@@ -138,7 +150,7 @@ def preempt_often(scheduler: Scheduler) -> None:
 
 def open_worker(device: Device, folder: Path, **settings: Any) -> Worker:
     """One worker in this process, to be driven step by step."""
-    config = EngineConfig(model=str(folder), num_kv_blocks=16, **{**engine_settings(device), **settings})
+    config = EngineConfig(model=str(folder), **{"num_kv_blocks": 16, **engine_settings(device), **settings})
     indexes = tuple(found.index for found in device.probe.devices)
     return Worker(
         WorkerSpec(

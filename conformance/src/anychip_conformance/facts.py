@@ -13,8 +13,8 @@ import torch
 from anychip.plugin_api import Capabilities, GraphLevel
 from anychip_conformance.device import Device
 
-FLAGS = ("sliding_window", "softcap", "alibi", "sinks", "mla", "seeded_sampling", "batch_invariant", "lora", "streams",
-         "triton")  # fmt: skip
+FLAGS = ("sliding_window", "softcap", "alibi", "sinks", "mla", "seeded_sampling", "batch_invariant", "lora",
+         "streams")  # fmt: skip
 """Capabilities that are there or not."""
 
 
@@ -80,7 +80,7 @@ def relaxations(device: Device) -> list[str]:
         found.append("the cache is copied at every write: far block ids are not reached")
     if caps.padding == "dummy_request":
         found.append("padded rows hold a query of their own: their output is not judged")
-    if caps.table_dtype == "int32" and caps.slot_dtype == "int32":
+    if caps.slot_dtype == "int32":
         found.append("slots are 32 bits wide")
     for rule in fields(rules):
         value = getattr(rules, rule.name)

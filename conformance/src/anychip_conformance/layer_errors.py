@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,47 +10,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anychip.config import EngineConfig
-from anychip.errors import DeviceUnavailable
 from anychip.model_config import load_model_config
+from anychip_conformance.device import manifest_of
 from anychip_conformance.layerwise import LOGITS, Recording
 from anychip_conformance.oracle.streams import stream_bound
-
-
-class LayerError(msgspec.Struct, frozen=True, kw_only=True):
-    """`own`: fed with the other device's input; `gathered`: with its own. None for the logits, which are not fed."""
-
-    name: str
-    own: float | None
-    gathered: float
-    bound: float
-
-    @property
-    def beyond(self) -> bool:
-        error = self.gathered if self.own is None else self.own
-        return not error <= self.bound  # NaN is beyond
+from anychip_conformance.program_errors import LayerError, compare_programs, recorded
 
 
 def compare(
     config: EngineConfig, device: str, options: dict[str, str], against: str, tokens: list[int], folder: Path
 ) -> list[LayerError]:
-    """Records B, then A fed with B, then A by itself, into files of `folder`. Raises DeviceUnavailable with the last
+    """Records B, then A fed with B, then A by itself, into files of `folder`. A device of the step seam runs its whole
+    program, which shows logits alone: program_errors.py looks for the layer. Raises DeviceUnavailable with the last
     line of what went wrong."""
-
-    def recorded(name: str, which: str, given: dict[str, str], fed: str = "") -> str:
-        out = str(folder / f"{name}.safetensors")
-        task = Recording(
-            device=which, options=given, model=config.model, dtype=config.dtype, tokens=tokens, out=out, fed=fed
-        )
-        command = [sys.executable, "-m", "anychip_conformance.layerwise"]
-        done = subprocess.run(command, input=msgspec.json.encode(task), stderr=subprocess.PIPE)
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-            raise DeviceUnavailable(f"running the model on {which} failed: {lines[-1]}")
-        return out
-
-    trusted = recorded("trusted", against, {})
-    own = load_file(recorded("own", device, options, trusted))
-    gathered = load_file(recorded("gathered", device, options))
+    if "step" in (manifest_of(device).seam, manifest_of(against).seam):
+        return compare_programs(config, device, options, against, tokens, folder)
+    task = Recording(device=against, options={}, model=config.model, dtype=config.dtype, tokens=tokens, out="")
+    trusted = recorded(task, folder / "trusted")
+    task = msgspec.structs.replace(task, device=device, options=options)
+    own = load_file(recorded(msgspec.structs.replace(task, fed=str(trusted)), folder / "own"))
+    gathered = load_file(recorded(task, folder / "gathered"))
     return errors(load_file(trusted), own, gathered, load_model_config(config.model).hidden_size, config.dtype)
 
 

@@ -24,6 +24,7 @@ from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.batch import Padding, Row, paged_batch
 from anychip_conformance.device import Device, open_device
+from anychip_conformance.program_scores import record_program
 
 LOGITS = "logits"
 
@@ -67,8 +68,11 @@ class Tap:
 
 @torch.inference_mode()
 def record(task: Recording) -> dict[str, Tensor]:
-    """By name: hidden.N and residual.N as layer N gives them, and the logits of every token."""
+    """By name: hidden.N and residual.N as layer N gives them, and the logits of every token. Of a step program, what
+    record_program gives."""
     device = open_device(task.device, task.options)
+    if device.manifest.seam == "step":
+        return record_program(device, task.model, task.dtype, task.tokens)
     config = EngineConfig(model=task.model, device=task.device, dtype=task.dtype, max_model_len=len(task.tokens))
     source = CheckpointSource(
         config=config, model=load_model_config(task.model), platform=device.platform, ops=device.ops, contributed={}

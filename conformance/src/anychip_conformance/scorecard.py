@@ -23,16 +23,33 @@ EVIDENCE = {
 """By DeviceInfo.backing."""
 
 
+THROUGH_PROGRAM = frozenset({"step", "e2e"})
+"""Sections whose cases run whole steps, and so the step program of a device that has one."""
+THROUGH_FACTORIES = frozenset({"op", "attn", "kv", "linear", "moe", "sample", "graph"})
+"""Sections that ask a platform's factories. On the step seam those are the reference's or the plugin's own ones for
+tracing: what passes there is not said of the compiled program."""
+
+
+def judged_through(seam: str, case: str) -> str:
+    """What a case exercises on the step seam: "program" or "factories"; "" where that makes no difference."""
+    section = case.partition(".")[0]
+    if seam != "step" or section not in THROUGH_PROGRAM | THROUGH_FACTORIES:
+        return ""
+    return "program" if section in THROUGH_PROGRAM else "factories"
+
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     case: str
     verdict: str
     message: str
     params: str
     reproduce: str
+    through: str = ""
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`state`: tested, failed, untested (declared, and no case of this run relied on it) or refused."""
+    """`state`: tested, failed, untested (declared, and no case of this run relied on it), reference (on the step seam,
+    only cases of the factories relied on it) or refused."""
 
     name: str
     declared: bool
@@ -67,6 +84,8 @@ class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     waived: list[str]
     seconds: float
     reproduce: str
+    through: dict[str, int] = {}
+    """Of the cases that passed on the step seam: how many through the program, how many through the factories."""
 
 
 def empty_sections(outcomes: Sequence[Outcome]) -> list[str]:
@@ -103,8 +122,19 @@ def worst_margins(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {label: round(worst[label], 4) for label in sorted(worst)}
 
 
-def capability_rows(outcomes: Sequence[Outcome], facts: Facts | None) -> list[Capability]:
+def passed_through(outcomes: Sequence[Outcome], seam: str) -> dict[str, int]:
+    """Empty on the torch seam."""
+    found = Counter(judged_through(seam, outcome.case) for outcome in outcomes if outcome.verdict is Verdict.PASS)
+    return {name: found[name] for name in ("program", "factories")} if seam == "step" else {}
+
+
+def through_line(through: Mapping[str, int]) -> str:
+    return f"judged through the program: {through['program']}; through reference factories: {through['factories']}"
+
+
+def capability_rows(outcomes: Sequence[Outcome], facts: Facts | None, seam: str) -> list[Capability]:
     used: Counter[str] = Counter()
+    elsewhere = {name for o in outcomes if judged_through(seam, o.case) != "factories" for name in o.used}
     failed, refused = set(), set()
     for outcome in outcomes:
         used.update(outcome.used)
@@ -115,7 +145,8 @@ def capability_rows(outcomes: Sequence[Outcome], facts: Facts | None) -> list[Ca
     declared = list(facts.declared) if facts else []
     rows = []
     for name in [*declared, *sorted(set(used) - set(declared) - refused)]:
-        state = "failed" if name in failed else "tested" if name in used else "untested"
+        state = "failed" if name in failed else "tested" if name in elsewhere else "reference"
+        state = state if used[name] else "untested"
         rows.append(Capability(name=name, declared=True, state=state, num_cases=used[name]))
     for name in sorted(refused | set(facts.undeclared if facts else [])):
         if name not in declared:
@@ -172,6 +203,7 @@ def page(card: Scorecard) -> str:
                 for profile, count in card.counts.items()
             ],
         ),
+        *(["", through_line(card.through)] if card.through else []),
         "",
         "## Capabilities",
         "",
@@ -191,7 +223,13 @@ def page(card: Scorecard) -> str:
     if card.failures:
         lines += ["", "## Failures", ""]
         for failure in card.failures:
-            lines += [f"**{failure.case}**: {failure.verdict}: {failure.message}", "", f"    {failure.reproduce}", ""]
+            where = f" (through the {failure.through})" if failure.through else ""
+            lines += [
+                f"**{failure.case}**{where}: {failure.verdict}: {failure.message}",
+                "",
+                f"    {failure.reproduce}",
+                "",
+            ]
     if card.waived:
         lines += ["", "## Waived", "", *[f"- {case}" for case in card.waived]]
     return "\n".join(lines).rstrip() + "\n"
@@ -236,8 +274,9 @@ Evidence:
 
 {legend}
 
-A capability is *tested* (declared, and all that relies on it passed), *failed*, *untested* (declared, and the suite has
-no case for it), *refused* (not declared, and its factory says so) or *undeclared*.
+A capability is *tested* (declared, and all that relies on it passed), *failed*, *reference* (on the step seam: only the
+platform's factories were tried, not its compiled program), *untested* (declared, and the suite has no case for it),
+*refused* (not declared, and its factory says so) or *undeclared*.
 
 {table}
 """

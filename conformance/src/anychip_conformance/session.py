@@ -143,13 +143,14 @@ class ConformanceRun:
                 name: self._conforms(name, found) if name in judged else None for name, found in profiles.items()
             },
             counts={name: scorecard.counts(found) for name, found in profiles.items() if found},
-            capabilities=scorecard.capability_rows(outcomes, facts),
+            capabilities=scorecard.capability_rows(outcomes, facts, self.manifest.seam),
             margins=scorecard.worst_margins(outcomes),
             relaxations=[] if facts is None else facts.relaxations,
             failures=[self._failure(outcome) for outcome in outcomes if outcome.verdict in BAD],
             waived=[outcome.case for outcome in outcomes if outcome.verdict is Verdict.WAIVED],
             seconds=round(time.perf_counter() - self._start, 1),
             reproduce=settings.command,
+            through=scorecard.passed_through(outcomes, self.manifest.seam),
         )
         if settings.report is not None:
             scorecard.write(self.card, settings.report)
@@ -167,6 +168,7 @@ class ConformanceRun:
             message=outcome.message,
             params=bytes(outcome.params).decode(),
             reproduce=self.reproduce(outcome),
+            through=scorecard.judged_through(self.manifest.seam, outcome.case),
         )
 
     def reproduce(self, outcome: Outcome) -> str:
@@ -180,7 +182,9 @@ class ConformanceRun:
 
     def explained(self, outcome: Outcome) -> str:
         """What a developer reads below a failing case."""
-        lines = [f"{outcome.case}: {outcome.verdict.value}: {outcome.message}"]
+        through = scorecard.judged_through(self.manifest.seam, outcome.case)
+        where = f" (through the {through})" if through else ""
+        lines = [f"{outcome.case}{where}: {outcome.verdict.value}: {outcome.message}"]
         if outcome.failed_with:
             lines.append(f"case: {outcome.failed_with}")
         if outcome.difference is not None:
@@ -198,6 +202,8 @@ class ConformanceRun:
             shown = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
             word = scorecard.verdict_word(card.conforms[profile]) if card.complete else "selected cases only"
             yield f"{profile}: {shown}: {word}"
+        if card.through:
+            yield scorecard.through_line(card.through)
         if not any("pass" in count for count in card.counts.values()):
             yield "nothing passed: no conformance without evidence"
         if self._hollow:

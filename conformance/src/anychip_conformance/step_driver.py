@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from anychip.messages import LateInputs, LogitEdits, NewRow, StepDecision, StepResult
+from anychip.messages import LateInputs, NewRow, StepDecision, StepResult
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
 from anychip_conformance.equality import VOCAB_SIZE
@@ -14,11 +15,26 @@ from anychip_conformance.equality import VOCAB_SIZE
 _TOP = 20
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowEdits:
+    """A row's penalties and biases; `num_output` of its tokens are output already."""
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    biases: dict[int, float] = field(default_factory=dict)
+    num_output: int = 0
+
+
+_NO_EDITS = RowEdits()
+
+
 class StepDriver:
     """One KV group. Requests get the blocks they are told, and stay in their slot until `finish`."""
 
     def __init__(self, device: Device, folder: Path) -> None:
         self.worker = open_worker(device, folder)
+        self._device, self._rules = device, device.platform.step_rules
         self.block_size = self.worker.ready.kv.groups[0].block_size
         self._step = 0
 
@@ -32,30 +48,23 @@ class StepDriver:
         zeros: list[int] | None = None,
         computed: dict[int, int] | None = None,
         masks: dict[int, set[int]] | None = None,
-        edits: dict[int, dict[int, tuple[float, float]]] | None = None,
+        edits: dict[int, RowEdits] | None = None,
         scored: set[int] | None = None,
     ) -> StepResult:
         """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
         slot: how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn.
-        `edits` likewise: token id to the scale and the shift of its logit. `scored` slots, when they are new, report
-        their prompt's log-probabilities."""
+        `edits` by slot, of new ones. `scored` slots, when they are new, report their prompt's log-probabilities."""
+        broken = self._rules.broken_by(list(tokens.values()))
+        self._device.limit(broken, not broken)
         self._step += 1
         rows = [
-            NewRow(
-                slot=slot,
-                token_ids=np.asarray(ids, dtype=np.int32).tobytes(),
-                num_prompt=len(ids),
-                num_computed=(computed or {}).get(slot, 0),
-                block_ids=[blocks],
-                temperature=0.0,
-                top_k=0,
-                top_p=1.0,
-                min_p=0.0,
-                seed=slot,
-                sample_index=0,
-                logprobs=_TOP,
-                score_from=0 if slot in (scored or ()) else len(ids),
-                score_top=_TOP,
+            self._row(
+                slot,
+                ids,
+                blocks,
+                computed=(computed or {}).get(slot, 0),
+                edits=(edits or {}).get(slot, _NO_EDITS),
+                scored=slot in (scored or ()),
             )
             for slot, (ids, blocks) in (new or {}).items()
         ]
@@ -72,8 +81,31 @@ class StepDriver:
             )
         )
         packed = {place: _bitmask(allowed) for place, allowed in (masks or {}).items()}
-        changed = {place: _logit_edits(row) for place, row in (edits or {}).items()}
-        return self.worker.sample(LateInputs(step_id=self._step, masks=packed, edits=changed)).fetch()
+        return self.worker.sample(LateInputs(step_id=self._step, masks=packed)).fetch()
+
+    @staticmethod
+    def _row(slot: int, ids: list[int], blocks: list[int], *, computed: int, edits: RowEdits, scored: bool) -> NewRow:
+        num_prompt = len(ids) - edits.num_output
+        return NewRow(
+            slot=slot,
+            token_ids=np.asarray(ids, dtype=np.int32).tobytes(),
+            num_prompt=num_prompt,
+            num_computed=computed,
+            block_ids=[blocks],
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            seed=slot,
+            sample_index=0,
+            logprobs=_TOP,
+            score_from=0 if scored else num_prompt,
+            score_top=_TOP,
+            repetition_penalty=edits.repetition,
+            presence_penalty=edits.presence,
+            frequency_penalty=edits.frequency,
+            logit_bias=edits.biases,
+        )
 
     def close(self) -> None:
         self.worker.close("judged")
@@ -88,8 +120,3 @@ def _bitmask(allowed: set[int]) -> bytes:
     for token in allowed:
         words[token // 32] |= np.uint32(1 << token % 32)
     return words.tobytes()
-
-
-def _logit_edits(row: dict[int, tuple[float, float]]) -> LogitEdits:
-    scales, shifts = (np.asarray(column, dtype=np.float32) for column in zip(*row.values(), strict=True))
-    return LogitEdits(np.asarray(list(row), dtype=np.int32).tobytes(), scales.tobytes(), shifts.tobytes())

@@ -58,6 +58,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0
     require_native: bool = False
     timeout_s: float = 120.0
+    """The longest that ranks wait for one another."""
+    start_timeout_s: float = 600.0
+    """The longest that a start may go without progress, such as weights that are read."""
+    step_timeout_s: float | None = None
+    """The longest that a step may take; None: by the times of steps of similar size, 30 s or more."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -68,6 +73,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; expected {least} or more")
+        for name in ("timeout_s", "start_timeout_s", "step_timeout_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"{name} is {seconds}; expected seconds above 0")
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction}; expected above 0, up to 1")
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -86,13 +95,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.served_model_name or self.model
 
     @property
-    def most_rows(self) -> int:
-        """Of a step: max_num_seqs, or a host's where neither the user nor the device's plugin gives one."""
+    def resolved_max_num_seqs(self) -> int:
+        """Rows that a step may have: max_num_seqs, or a host's default if neither the user nor the plugin sets it."""
         return self.max_num_seqs or _HOST_ROWS
 
     @property
-    def most_tokens(self) -> int:
-        """Of a step: max_num_batched_tokens, likewise."""
+    def resolved_max_num_batched_tokens(self) -> int:
+        """Tokens that a step may compute: max_num_batched_tokens, or the default for a host if nobody sets it."""
         return self.max_num_batched_tokens or _HOST_TOKENS
 
     @property
@@ -135,10 +144,21 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS takes both --tls-cert and --tls-key")
-        if self.admin_port is not None and not self.admin_key:
+        for name in ("api_key", "admin_key"):
+            _check_key(name, getattr(self, name))
+        if self.admin_port is not None and self.admin_key is None:
             raise ConfigError("--admin-port takes an --admin-key: whoever reaches the port could stop the server")
         if self.key_concurrency is not None and self.key_concurrency < 1:
             raise ConfigError(f"key_concurrency is {self.key_concurrency}; expected 1 or more")
+
+
+def _check_key(name: str, key: str | None) -> None:
+    """A secret that is unset where it should be set must not open the server."""
+    remedy = f"give --{name.replace('_', '-')} or ANYCHIP_{name.upper()} a key, or leave both out"
+    if key is not None and not key.strip():
+        raise ConfigError(f"{name} is empty; {remedy}")
+    if key is not None and key != key.strip():
+        raise ConfigError(f"{name} begins or ends with white space, which no client can send; {remedy}")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,12 +16,15 @@
     │   └── PortInUse
     ├── PluginError                the vendor can mend it
     │   ├── PluginImportFailed
+    │   ├── PluginFailed           a hook raised: names package, hook and cause
     │   ├── IncompatiblePlugin     interface version out of range
     │   ├── InvalidOverride        an op with the wrong name or signature
     │   └── Unsupported            a factory refuses a spec, with every reason
     ├── DeviceFault                the device failed: kind, fatal or not, ranks
     ├── StepFailed                 the step that a request was in failed; the engine goes on
+    ├── OutputFailed               a request's tokens could not be made into its answer; others go on
     ├── EngineDead                 503, carries the root cause
+    │   └── EngineHung             it made no progress for too long, and was ended
     └── RequestAborted
 
 A message gives the cause, the numbers and the remedy.
@@ -30,6 +33,8 @@ A message gives the cause, the numbers and the remedy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import msgspec
 
 
 class AnychipError(Exception):
@@ -136,6 +141,18 @@ class PluginImportFailed(PluginError):
     """An entry point, a probe or a platform module raised at import."""
 
 
+class PluginFailed(PluginError):
+    """A plugin's code raised what no hook may raise. `package`, `hook` and `cause` say who, where and what."""
+
+    @classmethod
+    def of(cls, package: str, hook: str, error: BaseException) -> PluginFailed:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return cls(
+            f"{package}: {hook} raised {text}; report this to the authors of {package.partition(' ')[0]} with the "
+            "traceback in the log (ANYCHIP_LOG_LEVEL=debug shows each), or do without it"
+        )
+
+
 class IncompatiblePlugin(PluginError):
     """The plugin was built against an interface version that this core does not speak."""
 
@@ -153,6 +170,14 @@ class Unsupported(PluginError):
         super().__init__(f"{who}: " + "; ".join(self.reasons))
 
 
+class Fault(msgspec.Struct, frozen=True, array_like=True):
+    """What a DeviceFault carries beside its message, as it crosses processes."""
+
+    kind: str
+    fatal: bool
+    ranks: tuple[int, ...]
+
+
 class DeviceFault(AnychipError):
     """The device or its runtime failed.
 
@@ -167,13 +192,26 @@ class DeviceFault(AnychipError):
         self.ranks = tuple(ranks)
         self.remedy = remedy
 
+    @property
+    def crossing(self) -> Fault:
+        """What another process must know beside the message."""
+        return Fault(self.kind, self.fatal, self.ranks)
+
 
 class StepFailed(AnychipError):
     """The device could not do the step that the request was in, and can do others: it was short of memory, say."""
 
 
+class OutputFailed(AnychipError):
+    """The tokens of a request could not be made into its answer. The request was ended, and others go on."""
+
+
 class EngineDead(AnychipError):
     """The engine stopped; the message carries the root cause."""
+
+
+class EngineHung(EngineDead):
+    """The engine, or a worker of its, made no progress for longer than it may."""
 
 
 class RequestAborted(AnychipError):
@@ -184,17 +222,24 @@ _BY_NAME: dict[str, type[AnychipError]] = {
     cls.__name__: cls
     for cls in (
         InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
-        KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, IncompatiblePlugin, InvalidOverride,
-        StepFailed,
+        KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, PluginFailed, IncompatiblePlugin,
+        InvalidOverride, StepFailed, OutputFailed, EngineHung,
     )
 }  # fmt: skip
 
 
-def rebuild(kind: str, message: str) -> AnychipError:
+def fault_of(error: BaseException) -> Fault | None:
+    """What `rebuild` needs beside class name and message."""
+    return error.crossing if isinstance(error, DeviceFault) else None
+
+
+def rebuild(name: str, message: str, fault: Fault | None = None) -> AnychipError:
     """The error that another process reported by class name and message; EngineDead if the name is unknown."""
-    if kind in _BY_NAME:
-        return _BY_NAME[kind](message)
-    if kind == "Unsupported":
+    if fault is not None:
+        return DeviceFault(message, kind=fault.kind, fatal=fault.fatal, ranks=fault.ranks)
+    if name in _BY_NAME:
+        return _BY_NAME[name](message)
+    if name == "Unsupported":
         who, _, reasons = message.partition(": ")
         return Unsupported(who, [reasons])
-    return EngineDead(message if kind == "EngineDead" else f"{kind}: {message}")
+    return EngineDead(message if name == "EngineDead" else f"{name}: {message}")

@@ -1,7 +1,8 @@
 """What crosses process boundaries: msgspec structs without tensors, encoded as MessagePack.
 
-API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, EngineFailed.
-Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerReady, StepResult, WorkerFailed.
+API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, Heartbeat, EngineFailed.
+Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerProgress, WorkerReady, StepResult,
+                                                                            WorkerFailed.
 
 Index arrays travel as little-endian int32 bytes: one pass each way, however many rows run.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from anychip.errors import Fault
 from anychip.sampling_params import SamplingParams
 from anychip.types import FinishReason
 
@@ -18,7 +20,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """One request, already tokenized and checked. `sampling.n` sequences come of it, indexed from 0."""
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt: bytes
+    """The prompt's ids: int32 [num_prompt]."""
     sampling: SamplingParams
     max_output: int
     stop_ids: tuple[int, ...]
@@ -29,16 +32,29 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     structured_after: tuple[int, ...] = ()
     """Tokens after which structured output begins; (): at once."""
     tenant: str = ""
-    """Whose request it is, for policies that share the device fairly."""
+    """Who sent the request, for policies that share the device fairly."""
     deadline: float | None = None
     """Seconds from its arrival at the engine after which it ends with an error."""
+    block_hashes: bytes = b""
+    """The hashes of the prompt's full KV blocks, one after the other (kv_cache/hashing); b"": the engine makes them."""
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def prompt_token_ids(self) -> memoryview:
+        """The same ids as integers; nothing is copied."""
+        return memoryview(self.prompt).cast("i")
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Ends requests; `index` ends one sequence of a request only."""
+    """Ends requests; `index` ends one sequence of a request only. `reason` is "stop" where a stop string was found:
+    the sequence is complete."""
 
     request_id: str
     index: int | None = None
+    reason: FinishReason = "abort"
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -62,7 +78,7 @@ class SequenceDelta(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of the prompt's tokens from the second on, with the first new token."""
+    """Log-probabilities of the prompt's tokens from the second on; they come with the first new token."""
     cached_tokens: int = 0
     queued_s: float | None = None
     """With the first token: how long the request waited until it was first scheduled."""
@@ -76,7 +92,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     running: int
     waiting: int
     waiting_tokens: int
-    """Of the prompts that wait."""
+    """Tokens of the prompts that wait."""
     kv_blocks_used: int
     kv_blocks: int
     steps: int
@@ -84,32 +100,51 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_queries: int
     """Prompt tokens that were looked up in the prefix cache."""
     prefix_hits: int
-    """And those that were found there."""
+    """Prompt tokens that the prefix cache held."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Sent after each step that brought anything, and every so often while there is nothing to do: an engine that
-    says nothing makes no progress."""
+    """Sent after each step that brought anything."""
 
     deltas: list[SequenceDelta]
     stats: EngineStats | None = None
 
 
+class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Sent every half second by a thread of the engine process, however long its loop is busy."""
+
+    doing: str
+    """What the engine is doing, in words for people."""
+    busy_s: float
+    """Seconds since its last progress; time in which the process was stopped does not count."""
+    limit_s: float
+    """Seconds that may pass until its next progress."""
+    worker_pids: tuple[int, ...] = ()
+    stats: EngineStats | None = None
+    """None while it starts."""
+
+
 class MemoryPlan(msgspec.Struct, frozen=True):
-    """Bytes by purpose on one device, and what the KV cache holds."""
+    """How one device's memory is divided, in bytes, and what its KV cache holds."""
 
     weights: int
+    """Bytes of the packed weights."""
     activations: int
+    """Bytes that the largest step needs, and those of the state for penalties and biases."""
     graphs: int
+    """Bytes reserved for captured graphs."""
     kv_cache: int
+    """Bytes of all KV blocks."""
     num_blocks: int
+    """Blocks of the KV cache, block 0 included."""
     kv_tokens: int
+    """Tokens that the KV cache holds."""
     max_concurrency: float
-    """Requests of the maximum length that fit at once."""
+    """How many requests of the maximum length fit at once."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):
-    """Layers whose blocks are handed out together. `window` None: every earlier token is kept."""
+    """Layers that get their blocks together. `window` counts tokens; None keeps every earlier token."""
 
     block_size: int
     window: int | None = None
@@ -145,27 +180,43 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     device: str
     notes: tuple[str, ...] = ()
     kernels: dict[str, str] = {}
-    """By op: what serves it, and why."""
+    """For each op, which implementation serves it, and why."""
     capabilities: dict[str, str] = {}
     """What the device declares, as text."""
 
 
-class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class WorkerProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Sent while a worker starts."""
+
     rank: int
-    kind: str
+    doing: str
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """`error` is a class name. With a `step_id`, the worker goes on without that step; otherwise it ends."""
+
+    rank: int
+    error: str
     message: str
+    fault: Fault | None = None
+    step_id: int | None = None
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """`max_model_len` is what was asked for, or the longest that model and KV cache hold."""
+    """`max_model_len` is what was asked for, or the longest that model and KV cache hold. `hash_block_size`: tokens
+    under one hash of the prefix cache; None: there is none."""
 
     worker: WorkerReady
     max_model_len: int
+    hash_block_size: int | None = None
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    kind: str
+    """The engine's last words; `error` is a class name."""
+
+    error: str
     message: str
+    fault: Fault | None = None
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):
@@ -191,6 +242,11 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     """First position whose next prompt token is to be scored; num_prompt: none."""
     score_top: int
     """How many of the most likely tokens to report with a score."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    """By token id. The workers count the row's tokens themselves."""
 
 
 class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -211,15 +267,6 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     zeros: list[int]
 
 
-class LogitEdits(msgspec.Struct, frozen=True, array_like=True):
-    """Changes to single logits of a row, equally long: int32 ids, each once; float32 scales and shifts. A logit is
-    divided by its scale where it is positive, multiplied where it is negative, and then shifted."""
-
-    ids: bytes
-    scales: bytes
-    shifts: bytes
-
-
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What sampling needs that was not known when the step was launched, by position among its sampling rows.
 
@@ -228,7 +275,6 @@ class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     step_id: int
     masks: dict[int, bytes]
-    edits: dict[int, LogitEdits] = {}
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -243,6 +289,6 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 ToEngine = AddRequest | Abort | Shutdown
-FromEngine = EngineReady | Outputs | EngineFailed
+FromEngine = EngineReady | Outputs | Heartbeat | EngineFailed
 ToWorker = StepDecision | LateInputs | Shutdown
-FromWorker = WorkerReady | StepResult | WorkerFailed
+FromWorker = WorkerProgress | WorkerReady | StepResult | WorkerFailed

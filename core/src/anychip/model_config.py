@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says, in our terms. Reads JSON only; builds no layer."""
+"""Translates a checkpoint's config.json into anychip's terms. Reads JSON only; builds no layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anychip.hub import resolve_folder
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`raw` is config.json itself: what only one family reads stays there."""
+    """`raw` is config.json itself. Settings that only one family reads stay there."""
 
     folder: str
     architecture: str

@@ -8,21 +8,24 @@ from __future__ import annotations
 import enum
 import math
 import time
+from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from anychip.messages import LogitEdits, TokenLogprobs
+from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
 if TYPE_CHECKING:
-    from anychip.scheduler.beam_search import BeamSearch
+    import numpy as np
 
 
 class LogitsProcessor(Protocol):
     """Restricts the next token of one sequence. Grammars and bad words plug in here. An AnychipError that it raises
-    ends the request."""
+    ends the request. `name` is what its user calls it."""
+
+    @property
+    def name(self) -> str: ...
 
     def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
         """Clears bits of `mask` for the token at `position`, where all earlier ids of the request are known.
@@ -33,14 +36,6 @@ class LogitsProcessor(Protocol):
 
     def applies(self, position: int) -> bool:
         """Whether the token at `position` is restricted at all; False costs nothing."""
-        ...
-
-
-class LogitsEditor(Protocol):
-    """Changes single logits of one sequence: penalties and biases."""
-
-    def edits(self, request: Request) -> LogitEdits | None:
-        """For the next token, where all earlier ids of the request are known; None: no change."""
         ...
 
 
@@ -69,10 +64,11 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "arrived_at", "beams", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline",
-        "editor", "epoch", "finish_reason", "fork_of", "index", "max_output", "num_cached_blocks", "num_computed",
-        "num_promised", "num_prompt", "priority", "processors", "prompt_logprobs", "rank", "reenters", "request_id",
-        "sampling", "scheduled_at", "seed", "slot", "status", "stop_ids", "tenant", "token_ids",
+        "arrival", "arrived_at", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "enters",
+        "epoch", "finish_reason", "fork_of", "index", "is_beam", "max_output", "next_change_at", "num_cached_blocks",
+        "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids", "priority", "processors",
+        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot", "status",
+        "stop_ids", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +76,7 @@ class Request:
         *,
         request_id: RequestId,
         index: int,
-        prompt_token_ids: list[int],
+        prompt: bytes,
         sampling: SamplingParams,
         max_output: int,
         stop_ids: frozenset[int],
@@ -88,16 +84,19 @@ class Request:
         arrival: int,
         priority: int = 0,
         cache_salt: str = "",
+        block_hashes: Sequence[bytes] = (),
+        num_logprobs: int = -1,
         fork_of: Request | None = None,
         processors: tuple[LogitsProcessor, ...] = (),
-        editor: LogitsEditor | None = None,
         tenant: str = "",
+        arrived_at: float | None = None,
         deadline: float = math.inf,
     ) -> None:
         self.request_id = request_id
         self.index = index
-        self.token_ids = prompt_token_ids  # prompt, then output; owned by this request
-        self.num_prompt = len(prompt_token_ids)
+        self.prompt = prompt  # int32 ids, shared by the sequences of a request
+        self.num_prompt = len(prompt) // 4
+        self.output_token_ids: list[int] = []
         self.sampling = sampling
         self.max_output = max_output
         self.stop_ids = stop_ids
@@ -105,12 +104,12 @@ class Request:
         self.arrival = arrival
         self.priority = priority
         self.cache_salt = cache_salt
-        self.fork_of = fork_of
+        self.fork_of = fork_of  # whose prompt it may share, until it has a slot
         self.processors = processors
-        self.editor = editor
         self.tenant = tenant
         self.deadline = deadline  # on the monotonic clock
-        self.beams: BeamSearch | None = None  # the search that the sequence is a beam of
+        self.is_beam = sampling.beam_width > 0
+        self.num_logprobs = num_logprobs  # how many of the likeliest tokens are reported with each; -1: none
 
         self.status = RequestStatus.WAITING
         self.epoch = 0
@@ -119,22 +118,30 @@ class Request:
         self.num_promised = 0
         self.cached_tokens = 0
         self.rank = 0.0  # the policy's
-        self.arrived_at = time.monotonic()
+        self.arrived_at = time.monotonic() if arrived_at is None else arrived_at
         self.scheduled_at = self.arrived_at  # until it first is
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's second token and on
-        self.reenters = False  # its slot's tokens and blocks were replaced: the workers are told anew
+        self.enters = False  # the workers are to be told all of it: it has a new slot, or other tokens and blocks
         self.block_ids: list[list[BlockId]] = []  # by KV group; the KV cache manager alone mutates it
-        self.block_hashes: list[bytes] = []
+        self.next_change_at = 0  # the KV cache manager's: until then the next token has room
+        self.block_hashes = list(block_hashes)
         self.num_cached_blocks: list[int] = []  # by KV group: leading blocks already offered to the prefix cache
 
     @property
     def num_known(self) -> int:
-        return len(self.token_ids)
+        return self.num_prompt + len(self.output_token_ids)
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return len(self.output_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output, copied: not for what runs every step."""
+        prompt = array("i")
+        prompt.frombytes(self.prompt)
+        return [*prompt, *self.output_token_ids]
 
     @property
     def scores_prompt(self) -> bool:
@@ -144,10 +151,6 @@ class Request:
             and self.index == 0
             and len(self.prompt_logprobs) < self.num_prompt - 1
         )
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
 
     def become(self, status: RequestStatus) -> None:
         """Moves along the transition table."""

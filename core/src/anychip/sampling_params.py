@@ -9,12 +9,11 @@ from typing import Literal
 import msgspec
 
 from anychip.errors import InvalidRequest
+from anychip.types import MAX_BIASES, MAX_LOGPROBS
 
-MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
-MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
 MAX_BEAMS = MAX_LOGPROBS // 2
 """A beam is continued by the best of twice as many tokens as there are beams."""
@@ -80,13 +79,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check("n", self.n, lambda v: 1 <= v <= MAX_N, f"1 to {MAX_N}")
         _check("temperature", self.temperature, lambda v: 0 <= v <= 100, "0 to 100")
         _check("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0, up to 1")
-        _check("top_k", self.top_k, lambda v: v >= 0, "0 (off) or more")
+        _check("top_k", self.top_k, lambda v: 0 <= v < 2**31, "0 (off) or more, in 31 bits")
         _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "0 to 1")
         if self.seed is not None:
             _check("seed", self.seed, lambda v: -(2**63) <= v < 2**63, "a signed 64-bit integer")
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, lambda v: v >= 1, "1 or more")
-        _check("min_tokens", self.min_tokens, lambda v: v >= 0, "0 or more")
+        _check("min_tokens", self.min_tokens, lambda v: 0 <= v < 2**31, "0 or more, in 31 bits")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}", param="min_tokens"
@@ -114,9 +113,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 _check(name, token, lambda v: 0 <= v < 2**31, "token ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest("allowed_token_ids is empty: no token could be drawn", param="allowed_token_ids")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+        if len(self.logit_bias) > MAX_BIASES:
             raise InvalidRequest(
-                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS}", param="logit_bias"
+                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_BIASES}", param="logit_bias"
             )
         for token, bias in self.logit_bias.items():
             _check("logit_bias", token, lambda v: 0 <= v < 2**31, "token ids")
@@ -140,18 +139,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.beam_width or self.n
 
     @property
-    def edits_logits(self) -> bool:
-        """Whether penalties or biases change the model's logits."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
-
-    @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
 
 def _check(name: str, value: float, allowed: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not is_number:
         raise InvalidRequest(f"{name} is {value!r}; expected {expected}", param=name)
     if not allowed(value):
-        raise InvalidRequest(f"{name} is {value}; expected {expected}", param=name)
+        shown = value if isinstance(value, float) or abs(value) < 2**64 else "beyond 64 bits"
+        raise InvalidRequest(f"{name} is {shown}; expected {expected}", param=name)

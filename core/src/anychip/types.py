@@ -23,6 +23,12 @@ NULL_BLOCK = BlockId(0)
 PADDING_SLOT = -1
 """What a slot mapping holds for a token whose key and value must not be written."""
 
+MAX_LOGPROBS = 20
+"""Most likely tokens that a step reports for a row, whatever fewer a request asked for."""
+
+MAX_BIASES = 1024
+"""Tokens of one request whose logits may be biased."""
+
 _ITEMSIZE = {
     "float32": 4,
     "bfloat16": 2,

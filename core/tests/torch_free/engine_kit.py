@@ -51,7 +51,7 @@ def make_request(name: str, prompt: list[int], *, max_output: int = 4, arrival: 
     return Request(
         request_id=RequestId(name),
         index=0,
-        prompt_token_ids=list(prompt),
+        prompt=array("i", prompt).tobytes(),
         sampling=SamplingParams(max_tokens=max_output),
         max_output=max_output,
         stop_ids=frozenset({2}),
@@ -148,7 +148,7 @@ def make_core(scheduler: Scheduler, *, max_in_flight: int = 1, seed: int = 0, **
 def add_message(name: str, prompt: list[int], *, max_output: int = 4, **sampling: object) -> AddRequest:
     return AddRequest(
         name,
-        list(prompt),
+        array("i", prompt).tobytes(),
         SamplingParams(max_tokens=max_output, **sampling),
         max_output,
         (2,),  # type: ignore[arg-type]

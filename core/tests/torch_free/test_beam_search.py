@@ -73,7 +73,7 @@ def run(core, *, seed: int, preempt_at: set[int] = frozenset(), limit: int = 600
         logprobs = {}
         for position, request in enumerate(step.sampling):
             values = distribution(tuple(request.token_ids), seed)
-            order = sorted(range(VOCAB), key=lambda token: -values[token])[: request.beams.num_candidates]
+            order = sorted(range(VOCAB), key=lambda token: -values[token])[: request.num_logprobs]
             logprobs[position] = TokenLogprobs(values[order[0]], order, [values[token] for token in order])
         ids = array("i", [0] * len(step.sampling)).tobytes()
         for delta in scheduler.update(step, StepResult(step.decision.step_id, ids, logprobs)):
@@ -117,7 +117,7 @@ def test_an_aborted_search_gives_everything_back():
     core.scheduler.schedule()
     ends = core.abort("a")
     assert [end.index for end in ends] == [0, 1]
-    assert not core.scheduler.requests and not core.scheduler.waiting_tokens
+    assert not core.scheduler.requests and not core.scheduler.waiting.num_tokens
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,36 @@ def test_searches_that_could_never_run_are_refused(options, expected):
     core = make_core(make_scheduler())
     with pytest.raises(InvalidRequest, match=expected):
         core.add(add_message("a", [5] * 3, **options))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), width=st.integers(2, 4), seed=st.integers(0, 10**6), prefix_caching=st.booleans())
+def test_results_do_not_depend_on_when_steps_return_and_who_is_preempted(data, width, seed, prefix_caching):
+    core = make_core(make_scheduler(num_blocks=40, prefix_caching=prefix_caching))
+    scheduler, prompt = core.scheduler, [3, 4, 5, 6]
+    core.add(add_message("a", prompt, max_output=5, beam_width=width, n=width))
+    in_flight, outputs = [], {}
+    for _ in range(400):
+        if not scheduler.has_work and not in_flight:
+            break
+        scheduler.max_tokens = data.draw(st.sampled_from([1, 2, 64]))
+        action = data.draw(st.sampled_from(["step", "step", "return", "preempt"]))
+        if action == "preempt" and scheduler.running and data.draw(st.booleans()):
+            scheduler.preempt(data.draw(st.sampled_from(scheduler.running)))
+        step = scheduler.schedule() if action != "return" and len(in_flight) < 3 else None
+        if step is not None:
+            known = [tuple(request.token_ids) for request in step.sampling]
+            in_flight.append((step, known, step.sampling[0].num_logprobs if step.sampling else 0))
+        elif in_flight:
+            step, known, count = in_flight.pop(0)
+            logprobs = {}
+            for position, tokens in enumerate(known):
+                values = distribution(tokens, seed)
+                order = sorted(range(VOCAB), key=lambda token: -values[token])[:count]
+                logprobs[position] = TokenLogprobs(values[order[0]], order, [values[token] for token in order])
+            ids = array("i", [0] * len(known)).tobytes()
+            for delta in scheduler.update(step, StepResult(step.decision.step_id, ids, logprobs)):
+                outputs[delta.index] = delta.token_ids
+        scheduler.kv.check_integrity(scheduler.running)
+    expected = plain_search(prompt, width=width, n=width, length=5, penalty=1.0, seed=seed)
+    assert [outputs[rank] for rank in range(width)] == expected

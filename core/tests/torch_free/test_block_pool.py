@@ -39,7 +39,7 @@ def test_a_deferred_block_revived_by_a_hit_stays_held():
     pool.launched(1)
     pool.release([block])
     assert pool.find(b"key") == block
-    pool.take(block)
+    pool.take([block])
     pool.retired(1)
     assert pool.num_free == 0
     assert pool.ref_count[block] == 1
@@ -50,7 +50,7 @@ def test_a_block_freed_twice_waits_for_the_later_step():
     (block,) = pool.allocate(1)
     pool.launched(1)
     pool.release([block])
-    pool.take(block)
+    pool.take([block])
     pool.launched(2)
     pool.release([block])
     pool.retired(1)
@@ -62,7 +62,7 @@ def test_a_block_freed_twice_waits_for_the_later_step():
 def test_a_transfers_reference_keeps_a_block_beyond_its_request():
     pool = BlockPool(2)
     (block,) = pool.allocate(1)
-    pool.take(block)  # the transfer's
+    pool.take([block])  # the transfer's
     pool.release([block])
     assert pool.num_free == 0
     pool.release([block])
@@ -82,7 +82,7 @@ def test_a_reused_block_is_no_longer_offered():
 def test_a_shared_or_offered_block_is_not_writable():
     pool = BlockPool(3)
     shared, offered = pool.allocate(2)
-    pool.take(shared)
+    pool.take([shared])
     pool.offer(b"key", offered)
     assert not pool.is_writable(shared)
     assert not pool.is_writable(offered)
@@ -125,14 +125,14 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def share(self, data):
         block = data.draw(st.sampled_from(self.held))
-        self.pool.take(block)
+        self.pool.take([block])
         self.held.append(block)
 
     @rule(key=st.sampled_from([b"a", b"b", b"c"]))
     def offer_or_hit(self, key):
         block = self.pool.find(key)
         if block is not None:
-            self.pool.take(block)
+            self.pool.take([block])
             self.held.append(block)
         elif self.held:
             self.pool.offer(key, self.held[-1])

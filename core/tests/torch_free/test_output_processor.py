@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ LAST = "length"
 def deliver(ids: list[int], **sampling):
     """All pieces of one request whose tokens arrive one by one; and whether the engine had to be told."""
     processor = OutputProcessor(TOKENIZER)
-    processor.add(AddRequest("r", [5], SamplingParams(**sampling), len(ids), ()))
+    processor.add(AddRequest("r", array("i", [5]).tobytes(), SamplingParams(**sampling), len(ids), ()))
     pieces, told = [], False
     for number, token in enumerate(ids):
         end = LAST if number == len(ids) - 1 else None
@@ -76,7 +78,7 @@ def test_bytes_that_never_become_a_character_show_as_a_replacement():
 def test_the_token_that_stopped_a_sequence_is_not_shown():
     processor = OutputProcessor(TOKENIZER)
     (stop,) = TOKENIZER.encode("a")[:1]
-    processor.add(AddRequest("r", [5], SamplingParams(), 9, (stop,)))
+    processor.add(AddRequest("r", array("i", [5]).tobytes(), SamplingParams(), 9, (stop,)))
     output, _ = processor.process(SequenceDelta("r", 0, [stop], finish_reason="stop"))
     assert output.outputs[0].text == ""
     assert output.finished

@@ -23,11 +23,11 @@ from anychip.plugin_api.refusals import among, undeclared
     ],
 )
 def test_as_many_bits_come_nearest_then_more_then_fewer(wanted, there, nearest):
-    assert among(wanted, there).startswith(f"{nearest} comes nearest, there are ")
+    assert among(wanted, there).startswith(f"{nearest} is nearest; available: ")
 
 
 def test_a_long_list_is_shown_by_its_ends():
-    assert among(320, set(range(8, 257))) == "256 comes nearest, there are 8 to 256"
+    assert among(320, set(range(8, 257))) == "256 is nearest; available: 8 to 256"
     assert among("int4", set()) == "there is none"
 
 
@@ -39,9 +39,9 @@ def test_every_reason_is_told():
         dtypes=frozenset({"bfloat16"}), head_dims=frozenset({64, 256}), kv_dtypes=frozenset({"bfloat16"}), softcap=False
     )
     assert undeclared(spec, device) == [
-        "dtype float16; bfloat16 comes nearest, there are bfloat16",
-        "a cache of int8; bfloat16 comes nearest, there are bfloat16",
-        "head_dim 320; 256 comes nearest, there are 64, 256",
+        "dtype float16; bfloat16 is nearest; available: bfloat16",
+        "a cache of int8; bfloat16 is nearest; available: bfloat16",
+        "head_dim 320; 256 is nearest; available: 64, 256",
         "softcap",
     ]
 
@@ -52,7 +52,7 @@ def test_a_scheme_that_is_not_declared_has_a_nearest_one():
         scheme=QuantScheme(name="fp8", scales="channel"),
     )  # fmt: skip
     device = Capabilities(quantization=frozenset({"int8", "int4"}))
-    assert undeclared(spec, device) == ["quantization fp8; int8 comes nearest, there are int4, int8"]
+    assert undeclared(spec, device) == ["quantization fp8; int8 is nearest; available: int4, int8"]
 
 
 def test_an_epilogue_is_of_a_dense_product_and_declared():

@@ -250,7 +250,7 @@ def test_after_any_workload_free_blocks_are_all_blocks(actions, groups, caching,
             request = scheduler.running[values[0] % len(scheduler.running)]
             held = [block for table in request.block_ids for block in table if block]
             for block in held:
-                scheduler.kv.pool.take(block)
+                scheduler.kv.pool.take([block])
             transfers.append(held)
         elif action == "transfer ends" and transfers:
             scheduler.kv.pool.release(transfers.pop(0))

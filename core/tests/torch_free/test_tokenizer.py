@@ -9,6 +9,7 @@ import pytest
 
 from anychip.errors import CheckpointError, InvalidRequest
 from anychip.hub import resolve_folder
+from anychip.tokenizer.chat_template import ChatTemplate
 from anychip.tokenizer.tokenizer import Tokenizer
 
 TURN = [{"role": "user", "content": "Hi"}]
@@ -71,3 +72,52 @@ def test_tokens_added_after_the_fact_get_their_ids(tmp_path):
     ids = tokenizer.encode("a<|tool|><sum>", add_special_tokens=False)
     assert ids[-2:] == [size, size + 1]
     assert tokenizer.decode(ids) == "a<sum>"
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+EACH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+FIRST_ONLY = (
+    "{% for m in messages %}{% if m.role != 'system' or loop.first %}"
+    "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+)
+REFUSES_A_SECOND = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+USER, CODEX = message("user", "u"), [message("system", "s"), message("developer", "d"), message("user", "u")]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (EACH, [message("developer", "d"), USER], "<system>d<user>u"),
+        (EACH, CODEX, "<system>s\n\nd<user>u"),
+        (EACH, [message("developer", "a"), message("developer", "b"), USER], "<system>a\n\nb<user>u"),
+        (EACH, [USER, message("developer", "d"), USER], "<user>u<system>d<user>u"),
+        (FIRST_ONLY, [message("system", "s"), USER, message("developer", "d"), USER], "<system>s\n\nd<user>u<user>u"),
+        (REFUSES_A_SECOND, [USER, message("developer", "d"), USER], "<system>d<user>u<user>u"),
+        (EACH + "{# 'developer' #}", CODEX, "<system>s<developer>d<user>u"),
+        (EACH, [message("system", "s"), message("system", "t"), USER], "<system>s<system>t<user>u"),
+    ],
+)
+def test_developer_messages_stand_where_the_template_reads_them(template, messages, expected):
+    assert ChatTemplate(template, {}).render(messages) == expected
+
+
+def test_a_conversation_with_tools_takes_the_template_for_tools(tmp_path):
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "no"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert with_template(tmp_path, several).apply_chat_template(TURN, tools=[tool]) == "tools"
+
+
+def test_truncation_and_padding_of_the_file_do_not_touch_prompts(tmp_path):
+    raw = json.loads((resolve_folder("quickstart") / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                      "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    text = "What is the capital of France?"
+    assert Tokenizer.load(str(tmp_path)).encode(text) == Tokenizer.load("quickstart").encode(text)

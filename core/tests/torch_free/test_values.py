@@ -38,7 +38,7 @@ def test_min_tokens_above_max_tokens_is_refused():
 
 def test_messages_survive_the_wire():
     encoder = msgspec.msgpack.Encoder()
-    request = AddRequest("r", [1, 2], SamplingParams(temperature=0.5, stop=("x",)), 7, (2,), cache_salt="s")
+    request = AddRequest("r", bytes(8), SamplingParams(temperature=0.5, stop=("x",)), 7, (2,), cache_salt="s")
     assert msgspec.msgpack.decode(encoder.encode(request), type=ToEngine) == request
     outputs = Outputs([SequenceDelta("r", 0, [5], "stop", [TokenLogprobs(-0.5, [5], [-0.5])], cached_tokens=3)])
     assert msgspec.msgpack.decode(encoder.encode(outputs), type=Outputs) == outputs

@@ -81,9 +81,9 @@ def test_a_worker_gets_an_environment_where_the_order_of_devices_matters(driver,
 
 def test_a_gpu_takes_larger_steps_unless_told_otherwise():
     decision = MANIFEST.negotiate(EngineConfig(), ProbeResult())
-    for rows in (7, EngineConfig().most_rows):
+    for rows in (7, EngineConfig().resolved_max_num_seqs):
         filled = fill_unset(EngineConfig(max_num_seqs=rows), decision)
-        assert (filled.most_rows, filled.most_tokens) == (rows, 8192)
+        assert (filled.resolved_max_num_seqs, filled.resolved_max_num_batched_tokens) == (rows, 8192)
 
 
 def test_the_probe_counts_as_the_runtime_does(driver, monkeypatch):

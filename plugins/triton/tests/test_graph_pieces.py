@@ -52,7 +52,7 @@ def cuda(monkeypatch):
 def test_pieces_see_new_inputs_and_calls_see_new_plans(cuda, heeds_out):
     x, runs = torch.arange(6.0), []
 
-    def layer(x, apart):
+    def layer(x, run_outside_graph):
         doubled = x * 2
 
         def call(plans, out):
@@ -60,14 +60,14 @@ def test_pieces_see_new_inputs_and_calls_see_new_plans(cuda, heeds_out):
             result = doubled + plans[0]
             return out.copy_(result) if heeds_out and out is not None else result
 
-        return apart(call) * 3
+        return run_outside_graph(call) * 3
 
-    def model(apart):
-        return layer(layer(x, apart), apart)
+    def model(run_outside_graph):
+        return layer(layer(x, run_outside_graph), run_outside_graph)
 
     graphs = DeviceGraphs()
     handle = graphs.capture_pieces(model, [1.0], 6)
-    assert [type(piece).__name__ for piece in handle.pieces] == ["StandInGraph", "CallBetween"] * 2 + ["StandInGraph"]
+    assert [type(piece).__name__ for piece in handle.pieces] == ["StandInGraph", "EagerCall"] * 2 + ["StandInGraph"]
     assert {piece.pool for piece in handle.pieces[::2]} == {"pool"}
     assert handle.pieces[1].out is handle.pieces[3].out  # layers share what calls write to
     runs.clear()

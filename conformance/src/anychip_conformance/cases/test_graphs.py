@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from anychip.plugin_api import Apart, GraphLevel, Recorder, ShapeKey, StepLimits
+from anychip.plugin_api import GraphLevel, Recorder, RunOutsideGraph, StepLimits, StepRules
+from anychip.types import cdiv
 from anychip_conformance.batch import Row, usual_limits
 from anychip_conformance.case import kind
 from anychip_conformance.device import Device
@@ -28,16 +29,21 @@ class ShapeCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     corpus=[ShapeCase(), ShapeCase(max_tokens=512, max_rows=4), ShapeCase(max_tokens=16, max_rows=16, pages=1)],
 )
 def policy(device: Device, case: ShapeCase) -> None:
-    """Every step within the limits has a shape that holds it; a shape's own sizes lead back to it; features pass."""
+    """Every step that obeys the device's rules and the limits has a shape that holds it; a shape's own sizes lead back
+    to it."""
     rules = device.platform.step_rules
-    tokens, rows = min(case.max_tokens, rules.max_tokens or 10**9), min(case.max_rows, rules.max_rows or 10**9)
+    rows, length = min(case.max_rows, rules.max_rows or case.max_rows), 16 * case.pages
+    bounds = (case.max_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
+    tokens = min(bound for bound in bounds if bound is not None)
     limits = StepLimits(
-        max_num_tokens=tokens, max_num_reqs=rows, max_model_len=16 * case.pages, max_slots=rows, max_pages=(case.pages,)
+        max_num_tokens=tokens, max_num_reqs=rows, max_model_len=length, max_slots=rows, max_pages=(case.pages,)
     )
     shapes = device.platform.shape_policy(limits)
     for num_tokens in range(1, tokens + 1):
-        for num_rows in {1, min(2, num_tokens, rows), min(num_tokens, rows)}:
-            longest = num_tokens - num_rows + 1
+        for num_rows in sorted({1, 2, cdiv(num_tokens, length), rows, num_tokens}):
+            longest = _longest(rules, limits, num_tokens, num_rows)
+            if longest is None:
+                continue
             key = shapes.bucket(
                 num_tokens=num_tokens, num_reqs=num_rows, max_query_len=longest, num_pages=case.pages, features=()
             )
@@ -46,19 +52,29 @@ def policy(device: Device, case: ShapeCase) -> None:
             assert key.max_query_len == 0 or key.max_query_len >= longest, f"a row of {longest} does not fit {key}"
             assert key.num_pages == 0 or key.num_pages >= case.pages, f"{case.pages} pages do not fit {key}"
     for key in shapes.keys():  # noqa: SIM118 - a policy is no mapping
-        again = _bucket_of(device, limits, key)
+        longest = _longest(rules, limits, key.num_tokens, key.num_reqs)
+        if longest is None or key.num_tokens > tokens:
+            continue  # larger than any step that it holds
+        again = shapes.bucket(
+            num_tokens=key.num_tokens,
+            num_reqs=key.num_reqs,
+            max_query_len=min(key.max_query_len or longest, longest),
+            num_pages=key.num_pages,
+            features=key.features,
+        )
         assert (again.num_tokens, again.num_reqs) == (key.num_tokens, key.num_reqs), f"{key} leads to {again}"
 
 
-def _bucket_of(device: Device, limits: StepLimits, key: ShapeKey) -> ShapeKey:
-    longest = key.num_tokens if key.max_query_len == 0 else min(key.max_query_len, key.num_tokens)
-    return device.platform.shape_policy(limits).bucket(
-        num_tokens=key.num_tokens,
-        num_reqs=key.num_reqs,
-        max_query_len=longest,
-        num_pages=key.num_pages,
-        features=key.features,
-    )
+def _longest(rules: StepRules, limits: StepLimits, tokens: int, rows: int) -> int | None:
+    """Of the longest row of a step of so many tokens and rows. None: no such step obeys the rules and the limits."""
+    if not 1 <= rows <= min(tokens, limits.max_num_reqs):
+        return None
+    longest = min(tokens - rows + 1, limits.max_model_len)
+    if rules.max_padded_tokens is not None:
+        longest = min(longest, rules.max_padded_tokens // rows)
+    others = rows if rules.max_prefills is None else min(rows, rules.max_prefills)
+    # As many rows as may be prompts have the longest, the others one token.
+    return longest if others * longest + rows - others >= tokens else None
 
 
 def decode(*sizes: tuple[int, int]) -> tuple[Row, ...]:
@@ -146,7 +162,7 @@ def pieces(device: Device, case: AttentionCase) -> None:
     fixed = [x.clone() for x in _inputs(calls[0])]
     current = [calls[0]]
 
-    def region(apart: Apart) -> Tensor:
+    def region(run_outside_graph: RunOutsideGraph) -> Tensor:
         doubled = [x * 2 for x in fixed]
 
         def attend(plans: Sequence[Any], out: Tensor | None) -> Tensor:
@@ -156,7 +172,7 @@ def pieces(device: Device, case: AttentionCase) -> None:
             )
             return result
 
-        return apart(attend) * 4
+        return run_outside_graph(attend) * 4
 
     def plan(call: Call) -> object:
         return call.backend.plan(call.batch.view, call.batch.key, group=0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from anychip.plugin_api import ActFormat, Communicator, GroupSpec, LinearPart, LinearSpec, QKNorm, Rope
+from anychip.plugin_api import MAX_BIASES, ActFormat, Communicator, GroupSpec, LinearPart, LinearSpec, QKNorm, Rope
 from anychip_conformance.case import kind
 from anychip_conformance.choices import DTYPES, CaseDtype, each_dtype
 from anychip_conformance.device import Device, seen, unchanged
@@ -292,30 +292,65 @@ def token_masks(device: Device, case: OpCase) -> None:
 
 @kind("op.edit_logits", corpus=[OpCase(width=width) for width in (1, 2, 33, 100)], drawn=drawn())
 def edit_logits(device: Device, case: OpCase) -> None:
-    """Named logits are divided by their scale where positive, multiplied where negative, then shifted; the others keep
-    their bits, and so does the argument. An id that stands in a row twice counts once."""
+    """Counted tokens are divided by the repetition penalty where positive and multiplied where negative; those of the
+    output lose the presence penalty, and the frequency penalty for each time; then the slot's biases are added, as many
+    as the row has. A row without any keeps its bits, whatever its slot holds, and so does the argument."""
     rng = np.random.default_rng(case.seed)
-    logits = device.tensor(rng.normal(size=(case.tokens, case.width)), "float32")
-    count = max(1, case.width // 3)
-    ids = np.stack([rng.permutation(case.width)[:count] for _ in range(case.tokens)])
-    scales = rng.choice([0.5, 1.0, 1.3, 2.0], size=ids.shape).astype(np.float32)
-    shifts = rng.choice([0.0, -1.5, 0.25, 100.0], size=ids.shape).astype(np.float32)
-    doubled = [np.concatenate((values, values[:, :1], values[:, :1]), axis=1) for values in (ids, scales, shifts)]
+    rows, vocab, spare = case.tokens, case.width, 2
+    logits = device.tensor(rng.normal(size=(rows, vocab)), "float32")
+    slots = rng.permutation(rows + spare)[:rows]
+    counts = rng.integers(0, 2, (rows + spare, vocab)) + 2 * rng.choice([0, 0, 1, 7], (rows + spare, vocab))
+    penalties = {
+        "repetition_penalty": rng.choice([0.5, 1.3, 2.0], rows),
+        "presence_penalty": rng.choice([0.0, -1.5, 0.25], rows),
+        "frequency_penalty": rng.choice([0.0, 0.5, -0.3], rows),
+    }
+    # The ids behind a row's own biases are those of an earlier owner of its slot.
+    bias_ids = np.stack([rng.permutation(MAX_BIASES) % vocab for _ in range(rows + spare)])
+    biases = rng.choice([-1.5, 0.25, 100.0], bias_ids.shape)
+    num_biases = rng.integers(0, min(vocab, MAX_BIASES) + 1, rows)
+    for slot in range(rows + spare):
+        bias_ids[slot, :vocab] = rng.permutation(vocab)[:MAX_BIASES]
+    plain = rng.integers(0, rows)
+    penalties["repetition_penalty"][plain] = 1
+    penalties["presence_penalty"][plain] = penalties["frequency_penalty"][plain] = num_biases[plain] = 0
     before = logits.clone()
     result = device.ops.ops.edit_logits(
         logits=logits,
-        ids=device.tensor(doubled[0], "int32"),
-        scales=device.tensor(doubled[1], "float32"),
-        shifts=device.tensor(doubled[2], "float32"),
+        slots=device.tensor(slots, "int32"),
+        counts=device.tensor(counts, "int32"),
+        bias_ids=device.tensor(bias_ids, "int32"),
+        biases=device.tensor(biases, "float32"),
+        num_biases=device.tensor(num_biases, "int32"),
+        **{name: device.tensor(values, "float32") for name, values in penalties.items()},
     )
     device.same_bits("input logits", logits, before)
-    expected = seen(before).copy()
-    old = np.take_along_axis(expected, ids, -1)
-    new = np.where(old > 0, old / scales, old * scales.astype(np.float64)) + shifts
-    np.put_along_axis(expected, ids, new, -1)
-    bound = np.zeros_like(expected)
-    np.put_along_axis(bound, ids, 2 * U32 * (np.abs(new) + np.abs(new - shifts)), -1)
-    device.compare("edited logits", result, Bounded(expected, bound))
+    device.same_bits("logits of a row without edits", result[plain], before[plain])
+    old, count = seen(before), counts[slots]
+    factor, once, each = (values.astype(np.float32).astype(np.float64)[:, None] for values in penalties.values())
+    repeated = np.where(count > 0, np.where(old > 0, old / factor, old * factor), old)
+    taken = each * (count // 2) + once * (count > 1)
+    added = np.zeros_like(old)
+    for row, slot in enumerate(slots):
+        added[row, bias_ids[slot, : num_biases[row]]] = biases[slot, : num_biases[row]]
+    bound = 4 * U32 * (np.abs(repeated) + np.abs(each) * (count // 2) + np.abs(once) + np.abs(added))
+    bound[plain] = 0
+    device.compare("edited logits", result, Bounded(repeated - taken + added, bound))
+
+
+@kind("op.count_tokens", corpus=[OpCase(width=width) for width in (1, 33, 100)], drawn=drawn())
+def count_tokens(device: Device, case: OpCase) -> None:
+    """Each pair of slot and id adds two to its count, a pair that is there twice adds twice, and no other changes."""
+    rng = np.random.default_rng(case.seed)
+    counts = rng.integers(0, 9, (case.tokens + 1, case.width))
+    slots = rng.integers(0, case.tokens + 1, case.tokens)
+    ids = rng.integers(0, case.width, case.tokens)
+    slots[-1], ids[-1] = slots[0], ids[0]
+    result = device.ops.ops.count_tokens(
+        counts=device.tensor(counts, "int32"), slots=device.tensor(slots, "int32"), ids=device.tensor(ids, "int32")
+    )
+    np.add.at(counts, (slots, ids), 2)
+    device.compare("counts", result, Bounded(counts.astype(np.float64), np.zeros(counts.shape)))
 
 
 @kind("op.matmul_reduce", corpus=each_dtype(OpCase(width=32), OpCase(width=48, tokens=1)), drawn=drawn(), examples=15)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from anychip.plugin_api import GraphLevel
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
 from anychip_conformance.engines import checkpoint, open_llm, prompts
 from anychip_conformance.equality import VOCAB_SIZE
-from anychip_conformance.step_driver import StepDriver, tokens_of
+from anychip_conformance.step_driver import RowEdits, StepDriver, tokens_of
 
 _DEADLINE_S = 120.0
 TEXT = [17, 301, 44, 9, 260, 131, 77, 402, 5, 88, 19, 333]
@@ -37,6 +39,13 @@ def expected(device: Device, count: int) -> list[int]:
     for _ in range(count):
         ids.append(int(model.logits(ids, widest(device.capabilities)).argmax()))
     return ids[len(TEXT) :]
+
+
+def most_likely(device: Device, ids: list[int], *, without: set[int]) -> int:
+    """The likeliest token after `ids`, some left out."""
+    logits = checkpoint(device, "llama").logits(ids, widest(device.capabilities))
+    logits[list(without)] = -np.inf
+    return int(logits.argmax())
 
 
 @kind("step.promised_ids", deadline_s=_DEADLINE_S)
@@ -108,22 +117,100 @@ def masks(device: Device, case: Nothing) -> None:
 
 @kind("step.edits", deadline_s=_DEADLINE_S)
 def edits(device: Device, case: Nothing) -> None:
-    """A row's edits hold for that row alone, few or many, and come before its mask; log-probabilities are of the
-    logits before them."""
+    """A row's biases hold for that row alone, few or many, for as long as it has its slot, and come before its mask;
+    log-probabilities are of the logits before them."""
 
     def check(driver: StepDriver) -> None:
         wanted = expected(device, 1)[0]
         other, third = [token for token in (3, 64, 65) if token != wanted][:2]
-        every_but_one = {token: (1.0, -100.0) for token in range(VOCAB_SIZE) if token != other}
+        every_but_one = {token: -100.0 for token in range(VOCAB_SIZE) if token != other}
         result = driver.step(
             new={slot: (TEXT, [slot + 1]) for slot in range(4)},
             tokens={slot: len(TEXT) for slot in range(4)},
-            edits={0: {wanted: (1.0, -100.0), other: (1.0, 100.0)}, 2: every_but_one, 3: {other: (1.0, 100.0)}},
+            edits={
+                0: RowEdits(biases={wanted: -100.0, other: 100.0}),
+                2: RowEdits(biases=every_but_one),
+                3: RowEdits(biases={other: 100.0}),
+            },
             masks={3: {third}},
         )
         found = tokens_of(result)
         assert found == [other, wanted, other, third], f"got {found}, expected {[other, wanted, other, third]}"
         assert result.logprobs[0].top_ids[0] == wanted, "an edit has moved the log-probabilities"
+        # The next owner of slot 0 has another bias, that of slot 3 has none.
+        found = tokens_of(
+            driver.step(
+                new={0: (TEXT, [1]), 3: (TEXT, [4])}, tokens={0: len(TEXT), 2: 1, 3: len(TEXT)}, finished=[0, 1, 3],
+                edits={0: RowEdits(biases={third: 100.0})},
+            )
+        )  # fmt: skip
+        assert found == [third, other, wanted], f"got {found}, expected {[third, other, wanted]}"
+
+    driven(device, check)
+
+
+_AGAIN = 3
+"""Draws of a token whose bias is 1000 where each takes 400 off."""
+
+
+@kind("step.penalties", deadline_s=_DEADLINE_S)
+def penalties(device: Device, case: Nothing) -> None:
+    """Tokens of the prompt count for the repetition penalty, and drawn tokens for all three, the newest too. Each row
+    counts for itself, wherever it stands in the step; rows without penalties draw what they always do."""
+
+    def check(driver: StepDriver) -> None:
+        plain = expected(device, 4)
+        first, second = TEXT[:2]
+        repeated = plain[1]  # what padded rows draw beside the plain row
+        rows = {
+            0: RowEdits(frequency=400.0, biases={repeated: 1000.0}),
+            1: RowEdits(repetition=1e4),
+            2: RowEdits(presence=500.0, biases={first: 1000.0, second: 900.0}),
+        }
+        found: dict[int, list[int]] = {slot: [] for slot in range(4)}
+        for step, order in enumerate(([3, 0, 1, 2], [3, 2, 1, 0], [3, 0, 1, 2], [1, 3, 2, 0])):
+            new = {slot: (TEXT, [slot + 1]) for slot in order} if step == 0 else {}
+            result = driver.step(new=new, tokens={slot: 1 if step else len(TEXT) for slot in order}, edits=rows)
+            for slot, token in zip(order, tokens_of(result), strict=True):
+                found[slot].append(token)
+        assert found[3] == plain, f"without penalties: got {found[3]}, expected {plain}"
+        assert found[2] == [first, second, first, first], f"presence: got {found[2]}"
+        unlike = most_likely(device, [*TEXT, *[repeated] * _AGAIN], without={repeated})
+        assert found[0] == [*[repeated] * _AGAIN, unlike], f"frequency: got {found[0]}, expected {unlike} at the end"
+        seen = list(TEXT)
+        for token in found[1]:
+            wanted = most_likely(device, seen, without=set(seen))
+            assert token == wanted, f"repetition after {len(seen)} tokens: got {token}, expected {wanted}"
+            seen.append(token)
+
+    driven(device, check)
+
+
+@kind("step.penalties_anew", deadline_s=_DEADLINE_S)
+def penalties_anew(device: Device, case: Nothing) -> None:
+    """A slot's next owner begins with its own counts, and a request that enters anew has its output counted once,
+    whichever slot it comes to."""
+
+    def check(driver: StepDriver) -> None:
+        token = 3
+        row = RowEdits(frequency=400.0, biases={token: 1000.0})
+        found = tokens_of(driver.step(new={0: (TEXT, [1])}, tokens={0: len(TEXT)}, edits={0: row}))
+        for _ in range(_AGAIN - 1):
+            found += tokens_of(driver.step(tokens={0: 1}))
+        assert found == [token] * _AGAIN, f"got {found}, expected {token} {_AGAIN} times"
+        # Another request takes the slot over; the first, which had drawn one token, enters another slot.
+        preempted = RowEdits(frequency=400.0, biases={token: 1000.0}, num_output=1)
+        results = [
+            driver.step(
+                new={0: (TEXT, [1]), 2: ([*TEXT, token], [2])}, tokens={0: len(TEXT), 2: len(TEXT) + 1}, finished=[0],
+                edits={0: row, 2: preempted},
+            )
+        ]  # fmt: skip
+        results += [driver.step(tokens={0: 1, 2: 1}) for _ in range(_AGAIN)]
+        next_owner, returned = zip(*map(tokens_of, results), strict=True)
+        assert next_owner[:_AGAIN] == (token,) * _AGAIN, f"the slot's next owner: got {next_owner}"
+        assert returned[: _AGAIN - 1] == (token,) * (_AGAIN - 1), f"the request that came back: got {returned}"
+        assert token not in (next_owner[_AGAIN], *returned[_AGAIN - 1 :]), "a token was counted too seldom"
 
     driven(device, check)
 
@@ -177,11 +264,16 @@ def zeroed(device: Device, case: Nothing) -> None:
 
 @kind("step.no_compilation", deadline_s=_DEADLINE_S)
 def no_compilation(device: Device, case: Nothing) -> None:
-    """After warm-up nothing is compiled any more: preparing the same shapes again finds as many programs as before."""
+    """After warm-up nothing is compiled any more: preparing the same shapes again finds as many programs as before.
+    Graphs that may be captured when a step first needs them are captured by runs of the same requests before it: with
+    an empty prefix cache, and with a full one."""
     prepares = device.manifest.seam == "step" or device.capabilities.graph_level > GraphLevel.NONE
     device.limit("it prepares neither steps nor graphs", prepares)
     with open_llm(device, checkpoint(device, "llama").path) as llm:
         worker = llm.engine.executor.worker  # type: ignore[attr-defined]
+        if device.platform.graph_capture().lazy:
+            for _ in range(2):
+                llm.generate(prompts())
         before = worker.program.warm_up([]).num_programs
         llm.generate(prompts())
         after = worker.program.warm_up([]).num_programs

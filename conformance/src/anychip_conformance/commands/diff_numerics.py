@@ -1,7 +1,8 @@
 """`anychip diff-numerics MODEL --device A --against B`: the same tokens on two devices, layer by layer.
 
 Each layer of A is fed with what B's layers gave, so an error belongs to the layer that shows it; beside that stands the
-error that A's own layers have gathered. Both are relative to the norm of B's stream.
+error that A's own layers have gathered. Both are relative to the norm of B's stream. A device of the step seam runs its
+own step program, whose log-probabilities are compared; where they differ, models of the first layers find the layer.
 """
 
 from __future__ import annotations

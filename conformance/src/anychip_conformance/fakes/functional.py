@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anychip.ops.reference import (
     DenseCacheAttention,
+    EditState,
     ExpertWeights,
     ReferenceMoE,
     adjusted_logits,
@@ -19,6 +20,8 @@ from anychip.ops.reference import (
     softmax_with_sinks,
 )
 from anychip.plugin_api import (
+    EDITS,
+    LOGPROBS,
     MAX_LOGPROBS,
     AttentionBackend,
     AttentionLayer,
@@ -181,21 +184,23 @@ def forward_body(
 def sample_body(
     ops: Ops,
     last_ids: Tensor,
+    edits: EditState,
     logits: Tensor,
     slots: Tensor,
     fields: Mapping[str, Tensor],
-    *,
-    with_logprobs: bool,
+    features: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    """One draw for every row, padded ones included: the new last ids, then what OUTPUT_NAMES lists."""
-    given = dict(fields)
-    logits = logits.float()
-    scored = adjusted_logits(ops, logits, given)
+    """One draw for every row, padded ones included: the new last ids and counts, then what OUTPUT_NAMES lists."""
+    given, counts = dict(fields), edits.counts
+    logits, editing = logits.float(), EDITS in features
+    scored = adjusted_logits(ops, logits, given, slots=slots, edits=edits if editing else None)
     ids = ops.sample(logits=scored, all_greedy=False, **given)
     last_ids = last_ids.index_copy(0, slots.long(), ids)
-    if not with_logprobs:
-        return last_ids, ids
-    return last_ids, ids, *ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
+    if editing:
+        counts = ops.count_tokens(counts=counts, slots=slots, ids=ids)
+    if LOGPROBS not in features:
+        return last_ids, counts, ids
+    return last_ids, counts, ids, *ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
 
 
 def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Scores | None:

@@ -14,14 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip.ops.reference import DenseCacheAttention, attend_row
 from anychip.plugin_api import (
-    Apart,
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
     BatchView,
-    CallBetween,
     Capabilities,
     Communicator,
+    EagerCall,
     FusedMoE,
     GraphCapture,
     GraphLevel,
@@ -30,6 +29,7 @@ from anychip.plugin_api import (
     Platform,
     PlatformContext,
     Recorder,
+    RunOutsideGraph,
     ShapeKey,
     ShapePolicy,
     StepLimits,
@@ -96,7 +96,7 @@ class RecordedGraph:
 
 @dataclass(slots=True)
 class RecordedPieces:
-    pieces: list[list[Task] | CallBetween]
+    pieces: list[list[Task] | EagerCall]
     output: Any
     num_replays: int = 0
 
@@ -112,7 +112,6 @@ class HostlenGraphs(GraphCapture):
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> RecordedGraph:
@@ -126,29 +125,29 @@ class HostlenGraphs(GraphCapture):
 
     def capture_pieces(
         self,
-        fn: Callable[[Apart], Any],
+        fn: Callable[[RunOutsideGraph], Any],
         plans: Sequence[Any],
         num_tokens: int,
         *,
         communicators: Sequence[Communicator] = (),
     ) -> RecordedPieces:
-        recording, pieces = Recording(), list[list[Task] | CallBetween]()
+        recording, pieces = Recording(), list[list[Task] | EagerCall]()
 
-        def apart(call: PlannedCall) -> Tensor:
+        def run_outside_graph(call: PlannedCall) -> Tensor:
             recording.paused = True
-            between = CallBetween(call, call(plans, None))
+            eager = EagerCall(call, call(plans, None))
             recording.paused = False
-            pieces.extend((recording.tasks, between))
+            pieces.extend((recording.tasks, eager))
             recording.tasks = []
-            return between.out
+            return eager.out
 
         with recording:
-            output = fn(apart)
+            output = fn(run_outside_graph)
         return RecordedPieces([*pieces, recording.tasks], output)
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece(plans)
             else:
                 for task in piece:

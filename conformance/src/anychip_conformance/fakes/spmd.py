@@ -12,11 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from anychip.ops.reference import EditState
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
     Capabilities,
     Communicator,
+    EnteringRow,
     FusedMoE,
     GroupSpec,
     KVPlan,
@@ -112,10 +114,11 @@ class SpmdPlatform(Platform):
 
 @dataclass(slots=True)
 class SpmdState:
-    """By device, then by layer; last ids are replicated."""
+    """By device, then by layer; last ids and edits are replicated."""
 
     caches: list[list[Tensor]]
     last_ids: list[Tensor]
+    edits: list[EditState]
 
 
 @dataclass(slots=True)
@@ -134,6 +137,7 @@ class SpmdStepProgram(StepProgram):
         self.kv = kv
         self.limits = limits
         self.ops = source.ops
+        self.vocab_size = source.vocab_size
         self.models = []
         for rank in ranks:
             spec = GroupSpec(ranks=ranks, rank=rank, purpose="tp", max_message_bytes=0, store="", timeout_s=60.0)
@@ -152,7 +156,11 @@ class SpmdStepProgram(StepProgram):
             ]
 
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
-        return SpmdState([caches(rank) for rank in self._ranks], [last_ids.clone() for _ in self._ranks])
+        return SpmdState(
+            [caches(rank) for rank in self._ranks],
+            [last_ids.clone() for _ in self._ranks],
+            [EditState.blank(self.limits.max_slots, self.vocab_size) for _ in self._ranks],
+        )
 
     def edit(self, state: SpmdState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> SpmdState:
         def one(rank: int) -> None:
@@ -160,6 +168,10 @@ class SpmdStepProgram(StepProgram):
                 state.caches[rank][layer] = edited(backend, state.caches[rank][layer], copies, zeros)
 
         self._on_every_device(one)
+        return state
+
+    def enter(self, state: SpmdState, rows: Sequence[EnteringRow]) -> SpmdState:
+        self._on_every_device(lambda rank: state.edits[rank].enter(rows))
         return state
 
     def forward(self, state: SpmdState, inputs: StepInputs) -> tuple[SpmdState, SpmdHidden]:
@@ -171,7 +183,7 @@ class SpmdStepProgram(StepProgram):
         results = self._on_every_device(one)
         caches, logits = [result[0] for result in results], [result[1] for result in results]
         scores = chosen_scores(results[0][2:], inputs.score_targets)
-        return SpmdState(caches, state.last_ids), SpmdHidden(logits, fields["sample_slots"], scores)
+        return SpmdState(caches, state.last_ids, state.edits), SpmdHidden(logits, fields["sample_slots"], scores)
 
     def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, ReadyOutputs]:
         fields = tensors(late.arena, late.sections)
@@ -180,15 +192,18 @@ class SpmdStepProgram(StepProgram):
             return sample_body(
                 self.ops,
                 state.last_ids[rank],
+                state.edits[rank],
                 hidden.logits[rank],
                 hidden.slots,
                 fields,
-                with_logprobs="logprobs" in late.key.features,
+                late.key.features,
             )
 
         results = self._on_every_device(one)
-        last_ids = [result[0] for result in results]
-        return SpmdState(state.caches, last_ids), outputs(results[0][1:], late.num_samples, hidden.scores)
+        for edits, result in zip(state.edits, results, strict=True):
+            edits.counts = result[1]
+        state = SpmdState(state.caches, [result[0] for result in results], state.edits)
+        return state, outputs(results[0][2:], late.num_samples, hidden.scores)
 
     def _on_every_device(self, fn: Callable[[int], R]) -> list[R]:
         def guarded(rank: int) -> R:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from anychip.ops.reference import EditState
 from anychip.plugin_api import (
     SCORES,
     AttentionBackend,
@@ -21,6 +22,7 @@ from anychip.plugin_api import (
     Capabilities,
     Communicator,
     CompileReport,
+    EnteringRow,
     FusedMoE,
     GroupSpec,
     KVPlan,
@@ -65,13 +67,20 @@ class DonatedTwice(RuntimeError):
     """A state was used after it had been given away."""
 
 
+@dataclass(slots=True)
+class Held:
+    caches: list[Tensor]  # by layer
+    last_ids: Tensor  # [max_slots + 1]
+    edits: EditState
+
+
 class DonatedState:
     """Tensors that one call may take."""
 
-    def __init__(self, caches: list[Tensor], last_ids: Tensor) -> None:
-        self._held: tuple[list[Tensor], Tensor] | None = (caches, last_ids)
+    def __init__(self, held: Held) -> None:
+        self._held: Held | None = held
 
-    def take(self) -> tuple[list[Tensor], Tensor]:
+    def take(self) -> Held:
         if self._held is None:
             raise DonatedTwice("this state was donated to an earlier step")
         held, self._held = self._held, None
@@ -147,7 +156,8 @@ class StaticStepProgram(StepProgram):
 
     def initial_state(self, num_blocks: int) -> DonatedState:
         self._num_blocks = num_blocks
-        return DonatedState(self._new_caches(), torch.zeros(self.limits.max_slots + 1, dtype=torch.int32))
+        last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
+        return DonatedState(Held(self._new_caches(), last_ids, EditState.blank(self.limits.max_slots, self.vocab_size)))
 
     def _new_caches(self) -> list[Tensor]:
         # Functional caches cannot share a buffer between groups: each layer has its own.
@@ -163,7 +173,7 @@ class StaticStepProgram(StepProgram):
         for key in keys:
             self._compile_step(key)
             self._compile_step(replace(key, features=(SCORES,)))
-            for features in sampling_features(self.vocab_size):
+            for features in sampling_features():
                 if (key.num_reqs, features) not in self._samplers:
                     self._compile_sampler(replace(key, features=features))
         return CompileReport(num_programs=self.num_compilations, seconds=time.perf_counter() - start)
@@ -179,8 +189,8 @@ class StaticStepProgram(StepProgram):
         def step(caches: list[Tensor], last_ids: Tensor, *values: Tensor) -> tuple[object, ...]:
             return forward_body(self.model, self.ops, self.kv, caches, last_ids, dict(zip(names, values, strict=True)))
 
-        caches, last_ids = self.initial_state(self._num_blocks).take()
-        self._steps[key] = self._compile(step, (caches, last_ids, *fields.values()))
+        held = self.initial_state(self._num_blocks).take()
+        self._steps[key] = self._compile(step, (held.caches, held.last_ids, *fields.values()))
 
     @torch.inference_mode()
     def _compile_sampler(self, key: ShapeKey) -> None:
@@ -188,13 +198,16 @@ class StaticStepProgram(StepProgram):
         fields = tensors(blank.arena, blank.sections)
         names = list(fields)
 
-        def draw(last_ids: Tensor, logits: Tensor, slots: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        def draw(
+            last_ids: Tensor, edits: Sequence[Tensor], logits: Tensor, slots: Tensor, *values: Tensor
+        ) -> tuple[Tensor, ...]:
             given = dict(zip(names, values, strict=True))
-            return sample_body(self.ops, last_ids, logits, slots, given, with_logprobs="logprobs" in key.features)
+            return sample_body(self.ops, last_ids, EditState(*edits), logits, slots, given, key.features)
 
-        rows = key.num_reqs
+        rows, slots = key.num_reqs, self.limits.max_slots
         example = (
-            torch.zeros(self.limits.max_slots + 1, dtype=torch.int32),
+            torch.zeros(slots + 1, dtype=torch.int32),
+            _tensors_of(EditState.blank(slots, self.vocab_size)),
             torch.zeros(rows, self.vocab_size, dtype=torch.float32),
             torch.zeros(rows, dtype=torch.int32),
             *fields.values(),
@@ -207,21 +220,27 @@ class StaticStepProgram(StepProgram):
 
     @torch.inference_mode()
     def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
-        caches, last_ids = state.take()
+        held = state.take()
         for layer, backend in enumerate(self.model.attention):
-            caches[layer] = edited(backend, caches[layer], copies, zeros)
-        return DonatedState(caches, last_ids)
+            held.caches[layer] = edited(backend, held.caches[layer], copies, zeros)
+        return DonatedState(held)
+
+    @torch.inference_mode()
+    def enter(self, state: DonatedState, rows: Sequence[EnteringRow]) -> DonatedState:
+        held = state.take()
+        held.edits.enter(rows)
+        return DonatedState(held)
 
     @torch.inference_mode()
     def forward(self, state: DonatedState, inputs: StepInputs) -> tuple[DonatedState, StaticHidden]:
         step = self._steps.get(inputs.key)
         if step is None:
             raise UncompiledShape(f"no compiled step for {inputs.key}")
-        caches, last_ids = state.take()
+        held = state.take()
         fields = tensors(inputs.arena, inputs.sections)
-        caches, logits, *scores = step(caches, last_ids, *fields.values())
+        caches, logits, *scores = step(held.caches, held.last_ids, *fields.values())
         hidden = StaticHidden(logits, fields["sample_slots"], chosen_scores(scores, inputs.score_targets))
-        return DonatedState(caches, last_ids), hidden
+        return DonatedState(replace(held, caches=caches)), hidden
 
     @torch.inference_mode()
     def sample(
@@ -230,10 +249,15 @@ class StaticStepProgram(StepProgram):
         draw = self._samplers.get((late.key.num_reqs, late.key.features))
         if draw is None:
             raise UncompiledShape(f"no compiled sampler for {late.key}")
-        caches, last_ids = state.take()
-        fields = tensors(late.arena, late.sections)
-        last_ids, *results = draw(last_ids, hidden.logits.float(), hidden.slots, *fields.values())
-        return DonatedState(caches, last_ids), outputs(results, late.num_samples, hidden.scores)
+        held = state.take()
+        fields, edits = tensors(late.arena, late.sections), _tensors_of(held.edits)
+        last_ids, counts, *results = draw(held.last_ids, edits, hidden.logits.float(), hidden.slots, *fields.values())
+        held = replace(held, last_ids=last_ids, edits=replace(held.edits, counts=counts))
+        return DonatedState(held), outputs(results, late.num_samples, hidden.scores)
+
+
+def _tensors_of(edits: EditState) -> list[Tensor]:
+    return [edits.counts, edits.bias_ids, edits.biases]
 
 
 class CompiledCall:

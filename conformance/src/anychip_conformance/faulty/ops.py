@@ -153,18 +153,43 @@ def mask_of_the_first_row(*, logits: Tensor, masks: Tensor) -> Tensor:
 
 
 @fault("op-edits-divide-always", "op", op="edit_logits", killed_by="op.edit_logits.003")
-def edits_divide_always(*, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
-    """A negative logit is divided by its scale too: a penalty becomes a reward."""
-    old = logits.gather(-1, ids.long())
-    return logits.scatter(-1, ids.long(), old / scales + shifts)
+def edits_divide_always(*, logits: Tensor, repetition_penalty: Tensor, **edits: Tensor) -> Tensor:
+    """A negative logit is divided by its penalty too: it becomes a reward."""
+    turned = sampling.edit_logits(logits=logits.abs(), repetition_penalty=repetition_penalty, **_no_taking(edits))
+    divided = turned * logits.sign()
+    ones = torch.ones_like(repetition_penalty)
+    return sampling.edit_logits(logits=divided, repetition_penalty=ones, **edits)
 
 
-@fault("op-edits-add-up", "op", op="edit_logits", killed_by="op.edit_logits.003")
-def edits_add_up(*, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
-    """An edit that stands in a row twice, to fill it up, is applied twice."""
-    old = logits.gather(-1, ids.long())
-    new = torch.where(old > 0, old / scales, old * scales) + shifts
-    return logits.scatter_add(-1, ids.long(), new - old)
+def _no_taking(edits: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = ("presence_penalty", "frequency_penalty", "num_biases")
+    return edits | {name: torch.zeros_like(edits[name]) for name in names}
+
+
+@fault("op-edits-presence-of-the-prompt", "op", op="edit_logits", killed_by="op.edit_logits.003")
+def presence_of_the_prompt(*, counts: Tensor, **edits: Tensor) -> Tensor:
+    """Tokens of the prompt count as output."""
+    return sampling.edit_logits(counts=counts + counts % 2, **edits)
+
+
+@fault("op-edits-biases-of-the-last-owner", "op", op="edit_logits", killed_by="op.edit_logits.003")
+def biases_of_the_last_owner(*, num_biases: Tensor, logits: Tensor, **edits: Tensor) -> Tensor:
+    """All biases that a slot ever had are added."""
+    every = torch.full_like(num_biases, min(logits.shape[-1], edits["bias_ids"].shape[-1]))
+    return sampling.edit_logits(logits=logits, num_biases=every, **edits)
+
+
+@fault("op-edits-counts-of-the-first-row", "op", op="edit_logits", killed_by="op.edit_logits.003")
+def counts_of_the_first_row(*, slots: Tensor, counts: Tensor, **edits: Tensor) -> Tensor:
+    """The first row's counts hold for all."""
+    return sampling.edit_logits(slots=slots, counts=counts[slots[:1].long()].expand_as(counts), **edits)
+
+
+@fault("op-counts-a-pair-once", "op", op="count_tokens", killed_by="op.count_tokens.001")
+def counts_a_pair_once(*, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
+    """A pair that is there twice counts once."""
+    where = (slots.long(), ids.long())
+    return counts.index_put(where, counts[where] + 2)
 
 
 @fault("op-matmul-not-reduced", "op", op="matmul_reduce", killed_by="e2e.tensor_parallel.001")

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from anychip.plugin_api import CallBetween, CompileReport, SamplingInputs, ShapeKey, ShapePolicy, StepInputs
+from anychip.plugin_api import (
+    CompileReport,
+    EagerCall,
+    EnteringRow,
+    KVPlan,
+    ModelSource,
+    SamplingInputs,
+    ShapeKey,
+    ShapePolicy,
+    StepInputs,
+    StepLimits,
+)
 from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenGraphs, RecordedGraph, RecordedPieces
 from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
 from anychip_conformance.faulty.registry import fault
@@ -53,7 +66,7 @@ class LosesResult(HostlenGraphs):
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece.call(plans, None)
             else:
                 for task in piece:
@@ -127,13 +140,13 @@ class CopiesAtOnce(StaticStepProgram):
 
     @torch.inference_mode()
     def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
-        caches, last_ids = state.take()
+        held = state.take()
         for layer, backend in enumerate(self.model.attention):
-            cache = caches[layer].clone()
+            cache = held.caches[layer].clone()
             if copies:
                 cache = backend.copy_blocks(cache, [source for source, _ in copies], [place for _, place in copies])
-            caches[layer] = backend.zero_blocks(cache, zeros) if zeros else cache
-        return DonatedState(caches, last_ids)
+            held.caches[layer] = backend.zero_blocks(cache, zeros) if zeros else cache
+        return DonatedState(held)
 
 
 @fault("step-last-ids-by-row", "step", killed_by="step.promised_ids.001")
@@ -152,11 +165,12 @@ class LastIdsLate(StaticStepProgram):
     _older: torch.Tensor | None = None
 
     def forward(self, state: DonatedState, inputs: StepInputs) -> Any:
-        caches, last_ids = state.take()
-        older, self._older = self._older, last_ids
-        state, hidden = super().forward(DonatedState(caches, last_ids if older is None else older), inputs)
-        caches, _ = state.take()
-        return DonatedState(caches, last_ids), hidden
+        held = state.take()
+        older, self._older = self._older, held.last_ids
+        state, hidden = super().forward(
+            DonatedState(replace(held, last_ids=held.last_ids if older is None else older)), inputs
+        )
+        return DonatedState(replace(state.take(), last_ids=held.last_ids)), hidden
 
 
 @fault("step-compiles-while-serving", "step", killed_by="step.no_compilation.001")
@@ -185,13 +199,108 @@ class ScoresTheTokenItself(StaticStepProgram):
 
 @fault("step-edits-of-the-first-row", "step", killed_by="step.edits.001")
 class EditsOfTheFirstRow(StaticStepProgram):
-    """The first row's edits change every row."""
+    """The first row's biases change every row."""
 
     def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
-        for edits in (late.edit_ids, late.edit_scales, late.edit_shifts):
-            if edits is not None:
-                edits[:] = edits[:1]
-        return super().sample(state, hidden, late)
+        late.num_biases[:] = late.num_biases[0]
+        held = state.take()
+        slot = int(hidden.slots[0])
+        edits = replace(
+            held.edits,
+            bias_ids=held.edits.bias_ids[slot].expand_as(held.edits.bias_ids),
+            biases=held.edits.biases[slot].expand_as(held.edits.biases),
+        )
+        state, results = super().sample(DonatedState(replace(held, edits=edits)), hidden, late)
+        after = state.take()
+        kept = replace(held.edits, counts=after.edits.counts)
+        return DonatedState(replace(after, edits=kept)), results
+
+
+@fault("step-biases-stay", "step", killed_by="step.edits.001")
+class BiasesStay(StaticStepProgram):
+    """A slot keeps the biases of the first request that had any."""
+
+    def enter(self, state: DonatedState, rows: Sequence[EnteringRow]) -> DonatedState:
+        self._owned = getattr(self, "_owned", set())
+        none = {"bias_ids": np.zeros(0, np.int32), "biases": np.zeros(0, np.float32)}
+        state = super().enter(state, [replace(row, **none) if row.slot in self._owned else row for row in rows])
+        self._owned |= {row.slot for row in rows}
+        return state
+
+
+def with_counts(state: DonatedState, counts: torch.Tensor) -> DonatedState:
+    held = state.take()
+    return DonatedState(replace(held, edits=replace(held.edits, counts=counts)))
+
+
+def counts_of(state: DonatedState) -> torch.Tensor:
+    assert state._held is not None
+    return state._held.edits.counts
+
+
+@fault("step-counts-stay", "step", killed_by="step.penalties_anew.001")
+class CountsStay(StaticStepProgram):
+    """A slot's next owner begins with what the last one left."""
+
+    def enter(self, state: DonatedState, rows: Sequence[EnteringRow]) -> DonatedState:
+        before = counts_of(state).clone()
+        state = super().enter(state, rows)
+        return with_counts(state, torch.maximum(before, counts_of(state)))
+
+
+@fault("step-counts-the-prompt-as-output", "step", killed_by="step.penalties.001")
+class CountsThePromptAsOutput(StaticStepProgram):
+    """Tokens of the prompt count as drawn."""
+
+    def enter(self, state: DonatedState, rows: Sequence[EnteringRow]) -> DonatedState:
+        return super().enter(state, [replace(row, counts=row.counts + row.counts % 2) for row in rows])
+
+
+@fault("step-counts-twice-what-comes-back", "step", killed_by="step.penalties_anew.001")
+class CountsTwiceWhatComesBack(StaticStepProgram):
+    """The output of a request that enters anew counts twice."""
+
+    def enter(self, state: DonatedState, rows: Sequence[EnteringRow]) -> DonatedState:
+        return super().enter(state, [replace(row, counts=row.counts % 2 + row.counts // 2 * 4) for row in rows])
+
+
+@fault("step-counts-late", "step", killed_by="step.penalties.001")
+class CountsLate(StaticStepProgram):
+    """The token just drawn counts a step later."""
+
+    _waiting: torch.Tensor | None = None
+
+    def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
+        before = counts_of(state).clone()
+        state, results = super().sample(state, hidden, late)
+        drawn, waiting = counts_of(state) - before, self._waiting
+        self._waiting = drawn
+        return with_counts(state, before if waiting is None else before + waiting), results
+
+
+@fault("step-counts-by-row", "step", killed_by="step.penalties.001")
+class CountsByRow(StaticStepProgram):
+    """A drawn token counts for the row's place in the step instead of for its slot."""
+
+    def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
+        before = counts_of(state).clone()
+        state, results = super().sample(state, hidden, late)
+        drawn = counts_of(state) - before
+        moved = torch.zeros_like(drawn)
+        moved[: late.num_samples] = drawn[hidden.slots[: late.num_samples].long()]
+        return with_counts(state, before + moved), results
+
+
+@fault("step-padding-counts", "step", killed_by="step.penalties.001")
+class PaddingCounts(StaticStepProgram):
+    """What padded rows draw counts for the first slot."""
+
+    def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
+        before = counts_of(state)[-1].clone()
+        state, results = super().sample(state, hidden, late)
+        counts = counts_of(state).clone()
+        counts[0] += counts[-1] - before
+        return with_counts(state, counts), results
 
 
 @fault("step-masks-logprobs", "step", killed_by="step.masks.001")
@@ -204,3 +313,14 @@ class MasksLogprobs(StaticStepProgram):
             masked = self.ops.apply_token_masks(logits=hidden.logits.float(), masks=masks[: len(hidden.logits)])
             hidden = StaticHidden(masked, hidden.slots, hidden.scores)
         return super().sample(state, hidden, late)
+
+
+@fault("step-attention-scale", "step", killed_by="e2e.greedy.001")
+class AttentionScale(StaticStepProgram):
+    """The program's second layer multiplies queries and keys by three times the model's scale."""
+
+    def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits) -> None:
+        super().__init__(source, kv, limits)
+        model: Any = self.model
+        for layer in model.layers[1:2]:
+            layer.attention.layer.scale *= 3

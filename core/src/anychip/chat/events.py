@@ -54,6 +54,21 @@ class OutputParser(Protocol):
         ...
 
 
+class ReasoningParser(Protocol):
+    """What makes a parser of reasoning, a class as a rule: TagReasoning and Harmony are two."""
+
+    end_marker: str
+    """Text that ends the reasoning: a grammar begins after it. "": it has no end that could be looked for."""
+
+    def starts_inside(self, prompt: str) -> bool:
+        """Whether the prompt ends where the model is thinking already."""
+        ...
+
+    def __call__(self, rest: OutputParser, *, inside: bool) -> OutputParser:
+        """A parser of one sequence. It hands what is no reasoning to `rest`, and takes over its events."""
+        ...
+
+
 def new_call_id() -> str:
     """Nine letters and digits would do for Mistral's templates, which refuse longer ones; so these have nine."""
     return uuid.uuid4().hex[:9]

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
-from anychip.engine.output_processor import OutputProcessor, merge
-from anychip.engine.outputs import RequestOutput
-from anychip.errors import AnychipError, EngineDead, InvalidRequest, RequestAborted, rebuild
+from anychip.engine.output_processor import OutputProcessor, receive
+from anychip.engine.outputs import Pieces, RequestOutput
+from anychip.errors import AnychipError, EngineDead, EngineHung, RequestAborted, RequestTimeout, rebuild
 from anychip.messages import (
     Abort,
     AddRequest,
     EngineFailed,
     EngineReady,
     EngineStats,
+    Heartbeat,
     Outputs,
     Shutdown,
     ToEngine,
@@ -28,14 +31,26 @@ from anychip.messages import (
 
 log = logging.getLogger("anychip.engine")
 
+_GRACE_S = 1.0
+"""The engine ends requests at their deadlines; one that is stuck cannot, and this side does so that much later."""
+
+_DELTAS_AT_ONCE = 32
+"""Deltas of a message after which others have their turn: callers take what has come, connections are served."""
+
 
 class AsyncEngine:
-    """`bind` opens the sockets; the engine process reports itself ready on them."""
+    """`bind` opens the sockets; the engine process reports itself ready on them.
 
-    def __init__(self, folder: Path) -> None:
+    The engine knows requests by ids that are made here and never used twice: what it says late of a request that has
+    ended reaches nobody. The callers' own ids need not differ.
+    """
+
+    def __init__(self, folder: Path, on_heartbeat: Callable[[Heartbeat], None] = lambda beat: None) -> None:
         self._folder = folder
+        self._on_heartbeat = on_heartbeat
         self._context = zmq.asyncio.Context()
-        self._queues: dict[str, asyncio.Queue[RequestOutput | AnychipError]] = {}
+        self._ids = itertools.count(1)
+        self._mailboxes: dict[str, _Mailbox] = {}
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._reader: asyncio.Task[None] | None = None
         self.dead: AnychipError | None = None
@@ -45,8 +60,8 @@ class AsyncEngine:
     def bind(self) -> None:
         """Opens the sockets, before the engine process starts."""
         # This side connects: a socket that was bound would have nowhere to put a message once the engine is gone, and
-        # its sender would wait for ever instead of learning of the death.
-        self._to_engine = self._context.socket(zmq.PUSH)
+        # its sender would wait for ever instead of learning of the death. Without a limit, sending never waits.
+        self._to_engine: zmq.Socket[bytes] = self._context.socket(zmq.PUSH, socket_class=zmq.Socket)  # type: ignore[arg-type, assignment]
         self._to_engine.setsockopt(zmq.SNDHWM, 0)
         self._to_engine.setsockopt(zmq.RECONNECT_IVL, 5)
         self._to_engine.connect(request_endpoint(self._folder))
@@ -71,52 +86,68 @@ class AsyncEngine:
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput]:
         """Streams a request's outputs until it is finished. Leaving the loop early aborts it.
 
-        Raises EngineDead when the engine is gone, RequestAborted when the request was aborted elsewhere.
+        Raises EngineDead when the engine is gone, RequestAborted when the request was aborted elsewhere, OutputFailed
+        when its answer could not be made.
         """
-        assert self.outputs is not None, "attach first"
+        outputs = self.outputs
+        assert outputs is not None, "attach first"
         if self.dead is not None:
             raise self.dead
-        if request.request_id in self._queues:
-            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
-        queue: asyncio.Queue[RequestOutput | AnychipError] = asyncio.Queue()
-        self._queues[request.request_id] = queue
-        self.outputs.add(request)
-        finished = False
+        engine_id = str(next(self._ids))
+        log.debug("request %r is %s in the engine", request.request_id, engine_id)
+        mailbox = self._mailboxes[engine_id] = _Mailbox(request.request_id)
+        ended, timer = False, self._end_late(engine_id, request.deadline)
         try:
-            await self._send(request)
-            while not finished:
-                items = [await queue.get()]
-                while not queue.empty():  # a caller who is slower than the engine gets more at once
-                    items.append(queue.get_nowait())
-                pieces = [item for item in items if isinstance(item, RequestOutput)]
-                if pieces:
-                    output = pieces[0] if len(pieces) == 1 else merge(pieces)
-                    finished = output.finished
-                    yield output
-                if isinstance(items[-1], AnychipError):
-                    finished = True
-                    raise items[-1]
+            message = msgspec.structs.replace(request, request_id=engine_id)
+            outputs.add(message)
+            self._send(message)
+            while not ended:
+                item = await mailbox.take()
+                if isinstance(item, AnychipError):
+                    ended = True
+                    raise item
+                if item.finished:
+                    ended = True
+                    del self._mailboxes[engine_id]
+                yield item
         finally:
-            del self._queues[request.request_id]
-            if not finished:
-                self.outputs.drop(request.request_id)
-                self._abort_soon(Abort(request.request_id))
+            if timer is not None:
+                timer.cancel()
+            self._mailboxes.pop(engine_id, None)
+            outputs.drop(engine_id)
+            if not ended:
+                self._abort(Abort(engine_id))
 
     @property
     def open_requests(self) -> list[str]:
-        """Ids of the requests that have not ended."""
-        return list(self._queues)
+        """The callers' ids of the requests that have not ended."""
+        return [mailbox.request_id for mailbox in self._mailboxes.values()]
 
     async def abort(self, request_id: str) -> bool:
-        """Ends a request from aside: its caller gets RequestAborted. Returns whether there was one."""
-        queue = self._queues.get(request_id)
-        if queue is None:
-            return False
-        queue.put_nowait(RequestAborted(f"request {request_id} was aborted"))
+        """Ends every open request that its caller calls so: the caller gets RequestAborted. Returns whether there was
+        one."""
+        found = [engine_id for engine_id, mailbox in self._mailboxes.items() if mailbox.request_id == request_id]
+        for engine_id in found:
+            self._end(engine_id, RequestAborted(f"request {request_id} was aborted"))
+        return bool(found)
+
+    def _end(self, engine_id: str, error: AnychipError) -> None:
+        """Ends an open request from aside."""
+        self._mailboxes[engine_id].put(error)
         if self.outputs is not None:
-            self.outputs.drop(request_id)
-        await self._send(Abort(request_id))
-        return True
+            self.outputs.drop(engine_id)
+        self._abort(Abort(engine_id))
+
+    def _end_late(self, engine_id: str, deadline: float | None) -> asyncio.TimerHandle | None:
+        """Ends a request that the engine has not ended at its deadline, `deadline` seconds from now."""
+        if deadline is None:
+            return None
+
+        def end() -> None:
+            if engine_id in self._mailboxes:
+                self._end(engine_id, RequestTimeout("the request did not end within its deadline"))
+
+        return asyncio.get_running_loop().call_later(deadline + _GRACE_S, end)
 
     def fail(self, error: AnychipError) -> None:
         """The engine is gone: every open request learns why, and so does every later one."""
@@ -126,26 +157,26 @@ class AsyncEngine:
                 log.error("requests fail from now on: %s", error)
         if not self._ready.done():
             self._ready.set_exception(error)
-        for queue in self._queues.values():
-            queue.put_nowait(self.dead)
+        for mailbox in self._mailboxes.values():
+            mailbox.put(self.dead)
 
     async def close(self) -> None:
         """Asks the engine to stop and closes the sockets."""
+        if self._context.closed:
+            return
         if self.dead is None:
-            await self._to_engine.send(encoder.encode(Shutdown()))
+            self._send(Shutdown())
         if self._reader is not None:
             self._reader.cancel()
         self._context.destroy(linger=200 if self.dead is None else 0)
 
-    async def _send(self, message: ToEngine) -> None:
-        await self._to_engine.send(encoder.encode(message))
+    def _send(self, message: ToEngine) -> None:
+        self._to_engine.send(encoder.encode(message), zmq.NOBLOCK)
 
-    def _abort_soon(self, message: Abort) -> None:
-        # An async generator that is being closed must not wait.
+    def _abort(self, message: Abort) -> None:
         if self.dead is None:
-            with contextlib.suppress(zmq.ZMQError):
-                task = asyncio.ensure_future(self._send(message))
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            with contextlib.suppress(zmq.ZMQError):  # closed: the engine ends, and its requests with it
+                self._send(message)
 
     async def _read(self) -> None:
         """Until the sockets close. An engine that nobody hears is as good as dead, and must not look alive."""
@@ -161,27 +192,63 @@ class AsyncEngine:
             if isinstance(message, EngineReady):
                 self._ready.set_result(message)
             elif isinstance(message, EngineFailed):
-                error = rebuild(message.kind, message.message)
-                self.fail(error if not self._ready.done() else EngineDead(f"the engine stopped: {error}"))
+                error = rebuild(message.error, message.message, message.fault)
+                whole = not self._ready.done() or isinstance(error, EngineHung)
+                self.fail(error if whole else EngineDead(f"the engine stopped: {error}"))
+            elif isinstance(message, Heartbeat):
+                self._on_heartbeat(message)
+                if message.stats is not None:
+                    self._on_stats(message.stats)
             else:
                 await self._deliver(message)
 
     async def _deliver(self, message: Outputs) -> None:
         if message.stats is not None:
-            self._on_stats(message.stats)
-        for delta in message.deltas:
-            queue = self._queues.get(delta.request_id)
-            if queue is None or self.outputs is None:
-                continue
-            if delta.error is not None:
-                self.outputs.drop(delta.request_id)
-                queue.put_nowait(rebuild(*delta.error))
-                continue
-            output, ended_here = self.outputs.process(delta)
-            if ended_here:
-                await self._send(Abort(delta.request_id, delta.index))
-            if output is not None:
-                if delta.finish_reason == "abort":
-                    queue.put_nowait(RequestAborted(f"request {delta.request_id} was aborted"))
-                else:
-                    queue.put_nowait(output)
+            self._take_stats(message.stats)
+        for number, delta in enumerate(message.deltas, start=1):
+            mailbox = self._mailboxes.get(delta.request_id)
+            if mailbox is not None and self.outputs is not None:
+                received = receive(self.outputs, delta)
+                if received.abort is not None:
+                    self._abort(received.abort)
+                if received.item is not None:
+                    mailbox.put(received.item)
+            if number % _DELTAS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    def _take_stats(self, stats: EngineStats) -> None:
+        try:
+            self._on_stats(stats)
+        except Exception:  # who hears it has failed, and not the engine
+            log.exception("the engine's statistics could not be taken in")
+
+
+class _Mailbox:
+    """What has come for one request until its caller takes it. A caller who is slower than the engine gets more at
+    once."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._pieces = Pieces()
+        self._error: AnychipError | None = None
+        self._news = asyncio.Event()
+
+    def put(self, item: RequestOutput | AnychipError) -> None:
+        if isinstance(item, AnychipError):
+            self._error = self._error or item
+        elif item.outputs and item.outputs[0].finish_reason == "abort":
+            self._error = self._error or RequestAborted(f"request {self.request_id} was aborted")
+        else:
+            item.request_id = self.request_id
+            self._pieces.add(item)
+        self._news.set()
+
+    async def take(self) -> RequestOutput | AnychipError:
+        """Waits. The error comes after all that came before it."""
+        while True:
+            if (output := self._pieces.take()) is not None:
+                return output
+            if self._error is not None:
+                return self._error
+            self._news.clear()
+            await self._news.wait()

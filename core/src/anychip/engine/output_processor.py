@@ -1,15 +1,22 @@
-"""Turns new tokens into text, finds stop strings, and keeps each request until its last sequence ends."""
+"""Turns new tokens into text, ends sequences at stop strings, and keeps each request until its last sequence ends."""
 
 from __future__ import annotations
 
-from anychip.engine.outputs import RequestOutput, SequenceOutput
-from anychip.messages import AddRequest, SequenceDelta
+import logging
+from dataclasses import dataclass
+
+from anychip.engine.outputs import Pieces, RequestOutput, SequenceOutput
+from anychip.engine.stop_strings import StopStrings
+from anychip.errors import AnychipError, OutputFailed, rebuild
+from anychip.messages import Abort, AddRequest, SequenceDelta
 from anychip.tokenizer.detokenizer import Detokenizer
 from anychip.tokenizer.tokenizer import Tokenizer
 
+log = logging.getLogger("anychip.engine")
+
 
 class _Sequence:
-    """Text of one sequence. While stop strings may be forming, the text's end is held back."""
+    """What is known of one sequence while it runs: its text is not kept, but for an end that a stop string may need."""
 
     def __init__(self, request: AddRequest, tokenizer: Tokenizer | None) -> None:
         sampling = request.sampling
@@ -18,13 +25,10 @@ class _Sequence:
             self.detokenizer = Detokenizer(
                 tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
             )
-        self.stops = sampling.stop
         self.keeps_stops = sampling.include_stop_str_in_output
+        self.stops = StopStrings(sampling.stop, include_stop=self.keeps_stops) if sampling.stop else None
         self.stop_token_ids = frozenset(sampling.stop_token_ids)
         self.min_tokens = sampling.min_tokens
-        self.longest_stop = max(map(len, self.stops), default=0)
-        self.text = ""
-        self.sent = 0
         self.num_tokens = 0
         self.done = False
 
@@ -35,39 +39,50 @@ class _Sequence:
             logprobs=delta.logprobs,
             finish_reason=delta.finish_reason,
         )
-        self.num_tokens += len(delta.token_ids)
-        if delta.finish_reason == "stop" and delta.token_ids[-1] in self.stop_token_ids:
+        stopped = delta.finish_reason == "stop" and bool(delta.token_ids)
+        if stopped and delta.token_ids[-1] in self.stop_token_ids:
             output.stop_reason = delta.token_ids[-1]
         if self.detokenizer is not None:
-            hides_last = delta.finish_reason == "stop" and not (self.keeps_stops and output.stop_reason is not None)
+            hides_last = stopped and not (self.keeps_stops and output.stop_reason is not None)
             visible = delta.token_ids[:-1] if hides_last else delta.token_ids
-            searched_from = max(0, len(self.text) - self.longest_stop + 1)
-            self.text += self.detokenizer.add(visible)
-            if delta.finish_reason is not None:
-                self.text += self.detokenizer.rest()
-            self._find_stop(output, searched_from)
-            held = 0 if output.finish_reason else max(0, self.longest_stop - 1)
-            end = max(self.sent, len(self.text) - held)
-            output.text, self.sent = self.text[self.sent : end], end
+            if self.stops is None:
+                output.text = self.detokenizer.add(visible)
+                if delta.finish_reason is not None:
+                    output.text += self.detokenizer.rest()
+            else:
+                output.text = self._text_until_stop(output, visible, self.detokenizer, self.stops)
+        self.num_tokens += len(output.token_ids)
         self.done = output.finish_reason is not None
         return output
 
-    def _find_stop(self, output: SequenceOutput, searched_from: int) -> None:
-        """Cuts the text before the stop string that ends first."""
-        if not self.stops or self.num_tokens < self.min_tokens:
-            return
-        found = [(self.text.find(stop, searched_from), stop) for stop in self.stops]
-        found = [(at, stop) for at, stop in found if at >= 0]
-        if found:
-            at, stop = min(found, key=lambda hit: hit[0] + len(hit[1]))
-            self.text = self.text[: at + len(stop) if self.keeps_stops else at]
-            output.finish_reason, output.stop_reason = "stop", stop
+    def _text_until_stop(
+        self, output: SequenceOutput, visible: list[int], detokenizer: Detokenizer, stops: StopStrings
+    ) -> str:
+        """Token by token, so that the answer does not depend on how many come at once. A stop string ends the output
+        with the token that completed it."""
+        texts = []
+        for number, token in enumerate(visible, start=1):
+            may_stop = self.num_tokens + number >= self.min_tokens
+            texts.append(stops.add(detokenizer.add((token,)), may_stop=may_stop))
+            if stops.found is not None:
+                output.token_ids = output.token_ids[:number]
+                output.logprobs = None if output.logprobs is None else output.logprobs[:number]
+                break
+        else:
+            if output.finish_reason is not None:
+                may_stop = self.num_tokens + len(output.token_ids) >= self.min_tokens
+                texts.append(stops.add(detokenizer.rest(), may_stop=may_stop))
+                texts.append(stops.rest())
+        if stops.found is not None:
+            output.finish_reason, output.stop_reason = "stop", stops.found
+        return "".join(texts)
 
 
 class _Request:
     def __init__(self, message: AddRequest, tokenizer: Tokenizer | None) -> None:
-        self.prompt_token_ids = message.prompt_token_ids
+        self.prompt_token_ids = message.prompt_token_ids.tolist()
         self.sequences = [_Sequence(message, tokenizer) for _ in range(message.sampling.n)]
+        self.num_open = len(self.sequences)
         self.cached_tokens = 0
 
 
@@ -80,7 +95,7 @@ class OutputProcessor:
         self._requests[message.request_id] = _Request(message, self.tokenizer)
 
     def drop(self, request_id: str) -> None:
-        """Forgets a request whose caller is gone."""
+        """Forgets a request, which may be forgotten already."""
         self._requests.pop(request_id, None)
 
     def process(self, delta: SequenceDelta) -> tuple[RequestOutput | None, bool]:
@@ -89,11 +104,12 @@ class OutputProcessor:
         request = self._requests.get(delta.request_id)
         if request is None or request.sequences[delta.index].done:
             return None, False
-        request.cached_tokens = (
-            request.cached_tokens if delta.index else max(request.cached_tokens, delta.cached_tokens)
-        )
+        if not delta.index:
+            request.cached_tokens = max(request.cached_tokens, delta.cached_tokens)
         output = request.sequences[delta.index].add(delta)
-        finished = all(sequence.done for sequence in request.sequences)
+        if output.finish_reason is not None:
+            request.num_open -= 1
+        finished = not request.num_open
         if finished:
             del self._requests[delta.request_id]
         return RequestOutput(
@@ -107,25 +123,35 @@ class OutputProcessor:
         ), output.finish_reason is not None and delta.finish_reason is None
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a delta brought: an output or the request's error, which ends it; and what the engine must be told."""
+
+    item: RequestOutput | AnychipError | None = None
+    abort: Abort | None = None
+
+
+def receive(outputs: OutputProcessor, delta: SequenceDelta) -> Received:
+    """Whatever goes wrong with a delta is an error of its own request alone."""
+    request_id = delta.request_id
+    if delta.error is not None:
+        outputs.drop(request_id)
+        return Received(rebuild(*delta.error))
+    try:
+        output, ended_here = outputs.process(delta)
+    except Exception as error:  # a tokenizer, or a bug of ours: no reason to end anybody else's request
+        log.exception("request %s is ended: its output could not be made", request_id)
+        outputs.drop(request_id)
+        failure = OutputFailed(f"the answer could not be made of its tokens: {type(error).__name__}: {error}")
+        return Received(failure, Abort(request_id))
+    return Received(output, Abort(request_id, delta.index, "stop") if ended_here else None)
+
+
 def merge(outputs: list[RequestOutput]) -> RequestOutput:
-    """One final output of all the pieces that a request produced."""
-    last = outputs[-1]
-    sequences: dict[int, SequenceOutput] = {}
+    """One final output of all the pieces, one or more, that a request produced. The pieces stay as they are."""
+    pieces = Pieces()
     for output in outputs:
-        for piece in output.outputs:
-            whole = sequences.setdefault(piece.index, SequenceOutput(index=piece.index))
-            whole.text += piece.text
-            whole.token_ids += piece.token_ids
-            if piece.logprobs is not None:
-                whole.logprobs = (whole.logprobs or []) + piece.logprobs
-            whole.finish_reason = piece.finish_reason or whole.finish_reason
-            whole.stop_reason = piece.stop_reason or whole.stop_reason
-    return RequestOutput(
-        request_id=last.request_id,
-        prompt_token_ids=last.prompt_token_ids,
-        outputs=[sequences[index] for index in sorted(sequences)],
-        cached_tokens=last.cached_tokens,
-        queued_s=next((o.queued_s for o in outputs if o.queued_s is not None), None),
-        prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
-        finished=last.finished,
-    )
+        pieces.add(output)
+    whole = pieces.take()
+    assert whole is not None, "a request has one piece at least"
+    return whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -14,7 +15,14 @@ from anychip.entrypoints.http.keys import NOBODY, Keys
 from anychip.errors import InvalidRequest, UnknownModel
 from anychip.launch.async_llm import AsyncLLM
 from anychip.registry.plugins import load_plugins
+from anychip.sampling_params import SamplingParams
 
+MAX_PRIORITY = 2**31 - 1
+
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's makers may have recommended values for."""
+
+_MAX_SHOWN = 200
 _TRACE_HEADERS = ("traceparent", "tracestate")
 
 
@@ -29,6 +37,15 @@ class Caller:
     def of(cls, request: Request) -> Caller:
         found = {name: value for name in _TRACE_HEADERS if (value := request.headers.get(name)) is not None}
         return cls(request.state.tenant, found)
+
+
+def sampling_params(body: object, defaults: Mapping[str, float], **asked: Any) -> SamplingParams:
+    """What any API's body asks for: `defaults` where it leaves out what the model's makers recommend. Raises
+    InvalidRequest for a value out of range."""
+    given = {name: value for name in _RECOMMENDED if (value := getattr(body, name, None)) is not None}
+    if given.get("top_k") == -1:  # vLLM's word for no limit
+        given["top_k"] = 0
+    return SamplingParams(**{**defaults, **given}, **asked)
 
 
 @dataclass(slots=True)
@@ -61,10 +78,15 @@ class Serving:
     def check_model(self, model: str | None) -> None:
         """Raises UnknownModel."""
         if model is not None and model != self.model:
-            raise UnknownModel(f"model {model!r} does not exist; this server serves {self.model!r}")
+            raise UnknownModel(f"model {model[:_MAX_SHOWN]!r} does not exist; this server serves {self.model!r}")
 
     def options(self, caller: Caller, deadline: float | None, **more: object) -> RequestOptions:
         """Of a request by a key's holder. Raises InvalidRequest."""
+        priority = more.get("priority", 0)
+        if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority is {str(priority)[:40]}; expected {-MAX_PRIORITY} to {MAX_PRIORITY}", param="priority"
+            )
         if deadline is not None and not 0 < deadline < float("inf"):
             raise InvalidRequest(f"deadline is {deadline}; expected seconds above 0", param="deadline")
         limits = [limit for limit in (deadline, self.config.request_timeout_s) if limit is not None]

@@ -3,19 +3,19 @@ tool calls, and every API writes the same events in its own form."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 
 from anychip.chat.events import Content, Event, OutputParser, Reasoning, ToolArguments, ToolStart
-from anychip.chat.parsers.plain_json import ArgumentsOnly, JsonListTools
-from anychip.chat.parsers.reasoning import PlainText, TagReasoning
+from anychip.chat.parsers.plain_json import ArgumentsOnly, ForcedCalls, JsonListTools
+from anychip.chat.parsers.reasoning import PlainText
 from anychip.chat.parsers.registry import ChosenParsers
 from anychip.engine.input_processor import RequestOptions
 from anychip.engine.outputs import RequestOutput, SequenceOutput
@@ -24,21 +24,32 @@ from anychip.launch.async_llm import AsyncLLM
 from anychip.sampling_params import SamplingParams, StructuredOutput
 
 MAX_TOOLS = 128
+_NONE: Mapping[str, Any] = {"type": "object", "properties": {}}
+_NAMES_NOTHING = {"type", "properties", "required", "title", "description", "$schema"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_RENDER_ASIDE = 64
-"""Messages above which the template is rendered beside the event loop."""
+_CHARACTERS_EACH = 16
+"""A message or tool takes as long to render as so many characters take to tokenize."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function that the model may call; `parameters` is a JSON schema."""
+    """A function that the model may call; `parameters` is a JSON schema. None, or an empty one: the function has no
+    parameters."""
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: Mapping[str, Any] | None = None
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Of the arguments, for a grammar. One that names no properties allows none, or the grammar would make them
+        up."""
+        given = self.parameters or _NONE
+        named_none = not given.get("properties") and given.keys() <= _NAMES_NOTHING
+        return {**given, "type": "object", "additionalProperties": False} if named_none else dict(given)
 
     def for_template(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters or _NONE)}
         return {"type": "function", "function": function}
 
 
@@ -84,28 +95,40 @@ class Piece:
 class ToolCall:
     call_id: str
     name: str
-    arguments: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
 
 
-@dataclass(slots=True)
 class AnswerSoFar:
-    """A sequence's events, put together."""
+    """A sequence's events, put together when they are asked for."""
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.calls: list[ToolCall] = []
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+
+    @property
+    def content(self) -> str:
+        return "".join(self._content)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._reasoning)
 
     def add(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
                 case Content(text):
-                    self.content += text
+                    self._content.append(text)
                 case Reasoning(text):
-                    self.reasoning += text
+                    self._reasoning.append(text)
                 case ToolStart(_, call_id, name):
                     self.calls.append(ToolCall(call_id, name))
                 case ToolArguments(index, text):
-                    self.calls[index].arguments += text
+                    self.calls[index].pieces.append(text)
 
 
 class Turn:
@@ -133,9 +156,9 @@ class Turn:
             sampling = msgspec.structs.replace(sampling, structured=forced)
         if parsers.shows_special_tokens:
             sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
-        marker = _reasoning_end(parsers)
-        if sampling.structured is not None and marker and inside_reasoning(parsers, prompt):
-            options = msgspec.structs.replace(options, structured_after=marker)
+        # A model that calls before its reasoning ends would never come to a forced call: its grammar begins at once.
+        if sampling.structured is not None and not (forced is not None and parsers.read_in_one):
+            options = msgspec.structs.replace(options, structured_after=parsers.end_marker(prompt))
         # The template has written the special tokens.
         options = msgspec.structs.replace(options, add_special_tokens=False)
         return cls(request, parsers, prompt, await llm.accept(request_id, prompt, sampling, options))
@@ -174,15 +197,10 @@ class Turn:
         if choice.mode == "named":
             calls = ArgumentsOnly(choice.named)
         elif choice.mode == "required":
-            calls = JsonListTools()
+            calls = ForcedCalls([tool.name for tool in self.request.tools])
         elif self.request.tools and choice.mode == "auto":
             calls = JsonListTools() if parsers.make_tools is None else parsers.make_tools()
-        if parsers.reasoning == "harmony":
-            return calls if choice.mode in ("named", "required") else parsers.make_reasoning()  # type: ignore[misc]
-        if parsers.make_reasoning is None:
-            return calls
-        reader: OutputParser = parsers.make_reasoning(calls, inside=inside_reasoning(parsers, self._prompt))
-        return reader
+        return parsers.reader(calls, self._prompt)
 
 
 async def render(llm: AsyncLLM, request: TurnRequest) -> str:
@@ -197,16 +215,15 @@ async def render(llm: AsyncLLM, request: TurnRequest) -> str:
             param="messages",
         )
     tools = [tool.for_template() for tool in request.tools] if request.tool_choice.mode != "none" else []
-    arguments: dict[str, Any] = {
-        "tools": tools,
-        "add_generation_prompt": request.add_generation_prompt,
-        "variables": request.template_variables,
-    }
-    if len(request.messages) > _RENDER_ASIDE:
-        text = await asyncio.to_thread(llm.tokenizer.apply_chat_template, request.messages, **arguments)
-    else:
-        text = llm.tokenizer.apply_chat_template(request.messages, **arguments)
-    return text + request.prefill
+    rendered = partial(
+        llm.tokenizer.apply_chat_template,
+        request.messages,
+        tools=tools,
+        add_generation_prompt=request.add_generation_prompt,
+        variables=request.template_variables,
+    )
+    characters += _CHARACTERS_EACH * (len(request.messages) + len(tools))
+    return await llm.threads.run(characters, rendered) + request.prefill
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
@@ -229,23 +246,12 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
         )
 
 
-def inside_reasoning(parsers: ChosenParsers, prompt: str) -> bool:
-    """Whether the prompt ends where the model is thinking already."""
-    make = parsers.make_reasoning
-    return isinstance(make, type) and issubclass(make, TagReasoning) and prompt.rstrip().endswith(make.start)
-
-
-def _reasoning_end(parsers: ChosenParsers) -> str:
-    make = parsers.make_reasoning
-    return make.end if isinstance(make, type) and issubclass(make, TagReasoning) else ""
-
-
 def _forced_calls(request: TurnRequest) -> StructuredOutput | None:
     """The grammar of a call that must be; None where none must."""
     choice = request.tool_choice
     if choice.mode == "named":
         tool = next(tool for tool in request.tools if tool.name == choice.named)
-        return StructuredOutput("json_schema", json.dumps(dict(tool.parameters)))
+        return StructuredOutput("json_schema", json.dumps(tool.schema))
     if choice.mode != "required":
         return None
     definitions: dict[str, Any] = {}
@@ -258,7 +264,7 @@ def _forced_calls(request: TurnRequest) -> StructuredOutput | None:
 
 
 def _call_schema(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = dict(tool.parameters)
+    parameters = tool.schema
     definitions |= parameters.pop("$defs", {})
     return {
         "type": "object",

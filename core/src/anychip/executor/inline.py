@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from collections import deque
 
+from anychip.executor.progress import Progress
 from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.messages import LateInputs, StepDecision, StepResult, WorkerReady
 
 
 class InlineExecutor:
-    def __init__(self, worker: StepWorker) -> None:
+    """Whoever started this process sees a hang in `progress`, and ends the process."""
+
+    def __init__(self, worker: StepWorker, progress: Progress) -> None:
         self.worker = worker
         self.ready: WorkerReady = worker.ready
+        self._progress = progress
         self._pending: deque[PendingResult] = deque()
 
     def launch(self, decision: StepDecision) -> None:
-        self.worker.launch(decision)
+        self._progress.launching(decision)
+        try:
+            self.worker.launch(decision)
+        except BaseException:
+            self._progress.given_up()
+            raise
 
     def sample(self, late: LateInputs) -> None:
-        self._pending.append(self.worker.sample(late))
+        try:
+            self._pending.append(self.worker.sample(late))
+        except BaseException:
+            self._progress.given_up()
+            raise
 
     def collect(self) -> StepResult:
-        return self._pending.popleft().fetch()
+        try:
+            result = self._pending.popleft().fetch()
+        except BaseException:
+            self._progress.collected(done=False)
+            raise
+        self._progress.collected()
+        return result
 
     def check(self) -> None:
         """The worker lives as long as this process."""

@@ -13,7 +13,7 @@ class Executor(Protocol):
     ready: WorkerReady
 
     def launch(self, decision: StepDecision) -> None:
-        """Starts a step's forward pass."""
+        """Starts a step's forward pass. Raises DeviceFault."""
         ...
 
     def sample(self, late: LateInputs) -> None:
@@ -21,7 +21,8 @@ class Executor(Protocol):
         ...
 
     def collect(self) -> StepResult:
-        """Waits for the oldest step. Raises EngineDead when a worker is gone."""
+        """Waits for the oldest step. Raises DeviceFault when that step failed, EngineDead when a worker is gone,
+        EngineHung when one makes no progress."""
         ...
 
     def check(self) -> None:

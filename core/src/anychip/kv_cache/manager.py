@@ -6,11 +6,14 @@ blocks are short it says so and the scheduler decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from anychip.kv_cache.block_pool import BlockPool
-from anychip.kv_cache.hashing import extend_hashes
+from anychip.kv_cache.hashing import extend_hashes, finest_block_size
+from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, first_visible, prefix_key
 from anychip.messages import KVCacheConfig, KVGroup
 from anychip.request import Request
 from anychip.types import NULL_BLOCK, BlockId, cdiv
@@ -18,117 +21,66 @@ from anychip.types import NULL_BLOCK, BlockId, cdiv
 
 @dataclass(slots=True)
 class BlockChanges:
-    """What a step's allocations mean for the workers, collected until the step is sent."""
+    """Changes of the block tables that the workers must know, collected until the step is sent."""
 
     new_blocks: list[int] = field(default_factory=list)
-    """Flat: slot, group, index in the table, block id."""
+    """Entries of the block tables, four numbers each: slot, group, index in the table, block id. Flat, so that one pass
+    encodes them as int32 [num_changes, 4]."""
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """(source, destination), in order."""
+    """Block ids (source, destination), in the order of copying."""
     fresh: list[int] = field(default_factory=list)
-    """Blocks handed out, for devices that must zero them."""
+    """Ids of the blocks handed out, for devices that must zero them."""
 
 
 class KVCacheManager:
-    """`prefix_caching` False offers and finds nothing; forks still share."""
+    """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
         self.pool = BlockPool(config.num_blocks)
         self.prefix_caching = prefix_caching
-        self.hash_block_size = min(group.block_size for group in config.groups)
+        self.hash_block_size = finest_block_size(config.groups)
+        self._coarsest = max(group.block_size for group in config.groups)
         self.changes = BlockChanges()
         for group in config.groups:
             assert group.block_size % self.hash_block_size == 0, "block sizes divide each other"
 
     # -- admission ----------------------------------------------------------------------------------------
 
-    def start(self, request: Request) -> int:
-        """Gives a waiting request the blocks that a prefix hit or a fork lets it share. Returns the number of
-        tokens that need no computing; at least one token is always left."""
-        request.block_ids = [[] for _ in self.groups]
-        request.num_cached_blocks = [0] * len(self.groups)
-        if request.fork_of is not None and self._fork(request.fork_of, request):
-            return request.num_computed
-        if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
-            return 0
-        blocks = self._longest_hit(request)
-        self._share_hit(request, blocks)
-        request.num_computed = blocks * self.hash_block_size
-        return request.num_computed
+    def find_shared(self, request: Request) -> Shared:
+        """What a waiting request need not compute: the prompt that it forks from, or the longest prefix on offer. At
+        least one token is always left. Nothing is taken yet."""
+        parent = request.fork_of
+        fork = None if parent is None else find_fork(self.groups, parent)
+        if parent is None or fork is None:
+            return self._find_prefix(request)
+        parent.next_change_at = 0  # its last block may be shared from now on
+        return fork
 
-    def cancel_start(self, request: Request) -> None:
-        """Undoes `start` when the request cannot be admitted after all."""
-        self.free(request)
-        request.num_computed = 0
-
-    def _longest_hit(self, request: Request) -> int:
-        """In hash blocks: the longest prefix that every group can offer."""
-        hashes = extend_hashes(request, self.hash_block_size)
-        longest = (request.num_known - 1) // self.hash_block_size
-        settled = False
-        while not settled and longest:
-            settled = True
-            for index, group in enumerate(self.groups):
-                offered = self._group_hit(index, group, hashes, longest)
-                if offered < longest:
-                    longest, settled = offered, False
-        return longest
-
-    def _group_hit(self, index: int, group: KVGroup, hashes: list[bytes], limit: int) -> int:
-        """In hash blocks: the longest prefix up to `limit` that one group can offer. A windowed group needs
-        only the blocks that the next token still sees."""
-        ratio = group.block_size // self.hash_block_size
-        best = run = 0
-        for block in range(limit // ratio):
-            hit = self.pool.find(self._key(index, hashes[(block + 1) * ratio - 1])) is not None
-            run = run + 1 if hit else 0
-            if not hit and group.window is None:
-                break
-            length = (block + 1) * group.block_size
-            first_needed = 0 if group.window is None else max(0, length - group.window + 1) // group.block_size
-            if run >= block + 1 - first_needed:
-                best = block + 1
-        return best * ratio
-
-    def _share_hit(self, request: Request, hash_blocks: int) -> None:
-        length = hash_blocks * self.hash_block_size
-        for index, group in enumerate(self.groups):
-            ratio = group.block_size // self.hash_block_size
-            first = _first_visible(group, length)
-            table = request.block_ids[index]
-            for block in range(length // group.block_size):
-                if block < first:
-                    table.append(NULL_BLOCK)
-                    continue
-                found = self.pool.find(self._key(index, request.block_hashes[(block + 1) * ratio - 1]))
-                assert found is not None, "a hit vanished between search and use"
-                self.pool.take(found)
-                table.append(found)
-            request.num_cached_blocks[index] = len(table)
-
-    def _fork(self, parent: Request, child: Request) -> bool:
-        """Shares the parent's prompt, all but its last token, which the child computes to sample from."""
-        shared = parent.num_prompt - 1
-        if shared < 1 or not parent.block_ids or parent.num_computed < parent.num_prompt:
+    def enter(self, request: Request, shared: Shared, num_tokens: int) -> bool:
+        """Gives a waiting request the blocks that it shares, and room for `num_tokens` more. False, with nothing
+        changed, when the pool is short."""
+        need = self.pool.count_free(chain.from_iterable(shared.tables))
+        for group, table in zip(self.groups, shared.tables, strict=True):
+            need += cdiv(shared.num_tokens + num_tokens, group.block_size) - len(table)
+            need += shared.num_tokens % group.block_size > 0  # the block that it shares in part is copied
+        if need > self.pool.num_free:
             return False
-        for index, group in enumerate(self.groups):
-            table = parent.block_ids[index]
-            first, last = _first_visible(group, shared), cdiv(shared, group.block_size)
-            if len(table) < last or NULL_BLOCK in table[first:last]:
-                return False  # the parent's window has moved past the prompt's end
-        for index, group in enumerate(self.groups):
-            table = child.block_ids[index]
-            first = _first_visible(group, shared)
-            for position, block in enumerate(parent.block_ids[index][: cdiv(shared, group.block_size)]):
-                if position < first or block == NULL_BLOCK:
-                    table.append(NULL_BLOCK)
-                else:
-                    self.pool.take(block)
-                    table.append(block)
-            child.num_cached_blocks[index] = shared // group.block_size
-        child.block_hashes = parent.block_hashes[: shared // self.hash_block_size]
-        child.num_computed = shared
+        self._share(request, shared)
+        has_room = self.allocate(request, num_tokens)
+        assert has_room, f"{request}: {need} blocks were counted, and there are fewer"
         return True
+
+    def _find_prefix(self, request: Request) -> Shared:
+        if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
+            return Shared(0, [[] for _ in self.groups])
+        return find_prefix(self.groups, self.pool, request, self.hash_block_size)
+
+    def _share(self, request: Request, shared: Shared) -> None:
+        self.pool.take(chain.from_iterable(shared.tables))
+        request.block_ids = shared.tables
+        request.num_cached_blocks = [shared.num_tokens // group.block_size for group in self.groups]
+        request.num_computed = shared.num_tokens
 
     def adopt(self, moves: Sequence[tuple[Request, Request]]) -> None:
         """Each (request, source) gives the request the source's blocks in place of its own, all moves at once. The
@@ -138,34 +90,30 @@ class KVCacheManager:
             for _, source in moves
         ]
         for tables, _, _ in snapshots:
-            for block in (block for table in tables for block in table if block != NULL_BLOCK):
-                self.pool.take(block)
-        for (request, _), (tables, hashes, cached) in zip(moves, snapshots, strict=True):
+            self.pool.take(chain.from_iterable(tables))
+        for (request, source), (tables, hashes, cached) in zip(moves, snapshots, strict=True):
             self.free(request)
             request.block_ids, request.block_hashes, request.num_cached_blocks = tables, hashes, cached
+            source.next_change_at = 0
+
+    def replace_tokens(self, request: Request) -> None:
+        """The request's output is another one now. What it held goes back; where it held anything, it takes what the
+        prefix cache offers of the new tokens."""
+        del request.block_hashes[request.num_prompt // self.hash_block_size :]
+        if request.block_ids:
+            self.free(request)
+            self._share(request, self._find_prefix(request))
 
     # -- growth -------------------------------------------------------------------------------------------
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Makes room for the next `num_tokens`, recording what changed. False, with nothing changed but blocks
-        that a window has passed, when the pool is short."""
-        if num_tokens == 1 and self._holds_next(request):
-            return True
-        return self._allocate_groups(request, request.num_computed, request.num_computed + num_tokens)
-
-    def _holds_next(self, request: Request) -> bool:
-        """Whether the next token needs no change at all, as in most decode steps: in every group its block is
-        there and writable, and no block has fallen out of the window."""
-        start, is_writable = request.num_computed, self.pool.is_writable
-        for group, table in zip(self.groups, request.block_ids, strict=True):
-            size, window = group.block_size, group.window
-            at = start // size
-            if at >= len(table) or not is_writable(table[at]):
-                return False
-            if window is not None and start >= window:
-                first = (start - window + 1) // size
-                if first and table[first - 1] != NULL_BLOCK:
-                    return False
+        that a window has passed, when the pool is short. Until the request has computed `next_change_at` tokens,
+        there is room for its next one without asking: its block is there, and nobody else's."""
+        start, end = request.num_computed, request.num_computed + num_tokens
+        if not self._allocate_groups(request, start, end):
+            return False
+        request.next_change_at = min([_next_change(group, start, end) for group in self.groups])
         return True
 
     def _allocate_groups(self, request: Request, start: int, end: int) -> bool:
@@ -211,7 +159,7 @@ class KVCacheManager:
         the window's mask hides them."""
         if group.window is None:
             return
-        for at in range(min(_first_visible(group, start), len(table)) - 1, -1, -1):
+        for at in range(min(first_visible(group, start), len(table)) - 1, -1, -1):
             if table[at] == NULL_BLOCK:
                 break
             self.pool.release([table[at]])
@@ -235,39 +183,61 @@ class KVCacheManager:
             for at in range(done, full):
                 block = request.block_ids[index][at]
                 if block != NULL_BLOCK:
-                    self.pool.offer(self._key(index, hashes[(at + 1) * ratio - 1]), block)
+                    self.pool.offer(prefix_key(index, hashes[(at + 1) * ratio - 1]), block)
             request.num_cached_blocks[index] = full
 
-    def completes(self, request: Request, num_tokens: int) -> list[bytes]:
-        """Hashes of the blocks that computing so many more tokens makes full."""
-        size = self.hash_block_size
-        first, last = request.num_computed // size, min(request.num_computed + num_tokens, request.num_known) // size
-        return extend_hashes(request, size)[first:last]
+    def next_full(self, request: Request, num_tokens: int) -> tuple[int, bytes] | None:
+        """Index, in hash blocks, and hash of the first block that computing so many more tokens makes full."""
+        at = request.num_computed // self.hash_block_size
+        end = min(request.num_computed + num_tokens, request.num_known)
+        if not self.prefix_caching or end < (at + 1) * self.hash_block_size:
+            return None
+        return at, extend_hashes(request, self.hash_block_size, at + 1)[at]
 
-    def next_full(self, request: Request) -> bytes | None:
-        """Hash of the first full block that a request has yet to compute; None: its tokens end before."""
-        hashes, at = extend_hashes(request, self.hash_block_size), request.num_computed // self.hash_block_size
-        return hashes[at] if at < len(hashes) else None
+    def shareable(self, request: Request, at: int) -> bytes | None:
+        """Hash of one of a waiting request's blocks, by index in hash blocks, which it would share if it were on offer;
+        None: it would compute it in any case."""
+        usable = (request.num_known - 1) // self._coarsest * self._coarsest // self.hash_block_size
+        if at >= usable or request.scores_prompt:
+            return None
+        return extend_hashes(request, self.hash_block_size, at + 1)[at]
+
+    def missing(self, request: Request, shared: int) -> bytes | None:
+        """Key of what would have to be offered for a request to share more than `shared` tokens; None: nothing."""
+        ratio = self.groups[0].block_size // self.hash_block_size
+        at = (shared // self.hash_block_size // ratio + 1) * ratio - 1
+        if not self.prefix_caching or at >= (request.num_known - 1) // self.hash_block_size:
+            return None
+        return extend_hashes(request, self.hash_block_size, at + 1)[at]
 
     def free(self, request: Request) -> None:
         """Releases everything, the sequence's end first, so that shared beginnings are evicted last."""
         for table in request.block_ids:
             self.pool.release(reversed(table))
         request.block_ids = []
+        request.next_change_at = 0
 
     def drain_changes(self) -> BlockChanges:
         """The changes since the last drain."""
         changes, self.changes = self.changes, BlockChanges()
         return changes
 
-    @staticmethod
-    def _key(group: int, block_hash: bytes) -> bytes:
-        return block_hash if group == 0 else block_hash + bytes([group])
+    def check_integrity(self, requests: Iterable[Request], others: Iterable[BlockId] = ()) -> None:
+        """Raises AssertionError unless every block is free or held, and counted as often as `requests`, which are
+        all that hold blocks, and `others` hold it. For tests."""
+        tables = [table for request in requests for table in request.block_ids]
+        held = Counter(block for table in [*tables, others] for block in table if block != NULL_BLOCK)
+        self.pool.check_integrity(held)
 
 
-def _first_visible(group: KVGroup, position: int) -> int:
-    """Index of the first block that a token at `position` still sees."""
-    return 0 if group.window is None else max(0, position - group.window + 1) // group.block_size
+def _next_change(group: KVGroup, start: int, end: int) -> int:
+    """First position from `end` on whose token needs another block, or leaves one outside the window, where the
+    tokens from `start` have room and blocks that `start` does not see are released."""
+    next_block = cdiv(end, group.block_size) * group.block_size
+    if group.window is None:
+        return next_block
+    passes = (first_visible(group, start) + 1) * group.block_size + group.window - 1
+    return min(next_block, max(end, passes))
 
 
 def blocks_per_request(groups: tuple[KVGroup, ...], length: int, max_step_tokens: int) -> int:

@@ -4,24 +4,23 @@ holds this never loads torch."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from anychip.config import EngineConfig, EngineSpec
+import msgspec
+
+from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
+from anychip.engine.input_threads import InputThreads
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
-from anychip.errors import AnychipError, EngineDead, QueueFull, RequestAborted
+from anychip.errors import AnychipError, QueueFull, RequestAborted, RequestTimeout
 from anychip.hub import located
 from anychip.launch.build import load_tokenizer
-from anychip.launch.child import Child
-from anychip.launch.folder import private_folder
+from anychip.launch.engine_process import EngineProcess
 from anychip.messages import AddRequest, EngineReady, EngineStats, WorkerReady
 from anychip.model_config import load_model_config
 from anychip.observability.flow import Flow
@@ -33,11 +32,10 @@ from anychip.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("anychip.engine")
 
-_WATCH_INTERVAL_S = 0.1
 _DRAIN_S = 5.0
 _RESTART_WINDOW_S = 600.0
-_LONG_TEXT = 4096
-"""Characters above which a prompt is tokenized beside the event loop."""
+_LONGEST_PAUSE_S = 30.0
+"""Between starts that fail."""
 
 
 class AsyncLLM:
@@ -49,27 +47,29 @@ class AsyncLLM:
         self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
+        self.threads = InputThreads()
         self.tracer = None if otel_endpoint is None else Tracer(otel_endpoint, config.public_name)
         self.tokenizer: Tokenizer | None = None
         self.max_model_len = 0
         self._max_restarts = restarts
         self._restarted_at: deque[float] = deque()
-        self._life: _Life | None = None
+        self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._progress_at = time.monotonic()
 
     async def start(self) -> WorkerReady:
         """Starts the engine process; the tokenizer is read meanwhile. Raises what kept the engine from starting."""
-        self._life = _Life(self.config)
+        self._process = await EngineProcess.begin(self.config)
         if not self.config.skip_tokenizer:
             self.tokenizer = load_tokenizer(self.config, self.model)
-        ready = await self._life.engine.ready()
+        ready = await self._process.engine.ready()
         self.max_model_len = ready.max_model_len
         self.inputs = InputProcessor(
             tokenizer=self.tokenizer,
             vocab_size=self.model.vocab_size,
             max_model_len=self.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
+            hash_block_size=ready.hash_block_size,
         )
         self.grammars = self._grammar_checker()
         self._adopt(ready)
@@ -81,8 +81,8 @@ class AsyncLLM:
     @property
     def engine(self) -> AsyncEngine:
         """The engine that lives, or lived last."""
-        assert self._life is not None, "start first"
-        return self._life.engine
+        assert self._process is not None, "start first"
+        return self._process.engine
 
     @property
     def sampling_defaults(self) -> Mapping[str, float]:
@@ -110,15 +110,28 @@ class AsyncLLM:
             raise self.engine.dead
         arrived = time.monotonic()
         self._check_queue()
-        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
-            request = await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, options)
-        else:
-            request = self.inputs.process(request_id, prompt, sampling, options)
-        if sampling.structured is not None and self.grammars is not None:
-            await self.grammars.check(sampling.structured)
+        limit = None if options is None else options.deadline
+        try:
+            async with asyncio.timeout(limit) as scope:
+                request = await self._prepare(request_id, prompt, sampling, options)
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise RequestTimeout(f"request {request_id} was not begun within its deadline of {limit:.1f} s") from error
+        if limit is not None:  # what is left of it
+            request = msgspec.structs.replace(request, deadline=max(0.0, arrived + limit - time.monotonic()))
         headers = {} if options is None else options.trace_headers
         clock = RequestClock(self.metrics, self.config.public_name, arrived)
         return self._timed(request, self.engine.generate(request), clock, headers)
+
+    async def _prepare(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None
+    ) -> AddRequest:
+        size = len(prompt) + sum(map(len, sampling.bad_words))
+        request = await self.threads.run(size, self.inputs.process, request_id, prompt, sampling, options)
+        if sampling.structured is not None and self.grammars is not None:
+            await self.grammars.check(sampling.structured, "" if options is None else options.tenant)
+        return request
 
     def _check_queue(self) -> None:
         longest = self.config.max_queue_s
@@ -181,32 +194,44 @@ class AsyncLLM:
 
     def kill_engine(self, why: str) -> None:
         """Ends the engine process at once; a new one is started."""
-        assert self._life is not None
-        self._life.kill(why)
+        assert self._process is not None
+        self._process.kill(why)
 
     # -- life ---------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
-        if self._life is not None:
-            await self._life.end(_DRAIN_S)
+            await asyncio.wait([self._supervisor])  # it may be starting an engine, which it ends
+        if self._process is not None:
+            await self._process.end(_DRAIN_S)
         if self._supervisor is not None and self.grammars is not None:
             await self.grammars.close()
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
+        self.threads.close()
 
     async def _supervise(self) -> None:
+        """Replaces an engine that died, as often as may be. Nothing that goes wrong on the way ends this."""
+        assert self._process is not None
         while True:
-            assert self._life is not None
-            cause = await self._life.ended()
+            cause: Exception = await self._process.ended()
             self.metrics.engine_ended()
-            await self._life.end(_DRAIN_S)
-            if not self._may_restart():
+            num_failed = 0
+            while self._may_restart():
+                log.warning("the engine died and is started again: %s", cause)
+                try:
+                    await self._restart()
+                    break
+                except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
+                    log.error("the engine could not be started again: %s: %s", type(error).__name__, error)
+                    cause = error
+                await asyncio.sleep(min(_LONGEST_PAUSE_S, 2.0**num_failed))
+                num_failed += 1
+            else:
                 log.error("the engine is not started again: %s", cause)
+                await self._process.end(_DRAIN_S)
                 return
-            log.warning("the engine died and is started again: %s", cause)
-            await self._restart()
 
     def _may_restart(self) -> bool:
         now = time.monotonic()
@@ -218,22 +243,22 @@ class AsyncLLM:
         return True
 
     async def _restart(self) -> None:
-        """Requests see the old engine, which is dead, until the new one is ready."""
-        began, life = time.monotonic(), _Life(self.config)
+        """Raises what kept the new engine from starting. Requests see the old one, which is dead, until it is ready."""
+        assert self._process is not None
+        began = time.monotonic()
         self.metrics.restarts.inc()
+        await self._process.end(_DRAIN_S)
+        process = await EngineProcess.begin(self.config)
         try:
-            ready = await life.engine.ready()
-        except AnychipError as error:
-            log.error("the engine could not be started again: %s", error)
-        except asyncio.CancelledError:
-            await life.end(0.0)
+            ready = await process.engine.ready()
+        except BaseException:
+            await process.end(0.0)
+            if process.engine.dead is not None:
+                self._process = process  # requests learn the newest cause
             raise
-        else:
-            log.warning("the engine is ready again after %.1f s", time.monotonic() - began)
-            self._life = life
-            self._adopt(ready)
-            return
-        self._life = life  # dead: the supervisor tries again as long as it may
+        log.warning("the engine is ready again after %.1f s", time.monotonic() - began)
+        self._process = process
+        self._adopt(ready)
 
     def _adopt(self, ready: EngineReady) -> None:
         self.worker = ready.worker
@@ -254,44 +279,3 @@ class AsyncLLM:
             return CheckerSpec(tokenizer.raw.to_str(), model.vocab_size, tuple(model.eos_token_ids))
 
         return GrammarChecker(spec, deadline_s=self.config.grammar_timeout_s)
-
-
-class _Life:
-    """One engine process, its sockets and their folder."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._folder: TemporaryDirectory[str] = private_folder()
-        folder = Path(self._folder.name)
-        self.engine = AsyncEngine(folder)
-        self.engine.bind()
-        self._child = Child("anychip.launch.engine_main", EngineSpec(config=config, folder=str(folder)))
-        self._death = asyncio.create_task(self._watch())
-
-    async def ended(self) -> AnychipError:
-        """Waits until there is no engine to talk to; its requests have failed then. Its process may still live."""
-        await self._death
-        assert self.engine.dead is not None
-        return self.engine.dead
-
-    async def end(self, drain_s: float) -> None:
-        """Ends the process, which has `drain_s` to do so by itself."""
-        self._death.cancel()
-        await self.engine.close()
-        # An engine that is still starting does not read messages.
-        await asyncio.to_thread(self._child.stop, drain_s if self.engine.is_ready else 0.0)
-        self._folder.cleanup()
-
-    def kill(self, why: str) -> None:
-        self.engine.fail(EngineDead(f"the engine was ended: {why}"))
-        self._child.kill()
-
-    async def _watch(self) -> None:
-        while (code := self._child.exit_code()) is None:
-            if self.engine.dead is not None:
-                return
-            await asyncio.sleep(_WATCH_INTERVAL_S)
-        # Its last message may still be on the way, and says more than the status.
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(_WATCH_INTERVAL_S)
-        how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        self.engine.fail(EngineDead(f"the engine process {how}; its log says more"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from anychip.engine.grammars import PendingGrammars
 from anychip.errors import ConfigError
 from anychip.executor.inline import InlineExecutor
 from anychip.executor.multiprocess import MultiprocessExecutor
+from anychip.executor.progress import Progress
 from anychip.executor.protocol import Executor, StepWorker
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.child import Child
@@ -20,6 +22,7 @@ from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig
 from anychip.plugin_api.manifest import Decision, Placement
+from anychip.registry.blame import calling
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins
 from anychip.scheduler.policy import make_policy
@@ -31,28 +34,33 @@ WORKER = "anychip.worker.worker:Worker"
 """Loaded by name, in the process that will run it: nothing that imports this module reaches torch."""
 
 
-def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, folder: Path) -> EngineCore:
-    """`folder` is private to this engine and holds its sockets. Raises UserError for what the user can mend."""
+def build_engine(
+    config: EngineConfig, model: ModelConfig, plugins: Plugins, folder: Path, progress: Progress | None = None
+) -> EngineCore:
+    """`folder` is private to this engine and holds its sockets; `progress` is told how start and steps get on. Raises
+    UserError for what the user can mend."""
     check_length(config, model)
+    progress = progress or progress_of(config)
     policy = make_policy(config.policy, plugins.policies)
     chosen = choose_device(config, plugins)
     config = fill_unset(config, chosen.decision)
-    executor = _start_executor(config, chosen, folder)
+    executor = _start_executor(config, chosen, folder, progress)
     notes = (f"device {chosen.manifest.name}: {chosen.reason}", *chosen.decision.notes, *executor.ready.notes)
     executor.ready = msgspec.structs.replace(executor.ready, notes=notes)
     try:
         max_model_len = resolve_max_model_len(config, model, executor.ready)
-        check_fits(executor.ready, max_model_len, config.most_tokens)
+        check_fits(executor.ready, max_model_len, config.resolved_max_num_batched_tokens)
         scheduler = Scheduler(
             kv=KVCacheManager(executor.ready.kv, prefix_caching=config.prefix_caching),
             policy=policy,
             rules=executor.ready.rules,
-            max_num_seqs=config.most_rows,
-            max_num_batched_tokens=config.most_tokens,
+            max_num_seqs=config.resolved_max_num_seqs,
+            max_num_batched_tokens=config.resolved_max_num_batched_tokens,
         )
     except BaseException:
         executor.close("refused")
         raise
+    progress.started()
     return EngineCore(
         scheduler=scheduler,
         executor=executor,
@@ -64,6 +72,11 @@ def build_engine(config: EngineConfig, model: ModelConfig, plugins: Plugins, fol
         seed=config.seed,
         grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )
+
+
+def progress_of(config: EngineConfig) -> Progress:
+    """The limits of an engine's start and steps."""
+    return Progress(start_timeout_s=config.start_timeout_s, step_timeout_s=config.step_timeout_s)
 
 
 def load_tokenizer(config: EngineConfig, model: ModelConfig) -> Tokenizer:
@@ -93,7 +106,7 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: Worke
     """The given length; or, where none is given, the model's own, as far as the KV cache holds it."""
     if config.max_model_len is not None:
         return config.max_model_len
-    fits = longest_that_fits(ready.kv, config.most_tokens)
+    fits = longest_that_fits(ready.kv, config.resolved_max_num_batched_tokens)
     return max(2, min(model.max_positions, fits))
 
 
@@ -107,16 +120,19 @@ def fill_unset(config: EngineConfig, decision: Decision) -> EngineConfig:
     return msgspec.structs.replace(config, **unset)
 
 
-def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) -> Executor:
+def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path, progress: Progress) -> Executor:
     per_host = chosen.manifest.topology == "process_per_host"
     world_size = 1 if per_host else len(chosen.indexes)
     specs = [worker_spec(config, chosen, folder, rank) for rank in range(world_size)]
-    environments = [
-        chosen.manifest.worker_env(
-            config, Placement(rank=spec.rank, world_size=world_size, device_indexes=spec.device_indexes)
-        )
-        for spec in specs
-    ]
+    with calling(chosen.manifest.package, "PlatformManifest.worker_env"):
+        environments = [
+            dict(
+                chosen.manifest.worker_env(
+                    config, Placement(rank=spec.rank, world_size=world_size, device_indexes=spec.device_indexes)
+                )
+            )
+            for spec in specs
+        ]
     # Variables must be set before the device's runtime is imported, so a worker that has any gets a process.
     needs_processes = world_size > 1 or any(environments)
     if config.executor == "inline" and needs_processes:
@@ -125,12 +141,14 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path) ->
             "use executor auto"
         )
     if not needs_processes and config.executor != "multiprocess":
-        return InlineExecutor(load_worker(specs[0]))
+        return InlineExecutor(load_worker(specs[0], progress.start_got_on), progress)
 
     def start(rank: int) -> Child:
         return Child("anychip.launch.worker_main", specs[rank], environments[rank])
 
-    return MultiprocessExecutor(folder=folder, world_size=world_size, start=start, ready_timeout_s=config.timeout_s)
+    return MultiprocessExecutor(
+        folder=folder, world_size=world_size, start=start, progress=progress, peers_timeout_s=config.timeout_s
+    )
 
 
 def worker_spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int) -> WorkerSpec:
@@ -148,8 +166,8 @@ def worker_spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: 
     )
 
 
-def load_worker(spec: WorkerSpec) -> StepWorker:
-    """Loads the worker class by name and starts it in this process."""
+def load_worker(spec: WorkerSpec, got_on: Callable[[str], None]) -> StepWorker:
+    """Loads the worker class by name and starts it in this process; `got_on` hears how the start gets on."""
     module, _, name = WORKER.partition(":")
-    worker: StepWorker = getattr(import_module(module), name)(spec)
+    worker: StepWorker = getattr(import_module(module), name)(spec, got_on)
     return worker

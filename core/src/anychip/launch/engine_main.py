@@ -12,10 +12,11 @@ from anychip.config import EngineSpec, Environment
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.engine_loop import EngineLoop
 from anychip.errors import AnychipError
-from anychip.launch.build import build_engine
-from anychip.launch.child import end_with_parent, read_spec
+from anychip.launch.build import build_engine, progress_of
+from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
 from anychip.model_config import load_model_config
 from anychip.observability.logs import configure_logging
+from anychip.registry.blame import blamed
 from anychip.registry.plugins import load_plugins
 
 log = logging.getLogger("anychip.engine")
@@ -24,17 +25,18 @@ log = logging.getLogger("anychip.engine")
 def main(spec: EngineSpec) -> int:
     """The exit status."""
     folder = Path(spec.folder)
-    loop = EngineLoop(folder)
+    progress = progress_of(spec.config)
+    loop = EngineLoop(folder, progress)
     core: EngineCore | None = None
     try:
-        core = build_engine(spec.config, load_model_config(spec.config.model), load_plugins(), folder)
+        core = build_engine(spec.config, load_model_config(spec.config.model), load_plugins(), folder, progress)
         loop.run(core)
     except AnychipError as error:  # expected kinds: the API process prints them, without a trace
         loop.fail(error)
         return 1
     except Exception as error:
         log.exception("the engine stopped")
-        loop.fail(error)
+        loop.fail(blamed(error) or error)
         return 1
     finally:
         if core is not None:
@@ -44,6 +46,7 @@ def main(spec: EngineSpec) -> int:
 
 
 if __name__ == "__main__":
+    show_stacks_when_asked()
     configure_logging(Environment.read(child=True))
     engine_spec = msgspec.json.decode(read_spec(), type=EngineSpec)
     end_with_parent(engine_spec.folder)

@@ -19,16 +19,16 @@ class OpReport:
 
 def inspect_ops(chosen: ChosenDevice) -> OpReport:
     """Raises what opening the platform raises."""
-    platform = import_module("anychip.worker.open_platform").open_platform(
+    opening = import_module("anychip.worker.open_platform")
+    platform = opening.open_platform(
         chosen.manifest,
         device_indexes=chosen.indexes,
         options=chosen.options,
         probe=chosen.candidate.probe,
     )
     try:
-        table = import_module("anychip.ops.table").resolve_ops(
-            platform.name, platform.ops(), compiler=platform.compiler()
-        )
+        with opening.explained(platform):
+            table = import_module("anychip.ops.table").resolve_platform_ops(platform)
     finally:
         platform.close("inspected")
     return OpReport(

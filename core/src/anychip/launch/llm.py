@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,8 @@ from anychip.config import EngineConfig
 from anychip.engine.input_processor import InputProcessor, Prompt
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
-from anychip.errors import InvalidRequest, rebuild
+from anychip.engine.shared_engine import SharedEngine
+from anychip.errors import InvalidRequest
 from anychip.hub import located
 from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
@@ -31,6 +33,9 @@ Conversation = Sequence[Mapping[str, Any]]
 
 class LLM:
     """Keyword arguments are EngineConfig's. Close it, or use it as a context manager.
+
+    Calls do not disturb one another: streams may be interleaved, left half way, or have other calls inside. Several
+    threads may call at once; one of them at a time takes the engine's steps, for all of them.
 
     Example:
         with LLM("path/to/model", device="cpu") as llm:
@@ -56,9 +61,14 @@ class LLM:
             vocab_size=model_config.vocab_size,
             max_model_len=self.engine.max_model_len,
             eos_token_ids=model_config.eos_token_ids,
+            hash_block_size=self.engine.hash_block_size,
         )
         self.outputs = OutputProcessor(self.tokenizer)
-        self._count = 0
+        _ = self._shared  # made before threads can ask for it
+
+    @functools.cached_property
+    def _shared(self) -> SharedEngine:
+        return SharedEngine(self.engine, self.outputs)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> LLM:
@@ -80,10 +90,10 @@ class LLM:
         with it."""
         several = _as_list(prompts)
         params = self._each(sampling, len(several))
-        pieces: dict[str, list[RequestOutput]] = {}
-        for output in self._run(several, params):
-            pieces.setdefault(output.request_id, []).append(output)
-        return [merge(pieces[request_id]) for request_id in sorted(pieces, key=int)]
+        pieces: list[list[RequestOutput]] = [[] for _ in several]
+        for number, output in self._run(several, params):
+            pieces[number].append(output)
+        return [merge(outputs) for outputs in pieces]
 
     def default_sampling(self, **settings: Any) -> SamplingParams:
         """What the model's makers recommend, with `settings` in place of some of it."""
@@ -102,26 +112,25 @@ class LLM:
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """One prompt's outputs as they come. Leaving the loop early aborts it."""
         with contextlib.closing(self._run([prompt], [sampling or self.default_sampling()])) as run:
-            yield from run
+            for _, output in run:
+                yield output
 
     def stream_batch(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[RequestOutput]:
         """The outputs of several prompts as they come, in the order in which they do; request_id is the prompt's
         index. Leaving the loop early aborts what is unfinished."""
-        first = self._count
         with contextlib.closing(self._run(prompts, self._each(sampling, len(prompts)))) as run:
-            for output in run:
-                yield dataclasses.replace(output, request_id=str(int(output.request_id) - first))
+            for number, output in run:
+                yield dataclasses.replace(output, request_id=str(number))
 
     def stream_chat(self, messages: Conversation, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """One assistant turn as it comes."""
         return self.stream(self._chat_prompt(messages), sampling)
 
     def close(self) -> None:
-        """Ends the workers and gives their memory back."""
-        self.engine.drain()
-        self.engine.close("closed by its owner")
+        """Ends the workers and gives their memory back. Streams that are open end with EngineDead."""
+        self._shared.close("closed by its owner")
         self._folder.cleanup()
 
     def __enter__(self) -> LLM:
@@ -144,34 +153,13 @@ class LLM:
             raise InvalidRequest("chat needs the tokenizer, which is off", param="messages")
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
-    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Generator[RequestOutput, None, None]:
+    def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """Outputs as they come, each with its prompt's number."""
         # Every prompt is checked before the first is accepted.
-        requests = []
-        for prompt, sampling in zip(prompts, params, strict=True):
-            requests.append(self.inputs.process(str(self._count), prompt, sampling))
-            self._count += 1
-        open_ids = {request.request_id for request in requests}
-        try:
-            for request in requests:
-                self.engine.add(request)
-                self.outputs.add(request)
-            while open_ids:
-                for delta in self.engine.step():
-                    if delta.error is not None and delta.request_id in open_ids:
-                        raise rebuild(*delta.error)
-                    output, ended_here = self.outputs.process(delta)
-                    if ended_here:
-                        self.engine.abort(delta.request_id, delta.index)
-                    if output is not None:
-                        if output.finished:
-                            open_ids.discard(output.request_id)
-                        yield output
-        finally:
-            for request_id in open_ids:
-                self.engine.abort(request_id)
-                self.outputs.drop(request_id)
-            if open_ids:
-                self.engine.drain()
+        requests = [self.inputs.process("", prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+        return self._shared.run(requests)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

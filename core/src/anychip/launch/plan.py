@@ -41,7 +41,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     config = fill_unset(config, chosen.decision)
     worker: WorkerReady = import_module(PLANNER).plan_worker(worker_spec(config, chosen, Path("."), rank=0))
     max_model_len = resolve_max_model_len(config, model, worker)
-    check_fits(worker, max_model_len, config.most_tokens)
+    check_fits(worker, max_model_len, config.resolved_max_num_batched_tokens)
     own = (model.raw.get("quantization_config") or {}).get("quant_method")
     devices = chosen.candidate.probe.devices
     return EnginePlan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Protocol
 
 from anychip.config import EngineConfig
@@ -11,6 +10,7 @@ from anychip.errors import ConfigError
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.plugin_api import AttentionSpec, StepModel
+from anychip.registry.blame import imported
 from anychip.types import DType
 
 NATIVE = {
@@ -53,8 +53,7 @@ def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[s
         )
     if dotted is None or config.model_impl == "transformers":
         return _through_transformers(model, config)
-    module, _, name = dotted.partition(":")
-    family: ModelFamily = getattr(import_module(module), name)
+    family: ModelFamily = imported(dotted)
     return family
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 import anychip
 from anychip.engine.outputs import RequestOutput
@@ -39,14 +44,11 @@ class Metrics:
         self.hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self.preemptions = self._counter("num_preemptions", "Requests whose blocks were taken from them")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were begun")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.finished = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self.failed = self._counter("request_failure", "Requests that ended with an error, by its kind", "error")
-        self.drafts = self._counter("spec_decode_num_drafts", "Drafts proposed by speculation")
-        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens proposed by speculation")
-        self.accepted = self._counter("spec_decode_num_accepted_tokens", "Proposed tokens that were right")
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SECONDS)
-        self.inter_token = self._histogram("inter_token_latency_seconds", "Between a sequence's tokens", _STEPS)
+        self.tokens = TokenFigures(self._labels)
+        self.registry.register(self.tokens)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From arrival to the end", _SECONDS)
         self.queue_time = self._histogram("request_queue_time_seconds", "Until first scheduled", _SECONDS)
         self.prefill_time = self._histogram("request_prefill_time_seconds", "Scheduled to first token", _SECONDS)
@@ -79,17 +81,17 @@ class Metrics:
             gauge.set(0)
 
     def take(self, stats: EngineStats) -> None:
-        """The engine's newest word."""
-        last, self._last = self._last, stats
+        """The engine's word, which may be older than the last: its threads do not wait for each other."""
+        last, self._last = self._last, _counted(self._last, stats)
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
         self.kv_blocks.set(stats.kv_blocks)
         self.progress.set(time.time())
-        self.steps.inc(stats.steps - last.steps)
-        self.queries.inc(stats.prefix_queries - last.prefix_queries)
-        self.hits.inc(stats.prefix_hits - last.prefix_hits)
-        self.preemptions.inc(stats.preemptions - last.preemptions)
+        self.steps.inc(self._last.steps - last.steps)
+        self.queries.inc(self._last.prefix_queries - last.prefix_queries)
+        self.hits.inc(self._last.prefix_hits - last.prefix_hits)
+        self.preemptions.inc(self._last.preemptions - last.preemptions)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"anychip_{name}", text, tuple(self._labels), registry=self.registry).labels(**self._labels)
@@ -101,6 +103,43 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         made = Histogram(f"anychip_{name}", text, tuple(self._labels), buckets=buckets, registry=self.registry)
         return made.labels(**self._labels)
+
+
+def _counted(last: EngineStats, stats: EngineStats) -> EngineStats:
+    """The newer of two words, by every count: none of them ever falls."""
+    counts = ("steps", "preemptions", "prefix_queries", "prefix_hits")
+    return msgspec.structs.replace(stats, **{name: max(getattr(last, name), getattr(stats, name)) for name in counts})
+
+
+class TokenFigures:
+    """What is counted for every token: plain numbers of one thread, in Prometheus's form when they are asked for.
+    prometheus_client's own counters take locks, and longer than the rest of what is done for a token."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = labels
+        self._tokens = 0
+        self._counts = [0] * (len(_STEPS) + 1)  # by interval; the last one is of longer ones
+        self._seconds = 0.0
+
+    def add(self, count: int, seconds: float | None) -> None:
+        """So many tokens of a sequence came at once, that many seconds after those before; None: they are its first."""
+        self._tokens += count
+        if seconds is not None and count:
+            self._counts[bisect_left(_STEPS, seconds / count)] += count
+            self._seconds += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """prometheus_client's protocol of a collector."""
+        names, values = tuple(self._labels), tuple(self._labels.values())
+        tokens = CounterMetricFamily("anychip_generation_tokens", "Tokens generated", labels=names)
+        tokens.add_metric(values, self._tokens)
+        yield tokens
+        between = HistogramMetricFamily(
+            "anychip_inter_token_latency_seconds", "Between a sequence's tokens", labels=names
+        )
+        bounds = [*(str(float(bound)) for bound in _STEPS), "+Inf"]
+        between.add_metric(values, list(zip(bounds, accumulate(self._counts), strict=True)), self._seconds)
+        yield between
 
 
 class RequestClock:
@@ -136,11 +175,9 @@ class RequestClock:
         for sequence in output.outputs:
             count = len(sequence.token_ids)
             before = self._newest.get(sequence.index)
-            if before is not None and count:
-                metrics.inter_token.observe((now - before) / count)
+            metrics.tokens.add(count, None if before is None else now - before)
             self._newest[sequence.index] = now
             self.num_output += count
-            metrics.generation_tokens.inc(count)
             if sequence.finish_reason is not None:
                 metrics.finished.labels(self._model, sequence.finish_reason).inc()
 

@@ -10,8 +10,11 @@ from typing import Any, cast
 
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.ops.reference import REFERENCE_OPS, CompositeOps
-from anychip.plugin_api import RegionCompiler
+from anychip.plugin_api import Platform, RegionCompiler
 from anychip.plugin_api.ops import COMPILED_OPS, COMPOSITE_OPS, OP_VERSIONS, Ops
+
+STEP_PROGRAM = "the step program"
+"""What serves an op that a compiled step holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +32,28 @@ class OpTable:
         return tuple(sorted(names, key=lambda name: (name in COMPOSITE_OPS, name)))
 
 
+def resolve_platform_ops(platform: Platform, *, require_native: bool = False) -> OpTable:
+    """The ops of an opened platform."""
+    return resolve_ops(
+        platform.name,
+        platform.ops(),
+        require_native=require_native,
+        compiler=platform.compiler(),
+        compiled_steps=platform.context.manifest.seam == "step",
+    )
+
+
 def resolve_ops(
     platform: str,
     overrides: Mapping[str, Callable[..., Any]],
     *,
     require_native: bool = False,
     compiler: RegionCompiler | None = None,
+    compiled_steps: bool = False,
 ) -> OpTable:
-    """A compiler makes COMPILED_OPS out of the reference, where they have no override. Raises InvalidOverride for an
-    unknown op, a newer version or a wrong signature; Unsupported when require_native is set and a single op has no
-    override."""
+    """A compiler makes COMPILED_OPS out of the reference, where they have no override. With `compiled_steps` a step
+    program runs whatever has no override, and none of it as reference. Raises InvalidOverride for an unknown op, a
+    newer version or a wrong signature; Unsupported when require_native is set and a single op has no override."""
     chosen = SimpleNamespace(**REFERENCE_OPS)
     served_by = dict.fromkeys(REFERENCE_OPS, "reference")
     notes = []
@@ -57,6 +72,8 @@ def resolve_ops(
         if compiler is not None and served_by[name] == "reference":
             setattr(chosen, name, compiler.compile(getattr(chosen, name), name=name))
             served_by[name] = f"{platform}'s compiler, from the reference"
+    if compiled_steps:
+        served_by = {n: STEP_PROGRAM if source == "reference" else source for n, source in served_by.items()}
     if require_native:
         # A composite op without an override is made of single ones: those must be native.
         missing = [n for n, source in served_by.items() if source == "reference" and n not in COMPOSITE_OPS]

@@ -18,18 +18,18 @@ from anychip.plugin_api.attention import (
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.graph import (
-    EDIT_WIDTHS,
+    EDITS,
+    LOGPROBS,
+    MASKS,
     SCORES,
-    Apart,
-    CallBetween,
+    EagerCall,
     GraphCapture,
     PlannedCall,
     Recorder,
     RegionCompiler,
+    RunOutsideGraph,
     ShapeKey,
     ShapePolicy,
-    edits_feature,
-    edits_width,
     sampling_features,
 )
 from anychip.plugin_api.hooks import hookimpl
@@ -54,8 +54,10 @@ from anychip.plugin_api.platform import Event, Platform, PlatformContext, Refere
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, SCHEMES, QuantScheme
 from anychip.plugin_api.step import (
-    MAX_LOGPROBS,
+    DRAWN,
+    IN_PROMPT,
     CompileReport,
+    EnteringRow,
     ForwardContext,
     HostOutputs,
     KVPlan,
@@ -63,27 +65,29 @@ from anychip.plugin_api.step import (
     ReadyOutputs,
     SamplingInputs,
     Scores,
-    Section,
     Shard,
     StepInputs,
     StepModel,
     StepOutputs,
     StepProgram,
+    edit_state_bytes,
 )
+from anychip.plugin_api.step_arrays import Section
 from anychip.plugin_api.version import API_VERSION
-from anychip.types import NULL_BLOCK, PADDING_SLOT
+from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "EDIT_WIDTHS", "FP8_MAX", "INT4_ZERO", "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS",
-    "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Activation", "Apart", "AttentionBackend", "AttentionLayer",
-    "AttentionSpec", "BatchView", "CallBetween", "Capabilities", "CommandManifest", "Communicator", "CompileReport",
-    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EngineConfig", "Event",
-    "ExpertParallel", "ForwardContext", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs",
-    "KVLayout", "KVPlan", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest",
-    "ModelSource", "Ops", "ParserManifest", "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext",
-    "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "ReadyOutputs",
-    "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing", "SamplingInputs", "Scores",
-    "Section", "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
-    "StepProgram", "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edits_feature",
-    "edits_width", "hookimpl", "op_override", "sampling_features",
+    "API_VERSION", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "LOGPROBS", "MASKS", "MAX_BIASES",
+    "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Activation",
+    "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "CommandManifest",
+    "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
+    "EagerCall", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "FusedMoE",
+    "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart",
+    "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest", "PeakMemory",
+    "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions",
+    "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels",
+    "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
+    "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram",
+    "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "hookimpl",
+    "op_override", "sampling_features",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ A declared capability that fails a conformance case is a failure; an undeclared 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,9 +28,7 @@ class Capabilities:
     """Defaults describe the reference ops on a host CPU, which every platform starts from."""
 
     dtypes: frozenset[DType] = frozenset({"float32", "bfloat16"})
-    index_dtype: Literal["int32", "int64"] = "int32"
     slot_dtype: Literal["int32", "int64"] = "int64"
-    table_dtype: Literal["int32", "int64"] = "int32"
     max_slots: int | None = None
     """Most token slots (blocks x block size) that one cache may address; None: as many as memory holds."""
     head_dims: frozenset[int] | None = None
@@ -47,28 +46,31 @@ class Capabilities:
     alibi: bool = True
     sinks: bool = True
     mla: bool = False
-    kv_write: Literal["separate", "fused", "functional"] = "separate"
+    kv_write: Literal["in_place", "functional"] = "in_place"
+    """functional: writing keys and values gives a new cache, and far block ids are not judged."""
     host_lengths: Literal["none", "upper_bound", "exact"] = "none"
     """What the attention plan needs of sequence lengths on the host."""
     padding: Literal["zero_rows", "dummy_request"] = "zero_rows"
     """Whether a padded row has no query, or one query token of its own on the null block."""
     stale_kv: Literal["any", "must_be_finite"] = "any"
     """must_be_finite: blocks are zeroed before reuse, since masked values still enter products."""
-    sampling: Literal["device", "host"] = "device"
     seeded_sampling: bool = True
     reload: Literal["inplace", "repack", "none"] = "inplace"
+    """Whether LinearKernel.update and FusedMoE.update write new weights where the old ones lie."""
     graph_level: GraphLevel = GraphLevel.NONE
     collectives: Literal["runtime", "compiler", "none"] = "none"
     streams: bool = False
     batch_invariant: bool = False
     lora: bool = False
-    triton: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRules:
     """Limits of one step that no policy may break. None: no limit beyond the configuration's.
 
+    `mix_prefill_decode` False: either every row of a step computes one token, or every row computes more. The kind goes
+    by the tokens, not by the request's history: where a prefix hit or a fork leaves one token of a prompt, that row
+    runs with those that decode. A step of one-token rows runs when no row of more tokens can.
     `chunk_multiple`: a prefill chunk that is not the prompt's last has a multiple of this many tokens.
     `max_padded_tokens`: num_rows x longest row, for devices that compute a rectangle.
     """
@@ -81,6 +83,23 @@ class StepRules:
     max_padded_tokens: int | None = None
     decode_steps_per_launch: int = 1
     """Only 1 in interface 0.1: several steps per launch need the sampler inside the loop."""
+
+    def broken_by(self, counts: Sequence[int]) -> str:
+        """The rule that a step of so many tokens by row breaks; "": none. `chunk_multiple` depends on what is left of a
+        prompt, and is not looked at."""
+        prefills = sum(count > 1 for count in counts)
+        if not self.mix_prefill_decode and 0 < prefills < len(counts):
+            return f"mix_prefill_decode is False, and {prefills} of {len(counts)} rows have more than one token"
+        padded = len(counts) * max(counts)
+        for name, value, most in (
+            ("max_tokens", sum(counts), self.max_tokens),
+            ("max_rows", len(counts), self.max_rows),
+            ("max_padded_tokens", padded, self.max_padded_tokens),
+            ("max_prefills", prefills, self.max_prefills),
+        ):
+            if most is not None and value > most:
+                return f"{name} is {most}, and the step has {value}"
+        return ""
 
     def for_device(self, capabilities: Capabilities) -> DeviceRules:
         """The same limits in the form that crosses processes."""

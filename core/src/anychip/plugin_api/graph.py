@@ -15,30 +15,21 @@ if TYPE_CHECKING:
     from anychip.plugin_api.attention import Plan
     from anychip.plugin_api.communicator import Communicator
 
-EDIT_WIDTHS = (64, 1024, 16384, 262144)
-"""How many logits of a row a step may edit: the smallest that holds every row's edits."""
-
 SCORES = "scores"
 """Feature of a forward pass: some of its tokens ask for the log-probability of the token that follows them."""
 
-
-def edits_feature(width: int) -> str:
-    """Feature of a sampling that edits up to `width` logits of each row."""
-    return f"edits:{width}"
+LOGPROBS, MASKS, EDITS = "logprobs", "masks", "edits"
+"""Features of a sampling: some of its rows ask for log-probabilities, have a mask, have penalties or biases."""
 
 
-def edits_width(features: tuple[str, ...]) -> int:
-    """The width that features ask for; 0: no edits."""
-    return next((int(name.partition(":")[2]) for name in features if name.startswith("edits:")), 0)
-
-
-def sampling_features(vocab_size: int) -> list[tuple[str, ...]]:
+def sampling_features() -> list[tuple[str, ...]]:
     """Every combination that a sampling may need beyond the plain draw, in the order that ShapeKey.features has: what
     a device that compiles ahead must prepare for each number of rows."""
-    widths = [width for narrower, width in zip((0, *EDIT_WIDTHS), EDIT_WIDTHS, strict=False) if narrower < vocab_size]
-    edits: list[tuple[str, ...]] = [(), *((edits_feature(width),) for width in widths)]
     return [
-        (*logprobs, *masks, *edit) for logprobs in ((), ("logprobs",)) for masks in ((), ("masks",)) for edit in edits
+        tuple(feature for feature in (logprobs, masks, edits) if feature)
+        for logprobs in ("", LOGPROBS)
+        for masks in ("", MASKS)
+        for edits in ("", EDITS)
     ]
 
 
@@ -68,7 +59,9 @@ class ShapePolicy:
     def bucket(
         self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
     ) -> ShapeKey:
-        """The smallest shape that holds a step. Steps obey StepRules, so there always is one."""
+        """The smallest shape that holds a step. Core asks for steps that obey StepRules and StepLimits: no more rows,
+        tokens, padded tokens (rows times the longest) or tokens in a row than they allow. A policy has a shape for each
+        of those, and may raise for others."""
         return ShapeKey(
             num_tokens=num_tokens,
             num_reqs=num_reqs,
@@ -93,14 +86,14 @@ class Recorder:
 PlannedCall = Callable[[Sequence[Any], "Tensor | None"], "Tensor"]
 """An attention call under a step's plans, by KV group, into a tensor or a new one."""
 
-Apart = Callable[[PlannedCall], "Tensor"]
-"""Runs a call outside the pieces of a capture, now and at every replay with that step's plans; returns the tensor that
+RunOutsideGraph = Callable[[PlannedCall], "Tensor"]
+"""Takes a call out of a capture: the call runs now, and at every replay with that step's plans. Returns the tensor that
 the next piece reads."""
 
 
 @dataclass(slots=True)
-class CallBetween:
-    """A call between two pieces, and the tensor that its result goes to at every replay."""
+class EagerCall:
+    """A call that runs eagerly between two captured pieces, and the tensor that receives its result at every replay."""
 
     call: PlannedCall
     out: Tensor
@@ -131,7 +124,6 @@ class GraphCapture:
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
@@ -145,14 +137,14 @@ class GraphCapture:
 
     def capture_pieces(
         self,
-        fn: Callable[[Apart], Any],
+        fn: Callable[[RunOutsideGraph], Any],
         plans: Sequence[Plan],
         num_tokens: int,
         *,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once, recording all but the calls that it hands to Apart, which run under `plans`; returns a handle.
-        What is recorded depends on the number of tokens alone."""
+        """Runs fn once and records it in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are
+        not recorded: they run under `plans`. What is recorded depends on the number of tokens alone."""
         raise Unsupported("graph capture", ["the platform captures no pieces"])
 
     def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:

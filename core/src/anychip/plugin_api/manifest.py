@@ -135,7 +135,6 @@ class PlatformManifest:
     requirements: Sequence[Requirement] = ()
     negotiate: Callable[[EngineConfig, ProbeResult], Decision] = accept
     worker_env: Callable[[EngineConfig, Placement], Mapping[str, str]] = no_environment
-    visible_devices_env: str = ""
     ray_resource: str = ""
     exclusive: bool = False
     """The device admits one process at a time."""

@@ -26,7 +26,8 @@ OP_VERSIONS = {
     "gated_activation": 1,
     "softcap": 1,
     "apply_token_masks": 1,
-    "edit_logits": 1,
+    "edit_logits": 2,
+    "count_tokens": 1,
     "sample": 1,
     "logprobs": 1,
     "qkv_norm_rope": 1,
@@ -80,11 +81,32 @@ class Ops(Protocol):
         """Minus infinity where a packed bitmask [rows, words] int32 has a 0 bit."""
         ...
 
-    def edit_logits(self, *, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
-        """logits [rows, vocab_size] with single ones changed: ids [rows, width] int32, scales and shifts float32. A
-        named logit is divided by its scale where it is positive, multiplied where it is negative, then shifted. An
-        id may stand in a row several times, always with the same scale and shift, and counts once: rows with fewer
-        edits are filled up like that. The argument stays as it was."""
+    def edit_logits(
+        self,
+        *,
+        logits: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        repetition_penalty: Tensor,
+        presence_penalty: Tensor,
+        frequency_penalty: Tensor,
+        bias_ids: Tensor,
+        biases: Tensor,
+        num_biases: Tensor,
+    ) -> Tensor:
+        """logits [rows, vocab_size] float32 changed by each row's penalties and the biases of its slot. slots and
+        num_biases [rows] int32, penalties [rows] float32; by slot: counts [num_slots, vocab_size] int32, bias_ids
+        [num_slots, MAX_BIASES] int32 and biases float32, of which the first num_biases count.
+
+        A count holds IN_PROMPT once for a token of the prompt, and DRAWN for each time it stands in the output. The
+        logit of a token with a count is divided by repetition_penalty where it is positive and multiplied where it is
+        negative; a token of the output loses presence_penalty, and frequency_penalty for each time; then biases are
+        added. A row without penalties and biases keeps its bits, whatever its slot holds; so does the argument."""
+        ...
+
+    def count_tokens(self, *, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
+        """counts [num_slots, vocab_size] int32 with DRAWN added for each pair of slots and ids [rows] int32; a repeated
+        pair counts again. The argument may be overwritten, and returned."""
         ...
 
     def sample(

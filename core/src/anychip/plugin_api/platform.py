@@ -87,10 +87,6 @@ class Platform:
     def synchronize(self) -> None:
         """Waits for all work on this process's devices."""
 
-    def stream(self) -> contextlib.AbstractContextManager[Any]:
-        """A side stream; the default has none and runs in order."""
-        return contextlib.nullcontext()
-
     def event(self) -> Event:
         """Marks the work issued so far; on a device without streams it has already happened."""
         return Event()

@@ -1,4 +1,4 @@
-"""What a device did not declare, of a spec: the reasons for which its factory refuses, and what comes nearest."""
+"""Finds what a spec asks for and a device did not declare: the reasons for a refusal, each with the nearest choice."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def undeclared(spec: AttentionSpec | LinearSpec | MoESpec, capabilities: Capabil
 
 
 def among(wanted: str | int, there: Collection[str] | Collection[int]) -> str:
-    """What of those that there are comes nearest to what there is not: the nearest number, or of names the one of as
-    many bits, or more."""
+    """Names the choice of `there` that is nearest to `wanted`: the nearest number, or for dtypes and schemes the one
+    with as many bits, or more. Lists the choices too."""
     if not there:
         return "there is none"
 
@@ -46,7 +46,7 @@ def among(wanted: str | int, there: Collection[str] | Collection[int]) -> str:
 
     ordered: list[str | int] = sorted(there)
     listed = ", ".join(map(str, ordered)) if len(ordered) <= _LISTED else f"{ordered[0]} to {ordered[-1]}"
-    return f"{min(ordered, key=distance)} comes nearest, there are {listed}"
+    return f"{min(ordered, key=distance)} is nearest; available: {listed}"
 
 
 def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:

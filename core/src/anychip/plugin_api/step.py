@@ -1,42 +1,39 @@
 """The step seam: a program that runs whole steps over donated state.
 
 Core itself implements the torch seam as a StepProgram (worker/torch_program), so both seams share one runner.
-A step is forward(state, StepInputs), then sample(state, hidden, LateInputs); the state goes in and a new one
+A step is forward(state, StepInputs), then sample(state, hidden, SamplingInputs); the state goes in and a new one
 comes out, and the old one must not be used again.
+
+The state holds the KV cache, each slot's last sampled id, and what penalties and biases edit logits by: counts
+[max_slots + 1, vocab_size], bias ids and biases [max_slots + 1, MAX_BIASES]. `edit_state_bytes` says how much that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from anychip.errors import Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
 from anychip.plugin_api.communicator import Communicator
-from anychip.plugin_api.graph import Apart, ShapeKey
+from anychip.plugin_api.graph import MASKS, SCORES, RunOutsideGraph, ShapeKey
+from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
+from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
+    from anychip.plugin_api.linear import WeightView
     from anychip.plugin_api.ops import Ops
 
 State = Any
 Hidden = Any
 
-MAX_LOGPROBS = 20
-"""Most likely tokens reported per row, whatever fewer a request asked for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """Where one array lies in an arena."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: str
+IN_PROMPT, DRAWN = 1, 2
+"""What a token's count holds: IN_PROMPT once where it stands in the prompt, and DRAWN for each time in the output."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,17 +48,22 @@ class StepInputs:
     key: ShapeKey
     staged: np.ndarray  # uint8: the arena, and behind it the one of the step's SamplingInputs
     arena: np.ndarray  # uint8
-    sections: Mapping[str, Section]  # by array: the fields' names, block_table_<group>, slot_mapping_<group>
-    input_ids: np.ndarray  # [num_tokens] int32
-    positions: np.ndarray  # [num_tokens] int32
-    token_slots: np.ndarray  # [num_tokens] int32, the persistent slot of each token's request
-    query_start: np.ndarray  # [num_reqs + 1] int32
-    seq_lens: np.ndarray  # [num_reqs] int32
-    logits_indices: np.ndarray  # [num_reqs] int32, token whose hidden state is sampled from; padded with 0
-    sample_slots: np.ndarray  # [num_reqs] int32, slot of each sampling row
-    block_tables: tuple[np.ndarray, ...]  # by KV group: [num_reqs, num_pages] int32
-    slot_mappings: tuple[np.ndarray, ...]  # by KV group: [num_tokens] of the declared slot dtype
-    score_targets: np.ndarray | None  # [num_tokens] int32, with SCORES: the id to score after a token; -1: none
+    sections: Layout  # by array: the fields' names, block_table_<group>, slot_mapping_<group>
+    input_ids: np.ndarray = array("num_tokens")
+    positions: np.ndarray = array("num_tokens")
+    token_slots: np.ndarray = array("num_tokens", padding="max_slots")  # the persistent slot of each token's request
+    query_start: np.ndarray = array("num_reqs + 1")  # padded with num_tokens
+    seq_lens: np.ndarray = array("num_reqs")
+    logits_indices: np.ndarray = array("num_reqs")  # token whose hidden state is sampled from
+    sample_slots: np.ndarray = array("num_reqs", padding="max_slots")  # slot of each sampling row
+    block_tables: tuple[np.ndarray, ...] = array(
+        "num_reqs", "num_pages", padding=NULL_BLOCK, name="block_table", by_group=True
+    )
+    slot_mappings: tuple[np.ndarray, ...] = array(
+        "num_tokens", dtype=SLOT_DTYPE, padding=PADDING_SLOT, name="slot_mapping", by_group=True
+    )
+    score_targets: np.ndarray | None = array("num_tokens", padding=-1, feature=SCORES)
+    """The id to score after a token; -1: none."""
     num_rows: int  # unpadded
     num_tokens: int
     num_samples: int
@@ -72,30 +74,53 @@ class StepInputs:
 class SamplingInputs:
     """By sampling row, padded to key.num_reqs: what drawing a token needs. Lies in one buffer, `arena`.
 
+    With the feature EDITS some rows have penalties or biases. Ops.edit_logits takes them, and the counts and biases
+    that the state keeps by slot. It comes before the masks.
+    Every row drawn in such a step is counted (Ops.count_tokens).
     `masks` is a packed bitmask of allowed tokens, bit i of word i // 32 for token i; None when no row has one.
-    `edit_*` are what Ops.edit_logits takes, applied before the masks; None when no row has any.
     `staged_at` is where the arena begins in StepInputs.staged, so that a device which copied that has it already; None
-    when masks or edits came late and it is a buffer of its own.
+    when masks came late and it is a buffer of its own.
     """
 
     key: ShapeKey
     arena: np.ndarray  # uint8
-    sections: Mapping[str, Section]
-    temperature: np.ndarray  # [num_reqs] float32; 0 is greedy
-    top_p: np.ndarray  # [num_reqs] float32
-    min_p: np.ndarray  # [num_reqs] float32
-    top_k: np.ndarray  # [num_reqs] int32; 0: all
-    seed_low: np.ndarray  # [num_reqs] int32, the low 32 bits of the seed
-    seed_high: np.ndarray  # [num_reqs] int32
-    sample_index: np.ndarray  # [num_reqs] int32, which of a request's n sequences
-    position: np.ndarray  # [num_reqs] int32, of the token to be drawn
-    masks: np.ndarray | None  # [num_reqs, ceil(vocab_size / 32)] int32
-    edit_ids: np.ndarray | None  # [num_reqs, width] int32
-    edit_scales: np.ndarray | None  # [num_reqs, width] float32
-    edit_shifts: np.ndarray | None  # [num_reqs, width] float32
+    sections: Layout
+    temperature: np.ndarray = array("num_reqs", dtype="float32")  # 0 is greedy
+    top_p: np.ndarray = array("num_reqs", dtype="float32", padding=1)
+    min_p: np.ndarray = array("num_reqs", dtype="float32")
+    repetition_penalty: np.ndarray = array("num_reqs", dtype="float32", padding=1)  # 1: none
+    presence_penalty: np.ndarray = array("num_reqs", dtype="float32")
+    frequency_penalty: np.ndarray = array("num_reqs", dtype="float32")
+    num_biases: np.ndarray = array("num_reqs")  # how many of its slot's biases are the row's
+    top_k: np.ndarray = array("num_reqs")  # 0: all
+    seed_low: np.ndarray = array("num_reqs")  # the low 32 bits of the seed
+    seed_high: np.ndarray = array("num_reqs")
+    sample_index: np.ndarray = array("num_reqs")  # which of a request's n sequences
+    position: np.ndarray = array("num_reqs")  # of the token to be drawn
+    masks: np.ndarray | None = array("num_reqs", "mask_words", padding=-1, feature=MASKS)
     num_samples: int
     all_greedy: bool
     staged_at: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnteringRow:
+    """What a slot's logits are edited by from now on, in place of what the slot held: StepProgram.enter takes it.
+
+    The program counts on by itself from there: each token that it draws for the slot in a step with EDITS.
+    """
+
+    slot: int
+    token_ids: np.ndarray  # [num_tokens] int32, each once: those of the prompt and of the output so far
+    counts: np.ndarray  # [num_tokens] int32: IN_PROMPT for a token of the prompt, and DRAWN for each time in the output
+    bias_ids: np.ndarray  # [num_biases] int32, each once; MAX_BIASES at most
+    biases: np.ndarray  # [num_biases] float32
+
+    def row_of_counts(self, vocab_size: int) -> np.ndarray:
+        """The slot's row of the counts, [vocab_size] int32."""
+        row = np.zeros(vocab_size, dtype=np.int32)
+        row[self.token_ids] = self.counts
+        return row
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,8 +175,8 @@ class ForwardContext:
     plans: Sequence[Any]  # by KV group
     caches: list[Any]  # by layer
     layer_groups: Sequence[int]  # by layer
-    apart: Apart | None = None
-    """Of a capture in pieces: attention runs between them."""
+    run_outside_graph: RunOutsideGraph | None = None
+    """Given while a step is captured in pieces: attention then runs between the pieces."""
 
     def attend(
         self,
@@ -166,7 +191,7 @@ class ForwardContext:
     ) -> Tensor:
         """AttentionBackend.forward on a layer's plan and cache."""
         index, group, caches = layer.index, self.layer_groups[layer.index], self.caches
-        if self.apart is None:
+        if self.run_outside_graph is None:
             plan = self.plans[group]
             attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
             return attended
@@ -177,7 +202,7 @@ class ForwardContext:
             )
             return attended
 
-        return self.apart(call)
+        return self.run_outside_graph(call)
 
 
 class StepModel(Protocol):
@@ -220,31 +245,52 @@ class ModelSource(Protocol):
         """By layer, for one of `size` shards; needs no weights."""
         ...
 
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The checkpoint's, as it was read."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, WeightView]]:
+        """The checkpoint's tensors by name, each read when it is asked for: for a program that lays them out itself.
+        Nothing is built, so nothing is held twice."""
+        ...
+
     def build(self, shard: Shard) -> StepModel:
         """Builds the shard's layers on the platform and streams its weights."""
+        ...
+
+    def release(self, model: StepModel) -> int:
+        """Gives back the memory of a built model's tensors, once a program has copied them to its device; returns the
+        bytes. The model's shapes and backends stay; it must not be run again."""
         ...
 
 
 @dataclass(slots=True, kw_only=True)
 class KVPlan:
-    """The KV cache as core laid it out: which layers form a group, and which share a buffer of the pool."""
+    """The layout that core gave the KV cache: which layers form a group, and which share a buffer of the pool."""
 
     block_sizes: tuple[int, ...]  # by group
     layer_groups: tuple[int, ...]  # by layer
     layer_buffers: tuple[int, ...]  # by layer
     num_buffers: int
+    """Buffers of the pool: the most layers that a group has."""
     page_bytes: int
-    """Of one block in one buffer."""
+    """Bytes of one block in one buffer."""
     specs: tuple[AttentionSpec, ...]  # by group
 
     @property
     def block_bytes(self) -> int:
-        """Of one block in all buffers."""
+        """Bytes of one block in all buffers."""
         return self.page_bytes * self.num_buffers
 
 
+def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
+    """Bytes of a program's state that penalties and biases take."""
+    return (max_slots + 1) * 4 * (vocab_size + 2 * MAX_BIASES)
+
+
 class StepProgram:
-    """Runs steps. zero compilations after warm_up is the promise of a compiled one."""
+    """Runs steps. A compiled program compiles nothing after warm_up."""
 
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
         return CompileReport(num_programs=0, seconds=0.0)
@@ -262,11 +308,17 @@ class StepProgram:
         a copy's source: it was given up by one request and taken by another in the same step."""
         raise Unsupported("step program", ["edit is not implemented"])
 
+    def enter(self, state: State, rows: Sequence[EnteringRow]) -> State:
+        """Replaces what the rows' slots hold for Ops.edit_logits: counts, and biases where the row has any. Called
+        before the forward pass of the step in which a request with penalties or biases enters its slot, also anew."""
+        raise Unsupported("step program", ["enter is not implemented"])
+
     def forward(self, state: State, inputs: StepInputs) -> tuple[State, Hidden]:
         raise Unsupported("step program", ["forward is not implemented"])
 
     def sample(self, state: State, hidden: Hidden, late: SamplingInputs) -> tuple[State, StepOutputs]:
-        """Draws a token for every sampling row and keeps it in the state as its slot's last id."""
+        """Draws a token for every sampling row and keeps it in the state as its slot's last id. With the feature EDITS
+        it draws from edited logits and counts the token for its slot."""
         raise Unsupported("step program", ["sample is not implemented"])
 
     def close(self) -> None:

@@ -1,65 +1,43 @@
-"""Where a step's arrays lie in their arena, what a KV group sees of them, and blank inputs of a shape, for capturing
-and compiling ahead."""
+"""A step's arrays in their arena, what a KV group sees of them, and blank inputs for capturing and compiling ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from math import prod
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from anychip.plugin_api.attention import BatchView
-from anychip.plugin_api.graph import SCORES, ShapeKey, edits_width
-from anychip.plugin_api.step import SamplingInputs, Section, StepInputs
-from anychip.types import NULL_BLOCK, PADDING_SLOT
+from anychip.plugin_api.graph import MASKS, ShapeKey
+from anychip.plugin_api.step import SamplingInputs, StepInputs
+from anychip.plugin_api.step_arrays import ALIGN, Layout, held_arrays, layout_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLING_FLOATS = ("temperature", "top_p", "min_p")
-SAMPLING_INTS = ("top_k", "seed_low", "seed_high", "sample_index", "position")
-_ALIGN = 64
 _REMEMBERED = 1024
 """Layouts kept: a device without buckets has a shape of its own for nearly every step."""
 
-Layout = Mapping[str, Section]
-_Fields = tuple[tuple[str, tuple[int, ...], str], ...]
-
 
 @lru_cache(_REMEMBERED)
-def step_layout(key: ShapeKey, num_groups: int, slot_dtype: str) -> Layout:
+def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> Layout:
     """The arrays of StepInputs, by name."""
-    tokens, rows = (key.num_tokens,), (key.num_reqs,)
-    fields: _Fields = (
-        ("input_ids", tokens, "int32"),
-        ("positions", tokens, "int32"),
-        ("token_slots", tokens, "int32"),
-        ("query_start", (key.num_reqs + 1,), "int32"),
-        ("seq_lens", rows, "int32"),
-        ("logits_indices", rows, "int32"),
-        ("sample_slots", rows, "int32"),
-    )
-    for group in range(num_groups):
-        fields += ((f"block_table_{group}", (key.num_reqs, key.num_pages), "int32"),)
-        fields += ((f"slot_mapping_{group}", tokens, slot_dtype),)
-    if SCORES in key.features:
-        fields += (("score_targets", tokens, "int32"),)
-    return _place(fields)
+    sizes = {
+        "num_tokens": key.num_tokens,
+        "num_reqs": key.num_reqs,
+        "num_reqs + 1": key.num_reqs + 1,
+        "num_pages": key.num_pages,
+        "max_slots": max_slots,
+    }
+    return layout_of(StepInputs, sizes, features=key.features, num_groups=num_groups, slot_dtype=slot_dtype)
 
 
 @lru_cache(_REMEMBERED)
-def sampling_layout(num_rows: int, mask_words: int, num_edits: int = 0) -> Layout:
-    """The arrays of SamplingInputs, by name; mask_words 0: no masks; num_edits 0: no edits."""
-    fields: _Fields = tuple((name, (num_rows,), "float32") for name in SAMPLING_FLOATS)
-    fields += tuple((name, (num_rows,), "int32") for name in SAMPLING_INTS)
-    if mask_words:
-        fields += (("masks", (num_rows, mask_words), "int32"),)
-    if num_edits:
-        shape = (num_rows, num_edits)
-        fields += (("edit_ids", shape, "int32"), ("edit_scales", shape, "float32"), ("edit_shifts", shape, "float32"))
-    return _place(fields)
+def sampling_layout(num_reqs: int, mask_words: int) -> Layout:
+    """The arrays of SamplingInputs, by name; mask_words 0: no masks."""
+    sizes = {"num_reqs": num_reqs, "mask_words": mask_words}
+    return layout_of(SamplingInputs, sizes, features=(MASKS,) if mask_words else ())
 
 
 def arena_size(layout: Layout) -> int:
@@ -70,7 +48,7 @@ def arena_size(layout: Layout) -> int:
 
 def staged_size(step: Layout, sampling: Layout) -> tuple[int, int]:
     """Where a sampling's arena begins behind a step's, and the bytes of both."""
-    begins = -(-arena_size(step) // _ALIGN) * _ALIGN
+    begins = -(-arena_size(step) // ALIGN) * ALIGN
     return begins, begins + arena_size(sampling)
 
 
@@ -86,16 +64,9 @@ def mask_words(vocab_size: int) -> int:
 
 def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> StepInputs:
     """A step of this shape whose every row and token is padding."""
-    layout = step_layout(key, num_groups, slot_dtype)
+    layout = step_layout(key, num_groups=num_groups, slot_dtype=slot_dtype, max_slots=max_slots)
     staged = np.zeros(staged_size(layout, sampling_layout(key.num_reqs, 0))[1], dtype=np.uint8)
-    views = array_views(staged, layout)
-    views["token_slots"].fill(max_slots)
-    views["sample_slots"].fill(max_slots)
-    for group in range(num_groups):
-        views[f"block_table_{group}"].fill(NULL_BLOCK)
-        views[f"slot_mapping_{group}"].fill(PADDING_SLOT)
-    if "score_targets" in views:
-        views["score_targets"].fill(-1)
+    views = _blank(staged, layout)
     return step_inputs(key, staged, layout, views, num_rows=0, num_tokens=0, num_samples=0, max_query_len=0)
 
 
@@ -111,26 +82,16 @@ def step_inputs(
     max_query_len: int,
 ) -> StepInputs:
     """StepInputs over the views of an arena, with which `staged` begins."""
-    groups = range(sum(name.startswith("block_table_") for name in layout))
     return StepInputs(
         key=key,
         staged=staged,
         arena=staged[: arena_size(layout)],
         sections=layout,
-        input_ids=views["input_ids"],
-        positions=views["positions"],
-        token_slots=views["token_slots"],
-        query_start=views["query_start"],
-        seq_lens=views["seq_lens"],
-        logits_indices=views["logits_indices"],
-        sample_slots=views["sample_slots"],
-        block_tables=tuple(views[f"block_table_{group}"] for group in groups),
-        slot_mappings=tuple(views[f"slot_mapping_{group}"] for group in groups),
-        score_targets=views.get("score_targets"),
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_samples=num_samples,
         max_query_len=max_query_len,
+        **held_arrays(StepInputs, views),
     )
 
 
@@ -163,14 +124,10 @@ def batch_view(
 
 
 def blank_sampling_inputs(key: ShapeKey, vocab_size: int) -> SamplingInputs:
-    """Sampling of padding alone; key.features says whether masks and edits are there."""
-    words = mask_words(vocab_size) if "masks" in key.features else 0
-    layout = sampling_layout(key.num_reqs, words, edits_width(key.features))
+    """Sampling of padding alone; key.features says whether masks are there."""
+    layout = sampling_layout(key.num_reqs, mask_words(vocab_size) if MASKS in key.features else 0)
     arena = np.zeros(arena_size(layout), dtype=np.uint8)
-    views = array_views(arena, layout)
-    if "edit_scales" in views:
-        views["edit_scales"].fill(1)
-    return sampling_inputs(key, arena, layout, views, num_samples=0, all_greedy=False)
+    return sampling_inputs(key, arena, layout, _blank(arena, layout), num_samples=0, all_greedy=False)
 
 
 def sampling_inputs(
@@ -188,21 +145,15 @@ def sampling_inputs(
         key=key,
         arena=arena,
         sections=layout,
-        masks=views.get("masks"),
-        edit_ids=views.get("edit_ids"),
-        edit_scales=views.get("edit_scales"),
-        edit_shifts=views.get("edit_shifts"),
         num_samples=num_samples,
         all_greedy=all_greedy,
         staged_at=staged_at,
-        **{name: views[name] for name in (*SAMPLING_FLOATS, *SAMPLING_INTS)},
+        **held_arrays(SamplingInputs, views),
     )
 
 
-def _place(fields: _Fields) -> Layout:
-    placed, offset = {}, 0
-    for name, shape, dtype in fields:
-        nbytes = prod(shape) * np.dtype(dtype).itemsize
-        placed[name] = Section(offset=offset, nbytes=nbytes, shape=shape, dtype=dtype)
-        offset += -(-nbytes // _ALIGN) * _ALIGN
-    return placed
+def _blank(arena: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    views = array_views(arena, layout)
+    for name, section in layout.items():
+        views[name].fill(section.padding)
+    return views

@@ -5,15 +5,19 @@ Nothing falls back silently: a device that the user named either starts or ends 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable
 from anychip.plugin_api.manifest import Decision, PlatformManifest, PluginOptions, ProbeResult
+from anychip.registry.blame import calling
 from anychip.registry.plugins import Plugins
 from anychip.registry.requirements import CheckedRequirement, check_requirements
+
+log = logging.getLogger("anychip.plugins")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +59,14 @@ class ChosenDevice:
 def probe(manifest: PlatformManifest) -> ProbeResult:
     """Asks a plugin for its devices. What a probe should not do, raise, becomes a reason."""
     module, _, name = manifest.probe.partition(":")
+    remedy = f"reinstall {manifest.package}, or report this to its authors"
     try:
-        result: ProbeResult = getattr(import_module(module), name)()
-    except Exception as error:  # noqa: BLE001 - a stranger's probe may raise anything
-        return ProbeResult(
-            reason=f"its probe raised {type(error).__name__}: {error}",
-            remedy=f"reinstall {manifest.package}, or report this to its authors",
-        )
+        result = getattr(import_module(module), name)()
+    except (Exception, SystemExit) as error:  # a stranger's probe may raise anything
+        log.debug("%s: the probe %s raised", manifest.package, manifest.probe, exc_info=error)
+        return ProbeResult(reason=f"its probe raised {type(error).__name__}: {error}", remedy=remedy)
+    if not isinstance(result, ProbeResult):
+        return ProbeResult(reason=f"its probe gave {type(result).__name__}, not a ProbeResult", remedy=remedy)
     return result
 
 
@@ -84,11 +89,18 @@ def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
         chosen, reason = choose_named(name, plugins), "named by --device"
     manifest = chosen.manifest
     indexes = _indexes(config, chosen, index_text)
-    decision = manifest.negotiate(config, chosen.probe)
+    with calling(manifest.package, "PlatformManifest.negotiate"):
+        decision = manifest.negotiate(config, chosen.probe)
     if decision.refuse:
         raise ConfigError(f"{manifest.package} refuses this configuration: " + "; ".join(decision.refuse))
-    options = manifest.options.parse(manifest.package, config.device_options)
+    options = parsed_options(manifest, config.device_options)
     return ChosenDevice(candidate=chosen, indexes=indexes, options=options, reason=reason, decision=decision)
+
+
+def parsed_options(manifest: PlatformManifest, given: Mapping[str, str]) -> PluginOptions:
+    """--device-opt as the plugin's own dataclass. Raises ConfigError; PluginFailed where the plugin's class raises."""
+    with calling(manifest.package, "PlatformManifest.options"):
+        return manifest.options.parse(manifest.package, given)
 
 
 def _choose_auto(plugins: Plugins) -> tuple[Candidate, str]:

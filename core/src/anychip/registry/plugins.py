@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -13,6 +14,12 @@ from anychip.errors import AnychipError, IncompatiblePlugin, PluginImportFailed
 from anychip.plugin_api.hooks import GROUP, HookSpecs
 from anychip.plugin_api.manifest import CommandManifest, PlatformManifest
 from anychip.plugin_api.version import check_api_version
+from anychip.registry.blame import calling, versioned
+
+log = logging.getLogger("anychip.plugins")
+
+HOOKS = ("anychip_platforms", "anychip_models", "anychip_policies", "anychip_parsers", "anychip_commands")
+"""Of HookSpecs, in the order in which they are asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,24 +48,23 @@ def load_plugins(points: Iterable[EntryPoint] | None = None) -> Plugins:
     for point in sorted(entry_points(group=GROUP) if points is None else points, key=lambda p: p.name):
         package = point.dist.name if point.dist else point.value.partition(":")[0]
         try:
-            _add(found, point)
+            with calling(package, "an anychip hook", level=logging.DEBUG):
+                _add(found, point, package)
         except AnychipError as error:
             found.broken.append(BrokenPlugin(package=package, error=error))
-        except Exception as error:  # noqa: BLE001 - a stranger's import may raise anything
-            failed = PluginImportFailed(
-                f"{package}: importing {point.value} raised {type(error).__name__}: {error}; "
-                f"reinstall or remove {package}"
-            )
-            found.broken.append(BrokenPlugin(package=package, error=failed))
     return found
 
 
-def _add(found: Plugins, point: EntryPoint) -> None:
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(HookSpecs)
-    manager.register(point.load(), name=point.name)
-    manager.check_pending()
-    for manifest in _flat(manager.hook.anychip_platforms()):
+def _add(found: Plugins, point: EntryPoint, package: str) -> None:
+    """All of a package's hooks, or none: one that raises leaves nothing behind."""
+    hooks = _hooks(point, package)
+
+    def contributed(hook: str) -> list[Any]:
+        with calling(package, hook, level=logging.DEBUG):  # a listing has a line for it, not a traceback
+            return [item for result in getattr(hooks, hook)() for item in result]
+
+    platforms, models, policies, parsers, commands = map(contributed, HOOKS)
+    for manifest in platforms:
         check_api_version(manifest.package, manifest.api_version)
         if manifest.name in found.platforms:
             other = found.platforms[manifest.name].package
@@ -66,15 +72,27 @@ def _add(found: Plugins, point: EntryPoint) -> None:
                 f"{manifest.package} and {other} both bring a device named {manifest.name!r}; remove one"
             )
         found.platforms[manifest.name] = manifest
-    for model in _flat(manager.hook.anychip_models()):
+    for model in models:
         found.models.update(dict.fromkeys(model.architectures, model.model))
-    for policy in _flat(manager.hook.anychip_policies()):
+    for policy in policies:
         found.policies[policy.name] = policy.policy
-    for parser in _flat(manager.hook.anychip_parsers()):
+    for parser in parsers:
         found.parsers[parser.kind][parser.name] = parser.parser
-    for command in _flat(manager.hook.anychip_commands()):
+    for command in commands:
         found.commands[command.name] = command
 
 
-def _flat(results: Iterable[Iterable[Any]]) -> list[Any]:
-    return [item for result in results for item in result]
+def _hooks(point: EntryPoint, package: str) -> Any:
+    """The hooks of one package. Raises PluginImportFailed."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(HookSpecs)
+    try:
+        manager.register(point.load(), name=point.name)
+        manager.check_pending()
+    except (Exception, SystemExit) as error:  # a stranger's import may raise anything
+        log.debug("%s: importing %s raised", package, point.value, exc_info=error)
+        raise PluginImportFailed(
+            f"{versioned(package)}: importing {point.value} raised {type(error).__name__}: {error}; "
+            f"reinstall or remove {package}"
+        ) from error
+    return manager.hook

@@ -1,18 +1,16 @@
-"""Beam search: sequences of one request that advance together, sharing what they have in common by copy-on-write.
+"""Beam search: sequences of one request that advance together.
 
 A round is over when every beam knows its likeliest next tokens. The best continuations of all beams become the next
-beams; one that ends becomes a hypothesis.
+beams; one that ends becomes a hypothesis. Knows no requests and no blocks: those follow the beams in beams.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import SequenceDelta, TokenLogprobs
-from anychip.request import Request, RequestStatus
+from anychip.messages import TokenLogprobs
+from anychip.sampling_params import SamplingParams
 from anychip.types import FinishReason
 
 
@@ -47,32 +45,26 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """`beams[i]` is the output of `members[i]`, the request's sequence i. The members' own tokens and blocks follow
-    the beams; whether they run is the scheduler's business."""
+    """`beams[i]` is the output of the request's sequence i."""
 
-    def __init__(self, members: Sequence[Request]) -> None:
-        first = members[0]
-        self.members = members
-        self.sampling = first.sampling
-        self.width = first.sampling.beam_width
-        self.max_output = first.max_output
-        self.stop_ids = first.stop_ids
+    def __init__(self, sampling: SamplingParams, *, max_output: int, stop_ids: frozenset[int]) -> None:
+        self.sampling = sampling
+        self.width = sampling.beam_width
+        self.max_output = max_output
+        self.stop_ids = stop_ids
         self.beams = [Beam() for _ in range(self.width)]
         self.finished: list[Hypothesis] = []
-        self.num_candidates = num_candidates(self.width, len(self.stop_ids))
         self._candidates: dict[int, TokenLogprobs] = {}
 
-    def take(self, beam: int, likeliest: TokenLogprobs, kv: KVCacheManager) -> list[SequenceDelta]:
-        """A beam's likeliest next tokens. The last of a round moves all beams on, with their blocks. Returns the
-        best n once the search is over."""
+    def has_answered(self, beam: int) -> bool:
+        """Whether a beam's likeliest next tokens are known in this round: it has nothing to compute until the next."""
+        return beam in self._candidates
+
+    def take(self, beam: int, likeliest: TokenLogprobs) -> bool:
+        """A beam's likeliest next tokens. Returns whether they were the last of the round."""
+        assert beam not in self._candidates, f"beam {beam} answered twice in a round"
         self._candidates[beam] = likeliest
-        if len(self._candidates) < self.width:
-            return []
-        chosen = self.advance()
-        if self.over:
-            return [self._delta(rank, found) for rank, found in enumerate(self.results())]
-        self._move(chosen, kv)
-        return []
+        return len(self._candidates) == self.width
 
     def advance(self) -> list[Continuation]:
         """Ends the round: what each beam becomes, by beam."""
@@ -91,30 +83,6 @@ class BeamSearch:
         self.beams = [self._continued(found) for found in chosen]
         self._candidates.clear()
         return chosen
-
-    def _move(self, chosen: list[Continuation], kv: KVCacheManager) -> None:
-        """Gives every member the tokens of its new beam, and the blocks of the member that it continues."""
-        members, running = self.members, RequestStatus.RUNNING
-        before = [(member.num_computed, member.status) for member in members]
-        prompt = members[0].token_ids[: members[0].num_prompt]
-        kv.adopt(
-            [
-                (members[index], members[found.beam])
-                for index, found in enumerate(chosen)
-                if index != found.beam and members[index].status is running and members[found.beam].status is running
-            ]
-        )
-        for index, (member, found) in enumerate(zip(members, chosen, strict=True)):
-            member.token_ids = prompt + self.beams[index].token_ids
-            if member.status is not running:
-                member.block_hashes = []  # they were of the tokens that it had
-                continue
-            member.reenters = True
-            member.num_computed, source = before[found.beam]
-            if source is not running:  # its blocks are gone: this one computes them again
-                member.block_hashes = []
-                kv.free(member)
-                kv.start(member)
 
     def results(self) -> list[Hypothesis]:
         """The best n, best first, once the search is over."""
@@ -163,20 +131,6 @@ class BeamSearch:
         if len(self.finished) < self.width:
             return False
         return self.sampling.early_stopping or max(map(self._value, self.beams)) <= self.finished[-1].value
-
-    def _delta(self, rank: int, found: Hypothesis) -> SequenceDelta:
-        first, sampling = self.members[0], self.sampling
-        scored = sampling.prompt_logprobs is not None and rank == 0
-        return SequenceDelta(
-            first.request_id,
-            rank,
-            found.beam.token_ids,
-            finish_reason=found.finish_reason,
-            logprobs=found.beam.logprobs if sampling.logprobs is not None else None,
-            prompt_logprobs=first.prompt_logprobs if scored else None,
-            cached_tokens=first.cached_tokens,
-            queued_s=first.scheduled_at - first.arrived_at,
-        )
 
 
 def _shortened(found: Continuation, before: float, count: int) -> TokenLogprobs:

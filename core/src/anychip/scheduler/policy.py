@@ -1,12 +1,12 @@
-"""Order among requests. A device's limits are not policies: they are StepRules, which every policy obeys."""
+"""Orders requests. A device's limits are not policies: they are StepRules, and every policy obeys them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from importlib import import_module
 
 from anychip.errors import ConfigError
+from anychip.registry.blame import calling, imported, package_of
 from anychip.request import Request
 
 Key = tuple[float, ...]
@@ -18,7 +18,7 @@ class SchedulingPolicy:
     first served."""
 
     def arrived(self, request: Request) -> None:
-        """Called once, before the first `key`; may set `request.rank`."""
+        """Called once for each request, before its first `key`; may set `request.rank`."""
 
     def started(self, request: Request) -> None:
         """The request has been given a slot."""
@@ -105,6 +105,7 @@ def make_policy(name: str, contributed: Mapping[str, str]) -> SchedulingPolicy:
     dotted = POLICIES.get(name) or contributed.get(name)
     if dotted is None:
         raise ConfigError(f"policy {name!r} does not exist; there are {', '.join(sorted({*POLICIES, *contributed}))}")
-    module, _, cls = dotted.partition(":")
-    policy: SchedulingPolicy = getattr(import_module(module), cls)()
+    make = imported(dotted)
+    with calling(package_of(dotted), dotted):
+        policy: SchedulingPolicy = make()
     return policy

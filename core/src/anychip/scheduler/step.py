@@ -7,27 +7,58 @@ from dataclasses import dataclass
 
 from anychip.messages import NewRow, StepDecision
 from anychip.request import Request
+from anychip.sampling_params import SamplingParams
+from anychip.scheduler.step_room import StepRoom
+
+_NO_EDITS = SamplingParams()
+"""Beams are chosen by the model's own log-probabilities."""
 
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """A decision, and who will receive its samples: a result counts only under the epoch it was launched in."""
+    """A decision, and the requests that receive its samples. A request takes results of its own epoch only."""
 
     decision: StepDecision
     requests: list[Request]
     """The decision's rows."""
     sampling: list[Request]
+    """The rows that sample a token, in the order of the decision's rows."""
     epochs: list[int]
+    """For each request of `sampling`, its epoch at launch."""
     scoring: dict[int, tuple[Request, int]]
-    """By position among the decision's rows: whose prompt tokens it scores, and the epoch."""
+    """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
 
 
-def new_row(request: Request) -> NewRow:
+class StepDraft:
+    """A step while the scheduler fills it. `is_short`: a running request found no blocks, so no other may enter."""
+
+    __slots__ = ("counts", "is_short", "new_rows", "room", "rows")
+
+    def __init__(self, room: StepRoom) -> None:
+        self.room = room
+        self.rows: list[Request] = []
+        self.counts: list[int] = []
+        self.new_rows: list[NewRow] = []
+        self.is_short = False
+
+    def place(self, request: Request, tokens: int, *, prefill: bool) -> None:
+        """Gives a request that has a slot and the blocks so many tokens."""
+        self.room.take(tokens, prefill=prefill)
+        self.rows.append(request)
+        self.counts.append(tokens)
+        if request.enters:
+            request.enters = False
+            self.new_rows.append(_new_row(request))
+
+
+def _new_row(request: Request) -> NewRow:
     """A request entering its slot."""
+    assert request.slot is not None
     sampling = request.sampling
+    edits = _NO_EDITS if request.is_beam else sampling
     return NewRow(
-        slot=request.slot if request.slot is not None else -1,
-        token_ids=array("i", request.token_ids).tobytes(),
+        slot=request.slot,
+        token_ids=request.prompt + array("i", request.output_token_ids).tobytes(),
         num_prompt=request.num_prompt,
         num_computed=request.num_computed,
         block_ids=[list(table) for table in request.block_ids],
@@ -37,14 +68,11 @@ def new_row(request: Request) -> NewRow:
         min_p=sampling.min_p,
         seed=request.seed,
         sample_index=request.index,
-        logprobs=_reported(request),
+        logprobs=request.num_logprobs,
         score_from=len(request.prompt_logprobs) if request.scores_prompt else request.num_prompt,
         score_top=sampling.prompt_logprobs or 0,
+        repetition_penalty=edits.repetition_penalty,
+        presence_penalty=edits.presence_penalty,
+        frequency_penalty=edits.frequency_penalty,
+        logit_bias=dict(edits.logit_bias),
     )
-
-
-def _reported(request: Request) -> int:
-    """How many of the likeliest tokens the workers report; -1: none."""
-    if request.beams is not None:
-        return request.beams.num_candidates
-    return -1 if request.sampling.logprobs is None else request.sampling.logprobs

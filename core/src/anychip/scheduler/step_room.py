@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from anychip.errors import ConfigError
 from anychip.messages import DeviceRules
+
+Rows = Literal["any", "one token", "more tokens"]
 
 
 class StepRoom:
-    """A row is a prefill when it computes more than its newest token. One object serves one step."""
+    """A row is a prefill when its request is behind by more than its newest token. `rows` says which rows the step may
+    hold, by the tokens that they compute. One object serves one step."""
 
-    __slots__ = ("_longest", "_multiple", "_padded", "num_rows", "prefills_left", "rows_left", "tokens_left")
+    __slots__ = ("_longest", "_multiple", "_padded", "num_rows", "prefills_left", "rows", "rows_left", "tokens_left")
 
-    def __init__(self, rules: DeviceRules, max_tokens: int, max_rows: int) -> None:
-        self.tokens_left = min(max_tokens, rules.max_tokens or max_tokens)
-        self.rows_left = min(max_rows, rules.max_rows or max_rows)
+    def __init__(self, rules: DeviceRules, max_tokens: int, max_rows: int, rows: Rows = "any") -> None:
+        self.tokens_left = max_tokens if rules.max_tokens is None else min(max_tokens, rules.max_tokens)
+        self.rows_left = max_rows if rules.max_rows is None else min(max_rows, rules.max_rows)
         self.prefills_left = max_rows if rules.max_prefills is None else rules.max_prefills
         self.num_rows = 0
+        self.rows = rows
         self._multiple = rules.chunk_multiple
         self._padded = rules.max_padded_tokens
         self._longest = 1
 
-    def grant(self, behind: int, *, prefill: bool) -> int:
+    @property
+    def is_full(self) -> bool:
+        return self.tokens_left <= 0 or self.rows_left <= 0
+
+    def grant(self, behind: int) -> int:
         """How many of `behind` tokens a row may compute now; 0: none. Nothing is taken yet."""
-        if self.rows_left <= 0 or (prefill and self.prefills_left <= 0):
+        if self.rows_left <= 0 or (behind > 1 and self.prefills_left <= 0):
             return 0
         granted = min(behind, self.tokens_left)
         if self._padded is not None:
@@ -30,6 +41,8 @@ class StepRoom:
                 return 0
         if granted < behind and self._multiple > 1:
             granted -= granted % self._multiple
+        if self.rows != "any" and (granted == 1) != (self.rows == "one token"):
+            return 0
         return granted
 
     def take(self, tokens: int, *, prefill: bool) -> None:
@@ -40,3 +53,30 @@ class StepRoom:
             self.prefills_left -= 1
         if tokens > self._longest:
             self._longest = tokens
+
+
+def check_rules(rules: DeviceRules, max_tokens: int, max_rows: int) -> None:
+    """Raises ConfigError for rules and limits under which some request could never be computed."""
+    limits = {
+        "max_num_batched_tokens": max_tokens,
+        "max_num_seqs": max_rows,
+        "the device's max_tokens": rules.max_tokens,
+        "the device's max_rows": rules.max_rows,
+        "the device's max_prefills": rules.max_prefills,
+        "the device's max_padded_tokens": rules.max_padded_tokens,
+        "the device's chunk_multiple": rules.chunk_multiple,
+    }
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; no step could hold anything, it must be 1 or more")
+    largest = min(
+        (value, name)
+        for name, value in limits.items()
+        if name in ("max_num_batched_tokens", "the device's max_tokens", "the device's max_padded_tokens")
+        and value is not None
+    )
+    if rules.chunk_multiple > largest[0]:
+        raise ConfigError(
+            f"the device computes prompts in chunks of a multiple of {rules.chunk_multiple} tokens, and a step holds "
+            f"{largest[0]} at most ({largest[1]}); raise that to {rules.chunk_multiple} or more"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -17,6 +19,15 @@ MAX_DEPTH = 64
 MAX_CHOICES = 4096
 
 
+_FORMATS = frozenset(
+    {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"}
+)
+"""Formats of strings that are enforced. JSON Schema lets others be notes for the reader."""
+
+_DATA = frozenset({"const", "default", "enum", "examples"})
+"""Keywords whose values are data, not schemas."""
+
+
 def to_grammar(wanted: StructuredOutput) -> str:
     """Raises InvalidRequest for what cannot be one."""
     if len(wanted.value.encode()) > MAX_BYTES:
@@ -29,7 +40,7 @@ def to_grammar(wanted: StructuredOutput) -> str:
                 return _json_grammar('{"type": "object"}')
             case "json_schema":
                 _check_depth(wanted.value)
-                return _json_grammar(wanted.value)
+                return _json_grammar(_without_notes(wanted.value))
             case "regex":
                 return str(LLMatcher.grammar_from_regex(wanted.value))
             case "choice":
@@ -71,6 +82,28 @@ def _limits() -> LLParserLimits:
 
 def _json_grammar(schema: str) -> str:
     return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": "[ ]?"}))
+
+
+def _without_notes(schema: str) -> str:
+    """The schema without formats that are not enforced. What is no JSON is left to the library, which says so."""
+    if '"format"' not in schema:
+        return schema
+    try:
+        return msgspec.json.encode(_enforced(msgspec.json.decode(schema.encode()))).decode()
+    except msgspec.DecodeError:
+        return schema
+
+
+def _enforced(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_enforced(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in _DATA else _enforced(value)
+        for key, value in schema.items()
+        if not (key == "format" and isinstance(value, str) and value not in _FORMATS)
+    }
 
 
 def _choice_grammar(value: str) -> str:

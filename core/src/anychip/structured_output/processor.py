@@ -21,13 +21,13 @@ _CACHED = 128
 class GrammarProcessor:
     """request.LogitsProcessor: the tokens that keep a sequence inside its grammar; once it is complete, the end."""
 
-    def __init__(
-        self, matcher: LLMatcher, wanted: StructuredOutput, num_prompt: int, *, after: Sequence[int] = ()
-    ) -> None:
+    name = "the grammar"
+
+    def __init__(self, matcher: LLMatcher, wanted: StructuredOutput, *, after: Sequence[int] = ()) -> None:
         """`after`: tokens of the output after which the grammar begins; (): at once."""
         self._matcher = matcher
         self._wanted = wanted
-        self._seen = num_prompt
+        self._seen = 0  # of the output
         self._after = list(after)
 
     def applies(self, position: int) -> bool:
@@ -37,8 +37,8 @@ class GrammarProcessor:
         """Raises InvalidRequest when following the grammar costs more than it may."""
         if self._after and not self._begins(request):
             return
-        new = request.token_ids[self._seen :]
-        self._seen = len(request.token_ids)
+        new = request.output_token_ids[self._seen :]
+        self._seen = request.num_output
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
@@ -47,9 +47,9 @@ class GrammarProcessor:
 
     def _begins(self, request: Request) -> bool:
         count = len(self._after)
-        if request.num_output < count or request.token_ids[-count:] != self._after:
+        if request.output_token_ids[-count:] != self._after:
             return False
-        self._after, self._seen = [], len(request.token_ids)
+        self._after, self._seen = [], request.num_output
         return True
 
 
@@ -67,12 +67,12 @@ class GrammarCompiler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def submit(
-        self, wanted: StructuredOutput, *, num_prompt: int, count: int, after: Sequence[int] = ()
+        self, wanted: StructuredOutput, *, count: int, after: Sequence[int] = ()
     ) -> Future[list[GrammarProcessor]]:
         """Processors for `count` sequences; or the InvalidRequest that says why there are none."""
 
         def make() -> list[GrammarProcessor]:
-            return [GrammarProcessor(self.matcher(wanted), wanted, num_prompt, after=after) for _ in range(count)]
+            return [GrammarProcessor(self.matcher(wanted), wanted, after=after) for _ in range(count)]
 
         return self._thread.submit(make)
 

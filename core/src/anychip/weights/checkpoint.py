@@ -9,7 +9,7 @@ from pathlib import Path
 from anychip.errors import CheckpointError
 from anychip.plugin_api import WeightView
 from anychip.weight_files import INDEX, WeightFile, weight_files
-from anychip.weights.files import FileView, SafetensorsFile, same_bytes
+from anychip.weights.files import SafetensorsFile, same_bytes
 
 
 class Checkpoint:

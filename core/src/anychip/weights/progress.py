@@ -15,9 +15,11 @@ from anychip.plugin_api import WeightView
 
 
 class LoadProgress:
-    """`nbytes` and `seconds` of a load. Its bar goes to a terminal's standard error, on one rank only."""
+    """`nbytes` and `seconds` of a load. Its bar goes to a terminal's standard error, on one rank only; `got_on` hears
+    of every read."""
 
-    def __init__(self, total_bytes: int, *, shown: bool) -> None:
+    def __init__(self, total_bytes: int, *, shown: bool, got_on: Callable[[str], None] = lambda doing: None) -> None:
+        self._got_on = got_on
         self.nbytes = 0
         self.seconds = 0.0
         self._how = "read"
@@ -40,6 +42,11 @@ class LoadProgress:
                 yield name, CountedView(view, self)
                 self._bar.update(self._task, completed=self.nbytes)
         self.seconds = time.perf_counter() - start
+
+    def read(self, nbytes: int) -> None:
+        """So many bytes more have been read."""
+        self.nbytes += nbytes
+        self._got_on(f"{self.nbytes / 1e9:.2f} GB of weights are read")
 
     def restore(self, nbytes: int, fn: Callable[[], bool]) -> bool:
         """Runs fn, which restores weights of so many bytes, or says False."""
@@ -79,5 +86,5 @@ class CountedView:
 
     def read(self, *bounds: tuple[int, int]) -> Tensor:
         tensor = self._view.read(*bounds)
-        self._progress.nbytes += tensor.nbytes
+        self._progress.read(tensor.nbytes)
         return tensor

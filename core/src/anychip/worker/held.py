@@ -1,4 +1,4 @@
-"""What tensors an object holds, whatever layouts its kernels chose."""
+"""What tensors an object holds, whatever layouts its kernels chose, and whether they fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, UntypedStorage, nn
+
+from anychip.errors import ConfigError
+from anychip.plugin_api import Platform
 
 _OPAQUE = frozenset({"torch", "numpy", "rich", "msgspec", *sys.stdlib_module_names})
 """Packages whose objects are not looked into: layers, kernels, plugins and modelling code are."""
@@ -50,3 +53,13 @@ def _parts(item: object) -> Iterator[Any]:
         for kind in type(item).__mro__:
             for slot in getattr(kind, "__slots__", ()):
                 yield getattr(item, slot, None)
+
+
+def check_weights_fit(platform: Platform, nbytes: int, free: int | None) -> None:
+    """Raises ConfigError when weights of so many bytes do not fit into a device's free memory, where that is known."""
+    if free is not None and nbytes > free:
+        raise ConfigError(
+            f"the weights take {nbytes / 2**30:.1f} GiB on each of {platform.name}'s devices and "
+            f"{free / 2**30:.1f} GiB are free: {(nbytes - free) / 2**30:.1f} GiB are missing; use more devices with "
+            "--tensor-parallel-size, or --quantization int4"
+        )

@@ -6,22 +6,24 @@ Everything is numpy on the host. Ids that only the device knows are left as -1 i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from anychip.messages import LateInputs, LogitEdits, NewRow, StepDecision
+from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import (
-    EDIT_WIDTHS,
+    EDITS,
+    LOGPROBS,
+    MASKS,
     NULL_BLOCK,
-    PADDING_SLOT,
     SCORES,
+    EnteringRow,
     SamplingInputs,
     ShapePolicy,
     StepInputs,
     StepLimits,
-    edits_feature,
 )
+from anychip.plugin_api.step_arrays import Layout
 from anychip.plugin_api.step_layout import (
     arena_size,
     array_views,
@@ -33,9 +35,13 @@ from anychip.plugin_api.step_layout import (
     step_layout,
 )
 from anychip.worker.staging import StagingRing
+from anychip.worker.token_counter import TokenCounter
 
-_FLOATS = ("temperature", "top_p", "min_p")
-_INTS = ("top_k", "seed_low", "seed_high", "sample_index")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTS = ("top_k", "seed_low", "seed_high", "sample_index", "num_biases")
+
+
+Views = dict[str, np.ndarray]
 
 
 @dataclass(slots=True)
@@ -48,6 +54,7 @@ class StepRows:
     starts: np.ndarray  # [num_rows] position of each row's first token
     sampling: np.ndarray  # indexes of the rows that sample
     scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
+    entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
 
 
 class InputBatch:
@@ -70,6 +77,7 @@ class InputBatch:
         self._slot_dtype = slot_dtype
         self._dummy_padding = dummy_padding
         self._mask_words = mask_words(vocab_size)
+        self._counter = TokenCounter(vocab_size)
         self._tokens = np.zeros((slots, limits.max_model_len + 1), dtype=np.int32)
         self._num_host = np.zeros(slots, dtype=np.int32)  # ids that the host has
         self._num_known = np.zeros(slots, dtype=np.int32)  # ids that the host or the device has
@@ -77,6 +85,7 @@ class InputBatch:
         self._tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
         self._floats = {name: np.zeros(slots, dtype=np.float32) for name in _FLOATS}
         self._ints = {name: np.zeros(slots, dtype=np.int32) for name in _INTS}
+        self._edited = np.zeros(slots, dtype=bool)  # whether penalties or biases change the slot's logits
         self.num_logprobs = np.full(slots, -1, dtype=np.int32)
         self._score_from = np.zeros(slots, dtype=np.int32)
         self._score_until = np.zeros(slots, dtype=np.int32)
@@ -87,8 +96,7 @@ class InputBatch:
     def apply(self, decision: StepDecision) -> StepRows:
         """Takes in a decision: afterwards every row stands where the step will leave it."""
         self._num_known[decision.finished_slots] = 0
-        for row in decision.new_rows:
-            self._enter(row)
+        entering = [edits for row in decision.new_rows if (edits := self._enter(row)) is not None]
         if decision.new_blocks:
             changes = np.frombuffer(decision.new_blocks, dtype=np.int32).reshape(-1, 4)
             for group, table in enumerate(self._tables):
@@ -103,9 +111,10 @@ class InputBatch:
         sampling = np.flatnonzero(ends == self._num_known[slots])
         self._num_known[slots[sampling]] += 1
         scored = np.minimum(ends, self._score_until[slots]) - np.maximum(starts, self._score_from[slots])
-        return StepRows(decision.step_id, slots, counts, starts, sampling, np.maximum(scored, 0))
+        return StepRows(decision.step_id, slots, counts, starts, sampling, np.maximum(scored, 0), entering)
 
-    def _enter(self, row: NewRow) -> None:
+    def _enter(self, row: NewRow) -> EnteringRow | None:
+        """What the device must know of a row that has penalties or biases."""
         slot, ids = row.slot, np.frombuffer(row.token_ids, dtype=np.int32)
         self._tokens[slot, : len(ids)] = ids
         self._num_host[slot] = self._num_known[slot] = len(ids)
@@ -124,6 +133,19 @@ class InputBatch:
         self._score_from[slot] = row.score_from
         self._score_until[slot] = row.num_prompt - 1  # the last token is followed by no prompt
         self.score_top[slot] = row.score_top
+        self._ints["num_biases"][slot] = len(row.logit_bias)
+        penalized = row.repetition_penalty != 1 or row.presence_penalty != 0 or row.frequency_penalty != 0
+        self._edited[slot] = penalized or bool(row.logit_bias)
+        if not self._edited[slot]:
+            return None
+        token_ids, counts = self._counter.count(ids, row.num_prompt)
+        return EnteringRow(
+            slot=slot,
+            token_ids=token_ids,
+            counts=counts,
+            bias_ids=np.fromiter(row.logit_bias.keys(), dtype=np.int32, count=len(row.logit_bias)),
+            biases=np.fromiter(row.logit_bias.values(), dtype=np.float32, count=len(row.logit_bias)),
+        )
 
     # -- a step's inputs ----------------------------------------------------------------------------------
 
@@ -139,16 +161,24 @@ class InputBatch:
             num_pages=max(-(-longest // size) for size in self.block_sizes),
             features=(SCORES,) if rows.scored.any() else (),
         )
-        layout = step_layout(key, len(self._tables), self._slot_dtype)
+        layout = step_layout(
+            key, num_groups=len(self._tables), slot_dtype=self._slot_dtype, max_slots=self.limits.max_slots
+        )
         draws = sampling_layout(key.num_reqs, 0)
         draws_at, nbytes = staged_size(layout, draws)
         staged = self.ring.take(nbytes)
         views = array_views(staged, layout)
-        self._fill_tokens(views, rows, num_tokens)
-        _fill(views["query_start"], np.concatenate(([0], np.cumsum(rows.counts))), num_tokens)
-        _fill(views["seq_lens"], ends, 0)
-        _fill(views["logits_indices"], (np.cumsum(rows.counts) - 1)[rows.sampling], 0)
-        _fill(views["sample_slots"], rows.slots[rows.sampling], self.limits.max_slots)
+        self._fill_tokens(views, layout, rows, num_tokens)
+        starts = np.concatenate(([0], np.cumsum(rows.counts)))
+        _fill(
+            views,
+            layout,
+            seq_lens=ends,
+            logits_indices=(starts[1:] - 1)[rows.sampling],
+            sample_slots=rows.slots[rows.sampling],
+        )
+        views["query_start"][: num_rows + 1] = starts
+        views["query_start"][num_rows + 1 :] = num_tokens
         for group, table in enumerate(self._tables):
             target = views[f"block_table_{group}"]
             pages = min(target.shape[1], table.shape[1])
@@ -159,7 +189,7 @@ class InputBatch:
             self._fill_targets(views["score_targets"], rows)
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
-        self._fill_draws(array_views(staged[draws_at:], draws), rows)
+        self._fill_draws(array_views(staged[draws_at:], draws), draws, rows)
         return step_inputs(
             key,
             staged,
@@ -171,7 +201,7 @@ class InputBatch:
             max_query_len=max_query,
         )
 
-    def _fill_tokens(self, views: dict[str, np.ndarray], rows: StepRows, num_tokens: int) -> None:
+    def _fill_tokens(self, views: Views, layout: Layout, rows: StepRows, num_tokens: int) -> None:
         if num_tokens == len(rows.slots):  # one token a row
             token_slots, positions = rows.slots, rows.starts
         else:
@@ -179,12 +209,10 @@ class InputBatch:
             before = np.repeat(np.cumsum(rows.counts) - rows.counts - rows.starts, rows.counts)
             positions = np.arange(num_tokens, dtype=np.int32) - before
         ids = np.where(positions < self._num_host[token_slots], self._tokens[token_slots, positions], -1)
-        _fill(views["input_ids"], ids, 0)
-        _fill(views["positions"], positions, 0)
-        _fill(views["token_slots"], token_slots, self.limits.max_slots)
+        _fill(views, layout, input_ids=ids, positions=positions, token_slots=token_slots)
         for group, (table, size) in enumerate(zip(self._tables, self.block_sizes, strict=True)):
             mapping = table[token_slots, positions // size].astype(self._slot_dtype) * size + positions % size
-            _fill(views[f"slot_mapping_{group}"], mapping, PADDING_SLOT)
+            _fill(views, layout, **{f"slot_mapping_{group}": mapping})
 
     def _fill_targets(self, targets: np.ndarray, rows: StepRows) -> None:
         targets.fill(-1)
@@ -196,7 +224,7 @@ class InputBatch:
             targets[at : at + count] = self._tokens[slot, first + 1 : first + 1 + count]
 
     @staticmethod
-    def _dummy_rows(views: dict[str, np.ndarray], num_rows: int, num_tokens: int) -> None:
+    def _dummy_rows(views: Views, num_rows: int, num_tokens: int) -> None:
         """Gives each padded row one padded token on the null block, as far as there are padded tokens."""
         starts = views["query_start"]
         total = len(views["input_ids"])
@@ -205,45 +233,31 @@ class InputBatch:
 
     # -- sampling -----------------------------------------------------------------------------------------
 
-    def _fill_draws(self, views: dict[str, np.ndarray], rows: StepRows) -> None:
+    def _fill_draws(self, views: Views, layout: Layout, rows: StepRows) -> None:
         slots = rows.slots[rows.sampling]
-        for name, by_slot in self._floats.items():
-            _fill(views[name], by_slot[slots], 1.0 if name == "top_p" else 0.0)
-        for name, integers in self._ints.items():
-            _fill(views[name], integers[slots], 0)
-        _fill(views["position"], (rows.starts + rows.counts)[rows.sampling], 0)
+        by_slot = {name: values[slots] for name, values in {**self._floats, **self._ints}.items()}
+        _fill(views, layout, position=(rows.starts + rows.counts)[rows.sampling], **by_slot)
 
     def sampling_inputs(self, rows: StepRows, step: StepInputs, late: LateInputs) -> SamplingInputs:
         """What drawing this step's tokens needs, padded to the step's rows: what was staged with the step, or, with
-        masks or edits, a buffer of its own."""
+        masks, a buffer of its own."""
         key, slots = step.key, rows.slots[rows.sampling]
-        features = []
-        if len(slots) and int(self.num_logprobs[slots].max()) >= 0:
-            features.append("logprobs")
-        if late.masks:
-            features.append("masks")
-        longest = max((len(edits.ids) // 4 for edits in late.edits.values()), default=0)
-        width = next(width for width in EDIT_WIDTHS if width >= longest) if longest else 0
-        if width:
-            features.append(edits_feature(width))
-        layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0, width)
+        asked = {LOGPROBS: (self.num_logprobs[slots] >= 0).any(), MASKS: late.masks, EDITS: self._edited[slots].any()}
+        layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0)
         staged_at = None
-        if late.masks or width:
+        if late.masks:
             arena = self.ring.take(arena_size(layout))
             views = array_views(arena, layout)
-            self._fill_draws(views, rows)
+            self._fill_draws(views, layout, rows)
+            views["masks"].fill(layout["masks"].padding)
+            for position, mask in late.masks.items():
+                views["masks"][position] = np.frombuffer(mask, dtype=np.int32)
         else:
             staged_at = staged_size(step.sections, layout)[0]
             arena = step.staged[staged_at:]
             views = array_views(arena, layout)
-        if late.masks:
-            views["masks"].fill(-1)
-            for position, mask in late.masks.items():
-                views["masks"][position] = np.frombuffer(mask, dtype=np.int32)
-        if width:
-            _fill_edits(views, late.edits)
         return sampling_inputs(
-            replace(key, features=tuple(features)),
+            replace(key, features=tuple(name for name, wanted in asked.items() if wanted)),
             arena,
             layout,
             views,
@@ -253,21 +267,8 @@ class InputBatch:
         )
 
 
-def _fill_edits(views: dict[str, np.ndarray], edits: dict[int, LogitEdits]) -> None:
-    """Rows without edits, and what is left of the others' width, change a token by nothing or once more."""
-    views["edit_ids"].fill(0)
-    views["edit_scales"].fill(1)
-    views["edit_shifts"].fill(0)
-    for position, row in edits.items():
-        for name, data, dtype in (
-            ("edit_ids", row.ids, np.int32), ("edit_scales", row.scales, np.float32),
-            ("edit_shifts", row.shifts, np.float32),
-        ):  # fmt: skip
-            values, target = np.frombuffer(data, dtype=dtype), views[name][position]
-            target[: len(values)] = values
-            target[len(values) :] = values[0]
-
-
-def _fill(target: np.ndarray, values: np.ndarray, padding: int | float) -> None:
-    target[: len(values)] = values
-    target[len(values) :] = padding
+def _fill(views: Views, layout: Layout, **values: np.ndarray) -> None:
+    """Arrays by name, and their padding behind what is given."""
+    for name, given in values.items():
+        views[name][: len(given)] = given
+        views[name][len(given) :] = layout[name].padding

@@ -1,11 +1,10 @@
-"""Lays out the KV cache: groups layers by what they need, picks block sizes whose pages match, counts blocks."""
+"""Lays out the KV cache: groups layers by what they need, picks block sizes whose pages match."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from anychip.config import EngineConfig
-from anychip.errors import ConfigError, KVCacheTooSmall, Unsupported
+from anychip.errors import ConfigError, Unsupported
 from anychip.messages import KVCacheConfig, KVGroup
 from anychip.plugin_api import AttentionBackend, AttentionSpec, KVPlan
 from anychip.plugin_api.refusals import among
@@ -105,27 +104,3 @@ def kv_cache_config(plan: KVPlan, num_blocks: int) -> KVCacheConfig:
             for index, (size, spec) in enumerate(zip(plan.block_sizes, plan.specs, strict=True))
         ),
     )
-
-
-def count_blocks(
-    config: EngineConfig, plan: KVPlan, *, budget: int | None, max_model_len: int, max_slots: int | None
-) -> int:
-    """How many blocks the pool gets, block 0 included. Raises ConfigError when nothing says how large it may be,
-    KVCacheTooSmall when not even one block fits."""
-    if config.num_kv_blocks is not None:
-        count = config.num_kv_blocks
-    else:
-        nbytes = config.kv_cache_bytes if config.kv_cache_bytes is not None else budget
-        if nbytes is None:
-            raise ConfigError("the device does not say how much memory is free; give --kv-cache-bytes")
-        # More than every slot filled to the model's length can hold is never used.
-        useful = 1 + config.most_rows * sum(cdiv(max_model_len, size) for size in plan.block_sizes)
-        count = min(nbytes // plan.block_bytes, useful)
-    if max_slots is not None:
-        count = min(count, max_slots // max(plan.block_sizes))
-    if count < 2:
-        raise KVCacheTooSmall(
-            f"a KV block takes {plan.block_bytes} bytes and fewer than 2 fit; raise --kv-cache-bytes or "
-            "--memory-fraction, or free memory on the device"
-        )
-    return count

@@ -26,6 +26,8 @@ class ModelRunner:
         rows = self.batch.apply(decision)
         if decision.copies or decision.zeros:
             self._state = self.program.edit(self._state, decision.copies, decision.zeros)
+        if rows.entering:
+            self._state = self.program.enter(self._state, rows.entering)
         inputs = self.batch.step_inputs(rows)
         self._state, hidden = self.program.forward(self._state, inputs)
         self.batch.ring.used()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
@@ -14,7 +16,16 @@ from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
-from anychip.plugin_api import AttentionSpec, Platform, Shard, StepModel, WeightsKey
+from anychip.plugin_api import (
+    AttentionSpec,
+    Communicator,
+    GroupSpec,
+    Platform,
+    Shard,
+    StepModel,
+    WeightsKey,
+    WeightView,
+)
 from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
@@ -23,15 +34,15 @@ from anychip.weights.dummy import dummy_views
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.weights.stored import StoredTensors
-from anychip.worker.held import held_bytes, held_storages
-from anychip.worker.sizing import check_weights_fit
+from anychip.worker.held import check_weights_fit, held_bytes, held_storages
 
 _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 """Short names of --kv-cache-dtype."""
 
 
 class CheckpointSource:
-    """`progress` says what the last `build` read, `held_bytes` what the models built so far hold."""
+    """`progress` says what the last `build` read, `held_bytes` what the weights of the models built so far take, on the
+    host or, once released, on their program's device. `got_on` hears of every tensor that is read."""
 
     def __init__(
         self,
@@ -54,8 +65,13 @@ class CheckpointSource:
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
         self.family = find_family(model, config, contributed)
         self.checkpoint = Checkpoint(Path(model.folder))
+        self.got_on: Callable[[str], None] = lambda doing: None
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
+
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        return self.model.raw
 
     def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
         if self.model.num_heads % size:
@@ -69,7 +85,7 @@ class CheckpointSource:
         # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
         check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
-            self.progress = LoadProgress(0, shown=False)
+            self.progress = LoadProgress(0, shown=False, got_on=self.got_on)
             views = dummy_views(register, self.dtype, self.platform.pinned)
             load_weights(register, self.progress.track(views), self.model.folder)
         else:
@@ -78,10 +94,29 @@ class CheckpointSource:
         self.held_bytes += held_bytes(model)
         return model
 
+    def weights(self) -> Iterator[tuple[str, WeightView]]:
+        if self.config.load_format != "dummy":
+            yield from self.checkpoint.views()
+            return
+        alone = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
+        register = WeightRegister()
+        with FakeTensorMode():  # only names and shapes are wanted
+            self.build_layers(Shard(rank=0, size=1, communicator=Communicator(alone)), register)
+        yield from dummy_views(register, self.dtype, self.platform.pinned)
+
+    def release(self, model: StepModel) -> int:
+        freed = 0
+        for storage in held_storages(model):
+            if storage.resizable():  # memory that is another's is left to it
+                freed += storage.nbytes()
+                storage.resize_(0)
+        return freed
+
     def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
         """From what the platform kept of an earlier start, or from the checkpoint."""
         files = [file.path for file in self.checkpoint.files]
-        self.progress = LoadProgress(sum(path.stat().st_size for path in files), shown=shard.rank == 0)
+        total_bytes = sum(path.stat().st_size for path in files)
+        self.progress = LoadProgress(total_bytes, shown=shard.rank == 0, got_on=self.got_on)
         key = self._key(shard, files)
         weights = held_storages(model)
         total = sum(storage.nbytes() for storage in weights)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import msgspec
 
 from anychip.config import WorkerSpec
-from anychip.errors import AnychipError, DeviceUnavailable, InvalidOverride, PluginImportFailed, Unsupported
+from anychip.errors import DeviceFault, DeviceUnavailable, InvalidOverride, Unsupported
 from anychip.ops.reference import REFERENCE
 from anychip.plugin_api import Platform, PlatformContext, PlatformManifest, PluginOptions, ProbeResult
+from anychip.registry.blame import blamed, calling, imported, versioned
+from anychip.registry.devices import parsed_options
 from anychip.registry.plugins import Plugins
+
+log = logging.getLogger("anychip.plugins")
 
 
 def open_for(spec: WorkerSpec, plugins: Plugins) -> tuple[PlatformManifest, Platform]:
@@ -22,7 +29,7 @@ def open_for(spec: WorkerSpec, plugins: Plugins) -> tuple[PlatformManifest, Plat
     platform = open_platform(
         manifest,
         device_indexes=spec.device_indexes,
-        options=manifest.options.parse(manifest.package, spec.config.device_options),
+        options=parsed_options(manifest, spec.config.device_options),
         probe=msgspec.convert(spec.probe, ProbeResult),
     )
     return manifest, platform
@@ -31,29 +38,70 @@ def open_for(spec: WorkerSpec, plugins: Plugins) -> tuple[PlatformManifest, Plat
 def open_platform(
     manifest: PlatformManifest, *, device_indexes: Sequence[int], options: PluginOptions, probe: ProbeResult
 ) -> Platform:
-    """Raises PluginImportFailed when the class cannot be loaded, InvalidOverride when it is not a Platform."""
-    module, _, name = manifest.platform.partition(":")
-    try:
-        for runtime in manifest.runtime_imports:
-            import_module(runtime)
-        cls = getattr(import_module(module), name)
-    except AnychipError:
-        raise
-    except Exception as error:
-        raise PluginImportFailed(
-            f"{manifest.package}: loading {manifest.platform} raised {type(error).__name__}: {error}"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Platform)):
-        raise InvalidOverride(f"{manifest.package}: {manifest.platform} is not a subclass of plugin_api.Platform")
-    platform = cls(
-        PlatformContext(
-            manifest=manifest,
-            device_indexes=tuple(device_indexes),
-            options=options,
-            probe=probe,
-            reference=REFERENCE,
-        )
+    """Raises PluginImportFailed when the class cannot be loaded, InvalidOverride when it is not a Platform or has a
+    method that cannot be called as core calls it, PluginFailed when it raises as it opens."""
+    cls = _loaded(manifest)
+    context = PlatformContext(
+        manifest=manifest,
+        device_indexes=tuple(device_indexes),
+        options=options,
+        probe=probe,
+        reference=REFERENCE,
     )
-    if platform.step_rules.decode_steps_per_launch != 1:
+    with calling(manifest.package, manifest.platform):
+        platform = cls(context)
+        rules, _ = platform.step_rules, platform.capabilities
+    if rules.decode_steps_per_launch != 1:
         raise Unsupported(manifest.package, ["decode_steps_per_launch above 1 is not part of interface 0.1"])
     return platform
+
+
+def _loaded(manifest: PlatformManifest) -> type[Platform]:
+    with calling(manifest.package, "PlatformManifest.runtime_imports"):
+        for runtime in manifest.runtime_imports:
+            import_module(runtime)
+    cls = imported(manifest.platform, manifest.package)
+    if not (isinstance(cls, type) and issubclass(cls, Platform)):
+        raise InvalidOverride(f"{manifest.package}: {manifest.platform} is not a subclass of plugin_api.Platform")
+    _check_methods(manifest, cls)
+    return cls
+
+
+def _check_methods(manifest: PlatformManifest, cls: type[Platform]) -> None:
+    """Every method that the class overrides takes what core passes to the base class's."""
+    for name, base in inspect.getmembers(Platform, inspect.isfunction):
+        own = inspect.getattr_static(cls, name)
+        if name.startswith("_") or own is base or not inspect.isfunction(own):
+            continue
+        asked = inspect.signature(base).parameters
+        # As core calls: what the interface has by keyword alone goes by keyword, the rest by place.
+        by_place = [p for p in asked.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        by_name = {p.name: p for p in asked.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*by_place, **by_name)
+        except TypeError as error:
+            raise InvalidOverride(
+                f"{versioned(manifest.package)}: core cannot call {manifest.platform}.{name}: {error}; "
+                f"the interface has {name}{inspect.signature(base)}"
+            ) from error
+
+
+@contextmanager
+def explained(platform: Platform) -> Iterator[None]:
+    """Errors within leave in anychip's words: a device's fault, as the platform explains it, or PluginFailed for what a
+    plugin's code raised. Others pass as they are."""
+    try:
+        yield
+    except BaseException as error:
+        named = _explained(platform, error) or blamed(error, platform.context.manifest)
+        if named is None:
+            raise
+        raise named from error
+
+
+def _explained(platform: Platform, error: BaseException) -> DeviceFault | None:
+    try:
+        return platform.explain(error)
+    except Exception:  # the error that was to be explained matters more
+        log.exception("%s: Platform.explain raised", platform.context.manifest.package)
+        return None

@@ -17,15 +17,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from anychip.config import WorkerSpec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Communicator, PeakMemory, Shard, WeightView
-from anychip.registry.plugins import load_plugins
+from anychip.ops.table import resolve_platform_ops
+from anychip.plugin_api import (
+    Communicator,
+    PeakMemory,
+    Platform,
+    PlatformManifest,
+    Shard,
+    WeightView,
+    edit_state_bytes,
+)
+from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
-from anychip.worker.held import held_bytes
+from anychip.worker.held import check_weights_fit, held_bytes
 from anychip.worker.kv_plan import kv_cache_config
-from anychip.worker.open_platform import open_for
+from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
+from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
-from anychip.worker.sizing import check_weights_fit, measure_maximal_step, memory_plan
 from anychip.worker.torch_program import TorchStepProgram
 
 _LEAST_LAYERS = 4
@@ -37,35 +45,39 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
     plugins = load_plugins()
     manifest, platform = open_for(spec, plugins)
     try:
-        ops = resolve_ops(
-            platform.name, platform.ops(), require_native=spec.config.require_native, compiler=platform.compiler()
-        )
-        per_host = manifest.topology == "process_per_host"
-
-        def prepared_for(model: ModelConfig) -> Preparation:
-            return prepare(spec, model, platform, ops, plugins.models, per_host=per_host)
-
-        whole = prepared_for(load_model_config(spec.config.model))
-        shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))
-        weights = _weights(whole, shard) * (whole.num_shards if per_host else 1)
-        check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
-        notes = list(ops.notes)
-        if manifest.seam == "torch":
-            activations = _activations(prepared_for(_first_layers(whole)), shard)
-        else:
-            activations = PeakMemory(nbytes=0, exact=False)
-            notes.append("activations are not counted: the step program says what it needs once it is built")
-        graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
-        num_blocks = whole.num_blocks(activations, graphs, pending=weights)
-        return WorkerReady(
-            kv=kv_cache_config(whole.kv, num_blocks),
-            rules=platform.step_rules.for_device(platform.capabilities),
-            memory=memory_plan(whole.kv, num_blocks, whole.limits, weights, activations, graphs),
-            device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
-            notes=tuple(notes),
-        )
+        with explained(platform):
+            return _planned(spec, plugins, manifest, platform)
     finally:
         platform.close("planned")
+
+
+def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, platform: Platform) -> WorkerReady:
+    ops = resolve_platform_ops(platform, require_native=spec.config.require_native)
+    per_host = manifest.topology == "process_per_host"
+
+    def prepared_for(model: ModelConfig) -> Preparation:
+        return prepare(spec, model, platform, ops, plugins.models, per_host=per_host)
+
+    whole = prepared_for(load_model_config(spec.config.model))
+    shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))
+    weights = _weights(whole, shard) * (whole.num_shards if per_host else 1)
+    check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
+    notes = list(ops.notes)
+    if manifest.seam == "torch":
+        activations = _activations(prepared_for(_first_layers(whole)), shard)
+    else:
+        activations = PeakMemory(nbytes=0, exact=False)
+        notes.append("activations are not counted: the step program says what it needs once it is built")
+    graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
+    edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
+    blocks = count_blocks(whole, activations, graphs, pending=weights + edits)
+    return WorkerReady(
+        kv=kv_cache_config(whole.kv, blocks),
+        rules=platform.step_rules.for_device(platform.capabilities),
+        memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs, edits=edits),
+        device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
+        notes=tuple(notes),
+    )
 
 
 class AbsentRanks(Communicator):
@@ -109,7 +121,7 @@ def _activations(prepared: Preparation, shard: Shard) -> PeakMemory:
         limits=prepared.limits,
         communicators=[shard.communicator],
     )
-    return measure_maximal_step(prepared.platform, program, prepared.new_batch(), prepared.kv, prepared.limits)
+    return measure_largest_step(prepared, program)
 
 
 def _stand_ins(prepared: Preparation, register: WeightRegister) -> Iterator[tuple[str, WeightView]]:

@@ -14,17 +14,19 @@ from anychip.plugin_api import (
     AttentionSpec,
     GroupSpec,
     KVPlan,
-    PeakMemory,
     Platform,
     ShapeKey,
     ShapePolicy,
     StepLimits,
 )
+from anychip.types import cdiv
 from anychip.worker.input_batch import InputBatch
-from anychip.worker.kv_plan import count_blocks, plan_kv
+from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
-from anychip.worker.sizing import affordable_graphs, kv_budget, step_limits
 from anychip.worker.staging import StagingRing
+
+_GRAPHS_SHARE = 0.1
+"""Of the memory that is free before weights are loaded, what graphs may take at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +68,6 @@ class Preparation:
             timeout_s=spec.config.timeout_s,
         )
 
-    def num_blocks(self, activations: PeakMemory, graphs: int, *, pending: int = 0) -> int:
-        """Of the KV cache; `pending` bytes are not taken yet and will be."""
-        return count_blocks(
-            self.config,
-            self.kv,
-            budget=kv_budget(self.platform, self.config, activations, graphs, pending=pending),
-            max_model_len=self.limits.max_model_len,
-            max_slots=self.platform.capabilities.max_slots,
-        )
-
 
 def prepare(
     spec: WorkerSpec,
@@ -92,7 +84,7 @@ def prepare(
     size = len(spec.device_indexes) if per_host else spec.world_size
     backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
     kv = plan_kv(source.attention_specs(size), backend_for, config.block_size)
-    limits = step_limits(config, model, platform, kv)
+    limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
     return Preparation(
         config=config,
@@ -103,6 +95,28 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        keys=affordable_graphs(platform, policy),
+        keys=_affordable_graphs(platform, policy),
         pieces=policy.pieces(),
     )
+
+
+def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:
+    """The configuration's limits within the device's. No step has more tokens than its rows may be long."""
+    rules = platform.step_rules
+    length = config.max_model_len or model.max_positions
+    rows = min(config.resolved_max_num_seqs, rules.max_rows or config.resolved_max_num_seqs)
+    bounds = (config.resolved_max_num_batched_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
+    return StepLimits(
+        max_num_tokens=min(bound for bound in bounds if bound is not None),
+        max_num_reqs=rows,
+        max_model_len=length,
+        max_slots=config.resolved_max_num_seqs,
+        max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
+    )
+
+
+def _affordable_graphs(platform: Platform, policy: ShapePolicy) -> list[ShapeKey]:
+    """The policy's shapes, as far as graphs of them fit into their share of the free memory."""
+    free = platform.memory(platform.context.device_indexes[0]).free
+    keys = policy.keys()
+    return list(keys if free is None else platform.graph_capture().affordable(keys, int(free * _GRAPHS_SHARE)))

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import adjusted_logits, arena_views
+from anychip.ops.reference import EditState, adjusted_logits, arena_views
 from anychip.plugin_api import (
+    EDITS,
+    LOGPROBS,
     MAX_LOGPROBS,
-    Apart,
     Communicator,
     CompileReport,
+    EnteringRow,
     Event,
     ForwardContext,
     GraphLevel,
@@ -24,6 +26,7 @@ from anychip.plugin_api import (
     Ops,
     Platform,
     Recorder,
+    RunOutsideGraph,
     SamplingInputs,
     Scores,
     ShapeKey,
@@ -46,6 +49,7 @@ _SCORE_NAMES = ("scores", "score_ids", "score_tops")
 class TorchState:
     caches: list[object]  # by layer
     last_ids: Tensor  # [max_slots + 1] int32; the extra one takes what padded rows sample
+    edits: EditState
 
 
 @dataclass(slots=True)
@@ -82,6 +86,8 @@ class TorchStepProgram(StepProgram):
         self.graphs = platform.graph_capture()
         self._steps = Captured(self._capture)
         self._pieces = Captured(self._capture_pieces)
+        # Taken before anything is measured: what is left for the KV cache is without it.
+        self._edits = EditState.blank(limits.max_slots, model.vocab_size, self.device)
         self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
 
     # -- preparation --------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ class TorchStepProgram(StepProgram):
             size = self.kv.block_sizes[self.kv.layer_groups[layer]]
             caches.append(backend.make_cache(buffers[self.kv.layer_buffers[layer]], num_blocks, size))
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
-        self._state = TorchState(caches, last_ids)
+        self._state = TorchState(caches, last_ids, self._edits)
         return self._state
 
     @torch.inference_mode()
@@ -125,6 +131,11 @@ class TorchStepProgram(StepProgram):
             state.caches[layer] = cache
         return state
 
+    @torch.inference_mode()
+    def enter(self, state: TorchState, rows: Sequence[EnteringRow]) -> TorchState:
+        state.edits.enter(rows)
+        return state
+
     # -- a step -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -146,8 +157,10 @@ class TorchStepProgram(StepProgram):
         slots = fields["sample_slots"][: inputs.num_samples]
         return state, TorchHidden(self._logits(hidden, rows), slots, _staged_draws(staged, inputs), scores)
 
-    def _context(self, state: TorchState, plans: Sequence[object], apart: Apart | None = None) -> ForwardContext:
-        return ForwardContext(plans, state.caches, self.kv.layer_groups, apart)
+    def _context(
+        self, state: TorchState, plans: Sequence[object], run_outside_graph: RunOutsideGraph | None = None
+    ) -> ForwardContext:
+        return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph)
 
     def _in_pieces(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor | None:
         """None where no pieces are captured for so many tokens."""
@@ -206,13 +219,16 @@ class TorchStepProgram(StepProgram):
         if late.staged_at is None:
             views = arena_views(torch.from_numpy(late.arena).to(self.device, non_blocking=True), late.sections)
         fields = {name: view[:count] for name, view in views.items()}
-        logits = logits.float()
-        scored = adjusted_logits(self.ops, logits, fields)
+        logits, slots = logits.float(), hidden.sample_slots[:count]
+        edits = state.edits if EDITS in late.key.features else None
+        scored = adjusted_logits(self.ops, logits, fields, slots=slots, edits=edits)
         ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
         # Graphs read this storage, so it is rewritten whole: not every device writes by index in place.
-        state.last_ids.copy_(state.last_ids.index_copy(0, hidden.sample_slots[:count].long(), ids))
+        state.last_ids.copy_(state.last_ids.index_copy(0, slots.long(), ids))
+        if edits is not None:
+            edits.counts = self.ops.count_tokens(counts=edits.counts, slots=slots, ids=ids)
         results = {"token_ids": ids.unsqueeze(-1)}
-        if "logprobs" in late.key.features:
+        if LOGPROBS in late.key.features:
             names = ("chosen_logprobs", "top_ids", "top_logprobs")
             found = self.ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
             results |= dict(zip(names, found, strict=True))
@@ -250,8 +266,8 @@ class TorchStepProgram(StepProgram):
         plans = self._plans(inputs, fields)
         ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
 
-        def step(apart: Apart) -> Tensor:
-            return self.model.forward(ids, positions, self._context(self._state, plans, apart))
+        def step(run_outside_graph: RunOutsideGraph) -> Tensor:
+            return self.model.forward(ids, positions, self._context(self._state, plans, run_outside_graph))
 
         handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
         return CapturedPieces(handle, ids, positions)

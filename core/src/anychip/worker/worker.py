@@ -2,67 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields
 
 from anychip.config import WorkerSpec
-from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, WorkerReady
+from anychip.errors import InvalidOverride
+from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, StepResult, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.ops.table import resolve_ops
-from anychip.plugin_api import Capabilities, CompileReport, PeakMemory, Shard
+from anychip.ops.table import resolve_platform_ops
+from anychip.plugin_api import (
+    Capabilities,
+    CompileReport,
+    PeakMemory,
+    Platform,
+    Shard,
+    StepProgram,
+    edit_state_bytes,
+)
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import load_plugins
 from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.largest_steps import step_memory
+from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
-from anychip.worker.open_platform import open_for
+from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
-from anychip.worker.sizing import maximal_shape, measure_maximal_step, memory_plan
 from anychip.worker.torch_program import TorchStepProgram
 
 
 class Worker:
-    """Ready for steps once constructed. Raises what kept it from that."""
+    """Ready for steps once constructed. Raises what kept it from that. `got_on` hears what the start does, whenever a
+    part of it is done."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, got_on: Callable[[str], None] = lambda doing: None) -> None:
         self.spec = spec
+        self._got_on = got_on
         config = spec.config
         model = load_model_config(config.model)
         plugins = load_plugins()
         manifest, self.platform = open_for(spec, plugins)
         try:
-            self.platform.seed(config.seed)
-            self.ops = resolve_ops(
-                self.platform.name,
-                self.platform.ops(),
-                require_native=config.require_native,
-                compiler=self.platform.compiler(),
-            )
-            self._start(model, plugins.models, manifest.topology == "process_per_host")
-        except BaseException as error:
-            fault = self.platform.explain(error)
-            self.platform.close("start failed")
-            if fault is not None:
-                raise fault from error
+            with explained(self.platform):
+                self.platform.seed(config.seed)
+                self.ops = resolve_platform_ops(self.platform, require_native=config.require_native)
+                self._start(model, plugins.models, manifest.topology == "process_per_host")
+        except BaseException:
+            with suppress(Exception):  # what kept it from starting is the error to report
+                self.platform.close("start failed")
             raise
 
     def _start(self, model: ModelConfig, contributed: dict[str, str], per_host: bool) -> None:
         prepared = prepare(self.spec, model, self.platform, self.ops, contributed, per_host=per_host)
-        source, kv, limits = prepared.source, prepared.kv, prepared.limits
-        program = self.platform.step_program(source, kv, limits)
+        source, limits = prepared.source, prepared.limits
+        source.got_on = self._got_on
+        program = self._step_program(prepared)
+        edits = edit_state_bytes(limits.max_slots, source.vocab_size)
         if program is not None:
-            shape = maximal_shape(prepared.policy, limits)
-            activations = PeakMemory(nbytes=program.memory(shape), exact=True)
+            needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
+            activations = PeakMemory(nbytes=needed, exact=True)
+            pending = edits
         else:
             program = self._torch_program(prepared)
-            activations = measure_maximal_step(self.platform, program, prepared.new_batch(), kv, limits)
+            activations = measure_largest_step(prepared, program)
+            pending = 0
         self.program = program
+        self._got_on("the KV cache is sized")
         graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
-        num_blocks = prepared.num_blocks(activations, graphs)
-        state = program.initial_state(num_blocks)
+        blocks = count_blocks(prepared, activations, graphs, pending=pending)
+        state = program.initial_state(blocks)
+        self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
-        memory = memory_plan(kv, num_blocks, limits, source.held_bytes, activations, graphs)
-        self.ready = self._report(kv_cache_config(kv, num_blocks), memory, report, source)
+        memory = memory_plan(
+            prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
+        )
+        self.ready = self._report(kv_cache_config(prepared.kv, blocks), memory, report, source)
+
+    def _step_program(self, prepared: Preparation) -> StepProgram | None:
+        """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
+        manifest = self.platform.context.manifest
+        program = self.platform.step_program(prepared.source, prepared.kv, prepared.limits)
+        if (program is not None) != (manifest.seam == "step"):
+            given = "none" if program is None else type(program).__name__
+            raise InvalidOverride(
+                f"{manifest.package}: the manifest says seam={manifest.seam!r}, and Platform.step_program gave "
+                f'{given}; a platform that has one says seam="step", and no other does'
+            )
+        return program
 
     def _report(
         self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, source: CheckpointSource
@@ -108,27 +136,31 @@ class Worker:
     # -- steps --------------------------------------------------------------------------------------------
 
     def launch(self, decision: StepDecision) -> None:
-        try:
+        with explained(self.platform):
             self.runner.launch(decision)
-        except Exception as error:
-            self._explained(error)
-            raise
 
-    def sample(self, late: LateInputs) -> RunnerResult:
-        try:
-            return self.runner.sample(late)
-        except Exception as error:
-            self._explained(error)
-            raise
-
-    def _explained(self, error: Exception) -> None:
-        fault = self.platform.explain(error)
-        if fault is not None:
-            raise fault from error
+    def sample(self, late: LateInputs) -> WorkerResult:
+        with explained(self.platform):
+            return WorkerResult(self.platform, self.runner.sample(late))
 
     def close(self, reason: str) -> None:
-        self.program.close()
-        self.platform.close(reason)
+        with explained(self.platform):
+            try:
+                self.program.close()
+            finally:
+                self.platform.close(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerResult:
+    """executor.PendingResult of a device: its errors come in anychip's words."""
+
+    platform: Platform
+    result: RunnerResult
+
+    def fetch(self) -> StepResult:
+        with explained(self.platform):
+            return self.result.fetch()
 
 
 def _declared(capabilities: Capabilities) -> dict[str, str]:

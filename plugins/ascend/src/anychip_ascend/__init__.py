@@ -24,7 +24,6 @@ MANIFEST = PlatformManifest(
             remedy="pip install torch_npu, of torch's version",
         ),
     ),
-    visible_devices_env="ASCEND_RT_VISIBLE_DEVICES",
     auto_select=False,  # until its kernels exist, only who names it meets its refusal
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import ActFormat, op_override
+from anychip.plugin_api import DRAWN, ActFormat, op_override
 from anychip_cpu.native import DTYPES, Kernels
 
 CODES = {torch.float32: DTYPES["float32"], torch.bfloat16: DTYPES["bfloat16"]}
@@ -24,16 +24,22 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     return x, x.shape[-1]
 
 
+@op_override("count_tokens", version=1)
+def count_tokens(*, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
+    """In place, with or without compiled kernels: a new table would be as large as all slots' vocabularies."""
+    return counts.index_put_((slots.long(), ids.long()), counts.new_full((), DRAWN), accumulate=True)
+
+
 class CpuOps:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
     def overrides(self) -> Mapping[str, Callable[..., Any]]:
         names = (
-            "embedding", "rms_norm", "gated_activation", "apply_token_masks", "sample", "residual_norm_quant",
-            "gate_up_act_quant",
+            "embedding", "rms_norm", "gated_activation", "apply_token_masks", "edit_logits", "sample",
+            "residual_norm_quant", "gate_up_act_quant",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {"count_tokens": count_tokens} | {name: getattr(self, name) for name in names}
 
     @op_override("embedding", version=1)
     def embedding(self, *, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
@@ -99,6 +105,32 @@ class CpuOps:
         self._kernels.apply_token_masks(
             held.data_ptr(), masks.data_ptr(), out.data_ptr(), *logits.shape, ld, masks.shape[1]
         )
+        return out
+
+    @op_override("edit_logits", version=2)
+    def edit_logits(
+        self,
+        *,
+        logits: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        repetition_penalty: Tensor,
+        presence_penalty: Tensor,
+        frequency_penalty: Tensor,
+        bias_ids: Tensor,
+        biases: Tensor,
+        num_biases: Tensor,
+    ) -> Tensor:
+        held, ld = rows_of(logits.float())
+        out = torch.empty(logits.shape, dtype=torch.float32)
+        slots, num_biases = (t.to(torch.int32).contiguous() for t in (slots, num_biases))
+        by_row = [t.float().contiguous() for t in (repetition_penalty, presence_penalty, frequency_penalty)]
+        counts, bias_ids, biases = counts.contiguous(), bias_ids.contiguous(), biases.contiguous()
+        self._kernels.edit_logits(
+            held.data_ptr(), out.data_ptr(), *logits.shape, ld, slots.data_ptr(), counts.data_ptr(),
+            *(t.data_ptr() for t in by_row), bias_ids.data_ptr(), biases.data_ptr(), num_biases.data_ptr(),
+            bias_ids.shape[1],
+        )  # fmt: skip
         return out
 
     @op_override("sample", version=1)

@@ -38,7 +38,7 @@ from anychip_cpu.graph import GraphCapture
 from anychip_cpu.linear import CpuLinear
 from anychip_cpu.memory import HUGE_PAGE, peak_resident, zeroed
 from anychip_cpu.moe import GroupedMoE
-from anychip_cpu.ops import CpuOps
+from anychip_cpu.ops import CpuOps, count_tokens
 from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import available_cores, meminfo
@@ -133,7 +133,7 @@ class CpuPlatform(Platform):
         return CpuLinear(spec, self, self.kernels, self.isa)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
-        return {} if self.kernels is None else CpuOps(self.kernels).overrides()
+        return {"count_tokens": count_tokens} if self.kernels is None else CpuOps(self.kernels).overrides()
 
     def graph_capture(self) -> GraphCapture:
         return GraphCapture()

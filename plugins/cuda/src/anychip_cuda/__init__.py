@@ -37,7 +37,6 @@ MANIFEST = PlatformManifest(
     negotiate=gpu_limits,
     requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"), TRITON),
     worker_env=worker_env,
-    visible_devices_env="CUDA_VISIBLE_DEVICES",
     auto_select=False,  # until conformance has passed on a device, it is taken only by name
     priority=10,
 )

@@ -23,7 +23,6 @@ MANIFEST = PlatformManifest(
         Requirement(kind="package", name="torch", range=">=2.9", remedy="install torch's ROCm build, 2.9 or later"),
         TRITON,
     ),
-    visible_devices_env="HIP_VISIBLE_DEVICES",
     auto_select=False,  # until conformance has passed on a device, it is taken only by name
     priority=10,
 )

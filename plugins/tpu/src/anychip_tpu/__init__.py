@@ -24,7 +24,6 @@ MANIFEST = PlatformManifest(
             remedy="use an environment of its own: torch_xla 2.9.0 needs torch 2.9.0",
         ),
     ),
-    visible_devices_env="TPU_VISIBLE_CHIPS",
     auto_select=False,  # until its kernels exist, only who names it meets its refusal
 )
 

@@ -70,7 +70,6 @@ class GpuPlatform(TritonPlatform):
             graph_level=self._graphs.level,
             collectives="runtime",
             streams=True,
-            triton=True,
         )
 
     def device(self, index: int) -> str:
@@ -82,9 +81,6 @@ class GpuPlatform(TritonPlatform):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
-
-    def stream(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(torch.cuda.Stream())
 
     def event(self) -> DeviceEvent:
         return DeviceEvent()

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
-    Apart,
-    CallBetween,
     Communicator,
+    EagerCall,
     GraphCapture,
     GraphLevel,
     PlannedCall,
     Recorder,
+    RunOutsideGraph,
     ShapeKey,
     ShapePolicy,
     StepLimits,
@@ -86,7 +86,7 @@ class DeviceGraph:
 
 @dataclass(slots=True)
 class DevicePieces:
-    pieces: list[torch.cuda.CUDAGraph | CallBetween]
+    pieces: list[torch.cuda.CUDAGraph | EagerCall]
     output: Any
 
 
@@ -113,13 +113,12 @@ class DeviceGraphs(GraphCapture):
         fn: Callable[[], Any],
         key: ShapeKey,
         *,
-        pool: Any = None,
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> DeviceGraph:
         self._rehearse(fn, communicators)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool or self._pool, stream=self._side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             output = fn()
         return DeviceGraph(graph, recorder or Recorder(), output)
 
@@ -145,39 +144,39 @@ class DeviceGraphs(GraphCapture):
 
     def capture_pieces(
         self,
-        fn: Callable[[Apart], Any],
+        fn: Callable[[RunOutsideGraph], Any],
         plans: Sequence[Any],
         num_tokens: int,
         *,
         communicators: Sequence[Communicator] = (),
     ) -> DevicePieces:
         self._rehearse(lambda: fn(lambda call: call(plans, None)), communicators)
-        pieces, outs = list[torch.cuda.CUDAGraph | CallBetween](), dict[torch.Size, Tensor]()
+        pieces, outs = list[torch.cuda.CUDAGraph | EagerCall](), dict[torch.Size, Tensor]()
 
         def begin() -> None:
             pieces.append(torch.cuda.CUDAGraph())
             pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-        def apart(call: PlannedCall) -> Tensor:
+        def run_outside_graph(call: PlannedCall) -> Tensor:
             pieces[-1].capture_end()
             out = call(plans, None)
             # A piece has read a call's result before the next call is made: layers share a tensor.
             out = outs.setdefault(out.shape, out)
-            pieces.append(CallBetween(call, out))
+            pieces.append(EagerCall(call, out))
             begin()
             return out
 
         torch.cuda.synchronize()
         with torch.cuda.stream(self._side):
             begin()
-            output = fn(apart)
+            output = fn(run_outside_graph)
             pieces[-1].capture_end()
         torch.cuda.current_stream().wait_stream(self._side)
         return DevicePieces(pieces, output)
 
     def run_pieces(self, handle: DevicePieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
-            if isinstance(piece, CallBetween):
+            if isinstance(piece, EagerCall):
                 piece(plans)
             else:
                 piece.replay()

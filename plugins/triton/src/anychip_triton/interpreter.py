@@ -72,7 +72,6 @@ class InterpreterPlatform(TritonPlatform):
         dtypes=frozenset({"float32", "float16", "bfloat16"}),
         head_dims=frozenset(range(8, MAX_HEAD_DIM + 1)),
         epilogues=EPILOGUES,
-        triton=True,
     )
     profiled_tokens = 8
 

@@ -14,6 +14,9 @@ from anychip_triton.kernels import embedding, norm, sampling, truncation
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two, rows_of
 
+_FEW = 256
+"""Biases, or rows, that one program takes."""
+
 
 class TritonOps:
     def __init__(self, launch: Launcher) -> None:
@@ -23,7 +26,7 @@ class TritonOps:
         """By op name."""
         served = (
             self.embedding, self.rms_norm, self.residual_norm_quant, self.gated_activation, self.gate_up_act_quant,
-            self.apply_token_masks, self.edit_logits, self.sample,
+            self.apply_token_masks, self.edit_logits, self.count_tokens, self.sample,
         )  # fmt: skip
         return {method.__name__: method for method in served}
 
@@ -110,19 +113,45 @@ class TritonOps:
         )  # fmt: skip
         return out
 
-    @op_override("edit_logits", version=1)
-    def edit_logits(self, *, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    @op_override("edit_logits", version=2)
+    def edit_logits(
+        self,
+        *,
+        logits: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        repetition_penalty: Tensor,
+        presence_penalty: Tensor,
+        frequency_penalty: Tensor,
+        bias_ids: Tensor,
+        biases: Tensor,
+        num_biases: Tensor,
+    ) -> Tensor:
         logits = rows_of(logits)
         rows, vocab = logits.shape
-        out = logits.clone(memory_format=torch.contiguous_format)
-        width = ids.shape[-1]
+        width = bias_ids.shape[-1]
+        out = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
         blocks, options = split_tile(self._launch.tiles.tile("edit_logits", width=vocab))
         self._launch(
-            sampling.edit_logits, (rows, -(-width // blocks["BLOCK"])), options,
-            out=out, logits=logits, ids=ids.contiguous(), scales=scales.contiguous(), shifts=shifts.contiguous(),
-            vocab=vocab, stride=logits.stride(0), width=width, **blocks,
+            sampling.edit_logits, (rows, -(-vocab // blocks["BLOCK"])), options,
+            out=out, logits=logits, slots=slots, counts=counts, repetition=repetition_penalty,
+            presence=presence_penalty, frequency=frequency_penalty, vocab=vocab, stride=logits.stride(0), **blocks,
+        )  # fmt: skip
+        self._launch(
+            sampling.add_biases, (rows, -(-width // _FEW)), options,
+            out=out, slots=slots, bias_ids=bias_ids, biases=biases, num_biases=num_biases, vocab=vocab, width=width,
+            BLOCK=_FEW,
         )  # fmt: skip
         return out
+
+    @op_override("count_tokens", version=1)
+    def count_tokens(self, *, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
+        options = split_tile(self._launch.tiles.tile("edit_logits", width=counts.shape[-1]))[1]
+        self._launch(
+            sampling.count_tokens, (-(-len(ids) // _FEW),), options,
+            counts=counts, slots=slots, ids=ids, rows=len(ids), vocab=counts.shape[-1], BLOCK=_FEW,
+        )  # fmt: skip
+        return counts
 
     @op_override("sample", version=1)
     def sample(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
+    MAX_BIASES,
     ActFormat,
     Activation,
     AttentionLayer,
@@ -162,8 +163,13 @@ def drawing(launch: Launcher, place: str = "meta") -> None:
     zeros = partial(_zeros, place=place)
     logits = zeros((rows, vocab), "float32")
     ops.apply_token_masks(logits=logits, masks=zeros((rows, -(-vocab // 32)), "int32"))
-    changes = {name: zeros((rows, 100), "float32") for name in ("scales", "shifts")}
-    ops.edit_logits(logits=logits, ids=zeros((rows, 100), "int32"), **changes)
+    slots, counts = zeros((rows,), "int32"), zeros((rows + 1, vocab), "int32")
+    penalties = {f"{name}_penalty": zeros((rows,), "float32") for name in ("repetition", "presence", "frequency")}
+    ops.edit_logits(
+        logits=logits, slots=slots, counts=counts, bias_ids=zeros((rows + 1, MAX_BIASES), "int32"),
+        biases=zeros((rows + 1, MAX_BIASES), "float32"), num_biases=slots, **penalties,
+    )  # fmt: skip
+    ops.count_tokens(counts=counts, slots=slots, ids=slots)
     floats = {name: zeros((rows,), "float32") for name in ("temperature", "top_p", "min_p")}
     integers = {
         name: zeros((rows,), "int32") for name in ("top_k", "seed_low", "seed_high", "sample_index", "position")

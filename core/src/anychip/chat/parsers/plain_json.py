@@ -4,86 +4,65 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+from collections.abc import Sequence
 
-from anychip.chat.events import Content, Event, ToolArguments, ToolStart, new_call_id
-from anychip.chat.parsers.scan import JsonCall, TextBuffer
+from anychip.chat.events import Event, ToolArguments, ToolStart, new_call_id
+from anychip.chat.parsers.json_call import Brackets, JsonCall
+from anychip.chat.parsers.scan import SPACE, Head, Parts
+from anychip.chat.parsers.whole_output import GrowingCall, WholeOutputTools
+
+_SEPARATORS = re.compile(r"[\s;,]{0,256}")
 
 
-class LlamaJsonTools:
-    """{"name": ..., "parameters": {...}}, several with ";" between them, perhaps after <|python_tag|>. Output that
-    does not begin like that is the answer; so is an object that has no name."""
+class LlamaJsonTools(WholeOutputTools):
+    """{"name": ..., "parameters": {...}}, several with ";" between them, perhaps after <|python_tag|>."""
 
-    _TAG = "<|python_tag|>"
-    _BETWEEN = " \n\t;,"
-    _OPENS_LIST = False
-
-    def __init__(self) -> None:
-        self._buffer = TextBuffer()
-        self._state = "before"
-        self._call: JsonCall | None = None
-        self._count = 0
-
-    def feed(self, text: str) -> list[Event]:
-        if self._state == "answer":
-            return [Content(text)] if text else []
-        self._buffer.add(text)
-        if self._state == "before" and not self._enter():
-            return []
-        return self._read()
-
-    def finish(self) -> list[Event]:
-        held = self._buffer.take_all()
-        if self._call is not None and not self._call.started:
-            return [Content(self._call.raw + held)]
-        if self._state == "calls":  # what surrounds the calls is the format's
-            return []
-        return [Content(held)] if held else []
-
-    def _enter(self) -> bool:
-        """Whether it is settled what the output is."""
-        text = self._buffer.text.lstrip()
-        if text.startswith(self._TAG):
-            text = text[len(self._TAG) :].lstrip()
-        elif self._TAG.startswith(text):
-            return False
-        if self._OPENS_LIST and text.startswith("["):
-            text = text[1:].lstrip()
-        if not text:
-            return False
-        if text[0] == "{":
-            self._state, self._buffer.text = "calls", text
-        else:
-            self._state = "answer"
-        return True
-
-    def _read(self) -> list[Event]:
-        if self._state == "answer":
-            return [Content(self._buffer.take_all())]
-        events: list[Event] = []
-        while text := self._buffer.take_all():
-            if self._call is None:
-                text = text.lstrip(self._BETWEEN)
-                if not text.startswith("{"):
-                    self._buffer.text = text
-                    return events
-                self._call = JsonCall(self._count)
-            more, rest = self._call.feed(text)
-            self._buffer.text = rest
-            events += more
-            if self._call.done:
-                if not self._call.started:
-                    text, self._call, self._state = self._call.raw + self._buffer.take_all(), None, "answer"
-                    return [*events, Content(text)]
-                self._call, self._count = None, self._count + 1
-        return events
+    _BEGINNINGS: Sequence[Parts] = ((SPACE, "{"), (SPACE, "<|python_tag|>", SPACE, "{"))
+    _BETWEEN: Sequence[Parts] = ((_SEPARATORS, "{"),)
+    _ENDS: Sequence[Parts] = ()
+    _CALL = "{"
 
 
 class JsonListTools(LlamaJsonTools):
-    """[{"name": ..., "parameters": {...}}, ...] or a single such object: what a forced call is constrained to, and
-    what a model without a format of its own is asked for."""
+    """[{"name": ..., "parameters": {...}}, ...] or such objects without a list: what a model without a format of its
+    own is asked for."""
 
-    _BETWEEN = " \n\t;,]"
-    _OPENS_LIST = True
+    _BEGINNINGS = ((SPACE, "{"), (SPACE, "[", SPACE, "{"))
+    _ENDS = ((_SEPARATORS, "]"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._listed = False
+
+    def _call_begins(self, head: Head) -> int:
+        self._listed = self._listed or (not self._count and "[" in self._buffer.text[: head.end])
+        return super()._call_begins(head)
+
+    def _ends(self) -> Sequence[Parts]:
+        return self._ENDS if self._listed else ()
+
+
+class ForcedCalls(JsonListTools):
+    """A list of calls that the grammar forces, of the functions with these names. A call that is cut before its name
+    is whole is given out, without arguments, where only one function can be meant."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def finish(self) -> list[Event]:
+        call = self._call
+        begun = self._state == "head" and not self._count and bool(self._buffer.text.strip())
+        if isinstance(call, JsonCall):
+            begun = not call.started
+        known = call.known_name() if isinstance(call, JsonCall) else ""
+        meant = [name for name in self._names if name.startswith(known)]
+        if known in meant and isinstance(call, JsonCall) and call.name:
+            meant = [known]
+        if begun and len(meant) == 1:
+            return [ToolStart(self._count, new_call_id(), meant[0])]
+        return super().finish()
 
 
 class ArgumentsOnly:
@@ -105,85 +84,66 @@ class ArgumentsOnly:
         return []
 
 
-class PythonicTools:
-    """[name(argument=value, ...), ...] as Llama 3.2 and 4 write it; each call is given out when it is whole."""
+_PYTHON_NAME = re.compile(r"[^\W\d][\w.]{0,255}")
+_COMMA = re.compile(r"\s{0,256},?\s{0,256}")
 
-    def __init__(self) -> None:
-        self._text = ""
-        self._state = "before"
-        self._count = 0
 
-    def feed(self, text: str) -> list[Event]:
-        if self._state == "answer":
-            return [Content(text)] if text else []
-        self._text += text
-        if self._state == "before":
-            begun = self._text.lstrip()
-            if not begun:
-                return []
-            if begun[0] != "[" or (len(begun) > 1 and not (begun[1].isidentifier() or begun[1].isspace())):
-                self._state = "answer"
-                return self._flush()
-            if len(begun) == 1:
-                return []
-            self._state, self._text = "calls", begun[1:]
-        return self._read()
+class PythonicTools(WholeOutputTools):
+    """[name(argument=value, ...), ...], the values literals; each call is given out when it is whole."""
+
+    _BEGINNINGS: Sequence[Parts] = ((SPACE, "[", SPACE, _PYTHON_NAME, SPACE, "("),)
+    _BETWEEN: Sequence[Parts] = ((SPACE, ",", SPACE, _PYTHON_NAME, SPACE, "("),)
+    _ENDS: Sequence[Parts] = ((_COMMA, "]"),)
+    _CALL = "("
+
+    def _call_begins(self, head: Head) -> int:
+        return self._buffer.text.rindex(head.names[-1], 0, head.end)
+
+    def _new_call(self) -> GrowingCall:
+        return PythonCall(self._count)
+
+
+class PythonCall:
+    """One call, from its name to its closing parenthesis."""
+
+    def __init__(self, index: int) -> None:
+        self.over = self.started = False
+        self._index = index
+        self._brackets = Brackets(opening="([{", closing=")]}", quotes="\"'")
+        self._raw: list[str] = []
+
+    @property
+    def failed(self) -> bool:
+        return self.over and not self.started
+
+    @property
+    def raw(self) -> str:
+        return "".join(self._raw)
+
+    def feed(self, text: str) -> tuple[list[Event], str]:
+        end = self._brackets.take(text, 0)
+        self._raw.append(text[:end])
+        self.over = self._brackets.done
+        found = _python_call(self.raw) if self.over else None
+        if found is None:
+            return [], text[end:]
+        self.started = True
+        name, arguments = found
+        return [ToolStart(self._index, new_call_id(), name), ToolArguments(self._index, arguments)], text[end:]
 
     def finish(self) -> list[Event]:
-        if self._state == "before" or not self._count:
-            self._text = "[" * (self._state == "calls") + self._text
-            return self._flush()
         return []
-
-    def _flush(self) -> list[Event]:
-        text, self._text = self._text, ""
-        return [Content(text)] if text else []
-
-    def _read(self) -> list[Event]:
-        events: list[Event] = []
-        while (end := _call_end(self._text)) is not None:
-            source = self._text[:end].lstrip(" \n\t,")
-            found = _python_call(source)
-            if found is None:
-                break
-            self._text = self._text[end:]
-            name, arguments = found
-            events += [ToolStart(self._count, new_call_id(), name), ToolArguments(self._count, arguments)]
-            self._count += 1
-        return events
-
-
-def _call_end(text: str) -> int | None:
-    """Where the first call's closing parenthesis has passed."""
-    depth, quote, escaped = 0, "", False
-    for at, character in enumerate(text):
-        if quote:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == quote:
-                quote = ""
-        elif character in "\"'":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth == 0 and character == ")":
-                return at + 1
-            if depth < 0:
-                return None
-    return None
 
 
 def _python_call(source: str) -> tuple[str, str] | None:
     """A call's name and its arguments as JSON; None where it is no call of literals."""
     try:
         call = ast.parse(source, mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
             return None
-        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None}
-        return ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False)
+        arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return ast.unparse(call.func), text
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None

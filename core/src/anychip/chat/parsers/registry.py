@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
+from anychip.chat.events import OutputParser, ReasoningParser
 from anychip.errors import ConfigError
+from anychip.registry.blame import imported
 
 AUTO, NONE = "auto", "none"
 
@@ -30,7 +31,7 @@ REASONING_PARSERS = {
     "granite": f"{_HERE}.reasoning:GraniteReasoning",
     "harmony": f"{_HERE}.harmony:Harmony",
 }
-"""Classes made with (rest, *, inside), as TagReasoning; harmony reads reasoning and tools in one."""
+"""ReasoningParser classes; harmony reads reasoning and tools in one."""
 
 _TOOL_SIGNS = (
     ("<|channel|>", "harmony"),
@@ -59,11 +60,30 @@ class ChosenParsers:
     tools: str | None
     reasoning: str | None
     make_tools: Callable[[], Any] | None
-    make_reasoning: Callable[..., Any] | None
+    make_reasoning: ReasoningParser | None
 
     @property
     def shows_special_tokens(self) -> bool:
         return bool({self.tools, self.reasoning} & SHOWS_SPECIAL_TOKENS)
+
+    @property
+    def read_in_one(self) -> bool:
+        """Whether one parser reads both: the model may call before its reasoning ends."""
+        return self.reasoning is not None and self.reasoning == self.tools
+
+    def starts_inside(self, prompt: str) -> bool:
+        """Whether the prompt ends where the model is thinking already."""
+        return self.make_reasoning is not None and self.make_reasoning.starts_inside(prompt)
+
+    def end_marker(self, prompt: str) -> str:
+        """What ends the reasoning that the prompt has begun; "" if it has begun none."""
+        return self.make_reasoning.end_marker if self.make_reasoning and self.starts_inside(prompt) else ""
+
+    def reader(self, calls: OutputParser, prompt: str) -> OutputParser:
+        """Reads the output of this prompt; `calls` reads what is no reasoning."""
+        if self.make_reasoning is None:
+            return calls
+        return self.make_reasoning(calls, inside=self.starts_inside(prompt))
 
 
 def choose_parsers(
@@ -76,7 +96,7 @@ def choose_parsers(
         tools=None if tool_name in (None, NONE) else tool_name,
         reasoning=None if reasoning_name in (None, NONE) else reasoning_name,
         make_tools=_load("tool", tool_name, {**TOOL_PARSERS, **contributed.get("tool", {})}),
-        make_reasoning=_load("reasoning", reasoning_name, {**REASONING_PARSERS, **contributed.get("reasoning", {})}),
+        make_reasoning=_reasoning(reasoning_name, {**REASONING_PARSERS, **contributed.get("reasoning", {})}),
     )
 
 
@@ -84,11 +104,21 @@ def _sign(template: str | None, signs: tuple[tuple[str, str], ...]) -> str | Non
     return next((name for sign, name in signs if template is not None and sign in template), None)
 
 
+def _reasoning(name: str | None, known: Mapping[str, str]) -> ReasoningParser | None:
+    parser: Any = _load("reasoning", name, known)
+    missing = [
+        member for member in ("end_marker", "starts_inside") if parser is not None and not hasattr(parser, member)
+    ]
+    if missing:
+        raise ConfigError(f"reasoning parser {name!r} ({known[str(name)]}) has no {missing[0]}; see ReasoningParser")
+    made: ReasoningParser | None = parser
+    return made
+
+
 def _load(kind: str, name: str | None, known: Mapping[str, str]) -> Callable[..., Any] | None:
     if name is None or name == NONE:
         return None
     if name not in known:
         raise ConfigError(f"{kind} parser {name!r} is unknown; known are auto, none, {', '.join(sorted(known))}")
-    module, _, attribute = known[name].partition(":")
-    loaded: Callable[..., Any] = getattr(import_module(module), attribute)
+    loaded: Callable[..., Any] = imported(known[name])
     return loaded

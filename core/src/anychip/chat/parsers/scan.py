@@ -1,12 +1,17 @@
-"""Reading text in pieces: markers that may be cut anywhere, and JSON objects while they grow."""
+"""Reading text in pieces: markers that may be cut anywhere, heads of calls, and the text around calls."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import msgspec
+from anychip.chat.events import Content, Event
 
-from anychip.chat.events import Content, Event, ToolArguments, ToolStart, new_call_id
+SPACE = re.compile(r"\s{0,256}")
+NAME = re.compile(r"[\w.:/\-]{1,256}")
+"""A function's name. Longer ones, and longer white space, are no head of a call: so heads are short."""
 
 
 class TextBuffer:
@@ -30,6 +35,10 @@ class TextBuffer:
         before, self.text = self.text[: len(self.text) - kept], self.text[len(self.text) - kept :]
         return before, None
 
+    def take(self, length: int) -> str:
+        text, self.text = self.text[:length], self.text[length:]
+        return text
+
     def take_all(self) -> str:
         text, self.text = self.text, ""
         return text
@@ -43,132 +52,80 @@ def _overlap(text: str, marker: str) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Whether a text begins with a head: `more` says that more text may make it one. `end` is where the head ends,
+    `names` what its patterns of NAME found."""
+
+    verdict: Literal["yes", "no", "more"]
+    end: int = 0
+    names: tuple[str, ...] = ()
+
+
+Parts = Sequence[str | re.Pattern[str]]
+
+
+def match_head(text: str, *heads: Parts) -> Head:
+    """The first of the heads that the text begins with. The parts of a head are literals, and patterns that take all
+    they can; its last part is a literal."""
+    found = [_match(text, parts) for parts in heads]
+    for verdict in ("yes", "more"):
+        for head in found:
+            if head.verdict == verdict:
+                return head
+    return Head("no")
+
+
+def _match(text: str, parts: Parts) -> Head:
+    at = 0
+    names: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            if not text.startswith(part, at):
+                return Head("more" if part.startswith(text[at:]) else "no")
+            at += len(part)
+        else:
+            hit = part.match(text, at)
+            if hit is None:
+                return Head("more" if at == len(text) else "no")
+            at = hit.end()
+            if part is not SPACE:
+                names.append(hit[0])
+    return Head("yes", at, tuple(names))
+
+
 class ContentText:
-    """The answer's text around tool calls: white space next to a call belongs to the format and is left out."""
+    """The answer's text around tool calls. It is kept as it was, but for white space at its beginning or end that is
+    next to a call, and white space between two calls: that belongs to the format."""
 
     def __init__(self) -> None:
-        self._space = ""
-        self._after_call = False
+        self._any = False
+        self.after_call = False  # a call stands after the newest text
+        self._space = ""  # white space after the newest text
+        self._space_after_call = ""
 
     def add(self, text: str) -> list[Event]:
-        if self._after_call:
-            text = text.lstrip()
-        whole = self._space + text
-        body = whole.rstrip()
-        self._space = whole[len(body) :]
-        if not body:
+        if not text:
             return []
-        self._after_call = False
-        return [Content(body)]
+        if text.isspace():
+            if self.after_call:
+                self._space_after_call += text
+            else:
+                self._space += text
+            return []
+        body = text.rstrip()
+        end = text[len(body) :]
+        between = self._space + self._space_after_call if self._any or not self.after_call else ""
+        if self.after_call and not self._any:
+            body = body.lstrip()
+        self._any, self.after_call, self._space, self._space_after_call = True, False, end, ""
+        return [Content(between + body)]
 
     def call(self) -> None:
         """A tool call stands here."""
-        self._space, self._after_call = "", True
+        self.after_call, self._space_after_call = True, ""
 
     def rest(self) -> list[Event]:
-        """The white space at the end, which no call followed."""
+        """The white space at the end, unless it is next to a call."""
         text, self._space = self._space, ""
-        return [Content(text)] if text else []
-
-
-class JsonCall:
-    """Reads {"name": ..., "arguments": {...}} while it grows; "parameters" is the same as "arguments". The arguments
-    are given out as they are written, once the name is known."""
-
-    _ARGUMENTS = ("arguments", "parameters")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.done = False
-        self.name: str | None = None
-        self.raw = ""
-        self._depth = 0
-        self._string = self._escaped = False
-        self._key: str | None = None  # at depth 1, once its colon has come
-        self._token = ""  # the string or scalar that is being read at depth 1
-        self._last_string = ""
-        self._in_arguments = False
-        self._held = ""
-        self._any_arguments = False
-        self.started = False
-        """Whether the call has been given out."""
-
-    def feed(self, text: str) -> tuple[list[Event], str]:
-        """Events, and the text that follows the object."""
-        out: list[str] = []
-        for at, character in enumerate(text):
-            self._step(character, out)
-            if self.done:
-                self.raw += text[: at + 1]
-                return self._give(out), text[at + 1 :]
-        self.raw += text
-        return self._give(out), ""
-
-    def _step(self, character: str, out: list[str]) -> None:
-        if self._string:
-            self._in_string(character, out)
-        elif self._in_arguments and self._depth == 1 and character in ",}":
-            self._end_value(character)
-        else:
-            self._outside(character, out)
-
-    def _in_string(self, character: str, out: list[str]) -> None:
-        if self._in_arguments:
-            out.append(character)
-        elif self._depth == 1:
-            self._token += character
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._string = False
-            if self._depth == 1 and not self._in_arguments:
-                self._last_string = _decoded(self._token)
-                if self._key == "name":
-                    self.name = self._last_string
-
-    def _outside(self, character: str, out: list[str]) -> None:
-        if self._in_arguments and not (self._depth == 1 and character.isspace()):
-            out.append(character)
-        if character == '"':
-            self._string, self._token = True, '"'
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            self.done = self._depth <= 0
-        elif self._depth == 1 and character == ":" and not self._in_arguments:
-            self._key = self._last_string
-            self._in_arguments = self._key in self._ARGUMENTS
-            self._any_arguments = self._any_arguments or self._in_arguments
-        elif self._depth == 1 and character == ",":
-            self._key = None
-
-    def _end_value(self, character: str) -> None:
-        self._in_arguments, self._key = False, None
-        if character == "}":
-            self._depth -= 1
-            self.done = True
-
-    def _give(self, out: list[str]) -> list[Event]:
-        events: list[Event] = []
-        self._held += "".join(out)
-        if self.name is None:
-            return events
-        if not self.started:
-            self.started = True
-            events.append(ToolStart(self.index, new_call_id(), self.name))
-        if self.done and not self._any_arguments:
-            self._held = "{}"
-        if self._held:
-            events.append(ToolArguments(self.index, self._held))
-            self._held = ""
-        return events
-
-
-def _decoded(quoted: str) -> str:
-    try:
-        return msgspec.json.decode(quoted.encode(), type=str)
-    except msgspec.DecodeError:
-        return quoted.strip('"')
+        return [Content(text)] if text and not self.after_call else []

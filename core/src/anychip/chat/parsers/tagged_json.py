@@ -1,199 +1,208 @@
-"""Tool calls as JSON objects between markers: Hermes and Qwen, Mistral, DeepSeek."""
+"""Tool calls as JSON between markers: Hermes and Qwen, Mistral, DeepSeek. A marker inside a JSON string is part of the
+string. Text that looks like a call and is none is the answer's, as it was written."""
 
 from __future__ import annotations
 
-from anychip.chat.events import Content, Event, ToolArguments, ToolStart, new_call_id
-from anychip.chat.parsers.scan import ContentText, JsonCall, TextBuffer
+import re
+from collections.abc import Sequence
+
+from anychip.chat.events import Event, ToolArguments, ToolStart, new_call_id
+from anychip.chat.parsers.json_call import Brackets, JsonCall
+from anychip.chat.parsers.scan import NAME, SPACE, ContentText, Head, Parts, TextBuffer, match_head
 
 
-class HermesTools:
+class TaggedTools:
+    """Reads text with calls in it. The states are the names of the methods that read on, `_read_text` first; each
+    returns its events, and leaves in the buffer what is not settled yet."""
+
+    def __init__(self) -> None:
+        self._buffer = TextBuffer()
+        self._content = ContentText()
+        self._state = "text"
+        self._count = 0
+        self._call: JsonCall | None = None  # an object with a name, from its beginning
+        self._lead = ""  # what stands before it
+        self._arguments: Brackets | None = None  # of a call whose head gave the name
+        self._unclosed = False  # text follows a call whose end marker has not come
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer.add(text)
+        events: list[Event] = []
+        while self._buffer.text:
+            before = self._state, len(self._buffer.text)
+            events += getattr(self, f"_read_{self._state}")()
+            if (self._state, len(self._buffer.text)) == before:
+                break
+        return events
+
+    def finish(self) -> list[Event]:
+        held, events = self._buffer.take_all(), list[Event]()
+        if self._call is not None and self._call.started:
+            events = self._call.finish()
+        elif self._call is not None:
+            events = self._content.add(self._lead + self._call.raw + held)
+        elif self._state in ("text", "head"):
+            events = self._content.add(held)
+        # Else what is held is the beginning of the marker that ends a call.
+        return events + self._content.rest()
+
+    def _read_object(self, after: str) -> list[Event]:
+        """A call as an object; `after` is the state that follows it."""
+        assert self._call is not None
+        events, self._buffer.text = self._call.feed(self._buffer.take_all())
+        if self._call.started:
+            self._content.call()
+        if self._call.failed:
+            # A call may stand within what was none.
+            events += self._content.add(self._lead)
+            self._buffer.text = self._call.raw + self._buffer.text
+            self._call, self._state = None, "text"
+        elif self._call.over:
+            self._call, self._state, self._count = None, after, self._count + 1
+        return events
+
+    def _start_arguments(self, head: Head) -> list[Event]:
+        """The head of a call, which ends with the bracket that its arguments begin with."""
+        self._buffer.take(head.end - 1)
+        self._content.call()
+        self._state, self._arguments, self._count = "arguments", Brackets(), self._count + 1
+        return [ToolStart(self._count - 1, new_call_id(), head.names[0])]
+
+    def _read_arguments(self) -> list[Event]:
+        assert self._arguments is not None
+        text = self._buffer.take(self._arguments.take(self._buffer.text, 0))
+        if self._arguments.done:
+            self._state = "tail"
+        return [ToolArguments(self._count - 1, text)]
+
+    def _read_tail(self) -> list[Event]:
+        """What ends a call, if it is there."""
+        tail = match_head(self._buffer.text, *self._tails())
+        if tail.verdict != "more":
+            self._buffer.take(tail.end)
+            self._state, self._unclosed = "text", tail.verdict == "no"
+        return []
+
+    def _tails(self) -> Sequence[Parts]:
+        raise NotImplementedError
+
+
+class HermesTools(TaggedTools):
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them, with text around."""
 
     _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
-    def __init__(self) -> None:
-        self._buffer = TextBuffer()
-        self._content = ContentText()
-        self._call: JsonCall | None = None
-        self._count = 0
+    def _read_text(self) -> list[Event]:
+        before, marker = self._buffer.take_until((self._OPEN, self._CLOSE) if self._unclosed else (self._OPEN,))
+        if marker is not None:
+            self._unclosed = False
+        if marker == self._OPEN:
+            self._call, self._lead, self._state = JsonCall(self._count, bare=True), marker, "call"
+        return self._content.add(before)
 
-    def feed(self, text: str) -> list[Event]:
-        self._buffer.add(text)
-        events: list[Event] = []
-        while True:
-            if self._call is None:
-                before, marker = self._buffer.take_until((self._OPEN,))
-                events += self._content.add(before)
-                if marker is None:
-                    return events
-                self._content.call()
-                self._call = JsonCall(self._count)
-                self._count += 1
-            else:
-                inside, marker = self._buffer.take_until((self._CLOSE,))
-                if not self._call.done:
-                    events += self._call.feed(inside)[0]
-                if marker is None:
-                    return events
-                events += self._unread(self._call)
-                self._call = None
+    def _read_call(self) -> list[Event]:
+        return self._read_object("tail")
 
-    def finish(self) -> list[Event]:
-        events: list[Event] = []
-        held = self._buffer.take_all()
-        if self._call is not None:
-            if not self._call.done:
-                events += self._call.feed(held)[0]
-            events += self._unread(self._call)
-        else:
-            events += self._content.add(held)
-        return events + self._content.rest()
-
-    def _unread(self, call: JsonCall) -> list[Event]:
-        """What stood between the markers and was no call is shown as it was."""
-        if call.started:
-            return []
-        self._count -= 1
-        return [Content(self._OPEN + call.raw + (self._CLOSE if call.done else ""))] if call.raw else []
+    def _tails(self) -> Sequence[Parts]:
+        return ((SPACE, self._CLOSE),)
 
 
-class MistralTools:
+class MistralTools(TaggedTools):
     """[TOOL_CALLS][{...}, {...}], and the newer [TOOL_CALLS]name[ARGS]{...} for each call."""
 
-    _OPEN, _ARGS = "[TOOL_CALLS]", "[ARGS]"
+    _OPEN = "[TOOL_CALLS]"
+    _LISTS: Sequence[Parts] = ((_OPEN, SPACE, "{"), (_OPEN, SPACE, "[", SPACE, "{"))
+    _NAMED: Sequence[Parts] = (
+        (_OPEN, SPACE, NAME, SPACE, "[ARGS]", SPACE, "{"),
+        (_OPEN, SPACE, NAME, SPACE, "[CALL_ID]", NAME, "[ARGS]", SPACE, "{"),
+    )
+    _COMMA = re.compile(r"[\s,]{0,256}")
 
     def __init__(self) -> None:
-        self._buffer = TextBuffer()
-        self._content = ContentText()
-        self._inside = False
-        self._named = False
-        self._call: JsonCall | None = None
-        self._count = 0
+        super().__init__()
+        self._listed = False
 
-    def feed(self, text: str) -> list[Event]:
-        self._buffer.add(text)
-        events: list[Event] = []
-        while True:
-            if not self._inside:
-                before, marker = self._buffer.take_until((self._OPEN,))
-                events += self._content.add(before)
-                if marker is None:
-                    return events
-                self._content.call()
-                self._inside = True
-            more, read_on = self._read_calls()
-            events += more
-            if not read_on:
-                return events
+    def _read_text(self) -> list[Event]:
+        before, marker = self._buffer.take_until((self._OPEN,))
+        if marker is not None:
+            self._buffer.text, self._state = marker + self._buffer.text, "head"
+        return self._content.add(before)
 
-    def finish(self) -> list[Event]:
-        events = self._content.add(self._buffer.take_all()) if not self._inside else []
-        return events + self._content.rest()
+    def _read_head(self) -> list[Event]:
+        head = match_head(self._buffer.text, *self._LISTS, *self._NAMED)
+        if head.verdict == "more":
+            return []
+        if head.verdict == "no":
+            self._state = "text"
+            return self._content.add(self._buffer.take(len(self._OPEN)))
+        if head.names:
+            self._listed = False
+            return self._start_arguments(head)
+        self._lead = self._buffer.take(head.end - 1)
+        self._listed = self._lead.rstrip() != self._OPEN
+        self._call, self._state = JsonCall(self._count, bare=True), "call"
+        return []
 
-    def _read_calls(self) -> tuple[list[Event], bool]:
-        """Events, and whether there may be more in the buffer."""
-        if self._named:
-            arguments, marker = self._buffer.take_until((self._OPEN,))
-            events: list[Event] = [ToolArguments(self._count - 1, arguments)] if arguments else []
-            self._named = marker is None
-            return events, marker is not None
-        if self._call is None:
-            text = self._buffer.text.lstrip(" \n,[")
-            if not text:
-                return [], False
-            if text[0] in "{]":
-                self._buffer.text = text
-                if text[0] == "]":
-                    self._inside = False
-                    self._buffer.text = text[1:]
-                    return [], bool(text[1:])
-                self._call = JsonCall(self._count)
-                self._count += 1
-            else:
-                return self._read_name()
-        events, rest = self._call.feed(self._buffer.take_all())
-        self._buffer.add(rest)
-        if self._call.done:
-            self._call = None
-        return events, bool(rest)
+    def _read_call(self) -> list[Event]:
+        return self._read_object("between")
 
-    def _read_name(self) -> tuple[list[Event], bool]:
-        name, args, _ = self._buffer.text.partition(self._ARGS)
-        if not args:
-            return [], False
-        self._buffer.text = self._buffer.text[len(name) + len(args) :]
-        self._named, self._count = True, self._count + 1
-        return [ToolStart(self._count - 1, new_call_id(), name.strip())], True
+    def _read_between(self) -> list[Event]:
+        """After one call of a list."""
+        following = match_head(self._buffer.text, (self._COMMA, "{"))
+        end = match_head(self._buffer.text, *self._tails())
+        if following.verdict == "yes" and self._listed:
+            self._lead = self._buffer.take(following.end - 1)
+            self._call, self._state = JsonCall(self._count, bare=True), "call"
+        elif end.verdict != "more" and not (self._listed and following.verdict == "more"):
+            self._state = "tail"
+        return []
+
+    def _tails(self) -> Sequence[Parts]:
+        return ((self._COMMA, "]"),) if self._listed else ()
 
 
-class DeepSeekTools:
+class DeepSeekTools(TaggedTools):
     """DeepSeek's calls: V3 writes `function`, a separator, the name and a fenced JSON block, V3.1 the name, a
     separator and the JSON."""
 
     _ALL = "<｜tool▁calls▁begin｜>"
     _OPEN, _SEP, _CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
     _END = "<｜tool▁calls▁end｜>"
+    _FENCED: Parts = (_OPEN, SPACE, "function", SPACE, _SEP, SPACE, NAME, SPACE, "```json", SPACE, "{")
+    _PLAIN: Parts = (_OPEN, SPACE, NAME, SPACE, _SEP, SPACE, "{")
+    _HEADS: Sequence[Parts] = (_FENCED, _PLAIN, (_ALL, SPACE, *_FENCED), (_ALL, SPACE, *_PLAIN))
 
     def __init__(self) -> None:
-        self._buffer = TextBuffer()
-        self._content = ContentText()
-        self._state = "content"
-        self._head = ""
-        self._fenced = False
-        self._count = 0
+        super().__init__()
+        self._open = False  # calls were read, and the marker that ends them all has not come
 
-    def feed(self, text: str) -> list[Event]:
-        self._buffer.add(text)
-        events: list[Event] = []
-        while True:
-            before = len(self._buffer.text), self._state
-            events += getattr(self, f"_read_{self._state}")()
-            if (len(self._buffer.text), self._state) == before or not self._buffer.text:
-                return events
-
-    def finish(self) -> list[Event]:
-        held, events = self._buffer.take_all(), list[Event]()
-        if self._state == "content":
-            events += self._content.add(held)
-        elif self._state == "arguments":
-            events += self._arguments(held.removesuffix("```").rstrip() if self._fenced else held)
-        return events + self._content.rest()
-
-    def _read_content(self) -> list[Event]:
-        before, marker = self._buffer.take_until((self._ALL, self._OPEN, self._END))
-        events = self._content.add(before)
+    def _read_text(self) -> list[Event]:
+        markers = [self._ALL, self._OPEN, *[self._END] * self._open, *[self._CLOSE] * self._unclosed]
+        before, marker = self._buffer.take_until(markers)
         if marker is not None:
-            self._content.call()
-        if marker == self._OPEN:
-            self._state, self._head = "head", ""
-        return events
+            self._unclosed = False
+        if marker == self._END:
+            self._open = False
+        elif marker in (self._ALL, self._OPEN):
+            self._buffer.text, self._state = marker + self._buffer.text, "head"
+        return self._content.add(before)
 
     def _read_head(self) -> list[Event]:
-        """`function` of V3, or the name of V3.1, up to the separator."""
-        text, marker = self._buffer.take_until((self._SEP,))
-        self._head += text
-        if marker is None:
+        head = match_head(self._buffer.text, *self._HEADS)
+        if head.verdict == "more":
             return []
-        if self._head.strip() == "function":
-            self._state, self._head = "name", ""
-            return []
-        return self._start(self._head.strip(), fenced=False)
+        if head.verdict == "yes":
+            self._open = True
+            return self._start_arguments(head)
+        self._state = "text"
+        marker = self._ALL if self._buffer.text.startswith(self._ALL) else self._OPEN
+        return self._content.add(self._buffer.take(len(marker)))
 
-    def _read_name(self) -> list[Event]:
-        text, marker = self._buffer.take_until(("```json\n", "```json"))
-        self._head += text
-        return [] if marker is None else self._start(self._head.strip(), fenced=True)
+    def finish(self) -> list[Event]:
+        held = self._buffer.text
+        if self._state in ("text", "head") and self._open and self._content.after_call and self._END.startswith(held):
+            self._buffer.take_all()  # the marker was cut
+        return super().finish()
 
-    def _read_arguments(self) -> list[Event]:
-        ends = ("\n```" + self._CLOSE, "```" + self._CLOSE, self._CLOSE) if self._fenced else (self._CLOSE,)
-        text, marker = self._buffer.take_until(ends)
-        if marker is not None:
-            self._state = "content"
-        return self._arguments(text)
-
-    def _start(self, name: str, *, fenced: bool) -> list[Event]:
-        self._state, self._fenced, self._count = "arguments", fenced, self._count + 1
-        return [ToolStart(self._count - 1, new_call_id(), name)]
-
-    def _arguments(self, text: str) -> list[Event]:
-        return [ToolArguments(self._count - 1, text)] if text else []
+    def _tails(self) -> Sequence[Parts]:
+        return ((SPACE, "```", SPACE, self._CLOSE), (SPACE, self._CLOSE))

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import Parameters, Several, Strict
 from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES
+from anychip.entrypoints.serving import sampling_params
 from anychip.entrypoints.turn import Tool, ToolChoice
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import SamplingParams
@@ -17,7 +18,7 @@ from anychip.sampling_params import SamplingParams
 Message = dict[str, Any]
 
 
-class Block(BaseModel):
+class Block(Parameters):
     """A piece of content; told apart by `type`."""
 
     model_config = ConfigDict(extra="allow")
@@ -29,15 +30,15 @@ class Block(BaseModel):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    content: str | Several[Block] | None = None
 
 
 class MessageBody(Strict):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Several[Block]
 
 
-class ToolBody(BaseModel):
+class ToolBody(Parameters):
     """A function of the client's. Tools that the server would run have a type, and are refused."""
 
     model_config = ConfigDict(extra="allow")
@@ -71,11 +72,12 @@ class ConversationBody(Strict):
     """What counting tokens and creating a message share."""
 
     model: str
-    messages: list[MessageBody] = Field(min_length=1, max_length=MAX_MESSAGES)
-    system: str | list[Block] | None = None
-    tools: list[ToolBody] | None = None
+    messages: list[MessageBody] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    system: str | Several[Block] | None = None
+    tools: Several[ToolBody] | None = None
     tool_choice: ToolChoiceBody | None = None
     thinking: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
     def choice(self) -> ToolChoice:
         return (
@@ -106,19 +108,13 @@ class MessagesBody(ConversationBody):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Several[str] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 
     def sampling(self, defaults: Mapping[str, float]) -> SamplingParams:
         """Raises InvalidRequest."""
-        names = ("temperature", "top_p", "top_k")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(
-            **{**defaults, **given},
-            max_tokens=self.max_tokens,
-            stop=tuple(self.stop_sequences or ()),
-        )
+        return sampling_params(self, defaults, max_tokens=self.max_tokens, stop=tuple(self.stop_sequences or ()))
 
 
 def _messages(body: MessageBody) -> list[Message]:
@@ -143,6 +139,8 @@ def _messages(body: MessageBody) -> list[Message]:
         elif block.type != "redacted_thinking":
             raise _unreadable(block)
     if message["content"] or "tool_calls" in message or not results:
+        if not message["content"] and "tool_calls" in message:
+            message["content"] = None  # as templates know a message of calls alone
         results.append(message)
     return results
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -129,9 +129,8 @@ def anthropic_routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/messages", openapi_extra=schema_of(MessagesBody))
     async def messages(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, MessagesBody, lenient=lenient)
-            return await respond(await accept_message(serving, body, Caller.of(request)), request, stream=body.stream)
+        body = await read_body(request, MessagesBody, lenient=lenient)
+        return await respond(await accept_message(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/v1/messages/count_tokens", openapi_extra=schema_of(CountTokensBody))
     async def count_tokens(request: Request) -> Response:
@@ -140,7 +139,8 @@ def anthropic_routes(serving: Serving) -> APIRouter:
         turn = _turn(body, SamplingParams())
         text = await render(serving.llm, turn)
         assert serving.llm.tokenizer is not None
-        ids = await asyncio.to_thread(serving.llm.tokenizer.encode, text, add_special_tokens=False)
+        encoded = partial(serving.llm.tokenizer.encode, text, add_special_tokens=False)
+        ids = await serving.llm.threads.run(len(text), encoded)
         return JSONResponse({"input_tokens": len(ids)})
 
     return router

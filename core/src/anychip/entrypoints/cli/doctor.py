@@ -12,7 +12,7 @@ from rich.markup import escape
 
 import anychip
 from anychip.config import EngineConfig, Environment
-from anychip.errors import UserError
+from anychip.errors import PluginError, UserError
 from anychip.launch.inspect import OpReport, inspect_ops
 from anychip.plugin_api.version import API_VERSION
 from anychip.registry.devices import Candidate, ChosenDevice, candidates, choose_device
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _choose(device: str, plugins: Plugins) -> tuple[ChosenDevice | None, str | None]:
     try:
         return choose_device(EngineConfig(device=device), plugins), None
-    except UserError as error:
+    except (UserError, PluginError) as error:
         return None, str(error)
 
 

@@ -12,6 +12,7 @@ import anychip
 from anychip.config import Environment
 from anychip.errors import AnychipError, ConfigError, UserError
 from anychip.observability.logs import configure_logging
+from anychip.registry.blame import blamed, imported
 from anychip.registry.plugins import load_plugins
 
 COMMANDS = {
@@ -54,11 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"anychip: {error}", file=sys.stderr)
         return 2
     except AnychipError as error:
-        print(f"anychip: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _reported(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        named = blamed(error)
+        if named is None:
+            raise
+        return _reported(named)
     return status
+
+
+def _reported(error: AnychipError) -> int:
+    print(f"anychip: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
 
 
 def add_contributed(commands: Any, asked: str) -> None:
@@ -69,9 +79,9 @@ def add_contributed(commands: Any, asked: str) -> None:
     for name, manifest in contributed.items():
         command = commands.add_parser(name, help=manifest.summary, description=manifest.summary)
         if name == asked:
-            module = import_module(manifest.module)
-            module.add_options(command)
-            command.set_defaults(run=module.run)
+            add_options, run = (imported(f"{manifest.module}:{part}") for part in ("add_options", "run"))
+            add_options(command)
+            command.set_defaults(run=run)
 
 
 if __name__ == "__main__":

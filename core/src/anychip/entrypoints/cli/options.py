@@ -61,6 +61,8 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     schedule.add_argument("--policy", default=unset, help="fcfs, priority, fair, predictive, or a plugin's")
     schedule.add_argument("--no-overlap", dest="overlap", action="store_false", default=unset)
     schedule.add_argument("--seed", type=int, default=unset)
+    schedule.add_argument("--step-timeout-s", type=float, default=unset, help="a step that takes longer is a hang")
+    schedule.add_argument("--start-timeout-s", type=float, default=unset, help="so is a start without progress")
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:

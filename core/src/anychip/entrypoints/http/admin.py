@@ -67,5 +67,5 @@ def make_admin_app(llm: AsyncLLM, config: ServerConfig, stop: Callable[[], None]
     async def metrics() -> Response:
         return Response(llm.metrics.render(), media_type=CONTENT_TYPE)
 
-    install_error_handlers(app)
+    install_error_handlers(app, app.router)
     return app

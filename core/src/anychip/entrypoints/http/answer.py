@@ -8,8 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
+from anychip.entrypoints.http.long_json import JsonResponse, encoded
 from anychip.errors import AnychipError
 
 CLIENT_CLOSED = 499
@@ -40,7 +41,7 @@ async def respond(answer: Answer, request: Request, *, stream: bool) -> Response
     """Errors before the first event keep their status: a stream's headers are sent with its first event."""
     try:
         if not stream:
-            return JSONResponse(await _unless_gone(answer.whole(), request))
+            return JsonResponse(await _unless_gone(answer.whole(), request))
         events = answer.events()
         first = await _unless_gone(_next(events), request)
     except ClientGone:
@@ -53,6 +54,12 @@ def sse(content: Any, event: str | None = None) -> bytes:
     """One server-sent event."""
     head = b"" if event is None else b"event: " + event.encode() + b"\n"
     return head + b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def long_sse(content: Any) -> list[bytes]:
+    """One server-sent event that may hold LongLists, in pieces."""
+    first, *rest = encoded(content)
+    return [b"data: " + first, *rest, b"\n\n"] if rest else [b"data: " + first + b"\n\n"]
 
 
 async def _after(first: bytes | None, events: AsyncIterator[bytes], answer: Answer) -> AsyncIterator[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -20,6 +20,7 @@ from anychip.entrypoints.http.gate import Gate
 from anychip.entrypoints.http.operations import operation_routes
 from anychip.entrypoints.openai.routes import BODIES as OPENAI_BODIES
 from anychip.entrypoints.openai.routes import openai_routes
+from anychip.entrypoints.openai.stateful.routes import response_routes
 from anychip.entrypoints.serving import Serving
 from anychip.launch.async_llm import AsyncLLM
 
@@ -28,21 +29,22 @@ def make_app(llm: AsyncLLM, config: ServerConfig | None = None) -> ASGIApp:
     """`llm` has been started. Raises ConfigError for keys or parsers that cannot be."""
     serving = Serving.of(llm, config)
     app = FastAPI(title="anychip", version=anychip.__version__, docs_url=None, redoc_url=None)
-    makers: Sequence[Callable[[Serving], APIRouter]] = (openai_routes, anthropic_routes, operation_routes)
-    for make in makers:
-        app.include_router(make(serving))
+    makers: list[Callable[[Serving], APIRouter]] = [openai_routes, response_routes, anthropic_routes, operation_routes]
     if serving.config.ui:
-        app.include_router(dashboard_routes(serving))
-    install_error_handlers(app)
+        makers.append(dashboard_routes)
+    routers = [make(serving) for make in makers]
+    for router in routers:
+        app.include_router(router)
+    install_error_handlers(app, *routers)
     _complete_document(app)
     gated: ASGIApp = Gate(app, keys=serving.keys, metrics=llm.metrics, max_body_bytes=serving.config.max_body_bytes)
     if serving.config.cors_origins:  # closed unless the operator opens it
         gated = CORSMiddleware(
             gated,
             allow_origins=serving.config.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
-            expose_headers=["x-request-id"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],  # clients' libraries send headers of their own; what is read is checked all the same
+            expose_headers=["x-request-id", "retry-after"],
         )
     return gated
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from anychip.errors import AnychipError, EngineDead, QueueFull, RequestAborted, StepFailed, UserError
 
@@ -47,8 +49,8 @@ def response_of(path: str, error: AnychipError) -> JSONResponse:
     return response
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Every error that leaves a route."""
+def install_error_handlers(app: FastAPI, *routers: APIRouter) -> None:
+    """Every error that leaves a route; `routers` hold the application's routes."""
 
     @app.exception_handler(AnychipError)
     async def on_purpose(request: Request, error: AnychipError) -> Response:
@@ -56,7 +58,18 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        response = error_response(request.url.path, error.status_code, message)
-        response.headers.update(error.headers or {})
+        path, headers = request.url.path, dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(routers, path))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        response = error_response(path, error.status_code, f"{request.method} {path}: {error.detail}")
+        response.headers.update(headers)
         return response
+
+
+def _methods(routers: Sequence[APIRouter], path: str) -> list[str]:
+    """What a path answers to. The framework names the methods of the first route alone that fits it."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
+    found = {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
+    return sorted(found | {"OPTIONS"} | ({"HEAD"} if "GET" in found else set()))

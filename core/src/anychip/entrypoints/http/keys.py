@@ -36,8 +36,9 @@ class Keys:
 
     @classmethod
     def of(cls, api_key: str | None, file: str | None, concurrency: int | None) -> Keys:
-        """A key by itself, a file of `name:sha256` lines, or both. Raises ConfigError for a file that has others."""
-        hashes = {} if not api_key else {"default": hashed(api_key)}
+        """A key by itself, a file of `name:sha256` lines, or both; ServerConfig has refused an empty key. Raises
+        ConfigError for a file that has others."""
+        hashes = {} if api_key is None else {"default": hashed(api_key)}
         if file is not None:
             hashes |= _read(file)
             if not hashes:
@@ -74,9 +75,9 @@ def given_key(headers: Mapping[bytes, bytes]) -> str | None:
     """The key that a request brings, as OpenAI's clients send it or as Anthropic's do."""
     bearer = headers.get(b"authorization", b"")
     if bearer[:7].lower() == b"bearer ":
-        return bearer[7:].decode("latin-1").strip()
+        return bearer[7:].strip().decode("utf-8", "surrogateescape")
     given = headers.get(b"x-api-key")
-    return None if given is None else given.decode("latin-1")
+    return None if given is None else given.strip().decode("utf-8", "surrogateescape")
 
 
 def _read(file: str) -> dict[str, str]:
@@ -91,6 +92,8 @@ def _read(file: str) -> dict[str, str]:
         name, colon, digest = line.rpartition(":")
         if not colon or not name or len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):
             raise ConfigError(f"{file}:{number} is not NAME:SHA256; `anychip hash-key NAME` writes such a line")
+        if digest.lower() == hashed(""):
+            raise ConfigError(f"{file}:{number} is the hash of an empty key, which everybody has; make another key")
         if name in hashes:
             raise ConfigError(f"{file}:{number} names {name!r} again")
         hashes[name] = digest.lower()

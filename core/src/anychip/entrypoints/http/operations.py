@@ -18,19 +18,20 @@ def operation_routes(serving: Serving) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        """Whether an engine lives."""
+        """Whether there is an engine: not while one that died or hung is replaced."""
         if llm.dead is not None:
             raise EngineDead(str(llm.dead))
         return Response(status_code=200)
 
     @router.get("/ready")
     async def ready() -> Response:
-        """Whether requests get on: a sign of life from the engine within the last seconds."""
+        """Whether requests get on: an engine that gave a sign of life within the last seconds, as one in a long step
+        does."""
         if llm.dead is not None:
             raise EngineDead(str(llm.dead))
         if llm.silent_s > serving.config.ready_within_s:
             allowed = serving.config.ready_within_s
-            raise EngineDead(f"the engine has made no progress for {llm.silent_s:.1f} s, {allowed:.0f} may pass")
+            raise EngineDead(f"the engine has given no sign of life for {llm.silent_s:.1f} s, {allowed:.0f} may pass")
         return JSONResponse({"status": "ready"})
 
     @router.get("/version")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import math
 import os
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from starlette.types import ASGIApp
 from anychip.config import EngineConfig, ServerConfig
 from anychip.entrypoints.http.admin import make_admin_app
 from anychip.entrypoints.http.app import make_app
+from anychip.entrypoints.http.connection import Connection
 from anychip.errors import ConfigError, PortInUse
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import WorkerReady
@@ -40,6 +43,15 @@ def serve(config: EngineConfig, server: ServerConfig, *, announce: Announce) -> 
         if server.admin_port is not None:
             admin = stack.enter_context(contextlib.closing(bind(server.host, server.admin_port)))
         asyncio.run(_Server(config, server, listener, admin).run(announce))
+
+
+def steady_interpreter() -> None:
+    """For a process whose event loop must not stand still. What is loaded by now stays: the garbage collector need not
+    look at it each time, which takes tens of milliseconds. A thread that computes gives way after a millisecond, not
+    five."""
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(0.001)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -92,6 +104,8 @@ def _check_unused(path: Path) -> None:
             probe.connect(str(path))
         except ConnectionRefusedError:  # left behind by a server that was killed
             return
+        except PermissionError as error:
+            raise PortInUse(f"{path} is another user's socket; choose another with --uds") from error
     raise PortInUse(f"another server listens on {path}")
 
 
@@ -136,6 +150,7 @@ class _Server:
         try:
             worker = await self.llm.start()
             settings = self._settings(make_app(self.llm, self.config))
+            steady_interpreter()
             self.public = _DrainingServer(settings, drain_s=self.config.drain_s, on_limit=self.llm.abort_all)
             # uvicorn handles signals while it serves, and raises them again when it is done: closing must not be
             # cancelled by that.
@@ -171,6 +186,8 @@ class _Server:
     def _settings(self, app: ASGIApp) -> uvicorn.Config:
         return uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=math.ceil(self.config.drain_s) + _LAST_WORDS_S,

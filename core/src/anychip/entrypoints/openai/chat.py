@@ -11,7 +11,7 @@ from typing import Any
 from anychip.chat.events import Content, Event, Reasoning, ToolArguments, ToolStart
 from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput
-from anychip.entrypoints.http.answer import sse
+from anychip.entrypoints.http.answer import long_sse, sse
 from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, failed_stream, usage
 from anychip.entrypoints.serving import Caller, Serving
@@ -39,13 +39,14 @@ class ChatAnswer:
         final = merge(outputs)
         choices = []
         for output in final.outputs:
-            answer, reason = self.turn.answer(output.index), reasons[output.index]
-            choices.append(
-                self.reply.chat_choice(output.index, output, answer, reason, with_reasoning=self.body.include_reasoning)
-            )
+            choice = self.reply.chat_choice(
+                output.index, output, self.turn.answer(output.index), reasons[output.index],
+                logprobs=await self.reply.chat_logprobs(output), with_reasoning=self.body.include_reasoning,
+            )  # fmt: skip
+            choices.append(choice)
         whole = self.reply.whole(choices, usage([final], sum(len(output.token_ids) for output in final.outputs)))
         if self.body.prompt_logprobs is not None:
-            whole["prompt_logprobs"] = self.reply.prompt_logprobs(final)
+            whole["prompt_logprobs"] = await self.reply.prompt_logprobs(final)
         if self.body.return_token_ids:
             whole["prompt_token_ids"] = final.prompt_token_ids
         return whole
@@ -58,8 +59,10 @@ class ChatAnswer:
                 last = piece.request
                 generated += len(piece.output.token_ids)
                 usages = usage([last], generated) if self.body.continuous_usage else None
-                for choice in self._choices(piece):
-                    yield sse(self.reply.whole([choice], usages))
+                logprobs = await self.reply.chat_logprobs(piece.output)
+                for choice in self._choices(piece, logprobs):
+                    for part in long_sse(self.reply.whole([choice], usages)):
+                        yield part
         if self.body.include_usage and last is not None:
             yield sse(self.reply.whole([], usage([last], generated)))
         yield STREAM_END
@@ -67,7 +70,7 @@ class ChatAnswer:
     def failure(self, error: AnychipError) -> list[bytes]:
         return failed_stream(error)
 
-    def _choices(self, piece: Piece) -> Iterator[Json]:
+    def _choices(self, piece: Piece, logprobs: Json | None) -> Iterator[Json]:
         """The chunks of a piece: one an event; its tokens go with the first, its end with the last."""
         deltas = [delta for event in piece.events if (delta := self._delta(event)) is not None]
         if piece.index not in self.begun:
@@ -78,7 +81,10 @@ class ChatAnswer:
             deltas = [{"content": ""}]
         for number, delta in enumerate(deltas):
             ends = piece.finish_reason if number == len(deltas) - 1 else None
-            yield self.reply.chat_delta(piece.index, delta, piece.output if number == 0 else None, ends)
+            first = number == 0
+            yield self.reply.chat_delta(
+                piece.index, delta, piece.output if first else None, ends, logprobs if first else None
+            )
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:
@@ -96,7 +102,7 @@ class ChatAnswer:
 async def accept_chat(serving: Serving, body: ChatBody, caller: Caller) -> ChatAnswer:
     """Checks everything before anything runs. Raises UserError."""
     serving.check_model(body.model)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     messages, prefill = body.conversation()
     turn_request = TurnRequest(

@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import Parameters, Several, Strict
 from anychip.entrypoints.openai.protocol import SamplingBody
 from anychip.entrypoints.turn import Tool, ToolChoice
 from anychip.errors import InvalidRequest
@@ -16,7 +16,7 @@ from anychip.errors import InvalidRequest
 MAX_MESSAGES = 4096
 
 
-class ContentPart(BaseModel):
+class ContentPart(Parameters):
     """Text; anything else is refused by its name."""
 
     model_config = ConfigDict(extra="allow")
@@ -39,9 +39,9 @@ class MessageToolCall(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Several[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Several[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -54,7 +54,8 @@ class ChatMessage(Strict):
         """Raises InvalidRequest for content that is no text."""
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"a {self.role} message has no content", param="messages")
-        message: dict[str, Any] = {"role": self.role, "content": joined_text(self.content)}
+        content = None if self.content is None else joined_text(self.content)
+        message: dict[str, Any] = {"role": self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls:
@@ -110,9 +111,7 @@ class ToolBody(Strict):
 
     def tool(self) -> Tool:
         function = self.function
-        if function.parameters is None:
-            return Tool(name=function.name, description=function.description or "")
-        return Tool(name=function.name, description=function.description or "", parameters=function.parameters)
+        return Tool(name=function.name, description=function.description or "", parameters=function.parameters or {})
 
 
 class NamedFunction(Strict):
@@ -125,12 +124,12 @@ class NamedTool(Strict):
 
 
 class ChatBody(SamplingBody):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[ToolBody] | None = None
+    tools: Several[ToolBody] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
@@ -149,7 +148,7 @@ class ChatBody(SamplingBody):
             raise InvalidRequest(
                 "continue_final_message: the last message is not the assistant's", param="continue_final_message"
             )
-        return messages[:-1], messages[-1]["content"]
+        return messages[:-1], messages[-1]["content"] or ""
 
     def choice(self) -> ToolChoice:
         parallel = self.parallel_tool_calls is not False

@@ -12,11 +12,12 @@ import msgspec
 
 from anychip.engine.output_processor import merge
 from anychip.engine.outputs import RequestOutput, SequenceOutput
-from anychip.entrypoints.http.answer import sse
+from anychip.entrypoints.http.answer import long_sse, sse
 from anychip.entrypoints.openai.protocol import CompletionBody
-from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, failed_stream, usage
+from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, TextOffsets, failed_stream, usage
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, InvalidRequest
+from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
 
 Streams = Sequence[AsyncGenerator[RequestOutput]]
@@ -27,8 +28,8 @@ MAX_PROMPTS = 256
 class _Progress:
     """What a stream has sent of one choice."""
 
+    offsets: TextOffsets
     begun: bool = False
-    characters: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class CompletionAnswer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         choices = [
-            self._choice(number, final, output) for number, final in enumerate(finals) for output in final.outputs
+            await self._choice(number, final, output) for number, final in enumerate(finals) for output in final.outputs
         ]
         generated = 0 if self.empty else sum(len(o.token_ids) for final in finals for o in final.outputs)
         return self.reply.whole(choices, usage(finals, generated))
@@ -66,7 +67,9 @@ class CompletionAnswer:
                 for output in piece.outputs:
                     generated += 0 if self.empty else len(output.token_ids)
                     usages = usage(list(last.values()), generated) if self.body.continuous_usage else None
-                    yield sse(self.reply.whole([self._choice(number, piece, output)], usages))
+                    choice = await self._choice(number, piece, output)
+                    for part in long_sse(self.reply.whole([choice], usages)):
+                        yield part
         if self.body.include_usage:
             yield sse(self.reply.whole([], usage(list(last.values()), generated)))
         yield STREAM_END
@@ -74,28 +77,28 @@ class CompletionAnswer:
     def failure(self, error: AnychipError) -> list[bytes]:
         return failed_stream(error)
 
-    def _choice(self, number: int, piece: RequestOutput, output: SequenceOutput) -> Json:
+    async def _choice(self, number: int, piece: RequestOutput, output: SequenceOutput) -> Json:
         index = number * self.per_prompt + output.index
-        progress = self.progress.setdefault(index, _Progress())
+        progress = self.progress.get(index)
+        if progress is None:
+            skips = self.body.skip_special_tokens
+            offsets = TextOffsets(self.reply.tokenizer, skip_special_tokens=skips)
+            progress = self.progress[index] = _Progress(offsets)
         if self.empty:
             output = SequenceOutput(index=output.index, logprobs=None, finish_reason="length")
             if self.body.logprobs is not None:
                 output.logprobs = []
-        prompt_text = ""
-        if self.body.echo and not progress.begun:
-            prompt_text = self._prompt_text(piece)
-            progress.characters = len(prompt_text)
-        choice = self.reply.completion_choice(index, output, offset=progress.characters)
+        echoes = self.body.echo and not progress.begun
+        logprobs = await self._logprobs(piece if echoes else None, output, progress.offsets)
+        choice = self.reply.completion_choice(index, output, logprobs)
         if not progress.begun:
             progress.begun = True
-            if self.body.echo:
-                choice["text"] = prompt_text + choice["text"]
-                self._echo_logprobs(choice, piece)
+            if echoes:
+                choice["text"] = self._prompt_text(piece) + choice["text"]
             if self.body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = self.reply.prompt_logprobs(piece)
+                choice["prompt_logprobs"] = await self.reply.prompt_logprobs(piece)
             if self.body.return_token_ids:
                 choice["prompt_token_ids"] = piece.prompt_token_ids
-        progress.characters += len(output.text)
         return choice
 
     def _prompt_text(self, piece: RequestOutput) -> str:
@@ -103,13 +106,21 @@ class CompletionAnswer:
             return ""
         return self.reply.tokenizer.decode(piece.prompt_token_ids, skip_special_tokens=self.body.skip_special_tokens)
 
-    def _echo_logprobs(self, choice: Json, piece: RequestOutput) -> None:
-        if self.body.logprobs is None:
-            return
-        scored = [None, *(piece.prompt_logprobs or [])][: len(piece.prompt_token_ids)]
-        before = self.reply.completion_logprobs(piece.prompt_token_ids, scored, 0)
-        after = choice["logprobs"] or {name: [] for name in before}
-        choice["logprobs"] = {name: before[name] + after[name] for name in before}
+    async def _logprobs(
+        self, echoed: RequestOutput | None, output: SequenceOutput, offsets: TextOffsets
+    ) -> Json | None:
+        """Of the prompt's tokens where it is echoed, and of the answer's; None where nobody asked."""
+        ids: list[int] = []
+        scored: list[TokenLogprobs | None] = []
+        if echoed is not None and self.body.logprobs is not None:
+            ids += echoed.prompt_token_ids
+            scored += [None, *(echoed.prompt_logprobs or [])][: len(ids)]
+        elif output.logprobs is None:
+            return None
+        if output.logprobs is not None:
+            ids += output.token_ids
+            scored += output.logprobs
+        return await self.reply.completion_logprobs(ids, scored, offsets)
 
 
 async def accept_completion(serving: Serving, body: CompletionBody, caller: Caller) -> CompletionAnswer:
@@ -175,12 +186,15 @@ async def _interleave(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutp
             async for piece in stream:
                 yield 0, piece
         return
+    # One piece of each stream waits here, however slow the reader is: what comes meanwhile is merged where it is made.
     queue: asyncio.Queue[tuple[int, RequestOutput] | AnychipError | None] = asyncio.Queue()
+    room = [asyncio.Semaphore(1) for _ in streams]
 
     async def pump(number: int, stream: AsyncGenerator[RequestOutput]) -> None:
         try:
             async with aclosing(stream):
                 async for piece in stream:
+                    await room[number].acquire()
                     queue.put_nowait((number, piece))
             queue.put_nowait(None)
         except AnychipError as error:
@@ -196,6 +210,7 @@ async def _interleave(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutp
             if item is None:
                 running -= 1
             else:
+                room[item[0]].release()
                 yield item
     finally:
         for task in tasks:

@@ -9,16 +9,20 @@ request_id) are vLLM's; beam_width, early_stopping and deadline are anychip's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, cast
 
+import msgspec
 from pydantic import Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import LONG_BODY, Several, Strict
+from anychip.entrypoints.serving import sampling_params
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import GrammarKind, SamplingParams, StructuredOutput
 
-TokenIds = list[Annotated[int, Field(strict=True)]]
+TokenIds = Several[Annotated[int, Field(strict=True)]]
 
 
 class StreamOptions(Strict):
@@ -34,25 +38,41 @@ class JsonSchemaFormat(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
+class TextFormat(JsonSchemaFormat):
+    """The Responses API's form, with the schema beside the type."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
 
     def structured(self) -> StructuredOutput | None:
+        """Raises InvalidRequest for a schema that is not there."""
         if self.type == "text":
             return None
         if self.type == "json_object":
             return StructuredOutput("json_object")
-        if self.json_schema is None or self.json_schema.schema_ is None:
+        if self.schema_ is None:
+            raise InvalidRequest("text.format json_schema has no schema", param="text")
+        return StructuredOutput("json_schema", json.dumps(self.schema_))
+
+
+class ResponseFormat(Strict):
+    """Chat's form, with the schema one level below."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def structured(self) -> StructuredOutput | None:
+        """Raises InvalidRequest for a schema that is not there."""
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        if self.type == "json_schema" and schema is None:
             raise InvalidRequest("response_format json_schema needs json_schema.schema", param="response_format")
-        return StructuredOutput("json_schema", json.dumps(self.json_schema.schema_))
+        return TextFormat(type=self.type, schema=schema).structured()
 
 
 class StructuredOutputs(Strict):
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Several[str] | None = None
     grammar: str | None = None
 
     def structured(self) -> StructuredOutput | None:
@@ -88,10 +108,10 @@ class SamplingBody(Strict):
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
     min_tokens: int = 0
-    stop: str | list[str] | None = None
+    stop: str | Several[str] | None = None
     stop_token_ids: TokenIds | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: list[str] | None = None
+    bad_words: Several[str] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -116,23 +136,22 @@ class SamplingBody(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     def sampling(
         self, defaults: Mapping[str, float], *, max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
         """`defaults` are the model's, for what the request leaves out. Raises InvalidRequest for a value out of
         range."""
-        given = {name: value for name in _DEFAULTED if (value := getattr(self, name)) is not None}
-        if self.top_k == -1:  # vLLM's word for no limit
-            given["top_k"] = 0
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         beams = 0
         if self.use_beam_search or self.beam_width:
             if self.stream:
                 raise InvalidRequest("beam search has no tokens until its end: it cannot stream", param="stream")
             beams = self.n if self.beam_width is None else self.beam_width
-        return SamplingParams(
-            **{**defaults, **given},
+        return sampling_params(
+            self,
+            defaults,
             n=self.n,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
@@ -171,9 +190,6 @@ class SamplingBody(Strict):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
 def _token_keys(biases: Mapping[str, float]) -> dict[int, float]:
     try:
         return {int(token): bias for token, bias in biases.items()}
@@ -182,16 +198,47 @@ def _token_keys(biases: Mapping[str, float]) -> dict[int, float]:
 
 
 class CompletionBody(SamplingBody):
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Several[str] | Several[TokenIds]
     max_tokens: int | None = 16
     logprobs: int | None = None
     echo: bool = False
     add_special_tokens: bool = True
 
-    def prompts(self) -> list[str | list[int]]:
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """Token ids are most of a long body, and are read apart: pydantic would hold up every other thread meanwhile.
+        Raises ValidationError, and InvalidRequest for a prompt that is no list of ids."""
+        fields = _fields(raw) if len(raw) > LONG_BODY else {}
+        begin = _IDS.match(fields.get("prompt", b""))
+        if begin is None:
+            return super().read(raw)
+        kind: Any = list[int] if begin["several"] is None else list[list[int]]
+        time.sleep(0)  # to the other threads, before and after each long call
+        try:
+            prompt = msgspec.json.decode(fields["prompt"], type=kind)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"prompt: {error}", param="prompt") from None
+        time.sleep(0)
+        body = super().read(msgspec.json.encode(fields | {"prompt": msgspec.Raw(b"[]")}))
+        body.prompt = prompt
+        return body
+
+    def prompts(self) -> Sequence[str | list[int]]:
         """One or several, as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        several = [item for item in self.prompt if not isinstance(item, int)]
-        return [*several] if several else [ids]
+        if self.prompt and not isinstance(self.prompt[0], int):
+            return self.prompt
+        return [cast(list[int], self.prompt)]
+
+
+_IDS = re.compile(rb"\s*\[\s*(?P<several>\[\s*)?-?[0-9]")
+"""How a list of token ids, or of several prompts' ids, begins."""
+
+
+def _fields(raw: bytes) -> dict[str, msgspec.Raw]:
+    """A JSON object's values, not read yet; {} for what is none."""
+    try:
+        return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError:
+        return {}

@@ -6,16 +6,16 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from anychip.entrypoints.http.answer import respond
 from anychip.entrypoints.http.body import read_body, schema_of
+from anychip.entrypoints.http.long_json import JsonResponse
 from anychip.entrypoints.openai.chat import accept_chat
 from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
 from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.openai.stateful.protocol import ResponsesBody
-from anychip.entrypoints.openai.stateful.routes import response_routes
 from anychip.entrypoints.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from anychip.entrypoints.serving import Caller, Serving
 
@@ -27,25 +27,21 @@ def openai_routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/chat/completions", openapi_extra=schema_of(ChatBody))
     async def chat(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, ChatBody, lenient=lenient)
-            return await respond(await accept_chat(serving, body, Caller.of(request)), request, stream=body.stream)
+        body = await read_body(request, ChatBody, lenient=lenient)
+        return await respond(await accept_chat(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/v1/completions", openapi_extra=schema_of(CompletionBody))
     async def completions(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, CompletionBody, lenient=lenient)
-            return await respond(
-                await accept_completion(serving, body, Caller.of(request)), request, stream=body.stream
-            )
+        body = await read_body(request, CompletionBody, lenient=lenient)
+        return await respond(await accept_completion(serving, body, Caller.of(request)), request, stream=body.stream)
 
     @router.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
     async def tokenize_text(request: Request) -> Response:
-        return JSONResponse(await tokenize(serving, await read_body(request, TokenizeBody, lenient=lenient)))
+        return JsonResponse(await tokenize(serving, await read_body(request, TokenizeBody, lenient=lenient)))
 
     @router.post("/detokenize", openapi_extra=schema_of(DetokenizeBody))
     async def detokenize_ids(request: Request) -> Response:
-        return JSONResponse(detokenize(serving, await read_body(request, DetokenizeBody, lenient=lenient)))
+        return JsonResponse(await detokenize(serving, await read_body(request, DetokenizeBody, lenient=lenient)))
 
     def card() -> dict[str, Any]:
         return {
@@ -65,5 +61,4 @@ def openai_routes(serving: Serving) -> APIRouter:
         serving.check_model(model)
         return card()
 
-    router.include_router(response_routes(serving))
     return router

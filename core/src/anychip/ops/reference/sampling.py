@@ -1,4 +1,4 @@
-"""Reference of the sampling ops: masks, the seeded draw, log-probabilities."""
+"""Reference of the sampling ops: edits and counts, masks, the seeded draw, log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference.philox import PURPOSE_TOKEN, uniform
+from anychip.plugin_api.step import DRAWN
 
 
 def apply_token_masks(*, logits: Tensor, masks: Tensor) -> Tensor:
@@ -14,10 +15,33 @@ def apply_token_masks(*, logits: Tensor, masks: Tensor) -> Tensor:
     return logits.masked_fill(allowed == 0, -torch.inf)
 
 
-def edit_logits(*, logits: Tensor, ids: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
-    index = ids.long()
-    old = logits.gather(-1, index)
-    return logits.scatter(-1, index, torch.where(old > 0, old / scales, old * scales) + shifts)
+def edit_logits(
+    *,
+    logits: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+    frequency_penalty: Tensor,
+    bias_ids: Tensor,
+    biases: Tensor,
+    num_biases: Tensor,
+) -> Tensor:
+    slots, factor = slots.long(), repetition_penalty.unsqueeze(-1)
+    count = counts.index_select(0, slots)  # [rows, vocab_size]
+    repeated = torch.where(logits > 0, logits / factor, logits * factor)
+    drawn = count // DRAWN
+    taken = frequency_penalty.unsqueeze(-1) * drawn + torch.where(drawn > 0, presence_penalty.unsqueeze(-1), 0)
+    penalized = torch.where(count > 0, repeated, logits) - taken
+    columns = torch.arange(bias_ids.shape[-1], device=logits.device)
+    # Adding -0.0 changes no bit.
+    added = torch.where(columns < num_biases.unsqueeze(-1), biases.index_select(0, slots), -0.0)
+    return penalized.scatter_add(-1, bias_ids.index_select(0, slots).long(), added)
+
+
+def count_tokens(*, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
+    # A new table: not every device writes by index in place.
+    return counts.index_put((slots.long(), ids.long()), counts.new_full((), DRAWN), accumulate=True)
 
 
 def sample(

@@ -241,6 +241,20 @@ PyObject* sample_tokens(PyObject*, Args args, Py_ssize_t count) {
   return without_gil([&] { sample(s); });
 }
 
+// (logits, out, rows, vocab, ld, slots, counts, repetition, presence, frequency, bias_ids, biases, num_biases, width)
+PyObject* edit_row_logits(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Edits e;
+  e.logits = a.address<float>(), e.out = a.address<float>();
+  e.rows = a.integer(), e.vocab = a.integer(), e.ld = a.integer();
+  e.slots = a.address<int32_t>(), e.counts = a.address<int32_t>();
+  e.repetition = a.address<float>(), e.presence = a.address<float>(), e.frequency = a.address<float>();
+  e.bias_ids = a.address<int32_t>(), e.biases = a.address<float>(), e.num_biases = a.address<int32_t>();
+  e.width = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { edit_logits(e); });
+}
+
 // (logits, masks, out, rows, vocab, ld, words)
 PyObject* mask_tokens(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -280,6 +294,7 @@ PyMethodDef methods[] = {
     ENTRY("route", route_tokens),
     ENTRY("moe", fused_moe),
     ENTRY("sample", sample_tokens),
+    ENTRY("edit_logits", edit_row_logits),
     ENTRY("apply_token_masks", mask_tokens),
     ENTRY("all_reduce", shared_all_reduce),
     {nullptr, nullptr, 0, nullptr},

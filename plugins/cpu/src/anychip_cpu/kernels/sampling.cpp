@@ -124,6 +124,27 @@ void sample(const Sample& a) {
   });
 }
 
+void edit_logits(const Edits& e) {
+  parallel_for(e.rows, std::max<int64_t>(1, 65536 / e.vocab), [&](int64_t row, int64_t end) {
+    for (; row < end; ++row) {
+      const int64_t slot = e.slots[row];
+      const float* logits = e.logits + row * e.ld;
+      const int32_t* counts = e.counts + slot * e.vocab;
+      const float factor = e.repetition[row], once = e.presence[row], each = e.frequency[row];
+      float* out = e.out + row * e.vocab;
+      for (int64_t i = 0; i < e.vocab; ++i) {
+        const float x = logits[i], repeated = x > 0 ? x / factor : x * factor;
+        const int32_t drawn = counts[i] / 2;
+        const float taken = each * float(drawn) + (drawn > 0 ? once : 0.0f);
+        out[i] = (counts[i] > 0 ? repeated : x) - taken;
+      }
+      const int32_t* ids = e.bias_ids + slot * e.width;
+      const float* biases = e.biases + slot * e.width;
+      for (int64_t i = 0; i < e.num_biases[row]; ++i) out[ids[i]] += biases[i];
+    }
+  });
+}
+
 void apply_masks(const Masks& m) {
   parallel_for(m.rows, std::max<int64_t>(1, 65536 / m.vocab), [&](int64_t row, int64_t end) {
     for (; row < end; ++row) {

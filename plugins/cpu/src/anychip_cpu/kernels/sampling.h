@@ -17,6 +17,20 @@ struct Sample {
 
 void sample(const Sample& a);
 
+struct Edits {
+  const float* logits;  // [rows, vocab], rows ld apart
+  float* out;           // [rows, vocab]
+  int64_t rows, vocab, ld;
+  const int32_t *slots, *counts;  // [rows]; [slots, vocab]: 1 for a token of the prompt, 2 for each time it was drawn
+  const float *repetition, *presence, *frequency;  // [rows]
+  const int32_t* bias_ids;                         // [slots, width]
+  const float* biases;
+  const int32_t* num_biases;  // [rows]
+  int64_t width;
+};
+
+void edit_logits(const Edits& e);
+
 struct Masks {
   const float* logits;   // [rows, vocab], rows ld apart
   const int32_t* masks;  // [rows, words]: bit i of word w allows token 32 * w + i

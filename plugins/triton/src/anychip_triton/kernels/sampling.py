@@ -136,25 +136,57 @@ def mask_tokens(out, logits, masks, vocab, stride, words, BLOCK: tl.constexpr):
     tl.store(out + row * vocab + at, tl.where(allowed == 1, x, float("-inf")), mask=inside)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
 def edit_logits(
-    out,  # [rows, vocab_size], a copy of logits
+    out,  # [rows, vocab_size]
     logits,  # [rows, vocab_size]
-    ids,  # [rows, width] int32; one that is there twice has the same scale and shift
-    scales,  # [rows, width] float32
-    shifts,
+    slots,  # [rows] int32
+    counts,  # [slots, vocab_size] int32: 1 for a token of the prompt, 2 for each time it was drawn
+    repetition,  # [rows] float32, as the next two
+    presence,
+    frequency,
     vocab,
     stride,
+    BLOCK: tl.constexpr,
+):
+    """Penalties: a counted token's logit is divided by the first where it is positive, multiplied where it is not."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocab
+    x = tl.load(logits + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    count = tl.load(counts + tl.load(slots + row).to(tl.int64) * vocab + at, mask=inside, other=0)
+    factor = tl.load(repetition + row)
+    repeated = tl.where(x > 0.0, tl.div_rn(x, factor), x * factor)
+    drawn = count >> 1
+    taken = tl.load(frequency + row) * drawn.to(tl.float32) + tl.where(drawn > 0, tl.load(presence + row), 0.0)
+    tl.store(out + row * vocab + at, tl.where(count > 0, repeated, x) - taken, mask=inside)
+
+
+@triton.jit
+def add_biases(
+    out,  # [rows, vocab_size]
+    slots,  # [rows] int32
+    bias_ids,  # [slots, width] int32
+    biases,  # [slots, width] float32
+    num_biases,  # [rows] int32
+    vocab,
     width,
     BLOCK: tl.constexpr,
 ):
-    """A logit is divided by its scale where it is positive, multiplied where it is not, then shifted."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    edit = row * width + at
-    token = tl.load(ids + edit, mask=inside, other=0)
-    scale = tl.load(scales + edit, mask=inside, other=1.0)
-    x = tl.load(logits + row * stride + token, mask=inside, other=0.0).to(tl.float32)
-    scaled = tl.where(x > 0.0, tl.div_rn(x, scale), x * scale)
-    tl.store(out + row * vocab + token, scaled + tl.load(shifts + edit, mask=inside, other=0.0), mask=inside)
+    inside = at < tl.load(num_biases + row)
+    bias = tl.load(slots + row).to(tl.int64) * width + at
+    place = out + row * vocab + tl.load(bias_ids + bias, mask=inside, other=0)
+    tl.store(
+        place, tl.load(place, mask=inside, other=0.0) + tl.load(biases + bias, mask=inside, other=0.0), mask=inside
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def count_tokens(counts, slots, ids, rows, vocab, BLOCK: tl.constexpr):
+    """In place, two for each token; a pair that is there twice counts twice."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < rows
+    place = tl.load(slots + at, mask=inside, other=0).to(tl.int64) * vocab + tl.load(ids + at, mask=inside, other=0)
+    tl.atomic_add(counts + place, 2, mask=inside)

@@ -9,6 +9,7 @@ from typing import Any
 
 from anychip.chat.events import Content, Event, Reasoning, ToolArguments, ToolStart
 from anychip.engine.outputs import RequestOutput
+from anychip.entrypoints.openai.chat_protocol import arguments_object
 from anychip.entrypoints.openai.stateful.protocol import ResponsesBody
 
 Json = dict[str, Any]
@@ -67,10 +68,12 @@ class ResponseBuilder:
         text = "".join(item["content"][0]["text"] for item in self.output if item["type"] == "message")
         calls = [
             {"id": item["call_id"], "type": "function",
-             "function": {"name": item["name"], "arguments": item["arguments"]}}
+             "function": {"name": item["name"], "arguments": arguments_object(item["arguments"])}}
             for item in self.output if item["type"] == "function_call"
         ]  # fmt: skip
-        return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        if not calls:
+            return {"role": "assistant", "content": text}
+        return {"role": "assistant", "content": text or None, "tool_calls": calls}
 
     # -- events -------------------------------------------------------------------------------------------
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from anychip.entrypoints.http.body import Strict
+from anychip.entrypoints.http.body import Parameters, Several, Strict
 from anychip.entrypoints.openai.chat_protocol import MAX_MESSAGES, ContentPart, arguments_object, joined_text
+from anychip.entrypoints.openai.protocol import StreamOptions, TextFormat
+from anychip.entrypoints.serving import sampling_params
 from anychip.entrypoints.turn import Tool, ToolChoice
 from anychip.errors import InvalidRequest
-from anychip.sampling_params import SamplingParams, StructuredOutput
+from anychip.sampling_params import SamplingParams
 
 Message = dict[str, Any]
 
 
-class InputItem(BaseModel):
+class InputItem(Parameters):
     """A message, a call of the model's, or a call's result; told apart by `type`."""
 
     model_config = ConfigDict(extra="allow")
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[ContentPart] | None = None
+    content: str | Several[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ContentPart] | None = None
+    output: str | Several[ContentPart] | None = None
 
 
 class FunctionTool(Strict):
@@ -44,22 +45,12 @@ class FunctionTool(Strict):
             raise InvalidRequest(f"tools of type {self.type!r} are not run here; only functions are", param="tools")
         if self.name is None:
             raise InvalidRequest("a function tool has no name", param="tools")
-        if self.parameters is None:
-            return Tool(name=self.name, description=self.description or "")
-        return Tool(name=self.name, description=self.description or "", parameters=self.parameters)
+        return Tool(name=self.name, description=self.description or "", parameters=self.parameters or {})
 
 
 class ChosenFunction(Strict):
     type: Literal["function"]
     name: str
-
-
-class TextFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
-    strict: bool | None = None
 
 
 class TextOptions(Strict):
@@ -75,18 +66,18 @@ class ReasoningOptions(Strict):
 
 class ResponsesBody(Strict):
     model: str | None = None
-    input: str | list[InputItem] = Field(max_length=2**24)
+    input: str | Several[InputItem] = Field(max_length=2**24)
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: StreamOptions | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: int | None = None
-    include: list[str] | None = None
-    tools: list[FunctionTool] | None = None
+    include: Several[str] | None = None
+    tools: Several[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -98,6 +89,7 @@ class ResponsesBody(Strict):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     priority: int = 0
     cache_salt: str = ""
     seed: int | None = None
@@ -116,24 +108,14 @@ class ResponsesBody(Strict):
 
     def sampling(self, defaults: Mapping[str, float]) -> SamplingParams:
         """Raises InvalidRequest."""
-        given = {name: value for name in ("temperature", "top_p") if (value := getattr(self, name)) is not None}
-        return SamplingParams(
-            **{**defaults, **given},
+        return sampling_params(
+            self,
+            defaults,
             max_tokens=self.max_output_tokens,
             seed=self.seed,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-            structured=self._structured(),
+            structured=None if self.text is None else self.text.format.structured(),
         )
-
-    def _structured(self) -> StructuredOutput | None:
-        form = TextFormat() if self.text is None else self.text.format
-        if form.type == "text":
-            return None
-        if form.type == "json_object":
-            return StructuredOutput("json_object")
-        if form.schema_ is None:
-            raise InvalidRequest("text.format json_schema has no schema", param="text")
-        return StructuredOutput("json_schema", json.dumps(form.schema_))
 
     def messages(self) -> list[Message]:
         """The input as messages. Raises InvalidRequest."""
@@ -162,7 +144,7 @@ def as_messages(items: Sequence[InputItem]) -> list[Message]:
             if messages and messages[-1]["role"] == "assistant":
                 messages[-1].setdefault("tool_calls", []).append(call)
             else:
-                messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+                messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
         elif item.type == "function_call_output":
             messages.append({"role": "tool", "tool_call_id": item.call_id or "", "content": _text(item.output)})
         elif item.type != "reasoning":  # what a model thought is not sent to it again

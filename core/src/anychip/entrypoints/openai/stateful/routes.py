@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from anychip.entrypoints.http.answer import respond, sse
 from anychip.entrypoints.http.body import read_body, schema_of
+from anychip.entrypoints.http.long_json import JsonResponse
 from anychip.entrypoints.openai.responses import Reply
 from anychip.entrypoints.openai.stateful.builder import ResponseBuilder
 from anychip.entrypoints.openai.stateful.protocol import Message, ResponsesBody
@@ -54,8 +55,8 @@ class ResponseAnswer:
                         yield item
                 last, reason = piece.request, piece.finish_reason
                 num_output += len(piece.output.token_ids)
-                if (found := self.reply.chat_logprobs(piece.output)) is not None:
-                    builder.logprobs += found["content"]
+                if piece.output.logprobs is not None:
+                    builder.logprobs += self.reply.chat_entries(piece.output)
                 for event in piece.events:
                     for item in builder.take(event):
                         yield item
@@ -74,26 +75,24 @@ def response_routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/responses", openapi_extra=schema_of(ResponsesBody))
     async def create(request: Request) -> Response:
-        with serving.keys.holding(request.state.tenant):
-            body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
-            return await respond(
-                await accept_response(serving, store, body, Caller.of(request)), request, stream=body.stream
-            )
+        body = await read_body(request, ResponsesBody, lenient=serving.config.lenient)
+        answer = await accept_response(serving, store, body, Caller.of(request))
+        return await respond(answer, request, stream=body.stream)
 
     @router.get("/v1/responses/{response_id}")
     async def get(response_id: str, request: Request) -> Response:
-        return JSONResponse(_found(store, response_id, request.state.tenant).response)
+        return JsonResponse(_found(store, response_id, request.state.tenant).response)
 
     @router.get("/v1/responses/{response_id}/input_items")
     async def input_items(response_id: str, request: Request) -> Response:
         items = _found(store, response_id, request.state.tenant).input_items
-        return JSONResponse({"object": "list", "data": items, "has_more": False})
+        return JsonResponse({"object": "list", "data": items, "has_more": False})
 
     @router.delete("/v1/responses/{response_id}")
     async def delete(response_id: str, request: Request) -> Response:
         _found(store, response_id, request.state.tenant)
         store.delete(response_id, request.state.tenant)
-        return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
+        return JsonResponse({"id": response_id, "object": "response.deleted", "deleted": True})
 
     return router
 

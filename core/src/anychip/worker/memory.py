@@ -1,0 +1,129 @@
+"""Where a device's memory goes: what a largest step needs, and how many blocks the KV cache gets of the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anychip.errors import ConfigError, KVCacheTooSmall
+from anychip.messages import LateInputs, MemoryPlan, NewRow, StepDecision
+from anychip.plugin_api import PeakMemory, StepProgram
+from anychip.types import cdiv
+from anychip.worker.largest_steps import largest_prompts
+from anychip.worker.model_runner import ModelRunner
+from anychip.worker.preparation import Preparation
+
+
+def measure_largest_step(prepared: Preparation, program: StepProgram) -> PeakMemory:
+    """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough. Where the
+    platform asks for that, a smaller step is measured, and its peak scaled up."""
+    platform, limits, kv = prepared.platform, prepared.limits, prepared.kv
+    rules = platform.step_rules
+    largest = largest_prompts(rules, limits, limits.max_num_tokens)
+    lengths = largest_prompts(rules, limits, platform.profiled_tokens or limits.max_num_tokens)
+    per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
+    num_blocks = 1 + sum(map(sum, per_request))
+    # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
+    state = program.edit(program.initial_state(num_blocks), [], range(num_blocks))
+    runner = ModelRunner(program, prepared.new_batch(), state)
+    next_block, rows = 1, []
+    for slot, (length, counts) in enumerate(zip(lengths, per_request, strict=True)):
+        tables = []
+        for count in counts:
+            tables.append(list(range(next_block, next_block + count)))
+            next_block += count
+        rows.append(_profile_row(slot, length, tables))
+    decision = StepDecision(
+        step_id=0,
+        slots=np.arange(len(rows), dtype=np.int32).tobytes(),
+        num_tokens=np.array(lengths, dtype=np.int32).tobytes(),
+        new_rows=rows,
+        new_blocks=b"",
+        finished_slots=[],
+        copies=[],
+        zeros=[],
+    )
+
+    def run() -> None:
+        runner.launch(decision)
+        runner.sample(LateInputs(0, {})).fetch()
+
+    peak = platform.measure(run)
+    return PeakMemory(nbytes=peak.nbytes * sum(largest) // sum(lengths), exact=peak.exact)
+
+
+def _profile_row(slot: int, length: int, tables: list[list[int]]) -> NewRow:
+    return NewRow(
+        slot=slot,
+        token_ids=np.zeros(length, dtype=np.int32).tobytes(),
+        num_prompt=length,
+        num_computed=0,
+        block_ids=tables,
+        temperature=1.0,
+        top_k=0,
+        top_p=0.9,
+        min_p=0.0,
+        seed=0,
+        sample_index=0,
+        logprobs=0,
+        score_from=length,
+        score_top=0,
+    )
+
+
+def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *, pending: int = 0) -> int:
+    """How many blocks the KV pool gets, block 0 included. `graphs` are the bytes that captures need; `pending` bytes
+    are still free and will be taken by something else.
+
+    Raises ConfigError when nothing says how large the pool may be, KVCacheTooSmall when not even one block fits.
+    """
+    config, kv, limits = prepared.config, prepared.kv, prepared.limits
+    if config.num_kv_blocks is not None:
+        count = config.num_kv_blocks
+    else:
+        nbytes = config.kv_cache_bytes
+        if nbytes is None:
+            nbytes = _kv_budget(prepared, activations, graphs, pending)
+        if nbytes is None:
+            raise ConfigError("the device does not say how much memory is free; give --kv-cache-bytes")
+        # More than every slot filled to the model's length can hold is never used.
+        useful = 1 + config.resolved_max_num_seqs * sum(cdiv(limits.max_model_len, size) for size in kv.block_sizes)
+        count = min(nbytes // kv.block_bytes, useful)
+    max_slots = prepared.platform.capabilities.max_slots
+    if max_slots is not None:
+        count = min(count, max_slots // max(kv.block_sizes))
+    if count < 2:
+        raise KVCacheTooSmall(
+            f"a KV block takes {kv.block_bytes} bytes and fewer than 2 fit; raise --kv-cache-bytes or "
+            "--memory-fraction, or free memory on the device"
+        )
+    return count
+
+
+def _kv_budget(prepared: Preparation, activations: PeakMemory, graphs: int, pending: int) -> int | None:
+    """Bytes for the KV cache; None when nobody can say."""
+    platform = prepared.platform
+    own = platform.kv_budget(PeakMemory(nbytes=activations.nbytes + pending, exact=activations.exact))
+    if own is not None:
+        return own
+    memory = platform.memory(platform.context.device_indexes[0])
+    if memory.free is None or memory.total is None:
+        return None
+    in_use = memory.total - memory.free
+    return int(memory.total * prepared.config.memory_fraction) - in_use - activations.nbytes - graphs - pending
+
+
+def memory_plan(
+    prepared: Preparation, num_blocks: int, *, weights: int, activations: PeakMemory, graphs: int, edits: int
+) -> MemoryPlan:
+    """What is printed at the start, and what operators plan with; all in bytes. `edits` is the state of penalties and
+    biases."""
+    kv = prepared.kv
+    return MemoryPlan(
+        weights=weights,
+        activations=activations.nbytes + edits,
+        graphs=graphs,
+        kv_cache=num_blocks * kv.block_bytes,
+        num_blocks=num_blocks,
+        kv_tokens=(num_blocks - 1) * min(kv.block_sizes) // len(kv.block_sizes),
+        max_concurrency=(num_blocks - 1) / sum(prepared.limits.max_pages),
+    )
