@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anychip.ops.reference import EditState
@@ -264,7 +266,9 @@ class CompiledCall:
     """A traced graph that takes exactly the shapes and dtypes that it was traced with."""
 
     def __init__(self, fn: Callable[..., object], example: tuple[object, ...]) -> None:
-        self._graph = make_fx(fn)(*example)
+        # One mode for the shapes that the tracer notes at every node: it would make a new one each time.
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            self._graph = make_fx(fn)(*example)
         self._signature = _signature(example)
 
     def __call__(self, *arguments: object) -> tuple[object, ...]:
