@@ -11,25 +11,25 @@ from served_kit import ScriptedLLM, with_client
 
 from anychip.config import ServerConfig
 
+LLM = ScriptedLLM(gap=0.0)
 ARGUMENTS = [
     '{"a": "caf\\u00e9 \\ud83e\\udd99", "b": {"c": [1, null]}}',
     '{"a": "\\ud83e"}',
     '{"a": 1e400, "b": NaN, "c": -Infinity}',
-    '{"a": 1, "a": 2}',
-    '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
-    '{"a": ' + "9" * 5000 + "}",
     "{}",
     '{"a": "</tool_call> é\\n<|call|>',
 ]
 CALLS = {
     "hermes": 'Sure.\n<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>',
     "mistral": "Sure.\n[TOOL_CALLS]f[ARGS]%s",
-    "deepseek": "Sure.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>%s<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-    "harmony": "<|channel|>commentary<|message|>Sure.<|end|><|start|>assistant to=functions.f<|channel|>commentary<|message|>%s",
+    "deepseek": "Sure.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>%s"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "harmony": "<|channel|>final<|message|>Sure.<|end|><|start|>assistant to=functions.f"
+    "<|channel|>commentary<|message|>%s",
     "json": '[{"name": "f", "parameters": %s}]',
     "llama3_json": '{"name": "f", "parameters": %s}',
 }  # fmt: skip
-TEXTS = ["", " \n", "Hi.\n", "<think>", "<think>Hm.</think>\n\n  Hi. ", "<tool_call>", "[f(a=1, b=[True])]", "[{}] 🦙"]
+TEXTS = [" \n", "Hi.\n", "<think>", "<think>Hm.</think>\n\n  Hi. ", "<tool_call>", "[f(a=1, b=[True])]", "[{}] 🦙"]
 ASKED = {"role": "user", "content": "x"}
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}
 BODIES: dict[str, dict[str, Any]] = {
@@ -98,17 +98,16 @@ READ = {"/v1/chat/completions": from_chat, "/v1/responses": from_responses, "/v1
 def answers(answer: str, path: str, config: ServerConfig) -> tuple[list[Any], list[Any]]:
     """The answer in one piece, and streamed a token at a time."""
 
-    async def ask(client: httpx.AsyncClient, *, stream: bool) -> httpx.Response:
-        reply = await client.post(path, json={**BODIES[path], "stream": stream})
-        assert reply.status_code == 200, reply.text
-        return reply
+    async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return [await client.post(path, json={**BODIES[path], "stream": stream}) for stream in (False, True)]
 
-    whole = with_client(ScriptedLLM(answer), lambda client: ask(client, stream=False), config).json()
-    streamed = with_client(ScriptedLLM(answer, gap=0.0), lambda client: ask(client, stream=True), config).text
-    lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: ")]
+    LLM.answer = answer
+    whole, streamed = with_client(LLM, ask, config)
+    assert (whole.status_code, streamed.status_code) == (200, 200)
+    lines = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line.startswith("data: ")]
     events = [json.loads(line) for line in lines if line != "[DONE]"]
-    assert not any(event.get("type") == "error" or "error" in event and event["error"] for event in events)
-    return READ[path](whole, []), READ[path](None, events)
+    assert not any(event.get("type") == "error" or ("error" in event and event["error"]) for event in events)
+    return READ[path](whole.json(), []), READ[path](None, events)
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -132,3 +131,11 @@ def test_texts_are_the_same_whole_and_streamed(parsers, path):
     for text in TEXTS:
         whole, streamed = answers(text, path, config)
         assert whole == streamed
+
+
+@pytest.mark.parametrize("depth", [1, 100, 500, 900, 990, 3000])
+def test_a_call_that_is_no_plain_object_is_still_answered(depth):
+    """Its input stands under a name of its own, where no answer could hold it as a value."""
+    config = ServerConfig(tool_parser="hermes", reasoning_parser="none")
+    for path in BODIES:
+        answers(CALLS["hermes"] % ('{"a": ' + "[" * depth + "9" * 50 + "]" * depth + "}"), path, config)
