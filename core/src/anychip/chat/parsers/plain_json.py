@@ -89,7 +89,7 @@ _COMMA = re.compile(r"\s{0,256},?\s{0,256}")
 
 
 class PythonicTools(WholeOutputTools):
-    """[name(argument=value, ...), ...], the values literals of Python or JSON. Each call is given out when it is whole."""
+    """[name(argument=value, ...), ...], the values literals of Python or JSON. A call is given out when it is whole."""
 
     _BEGINNINGS: Sequence[Parts] = ((SPACE, "[", SPACE, _PYTHON_NAME, SPACE, "("),)
     _BETWEEN: Sequence[Parts] = ((SPACE, ",", SPACE, _PYTHON_NAME, SPACE, "("),)
