@@ -79,13 +79,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check("n", self.n, lambda v: 1 <= v <= MAX_N, f"1 to {MAX_N}")
         _check("temperature", self.temperature, lambda v: 0 <= v <= 100, "0 to 100")
         _check("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0, up to 1")
-        _check("top_k", self.top_k, lambda v: v >= 0, "0 (off) or more")
+        _check("top_k", self.top_k, lambda v: 0 <= v < 2**31, "0 (off) or more, in 31 bits")
         _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "0 to 1")
         if self.seed is not None:
             _check("seed", self.seed, lambda v: -(2**63) <= v < 2**63, "a signed 64-bit integer")
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, lambda v: v >= 1, "1 or more")
-        _check("min_tokens", self.min_tokens, lambda v: v >= 0, "0 or more")
+        _check("min_tokens", self.min_tokens, lambda v: 0 <= v < 2**31, "0 or more, in 31 bits")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}", param="min_tokens"

@@ -14,7 +14,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from anychip.config import EngineConfig, ServerConfig
+from anychip.engine.input_processor import InputProcessor
 from anychip.engine.input_threads import InputThreads
+from anychip.engine.ipc import encoder
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
 from anychip.messages import TokenLogprobs
@@ -47,6 +49,9 @@ class ScriptedLLM:
         self.model = type("Model", (), {"vocab_size": 256})()
         self.sampling_defaults: dict[str, float] = {}
         self.max_model_len = 1 << 20
+        self.inputs = InputProcessor(
+            tokenizer=self.tokenizer, vocab_size=256, max_model_len=self.max_model_len, eos_token_ids=(0,)
+        )
         self.dead = None
         self.silent_s = 0.0
         self.answer = answer
@@ -58,9 +63,10 @@ class ScriptedLLM:
     async def accept(
         self, request_id: str, prompt: Any, sampling: Any, options: Any = None
     ) -> AsyncGenerator[RequestOutput]:
+        message = self.inputs.process(request_id, prompt, sampling, options)
+        encoder.encode(message)  # as it would go to the engine
         self.asked.append((prompt, sampling, options))
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._run(request_id, ids, sampling)
+        return self._run(request_id, message.prompt_token_ids, sampling)
 
     async def _run(self, request_id: str, prompt: list[int], sampling: Any) -> AsyncGenerator[RequestOutput]:
         self.open += 1

@@ -39,6 +39,16 @@ def test_with_overlap_a_step_is_launched_before_the_one_before_is_collected():
     ]  # fmt: skip
 
 
+def test_penalties_do_not_hold_back_the_overlap():
+    orders = []
+    for edits in ({}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {5: 1.0}}):
+        core = make_core(make_scheduler(), max_in_flight=2)
+        core.add(add_message("a", [5, 6], max_output=4, **edits))
+        run(core)
+        orders.append(core.executor.calls)
+    assert orders[0] == orders[1]
+
+
 @pytest.mark.parametrize("max_in_flight", [1, 2, 3])
 def test_every_request_gets_its_tokens_at_any_depth(max_in_flight):
     core = make_core(make_scheduler(num_blocks=20, max_num_seqs=3), max_in_flight=max_in_flight)

@@ -212,7 +212,7 @@ def test_a_deadline_is_kept_though_the_engine_is_stuck(monkeypatch):
 
 def test_a_deadline_is_kept_while_the_grammar_is_not_checked_yet():
     class Slow:
-        async def check(self, wanted) -> None:
+        async def check(self, wanted, tenant) -> None:
             await asyncio.Event().wait()
 
     async def run() -> None:

@@ -43,6 +43,10 @@ class Result:
         return StepResult(self.step_id, array("i", [TOKEN] * self.rows).tobytes(), {})
 
 
+MANY = 900
+"""Tokens: more steps than a fault takes to arrive. No collective makes rank 0 wait for rank 1 here."""
+
+
 class FakeWorker:
     """`plan` says what goes wrong: (rank, step): "launch", "sample" or "fetch" raises, or the rank "hangs"."""
 
@@ -143,7 +147,7 @@ def start(monkeypatch):
 
 
 def core_over(executor: MultiprocessExecutor, max_in_flight: int):
-    scheduler = make_scheduler(max_num_seqs=2)
+    scheduler = make_scheduler(max_num_seqs=2, num_blocks=512)
     core = make_core(scheduler, max_in_flight=max_in_flight)
     schedule = scheduler.schedule
 
@@ -191,7 +195,7 @@ def test_a_step_that_fails_on_every_rank_costs_its_requests_and_the_engine_goes_
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_that_fails_on_some_ranks_ends_the_engine(start, rank, where):
     core = core_over(start({(rank, 2): where}), 2)
-    core.add(add_message("a", [5, 6], max_output=8))
+    core.add(add_message("a", [5, 6], max_output=MANY))
     with pytest.raises(DeviceFault, match=f"step 2 failed on rank {rank} of 2 alone: asked 2 GiB") as caught:
         run(core)
     assert caught.value.fatal and caught.value.kind == "out_of_memory" and caught.value.ranks == (rank,)
@@ -199,7 +203,7 @@ def test_a_step_that_fails_on_some_ranks_ends_the_engine(start, rank, where):
 
 def test_a_fatal_fault_crosses_with_kind_and_ranks(start):
     core = core_over(start({(1, 2): "launch"}, fatal=True), 2)
-    core.add(add_message("a", [5, 6], max_output=8))
+    core.add(add_message("a", [5, 6], max_output=MANY))
     with pytest.raises(DeviceFault, match="worker 1: asked 2 GiB in step 2") as caught:
         run(core)
     assert caught.value.fatal and caught.value.kind == "out_of_memory" and caught.value.ranks == (1,)

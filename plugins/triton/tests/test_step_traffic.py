@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip.config import EngineConfig, WorkerSpec
-from anychip.messages import LateInputs, LogitEdits, NewRow, StepDecision
+from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.model_config import load_model_config
 from anychip.ops.reference import REFERENCE
 from anychip.ops.table import resolve_ops
@@ -52,7 +52,7 @@ MODELS = {
 
 
 class Paper(TritonPlatform):
-    capabilities = Capabilities(dtypes=frozenset({"bfloat16"}), epilogues=EPILOGUES, triton=True)
+    capabilities = Capabilities(dtypes=frozenset({"bfloat16"}), epilogues=EPILOGUES)
 
     def __init__(self, context: PlatformContext) -> None:
         super().__init__(context)
@@ -121,11 +121,11 @@ def steps(request, tmp_path):
     return runner, platform.launch
 
 
-def new_row(slot: int) -> NewRow:
+def new_row(slot: int, **edits) -> NewRow:
     return NewRow(
         slot=slot, token_ids=np.arange(8, dtype=np.int32).tobytes(), num_prompt=8, num_computed=0,
         block_ids=[[1 + slot]], temperature=1.0, top_k=50, top_p=0.9, min_p=0.0, seed=0, sample_index=0, logprobs=-1,
-        score_from=8, score_top=0,
+        score_from=8, score_top=0, **edits,
     )  # fmt: skip
 
 
@@ -154,16 +154,25 @@ def test_a_step_is_one_copy_to_the_device_and_one_back(steps):
     assert others.total() <= 8 and not {"argsort", "sort", "scatter_add"} & others.keys(), others
 
 
-def test_masks_and_edits_are_one_copy_more(steps):
+def test_masks_are_one_copy_more(steps):
     runner, launch = steps
     mask = np.full(VOCABULARY // 32, -1, dtype=np.int32).tobytes()
-    ids = np.arange(3, dtype=np.int32)
-    ones = np.ones(3, dtype=np.float32).tobytes()
-    edits = LogitEdits(ids=ids.tobytes(), scales=ones, shifts=ones)
     with Traffic() as traffic:
-        take(runner, 1, 1, late=LateInputs(1, {0: mask}, {2: edits})).fetch()
+        take(runner, 1, 1, late=LateInputs(1, {0: mask})).fetch()
     assert (traffic.to_device, traffic.to_host) == (2, 1)
-    assert {"mask_tokens", "edit_logits"} <= names(launch)
+    assert "mask_tokens" in names(launch)
+
+
+def test_penalties_and_biases_are_no_copy_more(steps):
+    runner, launch = steps
+    rows = [new_row(slot, frequency_penalty=0.5, logit_bias={3: 1.0}) for slot in range(ROWS)]
+    with Traffic():
+        take(runner, 1, 8, rows)
+    launch.launches.clear()
+    with Traffic() as traffic:
+        take(runner, 2, 1).fetch()
+    assert (traffic.to_device, traffic.to_host) == (1, 1)
+    assert {"edit_logits", "add_biases", "count_tokens"} <= names(launch)
 
 
 def names(launch: RecordingLauncher) -> set[str]:

@@ -126,6 +126,8 @@ class MultiprocessExecutor:
             if isinstance(message, StepResult):
                 if faults or message.step_id != step_id:
                     self._disagree(step_id)
+                while any(child.exit_code() is not None for child in self._children):
+                    self._receive()  # raises what the worker died of: no step counts without it
                 return message
             waited_s = 0.0 if message is not None else waited_s + _POLL_S
             if waited_s > (self._peers_timeout_s if faults else self._progress.limit_s):
@@ -194,13 +196,13 @@ class MultiprocessExecutor:
         )
 
     def _broadcast(self, message: bytes) -> None:
-        for socket in self._to_workers:
-            while True:
+        for socket, child in zip(self._to_workers, self._children, strict=True):
+            # A worker that is gone takes no message any more; whoever collects the step learns what it died of.
+            while child.exit_code() is None:
                 try:
                     socket.send(message, zmq.NOBLOCK)
                     break
-                except zmq.Again:  # a worker that is gone takes no message any more
-                    self.check()
+                except zmq.Again:
                     socket.poll(int(_POLL_S * 1000), zmq.POLLOUT)
 
     def _receive(self) -> FromWorker | None:

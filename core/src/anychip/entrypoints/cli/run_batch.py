@@ -18,6 +18,7 @@ from anychip.entrypoints.cli.options import add_engine_options, engine_config
 from anychip.entrypoints.http.answer import Answer
 from anychip.entrypoints.http.body import checked
 from anychip.entrypoints.http.errors import response_of
+from anychip.entrypoints.http.long_json import encoded
 from anychip.entrypoints.openai.chat import accept_chat
 from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
@@ -52,7 +53,7 @@ class BatchLine(msgspec.Struct):
     """One request: `url` is a route of the server."""
 
     custom_id: str
-    body: dict[str, Any]
+    body: msgspec.Raw
     url: str = "/v1/chat/completions"
     method: str = "POST"
 
@@ -64,11 +65,13 @@ def _read(name: str) -> list[BatchLine]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} cannot be read: {error}") from error
     lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # texts may hold what else ends a line
         if not line.strip():
             continue
         try:
-            request = msgspec.json.decode(line, type=BatchLine)
+            fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+            given = {name: value for name, value in fields.items() if bytes(value) != b"null"}
+            request = msgspec.json.decode(msgspec.json.encode(given), type=BatchLine)
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{name}:{number} is no batch request: {error}") from error
         if request.url not in _ROUTES or request.method != "POST":
@@ -105,16 +108,19 @@ async def _answer_all(serving: Serving, lines: Sequence[BatchLine], file: TextIO
     for done in asyncio.as_completed([asyncio.create_task(one(line)) for line in lines]):
         line, status, body = await done
         failed += status != 200
-        file.write(msgspec.json.encode(_line(line, status, body)).decode() + "\n")
+        file.write(b"".join(encoded(_line(line, status, body))).decode() + "\n")
         file.flush()
     return failed
 
 
 async def _accept(serving: Serving, line: BatchLine) -> Answer:
-    raw = msgspec.json.encode({**line.body, "stream": False})
     if line.url == "/v1/completions":
-        return await accept_completion(serving, checked(raw, CompletionBody), Caller())
-    return await accept_chat(serving, checked(raw, ChatBody), Caller())
+        completion = checked(bytes(line.body), CompletionBody)
+        completion.stream = False
+        return await accept_completion(serving, completion, Caller())
+    chat = checked(bytes(line.body), ChatBody)
+    chat.stream = False
+    return await accept_chat(serving, chat, Caller())
 
 
 def _line(line: BatchLine, status: int, body: Any) -> dict[str, Any]:

@@ -35,17 +35,20 @@ async def listed(entries: Iterable[T], length: int) -> list[T] | LongList:
     """The `length` entries, which are made as they are asked for."""
     if length <= FEW:
         return list(entries)
-    pieces, batch, began = [b"["], [], time.perf_counter()
+    pieces: list[bytes] = []
+    texts: list[bytes] = []
+    began = time.perf_counter()
     for entry in entries:
-        batch.append(entry)
+        # At once, so that no objects pile up: the garbage collector would look at all there are, time and again.
+        texts.append(msgspec.json.encode(entry))
         if time.perf_counter() - began > _PIECE_S:
-            pieces.append(msgspec.json.encode(batch)[1:-1] + b",")
-            batch = []
+            pieces.append((b"," if pieces else b"[") + b",".join(texts))
+            texts.clear()
             await asyncio.sleep(0)
             began = time.perf_counter()
-    if not batch:
-        pieces[-1] = pieces[-1][:-1]  # no entry follows the last comma
-    return LongList([*pieces, msgspec.json.encode(batch)[1:]])
+    if texts:
+        pieces.append((b"," if pieces else b"[") + b",".join(texts))
+    return LongList([*pieces, b"]"])
 
 
 def encoded(content: Any) -> list[bytes]:
