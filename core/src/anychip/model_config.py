@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 
 from anychip.errors import CheckpointError
+from anychip.family_defaults import FAMILY_DEFAULTS, with_defaults
 from anychip.hub import resolve_folder
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`raw` is config.json itself. Settings that only one family reads stay there."""
+    """`raw` is config.json with the family's defaults. Settings that only one family reads stay there."""
 
     folder: str
     architecture: str
@@ -52,6 +53,7 @@ def load_model_config(model: str) -> ModelConfig:
     architectures = raw.get("architectures") or []
     if not architectures:
         raise CheckpointError(f'{folder / "config.json"} names no architecture; add "architectures": [...]')
+    raw = with_defaults(architectures[0], raw)
     try:
         num_heads = int(raw["num_attention_heads"])
         return ModelConfig(
@@ -63,11 +65,11 @@ def load_model_config(model: str) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
-            intermediate_size=int(raw.get("intermediate_size") or 4 * raw["hidden_size"]),
+            intermediate_size=int(_intermediate_size(architectures[0], raw)),
             max_positions=int(raw["max_position_embeddings"]),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(_rope_parameters(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", architectures[0].startswith("Gemma"))),
+            rope_theta=float(_rope_parameters(raw).get("rope_theta") or raw.get("rope_theta", 10000.0)),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             eos_token_ids=_ids(generation.get("eos_token_id", raw.get("eos_token_id"))),
             sampling_defaults={
@@ -84,9 +86,17 @@ def load_model_config(model: str) -> ModelConfig:
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+def _intermediate_size(architecture: str, raw: dict[str, Any]) -> Any:
+    """Native families must give it: no default would suit a model of another size."""
+    if architecture in FAMILY_DEFAULTS:
+        return raw["intermediate_size"]
+    return raw.get("intermediate_size") or 4 * raw["hidden_size"]
+
+
 def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings: `rope_parameters` since transformers 5, `rope_scaling` before."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """Rotary settings: `rope_parameters` since transformers 5, `rope_scaling` before. If both are given, transformers
+    takes the older name, and so does this."""
+    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any]:

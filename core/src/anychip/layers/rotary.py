@@ -19,11 +19,11 @@ from anychip.plugin_api import Rope
 Parameters = dict[str, Any]
 
 
-def make_rope(config: ModelConfig, parameters: Parameters, device: str) -> Rope:
-    """cos and sin for every position, float32. Raises Unsupported for a scaling that is not known."""
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    rotary_dim = int(config.head_dim * float(partial))
-    theta = float(parameters.get("rope_theta", config.rope_theta))
+def make_rope(config: ModelConfig, parameters: Parameters, device: str, *, partial: bool = False) -> Rope:
+    """cos and sin for every position, float32. `partial`: the family rotates a share of each head if config.json says
+    so; the others rotate whole heads and do not read the field. Raises Unsupported for a scaling that is not known."""
+    rotary_dim = int(config.head_dim * _rotated_share(config, parameters, partial))
+    theta = float(parameters.get("rope_theta") or config.rope_theta)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     try:
         frequencies, amplitude = _scaled(theta**exponents, theta, rotary_dim, parameters, config)
@@ -35,18 +35,33 @@ def make_rope(config: ModelConfig, parameters: Parameters, device: str) -> Rope:
     )
 
 
+def _rotated_share(config: ModelConfig, parameters: Parameters, partial: bool) -> float:
+    share = float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
+    kind = _kind(parameters)
+    if partial or share == 1.0:
+        return share
+    if kind == "default":  # transformers' classes of these families do not read the field then
+        return 1.0
+    reason = f"partial_rotary_factor {share} with rope_type {kind!r}: {config.architecture} rotates whole heads"
+    raise Unsupported("rotary embedding", [reason])
+
+
+def _kind(parameters: Parameters) -> str:
+    return str(parameters.get("rope_type") or parameters.get("type") or "default")
+
+
 def _scaled(
     wavelengths: Tensor, theta: float, rotary_dim: int, parameters: Parameters, config: ModelConfig
 ) -> tuple[Tensor, float]:
     """Frequencies, of which `wavelengths` are the inverse, and what multiplies cos and sin."""
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = _kind(parameters)
     frequencies = 1.0 / wavelengths
     if kind == "default":
         return frequencies, 1.0
     if kind == "linear":
         return frequencies / float(parameters["factor"]), 1.0
     if kind == "llama3":
-        return _llama3(frequencies, parameters), 1.0
+        return _llama3(frequencies, parameters, config), 1.0
     if kind == "yarn":
         return _yarn(frequencies, theta, rotary_dim, parameters, config)
     if kind in ("longrope", "su"):
@@ -54,11 +69,11 @@ def _scaled(
     raise Unsupported("rotary embedding", [f"rope_type {kind!r}; known are default, linear, llama3, yarn and longrope"])
 
 
-def _llama3(frequencies: Tensor, parameters: Parameters) -> Tensor:
+def _llama3(frequencies: Tensor, parameters: Parameters, config: ModelConfig) -> Tensor:
     """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     factor = float(parameters["factor"])
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-    original = float(parameters["original_max_position_embeddings"])
+    original = float(_original(parameters, config))
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
@@ -115,9 +130,10 @@ def _longrope(wavelengths: Tensor, parameters: Parameters, config: ModelConfig) 
 
 
 def _original(parameters: Parameters, config: ModelConfig) -> int:
-    """Positions that the model was trained on before its context was stretched."""
+    """Positions that the model was trained on before its context was stretched. config.json's own field comes before
+    that of its rotary settings."""
     return int(
-        parameters.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
+        config.get("original_max_position_embeddings")
+        or parameters.get("original_max_position_embeddings")
         or config.need("max_position_embeddings")
     )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from anychip.errors import CheckpointError, Unsupported
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
@@ -15,7 +16,7 @@ from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
-from anychip.plugin_api import AttentionBackend, AttentionSpec, ForwardContext, Rope
+from anychip.plugin_api import Activation, AttentionBackend, AttentionSpec, ForwardContext, Rope
 from anychip.types import DType
 
 
@@ -27,9 +28,24 @@ class DecoderLayer(Protocol):
         ...
 
 
-class Decoder:
-    """A family overrides `layer`, and `attention_specs` where its layers differ."""
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""By transformers' names."""
 
+
+class Decoder:
+    """A family overrides `layer`, and `layer_types` where its layers differ. A family reads the fields of config.json
+    that transformers' class of it reads, and no others."""
+
+    activation_field = ("hidden_act", "silu")
+    """The field that names the activation of feed-forward blocks, and its default."""
+    attention_softcap = False
+    partial_rotary = False
     embedding_scale: float | None = None
     unit_offset_norm = False
     final_softcap: float | None = None
@@ -62,10 +78,9 @@ class Decoder:
 
     @classmethod
     def attention_specs(cls, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
-        """By layer, for one of `size` ranks: full attention, or windows where config.json has layer_types."""
-        full = replace(
-            full_attention(config, size, dtype), kv_dtype=kv_dtype, softcap=config.get("attn_logit_softcapping")
-        )
+        """By layer, for one of `size` ranks: full attention, or the window if `layer_types` says so."""
+        softcap = config.get("attn_logit_softcapping") if cls.attention_softcap else None
+        full = replace(full_attention(config, size, dtype), kv_dtype=kv_dtype, softcap=softcap)
         windowed = replace(full, window=cls.window(config))
         return [windowed if kind == "sliding_attention" else full for kind in cls.layer_types(config)]
 
@@ -77,7 +92,7 @@ class Decoder:
     @classmethod
     def layer_types(cls, config: ModelConfig) -> list[str]:
         """By layer, "full_attention" or "sliding_attention"."""
-        return config.get("layer_types") or ["full_attention"] * config.num_layers
+        return ["full_attention"] * config.num_layers
 
     @property
     def attention(self) -> list[AttentionBackend]:
@@ -85,7 +100,17 @@ class Decoder:
 
     def rope(self, builder: Builder) -> Rope:
         """The rotary embedding that `layer` is given."""
-        return make_rope(self.config, rope_parameters(self.config), builder.platform.default_device)
+        device = builder.platform.default_device
+        return make_rope(self.config, rope_parameters(self.config), device, partial=self.partial_rotary)
+
+    @property
+    def activation(self) -> Activation:
+        """Raises Unsupported for one that no kernel has."""
+        field, default = self.activation_field
+        name = self.config.get(field, default)
+        if name not in _ACTIVATIONS:
+            raise Unsupported(self.config.architecture, [f"{field} {name!r}; known are {', '.join(_ACTIVATIONS)}"])
+        return _ACTIVATIONS[name]
 
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> DecoderLayer:
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
@@ -95,11 +120,7 @@ class Decoder:
     ) -> Attention:
         """Llama's attention, with a family's differences in layers.attention.Attention's arguments."""
         config = self.config
-        settings: dict[str, Any] = {
-            "scale": config.head_dim**-0.5,
-            "bias": bool(config.get("attention_bias", False)),
-            **differences,
-        }
+        settings: dict[str, Any] = {"scale": config.head_dim**-0.5, **differences}
         return Attention(
             builder,
             name=f"model.layers.{index}.self_attn",
@@ -119,7 +140,8 @@ class Decoder:
             name=f"model.layers.{index}.mlp",
             hidden_size=self.config.hidden_size,
             intermediate_size=self.config.intermediate_size,
-            **{"activation": "silu", **differences},
+            activation=self.activation,
+            **differences,
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -135,6 +157,23 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)
         return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
+
+
+def given_layer_types(config: ModelConfig) -> list[str] | None:
+    """config.json's layer_types, for families that read them. Raises Unsupported for an unknown kind of attention, and
+    CheckpointError if their number is not that of the layers."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return None
+    unknown = sorted({*kinds} - {"full_attention", "sliding_attention"})
+    if unknown:
+        reason = f"layer_types {', '.join(unknown)}; known are full_attention and sliding_attention"
+        raise Unsupported(config.architecture, [reason])
+    if len(kinds) != config.num_layers:
+        raise CheckpointError(
+            f"{config.folder}/config.json has {len(kinds)} layer_types and {config.num_layers} num_hidden_layers"
+        )
+    return list(kinds)
 
 
 def full_attention(config: ModelConfig, size: int, dtype: DType) -> AttentionSpec:

@@ -7,33 +7,39 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from anychip.errors import Unsupported
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP
 from anychip.layers.norm import RMSNorm
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder
+from anychip.models.decoder import Decoder, given_layer_types
 from anychip.plugin_api import AttentionSpec, ForwardContext, Rope
 
 
 class Gemma2(Decoder):
+    activation_field = ("hidden_activation", "gelu_pytorch_tanh")
+    attention_softcap = True
     unit_offset_norm = True
 
     def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
+        if config.get("use_bidirectional_attention"):
+            raise Unsupported(config.architecture, ["use_bidirectional_attention: true; this is a decoder"])
         self.embedding_scale = config.hidden_size**0.5
         self.final_softcap = config.get("final_logit_softcapping")
         super().__init__(config, builder, specs)
 
     @classmethod
     def layer_types(cls, config: ModelConfig) -> list[str]:
-        return config.get("layer_types") or [
+        return given_layer_types(config) or [
             "full_attention" if index % 2 else "sliding_attention" for index in range(config.num_layers)
         ]
 
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> SandwichLayer:
         scale = float(self.config.get("query_pre_attn_scalar", self.config.head_dim)) ** -0.5
-        attention = self.self_attention(builder, index, spec, rope, scale=scale)
-        mlp = self.gated_mlp(builder, index, activation="gelu_tanh")
+        bias = bool(self.config.get("attention_bias", False))
+        attention = self.self_attention(builder, index, spec, rope, scale=scale, bias=bias)
+        mlp = self.gated_mlp(builder, index)
         return SandwichLayer(builder, self.config, index, attention, mlp)
 
 

@@ -12,7 +12,7 @@ from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mlp import PutExpert, SparseMoE
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, PreNormLayer
+from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
 from anychip.plugin_api import AttentionSpec, MoESpec, Rope, WeightView
 from anychip.quantization.format import put_rows
 from anychip.types import DType
@@ -26,7 +26,7 @@ class GptOss(Decoder):
 
     @classmethod
     def layer_types(cls, config: ModelConfig) -> list[str]:
-        return config.get("layer_types") or [
+        return given_layer_types(config) or [
             "full_attention" if index % 2 else "sliding_attention" for index in range(config.num_layers)
         ]
 

@@ -21,9 +21,8 @@ class Granite(Decoder):
 
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> GraniteLayer:
         config = self.config
-        attention = self.self_attention(
-            builder, index, spec, rope, scale=float(config.get("attention_multiplier", 1.0))
-        )
+        bias, scale = bool(config.get("attention_bias", False)), float(config.get("attention_multiplier", 1.0))
+        attention = self.self_attention(builder, index, spec, rope, scale=scale, bias=bias)
         mlp = self.gated_mlp(builder, index, bias=bool(config.get("mlp_bias", False)))
         layer = GraniteLayer(builder, config, index, attention, mlp)
         layer.multiplier = float(config.get("residual_multiplier", 1.0))

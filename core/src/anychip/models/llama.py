@@ -9,6 +9,7 @@ from anychip.plugin_api import AttentionSpec, Rope
 
 class Llama(Decoder):
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> PreNormLayer:
-        attention = self.self_attention(builder, index, spec, rope)
+        bias = bool(self.config.get("attention_bias", False))
+        attention = self.self_attention(builder, index, spec, rope, bias=bias)
         mlp = self.gated_mlp(builder, index, bias=bool(self.config.get("mlp_bias", False)))
         return PreNormLayer(builder, self.config, index, attention, mlp)

@@ -18,6 +18,7 @@ class Mixtral(Mistral):
             hidden_size=config.hidden_size,
             intermediate_size=builder.split(config.intermediate_size, "expert features").count,
             dtype=builder.dtype,
+            activation=self.activation,
         )
         experts = SparseMoE(
             builder,

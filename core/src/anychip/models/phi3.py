@@ -10,6 +10,8 @@ from anychip.plugin_api import AttentionSpec, Rope
 
 
 class Phi3(Mistral):
+    partial_rotary = True
+
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> PreNormLayer:
         attention = self.self_attention(builder, index, spec, rope, fused_qkv="qkv_proj")
         mlp = self.gated_mlp(builder, index, fused_gate_up="gate_up_proj")

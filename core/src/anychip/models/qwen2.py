@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, PreNormLayer
+from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
 from anychip.plugin_api import AttentionSpec, Rope
 
 
 class Qwen2(Decoder):
     @classmethod
     def layer_types(cls, config: ModelConfig) -> list[str]:
+        given = given_layer_types(config)
         if not config.get("use_sliding_window"):
             return ["full_attention"] * config.num_layers
         first = int(config.get("max_window_layers", 28))
-        return config.get("layer_types") or [
+        return given or [
             "sliding_attention" if index >= first else "full_attention" for index in range(config.num_layers)
         ]
 

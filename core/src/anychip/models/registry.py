@@ -19,7 +19,7 @@ NATIVE = {
     "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
     "GraniteForCausalLM": "anychip.models.granite:Granite",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
-    "MinistralForCausalLM": "anychip.models.mistral:Mistral",
+    "MinistralForCausalLM": "anychip.models.mistral:Ministral",
     "MistralForCausalLM": "anychip.models.mistral:Mistral",
     "MixtralForCausalLM": "anychip.models.mixtral:Mixtral",
     "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
