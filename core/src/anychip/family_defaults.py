@@ -1,4 +1,4 @@
-"""What a field of config.json means that is left out: each architecture's own defaults, as transformers' class has them.
+"""What a field of config.json means that is left out: each architecture's defaults, as transformers' class has them.
 Fields that are missing here have one default for all, in model_config.py, or must be given."""
 
 from __future__ import annotations
