@@ -7,14 +7,14 @@ import sys
 from types import ModuleType
 
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from anychip.chat.events import Content, Reasoning, ToolArguments, ToolStart
 from anychip.chat.parsers.reasoning import PlainText, TagReasoning
 from anychip.chat.parsers.registry import REASONING_PARSERS, choose_parsers
-from anychip.entrypoints.turn import AnswerSoFar, Tool
+from anychip.entrypoints.turn import AnswerSoFar, Tool, ToolChoice, TurnRequest, _forced_calls
 from anychip.errors import ConfigError
-from anychip.sampling_params import StructuredOutput
+from anychip.sampling_params import SamplingParams, StructuredOutput
 from anychip.structured_output.grammar import to_grammar
 
 
@@ -41,6 +41,44 @@ def test_a_format_that_is_not_enforced_is_a_note(name):
     text = {"type": "string", "format": name}
     assert problem(text) == ""
     assert problem({"type": "object", "properties": {"format": text, "b": {"anyOf": [text, {"enum": [text]}]}}}) == ""
+
+
+@pytest.mark.parametrize("name", ["default", "examples", "enum", "const", "format", "properties", "$ref"])
+def test_properties_may_have_the_names_of_keywords(name):
+    assert problem({"type": "object", "properties": {name: {"type": "string", "format": "path"}}}) == ""
+
+
+def follows(tools: list[Tool], text: str) -> bool:
+    """Whether a forced call may be this text."""
+    request = TurnRequest(
+        messages=[], sampling=SamplingParams(), tools=tools, tool_choice=ToolChoice(mode="required", parallel=True)
+    )
+    forced = _forced_calls(request)
+    assert forced is not None
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, to_grammar(forced))
+    assert not matcher.is_error(), matcher.get_error()
+    ids = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def test_tools_may_have_definitions_of_the_same_name():
+    def tool(name: str, kind: str, where: str) -> Tool:
+        schema = {"type": "object", "properties": {"a": {"$ref": f"#/{where}/Item"}}, "required": ["a"],
+                  "additionalProperties": False, where: {"Item": {"type": kind}}}  # fmt: skip
+        return Tool(name=name, parameters=schema)
+
+    tools = [tool("f", "string", "$defs"), tool("g.x", "integer", "$defs"), tool("h", "boolean", "definitions")]
+    for name, value in [("f", '"a"'), ("g.x", "1"), ("h", "true")]:
+        for right in ('"a"', "1", "true"):
+            call = f'[{{"name": "{name}", "parameters": {{"a": {right}}}}}]'
+            assert follows(tools, call) == (right == value)
+
+
+def test_a_tools_schema_may_refer_to_itself():
+    tree = {"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": False}
+    assert follows([Tool(name="f", parameters=tree)], '[{"name": "f", "parameters": {"a": {"a": {}}}}]')
+    assert not follows([Tool(name="f", parameters=tree)], '[{"name": "f", "parameters": {"a": 1}}]')
 
 
 def test_formats_that_are_enforced_and_keywords_that_cannot_be_stay():

@@ -22,6 +22,7 @@ from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.errors import InvalidRequest
 from anychip.launch.async_llm import AsyncLLM
 from anychip.sampling_params import SamplingParams, StructuredOutput
+from anychip.structured_output.schemas import with_every
 
 MAX_TOOLS = 128
 _NONE: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -254,21 +255,34 @@ def _forced_calls(request: TurnRequest) -> StructuredOutput | None:
         return StructuredOutput("json_schema", json.dumps(tool.schema))
     if choice.mode != "required":
         return None
-    definitions: dict[str, Any] = {}
-    calls = [_call_schema(tool, definitions) for tool in request.tools]
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    schema["maxItems"] = 1 if not choice.parallel else 8
-    if definitions:
-        schema["$defs"] = definitions
+    schema: dict[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 8 if choice.parallel else 1,
+        "items": {"anyOf": [_call_schema(tool) for tool in request.tools]},
+        "$defs": {tool.name: _definition(tool) for tool in request.tools},
+    }
     return StructuredOutput("json_schema", json.dumps(schema))
 
 
-def _call_schema(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = tool.schema
-    definitions |= parameters.pop("$defs", {})
+def _call_schema(tool: Tool) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "parameters": parameters},
+        "properties": {"name": {"const": tool.name}, "parameters": {"$ref": f"#/$defs/{tool.name}"}},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
+
+
+def _definition(tool: Tool) -> dict[str, Any]:
+    """A tool's schema where it stands among others: it refers to its own definitions, whatever those of others are
+    called."""
+
+    def placed(schema: dict[str, Any]) -> dict[str, Any]:
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return schema
+        return {**schema, "$ref": f"#/$defs/{tool.name}{reference[1:]}"}
+
+    definition: dict[str, Any] = with_every(tool.schema, placed)
+    return definition

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import StructuredOutput
+from anychip.structured_output.schemas import Schema, with_every
 
 MAX_BYTES = 256 * 1024
 """Of a schema, expression or grammar as text."""
@@ -23,9 +22,6 @@ _FORMATS = frozenset(
     {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"}
 )
 """Formats of strings that are enforced. JSON Schema lets others be notes for the reader."""
-
-_DATA = frozenset({"const", "default", "enum", "examples"})
-"""Keywords whose values are data, not schemas."""
 
 
 def to_grammar(wanted: StructuredOutput) -> str:
@@ -89,21 +85,14 @@ def _without_notes(schema: str) -> str:
     if '"format"' not in schema:
         return schema
     try:
-        return msgspec.json.encode(_enforced(msgspec.json.decode(schema.encode()))).decode()
+        return msgspec.json.encode(with_every(msgspec.json.decode(schema.encode()), _enforced)).decode()
     except msgspec.DecodeError:
         return schema
 
 
-def _enforced(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_enforced(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: value if key in _DATA else _enforced(value)
-        for key, value in schema.items()
-        if not (key == "format" and isinstance(value, str) and value not in _FORMATS)
-    }
+def _enforced(schema: Schema) -> Schema:
+    noted = isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS
+    return {key: value for key, value in schema.items() if not (noted and key == "format")}
 
 
 def _choice_grammar(value: str) -> str:

@@ -72,7 +72,7 @@ class _Scalar:
 class JsonCall:
     """Reads {"name": ..., "arguments": {...}} while it grows; "parameters" is the same as "arguments". The call is
     given out once its name is known and its arguments have begun, and then the arguments as they are written. They are
-    the object that a string holds where the model wrote them as a string.
+    the object that a string holds where the model wrote them as a string, and an empty object where it wrote null.
 
     `bare`: an object without arguments is a call too. `over`: the object has ended, or cannot be one.
     """
@@ -211,10 +211,11 @@ def _decoded(quoted: str) -> str | None:
 
 
 def _as_object(token: str) -> str:
-    """Arguments that are no object as they were written: the object that a string holds, an empty one for null."""
-    if token == "null":
+    """Arguments that are no object as they were written: the object that a string holds, an empty one for null and for
+    a string that says nothing."""
+    text = token if token == "null" else _decoded(token)
+    if text is not None and text.strip() in ("", "null"):
         return "{}"
-    text = _decoded(token)
     try:
         return token if text is None or not isinstance(msgspec.json.decode(text.encode()), dict) else text
     except (msgspec.DecodeError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from anychip.chat.events import Event, ToolArguments, ToolStart, new_call_id
 from anychip.chat.parsers.json_call import Brackets, JsonCall
@@ -89,7 +89,7 @@ _COMMA = re.compile(r"\s{0,256},?\s{0,256}")
 
 
 class PythonicTools(WholeOutputTools):
-    """[name(argument=value, ...), ...], the values literals; each call is given out when it is whole."""
+    """[name(argument=value, ...), ...], the values literals of Python or JSON. A call is given out when it is whole."""
 
     _BEGINNINGS: Sequence[Parts] = ((SPACE, "[", SPACE, _PYTHON_NAME, SPACE, "("),)
     _BETWEEN: Sequence[Parts] = ((SPACE, ",", SPACE, _PYTHON_NAME, SPACE, "("),)
@@ -135,13 +135,22 @@ class PythonCall:
         return []
 
 
+class _JsonNames(ast.NodeTransformer):
+    """Models that know both languages write true, false and null as JSON does."""
+
+    _VALUES: Mapping[str, bool | None] = {"true": True, "false": False, "null": None}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
+
+
 def _python_call(source: str) -> tuple[str, str] | None:
     """A call's name and its arguments as JSON; None where it is no call of literals."""
     try:
         call = ast.parse(source, mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
             return None
-        arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        arguments = {str(word.arg): ast.literal_eval(_JsonNames().visit(word.value)) for word in call.keywords}
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         text.encode()
         return ast.unparse(call.func), text

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import msgspec
 from pydantic import ConfigDict, Field
 
 from anychip.entrypoints.http.body import Parameters, Several, Strict
@@ -161,7 +161,8 @@ def _unreadable(block: Block) -> InvalidRequest:
 def parsed_arguments(text: str) -> dict[str, Any]:
     """A call's arguments as an object; what is none stands under a name of its own."""
     try:
-        value = json.loads(text or "{}")
-    except ValueError:
+        value = msgspec.json.decode((text or "{}").encode())
+        msgspec.json.encode(value)  # not every number that can be read can be written
+    except (msgspec.MsgspecError, OverflowError, RecursionError):
         return {"_unparsed": text}
     return value if isinstance(value, dict) else {"value": value}

@@ -94,7 +94,7 @@ def arguments_object(arguments: str) -> Any:
     """Templates write arguments themselves, from objects."""
     try:
         return msgspec.json.decode(arguments.encode()) if arguments.strip() else {}
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
         return arguments
 
 
