@@ -13,7 +13,7 @@ from anychip_conformance.new_plugin import rendered, write_plugin
 EXAMPLE = Path(__file__).parents[2] / "examples" / "anychip-acme"
 CHANGED = {"src/anychip_acme/ops.py", "README.md", "tests/test_ops.py"}
 """What the example does beyond the template: one op."""
-MOST_LINES = 100
+MOST_LINES = {"torch": 100, "step": 120}
 SAMPLE = [f"--case={id}" for id in ("attn.decode.001", "linear.dense.001", "op.rms_norm.001", "e2e.greedy.001")]
 
 
@@ -22,7 +22,7 @@ SAMPLE = [f"--case={id}" for id in ("attn.decode.001", "linear.dense.001", "op.r
 def test_a_generated_plugin_passes_as_it_is(tmp_path: Path, seam: str, judged: list[str]) -> None:
     folder = write_plugin("zeta", seam, tmp_path)
     sources = list((folder / "src").rglob("*.py"))
-    assert sum(len(path.read_text().splitlines()) for path in sources) <= MOST_LINES
+    assert sum(len(path.read_text().splitlines()) for path in sources) <= MOST_LINES[seam]
     announce(folder / "src", "anychip_zeta", "zeta")
     done = anychip(["conformance", "--device", "zeta", *judged], folder / "src")
     assert done.returncode == 0, done.stdout[-3000:]

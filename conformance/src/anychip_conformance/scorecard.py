@@ -267,8 +267,8 @@ def matrix(cards: Mapping[str, Scorecard]) -> str:
 _MATRIX_PAGE = """# Capability matrix
 
 Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device that is not here
-has no scorecard: cuda and rocm have not run on one, and their kernels are judged as triton-interpreter, a simulation;
-tpu and ascend are announced, and nothing of theirs has run.
+has no scorecard: cuda and rocm have not run on one. `make interpreted` judges their kernels as triton-interpreter, a
+simulation; its scorecard is not of this manifest yet. tpu and ascend are announced, and nothing of theirs has run.
 
 Evidence:
 
