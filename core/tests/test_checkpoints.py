@@ -166,7 +166,7 @@ def test_a_dtype_that_the_device_lacks_is_refused(checkpoint):
 
 
 def test_a_block_size_that_the_backend_lacks_is_refused(checkpoint):
-    with pytest.raises(ConfigError, match="block_size 24 is not among .*: 16 comes nearest, .*set --block-size"):
+    with pytest.raises(ConfigError, match="block_size 24 is not among .*: 16 is nearest; .*set --block-size"):
         open_llm(checkpoint, block_size=24)
 
 

@@ -101,9 +101,9 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
             body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
             answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
+        return api, kernel, list(hops)  # before the engine is told to stop
     finally:
         await llm.close()
-    return api, kernel, hops
 
 
 @pytest.mark.skipif(not native.usable(), reason="the page lists the way to a compiled kernel")
