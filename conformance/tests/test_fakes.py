@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from anychip.ops.reference import EditState
 from anychip_conformance.equality.oracle import Answer, judge
 from anychip_conformance.equality.workload import CANNOT, full_product, pairwise
 from anychip_conformance.fakes.hostlen import HostlenGraphs, HostReadInCapture
-from anychip_conformance.fakes.static import CompiledCall, DonatedState, DonatedTwice, UncompiledShape
+from anychip_conformance.fakes.static import CompiledCall, DonatedState, DonatedTwice, Held, UncompiledShape
 
 
 def test_a_compiled_call_refuses_any_other_shape_or_dtype():
@@ -26,7 +27,7 @@ def test_a_compiled_call_cannot_read_a_value_on_the_host():
 
 
 def test_a_donated_state_cannot_be_used_again():
-    state = DonatedState([], torch.zeros(1))
+    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2)))
     state.take()
     with pytest.raises(DonatedTwice):
         state.take()
