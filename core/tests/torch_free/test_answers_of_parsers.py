@@ -138,4 +138,6 @@ def test_a_call_that_is_no_plain_object_is_still_answered(depth):
     """Its input stands under a name of its own, where no answer could hold it as a value."""
     config = ServerConfig(tool_parser="hermes", reasoning_parser="none")
     for path in BODIES:
-        answers(CALLS["hermes"] % ('{"a": ' + "[" * depth + "9" * 50 + "]" * depth + "}"), path, config)
+        call = CALLS["hermes"] % ('{"a": ' + "[" * depth + "9" * 50 + "]" * depth + "}")
+        whole, streamed = answers(call, path, config)
+        assert whole == streamed

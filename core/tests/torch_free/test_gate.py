@@ -286,6 +286,7 @@ def test_an_answer_that_nobody_takes_ends_its_request(monkeypatch):
         writer.transport.abort()
 
     asyncio.run(served_over_sockets(app, never_reads))
+    assert ended == [True]
 
 
 # -- methods, labels, the log -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import ClassVar
 from anychip.chat.events import Event, OutputParser, Reasoning, ToolArguments, ToolStart, new_call_id
 from anychip.chat.parsers.json_call import Brackets
 from anychip.chat.parsers.reasoning import PlainText
-from anychip.chat.parsers.scan import TextBuffer
+from anychip.chat.parsers.scan import StateReader
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
@@ -25,7 +25,7 @@ _CHANNELS = ("analysis", "commentary", "final")
 _MAX_HEADER = 256
 
 
-class Harmony:
+class Harmony(StateReader):
     """Both kinds of parser in one: the format does not separate them. The prompt ends with <|start|>assistant. Text on
     the channel `final`, and text without a channel, is `rest`'s to read.
 
@@ -35,10 +35,9 @@ class Harmony:
     end_marker: ClassVar[str] = "<|channel|>final<|message|>"
 
     def __init__(self, rest: OutputParser | None = None, *, inside: bool = False) -> None:
+        super().__init__("between")
         # One Harmony over another is one: it reads the calls as well.
         self._rest: OutputParser = PlainText() if rest is None or isinstance(rest, Harmony) else rest
-        self._buffer = TextBuffer()
-        self._state = "between"
         self._arguments: Brackets | None = None
         self._begun = False  # a message was read
         self._count = 0
@@ -47,16 +46,6 @@ class Harmony:
     @classmethod
     def starts_inside(cls, prompt: str) -> bool:
         return prompt.rstrip().endswith(_START + _ROLE)
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer.add(text)
-        events: list[Event] = []
-        while self._buffer.text:
-            before = self._state, len(self._buffer.text)
-            events += getattr(self, f"_read_{self._state}")()
-            if (self._state, len(self._buffer.text)) == before:
-                break
-        return events
 
     def finish(self) -> list[Event]:
         held = self._buffer.take_all()

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from anychip.chat.events import Event, ToolArguments, ToolStart, new_call_id
 from anychip.chat.parsers.json_call import Brackets, JsonCall
-from anychip.chat.parsers.scan import SPACE, Head, Parts
-from anychip.chat.parsers.whole_output import GrowingCall, WholeOutputTools
+from anychip.chat.parsers.scan import SPACE, GrowingCall, Head, Parts
+from anychip.chat.parsers.whole_output import WholeOutputTools
 
 _SEPARATORS = re.compile(r"[\s;,]{0,256}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from anychip.chat.events import Content, Event
 
@@ -50,6 +50,25 @@ def _overlap(text: str, marker: str) -> int:
         if text.endswith(marker[:length]):
             return length
     return 0
+
+
+class StateReader:
+    """A parser whose states are the names of the methods that read on, `_read_<state>`. Each returns its events, and
+    leaves in the buffer what is not settled yet."""
+
+    def __init__(self, state: str) -> None:
+        self._buffer = TextBuffer()
+        self._state = state
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer.add(text)
+        events: list[Event] = []
+        while self._buffer.text:
+            before = self._state, len(self._buffer.text)
+            events += getattr(self, f"_read_{self._state}")()
+            if (self._state, len(self._buffer.text)) == before:
+                break
+        return events
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +148,32 @@ class ContentText:
         """The white space at the end, unless it is next to a call."""
         text, self._space = self._space, ""
         return [Content(text)] if text and not self.after_call else []
+
+
+class GrowingCall(Protocol):
+    """A call that is read while it grows; JsonCall says what the attributes mean."""
+
+    over: bool
+    started: bool
+
+    @property
+    def failed(self) -> bool: ...
+
+    @property
+    def raw(self) -> str: ...
+
+    def feed(self, text: str) -> tuple[list[Event], str]: ...
+
+    def finish(self) -> list[Event]: ...
+
+
+def read_call(call: GrowingCall, lead: str, buffer: TextBuffer, content: ContentText) -> list[Event]:
+    """Feeds the buffer's text to a call; `lead` stands before it. A call that has failed is text: its lead is content,
+    and the rest goes back to the buffer, since another call may stand within it."""
+    events, buffer.text = call.feed(buffer.take_all())
+    if call.started:
+        content.call()
+    if call.failed:
+        events += content.add(lead)
+        buffer.text = call.raw + buffer.text
+    return events

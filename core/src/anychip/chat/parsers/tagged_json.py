@@ -4,36 +4,25 @@ string. Text that looks like a call and is none is the answer's, as it was writt
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from anychip.chat.events import Event, ToolArguments, ToolStart, new_call_id
 from anychip.chat.parsers.json_call import Brackets, JsonCall
-from anychip.chat.parsers.scan import NAME, SPACE, ContentText, Head, Parts, TextBuffer, match_head
+from anychip.chat.parsers.scan import NAME, SPACE, ContentText, Head, Parts, StateReader, match_head, read_call
 
 
-class TaggedTools:
-    """Reads text with calls in it. The states are the names of the methods that read on, `_read_text` first; each
-    returns its events, and leaves in the buffer what is not settled yet."""
+class TaggedTools(StateReader, ABC):
+    """Reads text with calls in it."""
 
     def __init__(self) -> None:
-        self._buffer = TextBuffer()
+        super().__init__("text")
         self._content = ContentText()
-        self._state = "text"
         self._count = 0
         self._call: JsonCall | None = None  # an object with a name, from its beginning
         self._lead = ""  # what stands before it
         self._arguments: Brackets | None = None  # of a call whose head gave the name
         self._unclosed = False  # text follows a call whose end marker has not come
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer.add(text)
-        events: list[Event] = []
-        while self._buffer.text:
-            before = self._state, len(self._buffer.text)
-            events += getattr(self, f"_read_{self._state}")()
-            if (self._state, len(self._buffer.text)) == before:
-                break
-        return events
 
     def finish(self) -> list[Event]:
         held, events = self._buffer.take_all(), list[Event]()
@@ -49,13 +38,8 @@ class TaggedTools:
     def _read_object(self, after: str) -> list[Event]:
         """A call as an object; `after` is the state that follows it."""
         assert self._call is not None
-        events, self._buffer.text = self._call.feed(self._buffer.take_all())
-        if self._call.started:
-            self._content.call()
+        events = read_call(self._call, self._lead, self._buffer, self._content)
         if self._call.failed:
-            # A call may stand within what was none.
-            events += self._content.add(self._lead)
-            self._buffer.text = self._call.raw + self._buffer.text
             self._call, self._state = None, "text"
         elif self._call.over:
             self._call, self._state, self._count = None, after, self._count + 1
@@ -83,8 +67,9 @@ class TaggedTools:
             self._state, self._unclosed = "text", tail.verdict == "no"
         return []
 
+    @abstractmethod
     def _tails(self) -> Sequence[Parts]:
-        raise NotImplementedError
+        """The ways in which a call may end, with what stands between it and its end."""
 
 
 class HermesTools(TaggedTools):

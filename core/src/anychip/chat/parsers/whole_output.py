@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from anychip.chat.events import Event
 from anychip.chat.parsers.json_call import JsonCall
-from anychip.chat.parsers.scan import ContentText, Head, Parts, TextBuffer, match_head
+from anychip.chat.parsers.scan import ContentText, GrowingCall, Head, Parts, StateReader, match_head, read_call
 
 
-class GrowingCall(Protocol):
-    """A call that is read while it grows; JsonCall says what the attributes mean."""
-
-    over: bool
-    started: bool
-
-    @property
-    def failed(self) -> bool: ...
-
-    @property
-    def raw(self) -> str: ...
-
-    def feed(self, text: str) -> tuple[list[Event], str]: ...
-
-    def finish(self) -> list[Event]: ...
-
-
-class WholeOutputTools:
+class WholeOutputTools(StateReader):
     """Output that begins with a call is calls, with text after them. All other output is the answer, unchanged; so is
     whatever follows the calls and is none.
 
@@ -40,22 +22,11 @@ class WholeOutputTools:
     _CALL: str
 
     def __init__(self) -> None:
-        self._buffer = TextBuffer()
+        super().__init__("head")
         self._content = ContentText()
-        self._state = "head"
         self._lead = ""  # what stands before the call that is being read
         self._call: GrowingCall | None = None
         self._count = 0
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer.add(text)
-        events: list[Event] = []
-        while self._buffer.text:
-            before = self._state, len(self._buffer.text)
-            events += self._read()
-            if (self._state, len(self._buffer.text)) == before:
-                break
-        return events
 
     def finish(self) -> list[Event]:
         held = self._buffer.take_all()
@@ -70,11 +41,10 @@ class WholeOutputTools:
     def _new_call(self) -> GrowingCall:
         return JsonCall(self._count, bare=False)
 
-    def _read(self) -> list[Event]:
-        if self._state == "call":
-            return self._read_call()
-        if self._state == "answer":
-            return self._content.add(self._buffer.take_all())
+    def _read_answer(self) -> list[Event]:
+        return self._content.add(self._buffer.take_all())
+
+    def _read_head(self) -> list[Event]:
         head = match_head(self._buffer.text, *(self._BETWEEN if self._count else self._BEGINNINGS))
         if head.verdict == "yes":
             self._lead = self._buffer.take(self._call_begins(head))
@@ -97,12 +67,8 @@ class WholeOutputTools:
 
     def _read_call(self) -> list[Event]:
         assert self._call is not None
-        events, self._buffer.text = self._call.feed(self._buffer.take_all())
-        if self._call.started:
-            self._content.call()
+        events = read_call(self._call, self._lead, self._buffer, self._content)
         if self._call.failed:
-            events += self._content.add(self._lead)
-            self._buffer.text = self._call.raw + self._buffer.text
             self._call, self._state = None, "answer"
         elif self._call.over:
             self._call, self._state, self._count = None, "head", self._count + 1
