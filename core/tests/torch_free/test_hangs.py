@@ -165,6 +165,14 @@ def test_a_start_without_progress_hangs_and_one_with_progress_does_not():
     assert "--start-timeout-s" in str(watch(watchdog, clock, 10.0))
 
 
+def test_a_beat_of_the_start_that_comes_late_gives_no_step_the_time_of_a_start():
+    clock = Clock()
+    watchdog = Watchdog(start_timeout_s=600, clock=clock)
+    watchdog.heard(Heartbeat("the loop", busy_s=0.0, limit_s=4.0, stats=STATS))
+    watchdog.heard(Heartbeat("warm-up", busy_s=0.0, limit_s=600.0))
+    assert "--step-timeout-s" in str(watch(watchdog, clock, 7.0))
+
+
 def test_time_in_which_the_api_process_itself_was_stopped_is_not_the_engines_silence():
     clock = Clock()
     watchdog = Watchdog(start_timeout_s=60, clock=clock)

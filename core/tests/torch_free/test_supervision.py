@@ -272,6 +272,13 @@ def served():
         api.close()
 
 
+def test_an_engine_tells_the_limit_of_its_steps_before_it_says_that_it_is_ready(served):
+    api, _, progress = served
+    told = [m for m in api.messages(0.3) if isinstance(m, EngineReady) or (isinstance(m, Heartbeat) and m.stats)]
+    assert isinstance(told[0], Heartbeat) and told[0].limit_s == progress.limit_s
+    assert isinstance(told[1], EngineReady)
+
+
 def test_an_engine_says_how_it_stands_though_its_step_takes_long(served):
     api, core, _ = served
     collect, released = core.executor.collect, threading.Event()

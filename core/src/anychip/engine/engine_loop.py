@@ -54,7 +54,7 @@ class EngineLoop:
 
     def run(self, core: EngineCore) -> None:
         """Serves until Shutdown."""
-        self._heartbeat.core = core
+        self.send(self._heartbeat.first_beat_of(core))
         self.send(EngineReady(core.executor.ready, core.max_model_len, core.hash_block_size))
         while not self._stopping:
             self._progress.turned()

@@ -40,10 +40,10 @@ class StallClock:
 
 
 class HeartbeatThread:
-    """Runs from `start` until `stop`. `core` is None until the engine is built."""
+    """Runs from `start` until `stop`."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, progress: Progress) -> None:
-        self.core: EngineCore | None = None
+        self._core: EngineCore | None = None
         self._context = context
         self._endpoint = output_endpoint(folder)
         self._progress = progress
@@ -56,6 +56,13 @@ class HeartbeatThread:
     def stop(self) -> None:
         self._ended.set()
         self._thread.join()
+
+    def first_beat_of(self, core: EngineCore) -> Heartbeat:
+        """The engine is built: from now on its statistics are told. The caller sends this beat, ahead of whatever
+        brings requests. An engine that stops before the thread's next beat would otherwise be given the time of a
+        start."""
+        self._core = core
+        return self._beat(0.0)
 
     def _run(self) -> None:
         stalled = StallClock(longest_s=2 * _EVERY_S)
@@ -70,7 +77,7 @@ class HeartbeatThread:
                     return
 
     def _beat(self, busy_s: float) -> Heartbeat:
-        progress, core = self._progress, self.core
+        progress, core = self._progress, self._core
         return Heartbeat(
             doing=progress.doing,
             busy_s=busy_s,

@@ -31,6 +31,8 @@ class Watchdog:
         return self._beat.worker_pids
 
     def heard(self, beat: Heartbeat) -> None:
+        if beat.stats is None and self._beat.stats is not None:
+            return  # a beat of the start that was overtaken: its limit is not a step's
         self._beat = beat
         self._num_beats += 1
 
