@@ -49,6 +49,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     overlap: bool = True
     tensor_parallel_size: int = 1
     executor: Literal["auto", "inline", "multiprocess"] = "auto"
+    speculate: str | None = None
+    """What drafts tokens: ngram, suffix, auto or a plugin's; None: nothing does."""
+    max_drafts: int = 8
+    """Most tokens that are drafted behind a sequence in one step."""
     policy: str = "fcfs"
     max_waiting: int = 4096
     max_waiting_tokens: int = 4_000_000
@@ -68,6 +72,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         at_least = {
             "max_num_seqs": 1, "max_num_batched_tokens": 1, "tensor_parallel_size": 1, "max_model_len": 2,
             "block_size": 1, "num_kv_blocks": 2, "kv_cache_bytes": 1, "max_waiting": 1, "max_waiting_tokens": 1,
+            "max_drafts": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

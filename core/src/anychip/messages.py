@@ -86,6 +86,24 @@ class SequenceDelta(msgspec.Struct, array_like=True):
     """Class name and message of what refused the request."""
 
 
+class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
+    """What drafts came to, since the engine's start."""
+
+    drafted: int
+    """Tokens that were drafted."""
+    accepted_at: tuple[int, ...]
+    """By position in a draft: how often the token there was drawn."""
+    saved_s: float
+    """Seconds that the accepted tokens would have taken in steps of their own, less what all drafts cost; by the costs
+    of steps that were measured at the start."""
+    failures: int
+    """Sequences that went on without drafts because the proposer failed."""
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.accepted_at)
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """How the engine stands. What counts events counts them since its start."""
 
@@ -101,6 +119,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that were looked up in the prefix cache."""
     prefix_hits: int
     """Prompt tokens that the prefix cache held."""
+    speculation: SpeculationStats | None = None
+    """None: nothing is drafted."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -169,6 +189,7 @@ class DeviceRules(msgspec.Struct, frozen=True):
     max_padded_tokens: int | None = None
     zero_new_blocks: bool = False
     max_slots: int | None = None
+    takes_drafts: bool = True
 
 
 class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -183,6 +204,8 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """For each op, which implementation serves it, and why."""
     capabilities: dict[str, str] = {}
     """What the device declares, as text."""
+    step_costs: tuple[tuple[int, float], ...] = ()
+    """(tokens, seconds) of steps by growing tokens, measured where drafts are wanted."""
 
 
 class WorkerProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -222,7 +245,8 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class NewRow(msgspec.Struct, frozen=True, array_like=True):
     """A request entering a slot: everything a worker will ever need of it, told once.
 
-    `token_ids` are int32 bytes: the prompt, and after a preemption the output so far.
+    `token_ids` are int32 bytes: the prompt, and after a preemption the output so far. The defaults are those of a
+    greedy request that asks for nothing else.
     """
 
     slot: int
@@ -230,17 +254,17 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     num_prompt: int
     num_computed: int
     block_ids: list[list[int]]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    sample_index: int
-    logprobs: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    sample_index: int = 0
+    logprobs: int = -1
     """-1: none; otherwise how many of the most likely tokens to report."""
-    score_from: int
-    """First position whose next prompt token is to be scored; num_prompt: none."""
-    score_top: int
+    score_from: int = 2**31 - 1
+    """First position whose next prompt token is to be scored; beyond the prompt: none."""
+    score_top: int = 0
     """How many of the most likely tokens to report with a score."""
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -254,7 +278,11 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     `slots` and `num_tokens` are int32 bytes [num_rows]. `new_blocks` are int32 bytes [k, 4]: slot, group,
     index in the row's table, block id. A row samples when this step computes its last known token.
-    Order of effects: finished, new rows, new blocks, copies, zeros, forward.
+    `num_drafts` int32 bytes [num_rows] (b"": none has any) says how many of a row's tokens are guesses, which stand
+    behind its last known one, and `drafts` has their ids, row after row. Such a row samples behind each of them too.
+    `rewinds` are int32 bytes [k, 2]: a slot, and how many of its tokens are computed after all, because what it
+    computed beyond was drafted and not drawn; it is told before the slot's next step.
+    Order of effects: finished, new rows, rewinds, new blocks, copies, zeros, forward.
     """
 
     step_id: int
@@ -265,10 +293,13 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     finished_slots: list[int]
     copies: list[tuple[int, int]]
     zeros: list[int]
+    num_drafts: bytes = b""
+    drafts: bytes = b""
+    rewinds: bytes = b""
 
 
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """What sampling needs that was not known when the step was launched, by position among its sampling rows.
+    """What sampling needs that was not known when the step was launched, by position among its samples.
 
     A mask is a packed bitmask of allowed tokens: bit i of word i // 32, little-endian.
     """
@@ -278,14 +309,16 @@ class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """`token_ids` are int32 bytes, one per sampling row in the order of the decision's rows."""
+    """`token_ids` are int32 bytes: what the sampling rows gained, in the order of the decision's rows. `num_gained` are
+    int32 bytes [sampling rows]: how many ids each gained; b"": one each."""
 
     step_id: int
     token_ids: bytes
     logprobs: dict[int, TokenLogprobs]
-    """By position among the sampling rows; only rows that asked."""
+    """By position in `token_ids`; only of rows that asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     """By position among the decision's rows: of the prompt tokens that follow those computed, in order."""
+    num_gained: bytes = b""
 
 
 ToEngine = AddRequest | Abort | Shutdown

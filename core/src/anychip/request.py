@@ -19,6 +19,8 @@ from anychip.types import BlockId, FinishReason, RequestId, Slot
 if TYPE_CHECKING:
     import numpy as np
 
+    from anychip.speculation.speculator import Speculation
+
 
 class LogitsProcessor(Protocol):
     """Restricts the next token of one sequence. Grammars and bad words plug in here. An AnychipError that it raises
@@ -27,11 +29,16 @@ class LogitsProcessor(Protocol):
     @property
     def name(self) -> str: ...
 
-    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
-        """Clears bits of `mask` for the token at `position`, where all earlier ids of the request are known.
+    def allowed(self, request: Request, drafted: Sequence[int], mask: np.ndarray) -> None:
+        """Clears bits of `mask` for the token behind the request's known ids and `drafted`, which are guesses: what is
+        kept of the request must not count them. Where they are forbidden already, the mask does not matter.
 
         mask: [ceil(vocab_size / 32)] uint32; bit i of word i // 32 set means that token i is allowed.
         """
+        ...
+
+    def forced(self, request: Request) -> list[int]:
+        """Tokens behind the known ids that leave no choice, one after the other; [] where nobody knows."""
         ...
 
     def applies(self, position: int) -> bool:
@@ -67,8 +74,8 @@ class Request:
         "arrival", "arrived_at", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "enters",
         "epoch", "finish_reason", "fork_of", "index", "is_beam", "max_output", "next_change_at", "num_cached_blocks",
         "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids", "priority", "processors",
-        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot", "status",
-        "stop_ids", "tenant",
+        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot", "speculation",
+        "status", "stop_ids", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +120,7 @@ class Request:
 
         self.status = RequestStatus.WAITING
         self.epoch = 0
+        self.speculation: Speculation | None = None  # None: nothing is drafted for it
         self.slot: Slot | None = None
         self.num_computed = 0
         self.num_promised = 0

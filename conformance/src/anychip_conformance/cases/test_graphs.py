@@ -22,11 +22,17 @@ class ShapeCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_tokens: int = 64
     max_rows: int = 16
     pages: int = 8
+    drafts: int = 0
 
 
 @kind(
     "shape.policy",
-    corpus=[ShapeCase(), ShapeCase(max_tokens=512, max_rows=4), ShapeCase(max_tokens=16, max_rows=16, pages=1)],
+    corpus=[
+        ShapeCase(),
+        ShapeCase(max_tokens=512, max_rows=4),
+        ShapeCase(max_tokens=16, max_rows=16, pages=1),
+        ShapeCase(drafts=4),
+    ],
 )
 def policy(device: Device, case: ShapeCase) -> None:
     """Every step that obeys the device's rules and the limits has a shape that holds it; a shape's own sizes lead back
@@ -36,7 +42,12 @@ def policy(device: Device, case: ShapeCase) -> None:
     bounds = (case.max_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
     tokens = min(bound for bound in bounds if bound is not None)
     limits = StepLimits(
-        max_num_tokens=tokens, max_num_reqs=rows, max_model_len=length, max_slots=rows, max_pages=(case.pages,)
+        max_num_tokens=tokens,
+        max_num_reqs=rows,
+        max_model_len=length,
+        max_slots=rows,
+        max_pages=(case.pages,),
+        max_drafts=case.drafts,
     )
     shapes = device.platform.shape_policy(limits)
     for num_tokens in range(1, tokens + 1):
@@ -44,10 +55,17 @@ def policy(device: Device, case: ShapeCase) -> None:
             longest = _longest(rules, limits, num_tokens, num_rows)
             if longest is None:
                 continue
+            num_samples = min(num_tokens, num_rows * (1 + case.drafts))
             key = shapes.bucket(
-                num_tokens=num_tokens, num_reqs=num_rows, max_query_len=longest, num_pages=case.pages, features=()
+                num_tokens=num_tokens,
+                num_reqs=num_rows,
+                num_samples=num_samples,
+                max_query_len=longest,
+                num_pages=case.pages,
+                features=(),
             )
             step = f"{num_tokens} tokens in {num_rows} rows"
+            assert key.num_samples >= num_samples, f"{step} with {num_samples} samples do not fit {key}"
             assert key.num_tokens >= num_tokens and key.num_reqs >= num_rows, f"{step} do not fit {key}"
             assert key.max_query_len == 0 or key.max_query_len >= longest, f"a row of {longest} does not fit {key}"
             assert key.num_pages == 0 or key.num_pages >= case.pages, f"{case.pages} pages do not fit {key}"
@@ -58,11 +76,13 @@ def policy(device: Device, case: ShapeCase) -> None:
         again = shapes.bucket(
             num_tokens=key.num_tokens,
             num_reqs=key.num_reqs,
+            num_samples=key.num_samples,
             max_query_len=min(key.max_query_len or longest, longest),
             num_pages=key.num_pages,
             features=key.features,
         )
-        assert (again.num_tokens, again.num_reqs) == (key.num_tokens, key.num_reqs), f"{key} leads to {again}"
+        sizes = [(each.num_tokens, each.num_reqs, each.num_samples) for each in (again, key)]
+        assert sizes[0] == sizes[1], f"{key} leads to {again}"
 
 
 def _longest(rules: StepRules, limits: StepLimits, tokens: int, rows: int) -> int | None:

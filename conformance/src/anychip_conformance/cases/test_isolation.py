@@ -134,6 +134,6 @@ def capabilities_are_whole(device: Device, case: Nothing) -> None:
     assert caps.dtypes & {"float32", "bfloat16", "float16"}, f"no dtype to compute in among {sorted(caps.dtypes)}"
     assert caps.block_sizes and all(size > 0 for size in caps.block_sizes)
     assert caps.max_slots is None or caps.max_slots >= max(caps.block_sizes), "not one block fits max_slots"
-    assert rules.chunk_multiple >= 1 and rules.decode_steps_per_launch >= 1
+    assert rules.chunk_multiple >= 1
     for limit in (rules.max_tokens, rules.max_rows, rules.max_prefills, rules.max_padded_tokens):
         assert limit is None or limit > 0

@@ -12,16 +12,12 @@ from torch import Tensor
 
 from anychip.ops.reference import (
     DenseCacheAttention,
-    EditState,
     ExpertWeights,
     ReferenceMoE,
-    adjusted_logits,
     arena_views,
     softmax_with_sinks,
 )
 from anychip.plugin_api import (
-    EDITS,
-    LOGPROBS,
     MAX_LOGPROBS,
     AttentionBackend,
     AttentionLayer,
@@ -41,8 +37,6 @@ from anychip.plugin_api import (
     StepModel,
 )
 from anychip.plugin_api.attention import Plan
-
-OUTPUT_NAMES = ("token_ids", "chosen_logprobs", "top_ids", "top_logprobs")
 
 
 @dataclass(slots=True)
@@ -181,28 +175,6 @@ def forward_body(
     return context.caches, logits, *scores
 
 
-def sample_body(
-    ops: Ops,
-    last_ids: Tensor,
-    edits: EditState,
-    logits: Tensor,
-    slots: Tensor,
-    fields: Mapping[str, Tensor],
-    features: tuple[str, ...],
-) -> tuple[Tensor, ...]:
-    """One draw for every row, padded ones included: the new last ids and counts, then what OUTPUT_NAMES lists."""
-    given, counts = dict(fields), edits.counts
-    logits, editing = logits.float(), EDITS in features
-    scored = adjusted_logits(ops, logits, given, slots=slots, edits=edits if editing else None)
-    ids = ops.sample(logits=scored, all_greedy=False, **given)
-    last_ids = last_ids.index_copy(0, slots.long(), ids)
-    if editing:
-        counts = ops.count_tokens(counts=counts, slots=slots, ids=ids)
-    if LOGPROBS not in features:
-        return last_ids, counts, ids
-    return last_ids, counts, ids, *ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
-
-
 def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Scores | None:
     """Of every token's scores, those of the tokens that had a target."""
     if targets is None:
@@ -211,8 +183,7 @@ def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Score
     return Scores(logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
 
 
-def outputs(results: Sequence[Tensor], num_samples: int, scores: Scores | None = None) -> ReadyOutputs:
-    """What OUTPUT_NAMES lists, of the rows that are no padding."""
-    host = {name: value[:num_samples].numpy() for name, value in zip(OUTPUT_NAMES, results, strict=False)}
-    host["token_ids"] = host["token_ids"].reshape(-1, 1)
+def outputs(drawn: Mapping[str, Tensor], num_samples: int, scores: Scores | None = None) -> ReadyOutputs:
+    """Of the samples that are no padding."""
+    host = {name: value[:num_samples].numpy() for name, value in drawn.items()}
     return ReadyOutputs(HostOutputs(**host, scores=scores))

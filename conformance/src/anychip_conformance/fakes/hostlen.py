@@ -316,7 +316,7 @@ class HostlenShapes(ShapePolicy):
 
     def __init__(self, limits: StepLimits) -> None:
         self._keys = [
-            ShapeKey(num_tokens=rows, num_reqs=rows, max_query_len=1, num_pages=max(limits.max_pages))
+            ShapeKey(num_tokens=rows, num_reqs=rows, num_samples=rows, max_query_len=1, num_pages=max(limits.max_pages))
             for rows in _GRAPH_ROWS
             if rows <= limits.max_num_reqs
         ]
@@ -330,7 +330,14 @@ class HostlenShapes(ShapePolicy):
         return self._pieces
 
     def bucket(
-        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
     ) -> ShapeKey:
         if max_query_len == 1:
             for key in self._keys:
@@ -339,6 +346,7 @@ class HostlenShapes(ShapePolicy):
         return super().bucket(
             num_tokens=next((count for count in self._pieces if count >= num_tokens), num_tokens),
             num_reqs=num_reqs,
+            num_samples=num_samples,
             max_query_len=max_query_len,
             num_pages=num_pages,
             features=features,

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState
+from anychip.ops.reference import Drawn, EditState, draw_tokens
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -40,7 +40,6 @@ from anychip_conformance.fakes.functional import (
     edited,
     forward_body,
     outputs,
-    sample_body,
     tensors,
 )
 
@@ -188,22 +187,23 @@ class SpmdStepProgram(StepProgram):
     def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, ReadyOutputs]:
         fields = tensors(late.arena, late.sections)
 
-        def one(rank: int) -> tuple[Tensor, ...]:
-            return sample_body(
+        def one(rank: int) -> Drawn:
+            return draw_tokens(
                 self.ops,
-                state.last_ids[rank],
-                state.edits[rank],
-                hidden.logits[rank],
-                hidden.slots,
+                hidden.logits[rank].float(),
                 fields,
-                late.key.features,
+                slots=hidden.slots,
+                last_ids=state.last_ids[rank],
+                edits=state.edits[rank],
+                features=late.key.features,
+                max_drafts=self.limits.max_drafts,
             )
 
-        results = self._on_every_device(one)
-        for edits, result in zip(state.edits, results, strict=True):
-            edits.counts = result[1]
-        state = SpmdState(state.caches, [result[0] for result in results], state.edits)
-        return state, outputs(results[0][2:], late.num_samples, hidden.scores)
+        drawn = self._on_every_device(one)
+        for edits, mine in zip(state.edits, drawn, strict=True):
+            edits.counts = mine.counts
+        state = SpmdState(state.caches, [mine.last_ids for mine in drawn], state.edits)
+        return state, outputs(drawn[0].outputs(), late.num_samples, hidden.scores)
 
     def _on_every_device(self, fn: Callable[[int], R]) -> list[R]:
         def guarded(rank: int) -> R:

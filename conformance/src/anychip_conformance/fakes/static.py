@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from anychip.ops.reference import EditState
+from anychip.ops.reference import EditState, draw_tokens
 from anychip.plugin_api import (
     SCORES,
     AttentionBackend,
@@ -51,7 +52,6 @@ from anychip_conformance.fakes.functional import (
     edited,
     forward_body,
     outputs,
-    sample_body,
     tensors,
 )
 
@@ -99,21 +99,34 @@ class StaticHidden:
 class StaticShapes(ShapePolicy):
     def __init__(self, limits: StepLimits) -> None:
         self._pages = max(limits.max_pages)
+        # With drafts, every token of a step may be a sample.
         self._keys = [
-            ShapeKey(num_tokens=tokens, num_reqs=rows, max_query_len=tokens, num_pages=self._pages)
+            ShapeKey(
+                num_tokens=tokens, num_reqs=rows, num_samples=samples, max_query_len=tokens, num_pages=self._pages
+            )
             for tokens, rows in _SHAPES
+            for samples in ([rows] if limits.max_drafts == 0 or tokens == rows else [rows, tokens])
         ]
 
     def keys(self) -> Sequence[ShapeKey]:
         return self._keys
 
     def bucket(
-        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
     ) -> ShapeKey:
         for key in self._keys:
-            if num_tokens <= key.num_tokens and num_reqs <= key.num_reqs:
+            if num_tokens <= key.num_tokens and num_reqs <= key.num_reqs and num_samples <= key.num_samples:
                 return replace(key, features=features)
-        raise UncompiledShape(f"{num_tokens} tokens in {num_reqs} rows; the largest step is {self._keys[-1]}")
+        raise UncompiledShape(
+            f"{num_tokens} tokens in {num_reqs} rows, {num_samples} samples; the largest step is {self._keys[-1]}"
+        )
 
 
 class StaticPlatform(Platform):
@@ -175,8 +188,8 @@ class StaticStepProgram(StepProgram):
         for key in keys:
             self._compile_step(key)
             self._compile_step(replace(key, features=(SCORES,)))
-            for features in sampling_features():
-                if (key.num_reqs, features) not in self._samplers:
+            for features in sampling_features(self.limits.max_drafts):
+                if (key.num_samples, features) not in self._samplers:
                     self._compile_sampler(replace(key, features=features))
         return CompileReport(num_programs=self.num_compilations, seconds=time.perf_counter() - start)
 
@@ -202,19 +215,22 @@ class StaticStepProgram(StepProgram):
 
         def draw(
             last_ids: Tensor, edits: Sequence[Tensor], logits: Tensor, slots: Tensor, *values: Tensor
-        ) -> tuple[Tensor, ...]:
-            given = dict(zip(names, values, strict=True))
-            return sample_body(self.ops, last_ids, EditState(*edits), logits, slots, given, key.features)
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            drawn = draw_tokens(
+                self.ops, logits, dict(zip(names, values, strict=True)), slots=slots, last_ids=last_ids,
+                edits=EditState(*edits), features=key.features, max_drafts=self.limits.max_drafts,
+            )  # fmt: skip
+            return drawn.last_ids, drawn.counts, drawn.outputs()
 
-        rows, slots = key.num_reqs, self.limits.max_slots
+        samples, slots = key.num_samples, self.limits.max_slots
         example = (
             torch.zeros(slots + 1, dtype=torch.int32),
             _tensors_of(EditState.blank(slots, self.vocab_size)),
-            torch.zeros(rows, self.vocab_size, dtype=torch.float32),
-            torch.zeros(rows, dtype=torch.int32),
+            torch.zeros(samples, self.vocab_size, dtype=torch.float32),
+            torch.zeros(samples, dtype=torch.int32),
             *fields.values(),
         )
-        self._samplers[rows, key.features] = self._compile(draw, example)
+        self._samplers[samples, key.features] = self._compile(draw, example)
 
     def _compile(self, fn: Callable[..., object], example: tuple[object, ...]) -> CompiledCall:
         self.num_compilations += 1
@@ -248,14 +264,14 @@ class StaticStepProgram(StepProgram):
     def sample(
         self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs
     ) -> tuple[DonatedState, ReadyOutputs]:
-        draw = self._samplers.get((late.key.num_reqs, late.key.features))
+        draw = self._samplers.get((late.key.num_samples, late.key.features))
         if draw is None:
             raise UncompiledShape(f"no compiled sampler for {late.key}")
         held = state.take()
         fields, edits = tensors(late.arena, late.sections), _tensors_of(held.edits)
-        last_ids, counts, *results = draw(held.last_ids, edits, hidden.logits.float(), hidden.slots, *fields.values())
+        last_ids, counts, drawn = draw(held.last_ids, edits, hidden.logits.float(), hidden.slots, *fields.values())
         held = replace(held, last_ids=last_ids, edits=replace(held.edits, counts=counts))
-        return DonatedState(held), outputs(results, late.num_samples, hidden.scores)
+        return DonatedState(held), outputs(drawn, late.num_samples, hidden.scores)
 
 
 def _tensors_of(edits: EditState) -> list[Tensor]:
@@ -271,12 +287,12 @@ class CompiledCall:
             self._graph = make_fx(fn)(*example)
         self._signature = _signature(example)
 
-    def __call__(self, *arguments: object) -> tuple[object, ...]:
+    def __call__(self, *arguments: object) -> tuple[Any, ...]:
         given = _signature(arguments)
         if given != self._signature:
             wrong = next(pair for pair in zip(given, self._signature, strict=False) if pair[0] != pair[1])
             raise UncompiledShape(f"compiled for {wrong[1]}, called with {wrong[0]}")
-        result: tuple[object, ...] = self._graph(*arguments)
+        result: tuple[Any, ...] = self._graph(*arguments)
         return result
 
 

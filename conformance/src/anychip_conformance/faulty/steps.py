@@ -103,10 +103,17 @@ class TooSmall(ShapePolicy):
     """Steps are put into the next smaller shape."""
 
     def bucket(
-        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
     ) -> ShapeKey:
         return super().bucket(
-            num_tokens=max(1, num_tokens // 4 * 4), num_reqs=num_reqs, max_query_len=max_query_len,
+            num_tokens=max(1, num_tokens // 4 * 4), num_reqs=num_reqs, num_samples=num_samples, max_query_len=max_query_len,
             num_pages=num_pages, features=features,
         )  # fmt: skip
 
@@ -116,10 +123,17 @@ class ForgetsPages(ShapePolicy):
     """A shape holds one page a row."""
 
     def bucket(
-        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
     ) -> ShapeKey:
         return super().bucket(
-            num_tokens=num_tokens, num_reqs=num_reqs, max_query_len=max_query_len, num_pages=1, features=features
+            num_tokens=num_tokens, num_reqs=num_reqs, num_samples=num_samples, max_query_len=max_query_len, num_pages=1, features=features
         )
 
 

@@ -105,7 +105,7 @@ class EngineCore:
         return unreported
 
     def _launch(self) -> ScheduledStep | None:
-        if len(self.in_flight) >= self.max_in_flight:
+        if len(self.in_flight) >= self.max_in_flight or self._waits_for_drafts():
             return None
         step = self.scheduler.schedule()
         if step is None:
@@ -117,6 +117,13 @@ class EngineCore:
             return None
         self.in_flight.append(step)
         return step
+
+    def _waits_for_drafts(self) -> bool:
+        """Where its sequences stand is known when a step with drafts is taken in, and drafts need to know it."""
+        drafting = self.scheduler.drafting
+        if drafting is None or not self.in_flight:
+            return False
+        return any(step.drafts is not None for step in self.in_flight) or drafting.waits(self.scheduler.running)
 
     def _give_up(self, step: ScheduledStep, fault: DeviceFault) -> None:
         """Fails a step's requests, where the device can go on."""

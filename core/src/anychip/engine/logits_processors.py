@@ -18,7 +18,14 @@ from anychip.types import cdiv
 _ALL = np.uint32(0xFFFFFFFF)
 
 
-class MinTokens:
+class Restriction:
+    """A request.LogitsProcessor that forces nothing."""
+
+    def forced(self, request: Request) -> list[int]:
+        return []
+
+
+class MinTokens(Restriction):
     """Forbids the tokens that would end a sequence before it has `min_tokens` of output."""
 
     name = "min_tokens"
@@ -30,11 +37,11 @@ class MinTokens:
     def applies(self, position: int) -> bool:
         return position < self.until
 
-    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
+    def allowed(self, request: Request, drafted: Sequence[int], mask: np.ndarray) -> None:
         clear(mask, self.stop_ids)
 
 
-class AllowedTokens:
+class AllowedTokens(Restriction):
     """Forbids every token but some."""
 
     name = "allowed_token_ids"
@@ -47,11 +54,11 @@ class AllowedTokens:
     def applies(self, position: int) -> bool:
         return True
 
-    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
+    def allowed(self, request: Request, drafted: Sequence[int], mask: np.ndarray) -> None:
         mask &= self.mask
 
 
-class BadWords:
+class BadWords(Restriction):
     """Forbids the token that would complete a word. Words are looked for in the output alone."""
 
     name = "bad_words"
@@ -62,8 +69,8 @@ class BadWords:
     def applies(self, position: int) -> bool:
         return True
 
-    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
-        output = request.output_token_ids
+    def allowed(self, request: Request, drafted: Sequence[int], mask: np.ndarray) -> None:
+        output = [*request.output_token_ids, *drafted] if drafted else request.output_token_ids
         last = [
             token
             for before, token in self.words
@@ -94,34 +101,38 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
     those rows is known."""
     masks: dict[int, bytes] = {}
     failed: list[tuple[Request, AnychipError]] = []
-    for position, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
+    sample = 0
+    for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
+        draft = step.drafts[place] if step.drafts else ()
+        first, sample = sample, sample + 1 + len(draft)
         if request.epoch != epoch:
             continue  # aborted or preempted since: nobody takes its token
         if request.processors:
-            token_position = request.num_known
-            active = [p for p in request.processors if p.applies(token_position)]
-            if active:
-                try:
-                    masks[position] = _mask(request, token_position, active, vocab_size)
-                except AnychipError as error:
-                    failed.append((request, error))
+            try:
+                for at in range(len(draft) + 1):
+                    token_position = request.num_known + at
+                    active = [p for p in request.processors if p.applies(token_position)]
+                    if active:
+                        masks[first + at] = _mask(request, draft[:at], active, vocab_size)
+            except AnychipError as error:
+                failed.append((request, error))
     return LateInputs(step.decision.step_id, masks), failed
 
 
-def _mask(request: Request, position: int, active: Sequence[LogitsProcessor], vocab_size: int) -> bytes:
+def _mask(request: Request, drafted: Sequence[int], active: Sequence[LogitsProcessor], vocab_size: int) -> bytes:
     """A restriction that would leave no token gives way to those before it. The first has none to give way to: raises
     InvalidRequest, since whatever were drawn would break it."""
     mask = _all_tokens(vocab_size)
     for number, processor in enumerate(active):
         before = mask.copy() if number else None
-        processor.allowed(request, position, mask)
+        processor.allowed(request, drafted, mask)
         if mask.any():
             continue
-        if before is None:
+        if before is None and not drafted:
             raise InvalidRequest(
                 f"{processor.name} leaves none of the {vocab_size} tokens after {request.num_output} tokens of output"
             )
-        mask = before
+        mask = _all_tokens(vocab_size) if before is None else before
     return mask.tobytes()
 
 

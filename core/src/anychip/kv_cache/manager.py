@@ -165,6 +165,16 @@ class KVCacheManager:
             self.pool.release([table[at]])
             table[at] = NULL_BLOCK
 
+    def trim(self, request: Request) -> None:
+        """Gives back the blocks behind the one that the request's next token needs. The workers' tables keep the old
+        ids: no length reaches them."""
+        for group, table in zip(self.groups, request.block_ids, strict=True):
+            needed = request.num_computed // group.block_size + 1
+            if len(table) > needed:
+                self.pool.release(reversed(table[needed:]))
+                del table[needed:]
+                request.next_change_at = 0
+
     # -- completion ---------------------------------------------------------------------------------------
 
     def offer(self, request: Request) -> None:

@@ -27,6 +27,9 @@ from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins
 from anychip.scheduler.policy import make_policy
 from anychip.scheduler.scheduler import Scheduler
+from anychip.speculation.lengths import StepCosts
+from anychip.speculation.proposer import Proposer, make_proposer
+from anychip.speculation.speculator import Speculator
 from anychip.structured_output.processor import GrammarCompiler
 from anychip.tokenizer.tokenizer import Tokenizer
 
@@ -42,6 +45,7 @@ def build_engine(
     check_length(config, model)
     progress = progress or progress_of(config)
     policy = make_policy(config.policy, plugins.policies)
+    proposer = None if config.speculate is None else make_proposer(config.speculate, plugins.proposers)
     chosen = choose_device(config, plugins)
     config = fill_unset(config, chosen.decision)
     executor = _start_executor(config, chosen, folder, progress)
@@ -56,6 +60,7 @@ def build_engine(
             rules=executor.ready.rules,
             max_num_seqs=config.resolved_max_num_seqs,
             max_num_batched_tokens=config.resolved_max_num_batched_tokens,
+            speculator=None if proposer is None else _speculator(config, proposer, executor.ready),
         )
     except BaseException:
         executor.close("refused")
@@ -72,6 +77,11 @@ def build_engine(
         seed=config.seed,
         grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )
+
+
+def _speculator(config: EngineConfig, proposer: Proposer, ready: WorkerReady) -> Speculator:
+    costs = StepCosts(ready.step_costs) if ready.step_costs else None
+    return Speculator(proposer, max_drafts=config.max_drafts, costs=costs)
 
 
 def progress_of(config: EngineConfig) -> Progress:

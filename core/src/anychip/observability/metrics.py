@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 import anychip
 from anychip.engine.outputs import RequestOutput
-from anychip.messages import EngineStats
+from anychip.messages import EngineStats, SpeculationStats
 from anychip.observability.tracing import RequestTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,6 +43,12 @@ class Metrics:
         self.queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self.preemptions = self._counter("num_preemptions", "Requests whose blocks were taken from them")
+        self.drafted = self._counter("spec_decode_num_draft_tokens", "Tokens drafted")
+        self.accepted = self._counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Drafted tokens that were drawn, by position", "position"
+        )
+        self.saved = self._gauge("spec_decode_saved_seconds", "What drafts saved since the engine's start")
+        self.proposer_failures = self._counter("spec_decode_failures", "Sequences whose proposer failed")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were begun")
         self.finished = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self.failed = self._counter("request_failure", "Requests that ended with an error, by its kind", "error")
@@ -92,6 +98,18 @@ class Metrics:
         self.queries.inc(self._last.prefix_queries - last.prefix_queries)
         self.hits.inc(self._last.prefix_hits - last.prefix_hits)
         self.preemptions.inc(self._last.preemptions - last.preemptions)
+        if stats.speculation is not None:
+            self._take_speculation(last.speculation, stats.speculation)
+
+    def _take_speculation(self, last: SpeculationStats | None, stats: SpeculationStats) -> None:
+        """Both come of one thread's messages or of two: what has not grown is not counted."""
+        before = last or SpeculationStats(0, (0,) * len(stats.accepted_at), 0.0, 0)
+        self.drafted.inc(max(0, stats.drafted - before.drafted))
+        self.proposer_failures.inc(max(0, stats.failures - before.failures))
+        self.saved.set(stats.saved_s)
+        for position, (count, old) in enumerate(zip(stats.accepted_at, before.accepted_at, strict=True)):
+            if count > old:
+                self.accepted.labels(**self._labels, position=str(position)).inc(count - old)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"anychip_{name}", text, tuple(self._labels), registry=self.registry).labels(**self._labels)
@@ -108,7 +126,10 @@ class Metrics:
 def _counted(last: EngineStats, stats: EngineStats) -> EngineStats:
     """The newer of two words, by every count: none of them ever falls."""
     counts = ("steps", "preemptions", "prefix_queries", "prefix_hits")
-    return msgspec.structs.replace(stats, **{name: max(getattr(last, name), getattr(stats, name)) for name in counts})
+    newest = {name: max(getattr(last, name), getattr(stats, name)) for name in counts}
+    drafts = (last.speculation, stats.speculation)
+    newest["speculation"] = max((each for each in drafts if each), key=lambda each: each.drafted, default=None)
+    return msgspec.structs.replace(stats, **newest)
 
 
 class TokenFigures:

@@ -18,6 +18,7 @@ from anychip.plugin_api.attention import (
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.graph import (
+    DRAFTS,
     EDITS,
     LOGPROBS,
     MASKS,
@@ -45,6 +46,7 @@ from anychip.plugin_api.manifest import (
     PluginOptions,
     PolicyManifest,
     ProbeResult,
+    ProposerManifest,
     Requirement,
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
@@ -54,30 +56,26 @@ from anychip.plugin_api.platform import Event, Platform, PlatformContext, Refere
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, SCHEMES, QuantScheme
 from anychip.plugin_api.step import (
-    DRAWN,
-    IN_PROMPT,
     CompileReport,
-    EnteringRow,
     ForwardContext,
     HostOutputs,
     KVPlan,
     ModelSource,
     ReadyOutputs,
-    SamplingInputs,
     Scores,
     Shard,
-    StepInputs,
     StepModel,
     StepOutputs,
     StepProgram,
     edit_state_bytes,
 )
 from anychip.plugin_api.step_arrays import Section
+from anychip.plugin_api.step_inputs import DRAWN, IN_PROMPT, EnteringRow, SamplingInputs, StepInputs
 from anychip.plugin_api.version import API_VERSION
 from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "LOGPROBS", "MASKS", "MAX_BIASES",
+    "API_VERSION", "DRAFTS", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "LOGPROBS", "MASKS", "MAX_BIASES",
     "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Activation",
     "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "CommandManifest",
     "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
@@ -85,7 +83,7 @@ __all__ = [
     "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart",
     "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest", "PeakMemory",
     "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions",
-    "PolicyManifest", "ProbeResult", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels",
+    "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels",
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
     "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram",
     "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "hookimpl",

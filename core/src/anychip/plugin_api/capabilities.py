@@ -81,8 +81,12 @@ class StepRules:
     max_tokens: int | None = None
     max_rows: int | None = None
     max_padded_tokens: int | None = None
-    decode_steps_per_launch: int = 1
-    """Only 1 in interface 0.1: several steps per launch need the sampler inside the loop."""
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether a step may hold rows with drafted tokens beside others: such a row computes several tokens, and the
+        next one a single token."""
+        return self.mix_prefill_decode and self.max_prefills != 0
 
     def broken_by(self, counts: Sequence[int]) -> str:
         """The rule that a step of so many tokens by row breaks; "": none. `chunk_multiple` depends on what is left of a
@@ -112,6 +116,7 @@ class StepRules:
             max_padded_tokens=self.max_padded_tokens,
             zero_new_blocks=capabilities.stale_kv == "must_be_finite",
             max_slots=capabilities.max_slots,
+            takes_drafts=self.takes_drafts,
         )
 
 
@@ -124,5 +129,7 @@ class StepLimits:
     max_model_len: int
     max_slots: int
     """Rows of the persistent batch: the highest slot id is max_slots - 1."""
+    max_drafts: int = 0
+    """Most tokens that are drafted behind a row's last one: a row has one sample more at most. 0: none ever are."""
     max_pages: tuple[int, ...] = field(default=())
     """By KV group: blocks of the longest request."""

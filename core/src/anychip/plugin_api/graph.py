@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 SCORES = "scores"
 """Feature of a forward pass: some of its tokens ask for the log-probability of the token that follows them."""
 
-LOGPROBS, MASKS, EDITS = "logprobs", "masks", "edits"
-"""Features of a sampling: some of its rows ask for log-probabilities, have a mask, have penalties or biases."""
+LOGPROBS, MASKS, EDITS, DRAFTS = "logprobs", "masks", "edits", "drafts"
+"""Features of a sampling: some of its samples ask for log-probabilities, have a mask, have penalties or biases, are
+followed by a drafted token."""
 
 
-def sampling_features() -> list[tuple[str, ...]]:
+def sampling_features(max_drafts: int = 0) -> list[tuple[str, ...]]:
     """Every combination that a sampling may need beyond the plain draw, in the order that ShapeKey.features has: what
-    a device that compiles ahead must prepare for each number of rows."""
+    a device that compiles ahead must prepare for each number of samples. `max_drafts` as StepLimits has it."""
     return [
-        tuple(feature for feature in (logprobs, masks, edits) if feature)
+        tuple(feature for feature in (logprobs, masks, edits, drafts) if feature)
+        for drafts in ("", DRAFTS)[: 1 + (max_drafts > 0)]
         for logprobs in ("", LOGPROBS)
         for masks in ("", MASKS)
         for edits in ("", EDITS)
@@ -35,10 +37,15 @@ def sampling_features() -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeKey:
-    """The padded sizes of a step. Steps of one key run the same program. 0 pages or query length: unbounded."""
+    """The padded sizes of a step. Steps of one key run the same program. 0 pages or query length: unbounded.
+
+    A row is a request. A sample is a token of a row behind which a token is drawn: a row has none while its prompt is
+    computed in chunks, one when its last known token is computed, and one more for each token drafted behind that.
+    """
 
     num_tokens: int
     num_reqs: int
+    num_samples: int
     max_query_len: int
     num_pages: int
     features: tuple[str, ...] = ()
@@ -57,14 +64,22 @@ class ShapePolicy:
         return ()
 
     def bucket(
-        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
     ) -> ShapeKey:
         """The smallest shape that holds a step. Core asks for steps that obey StepRules and StepLimits: no more rows,
-        tokens, padded tokens (rows times the longest) or tokens in a row than they allow. A policy has a shape for each
-        of those, and may raise for others."""
+        tokens, samples in a row, padded tokens (rows times the longest) or tokens in a row than they allow. A policy
+        has a shape for each of those, and may raise for others."""
         return ShapeKey(
             num_tokens=num_tokens,
             num_reqs=num_reqs,
+            num_samples=num_samples,
             max_query_len=max_query_len,
             num_pages=num_pages,
             features=features,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ParserManifest,
         PlatformManifest,
         PolicyManifest,
+        ProposerManifest,
     )
 
 GROUP = "anychip"
@@ -44,6 +45,11 @@ class HookSpecs:
     @hookspec
     def anychip_policies(self) -> Sequence[PolicyManifest]:
         """Scheduling policies beyond fcfs and priority."""
+        return ()
+
+    @hookspec
+    def anychip_proposers(self) -> Sequence[ProposerManifest]:
+        """What drafts tokens beyond core's ngram and suffix."""
         return ()
 
     @hookspec

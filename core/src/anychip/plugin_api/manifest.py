@@ -161,6 +161,15 @@ class PolicyManifest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProposerManifest:
+    """What drafts tokens: its name for --speculate and the dotted "module:Class" of an
+    anychip.speculation.proposer.Proposer, made without arguments."""
+
+    name: str
+    proposer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommandManifest:
     """A command of the `anychip` program: its name, a line for --help, and the dotted module that has
     add_options(parser) and run(arguments), which returns the exit status."""

@@ -28,6 +28,7 @@ OP_VERSIONS = {
     "apply_token_masks": 1,
     "edit_logits": 2,
     "count_tokens": 1,
+    "accept_drafts": 1,
     "sample": 1,
     "logprobs": 1,
     "qkv_norm_rope": 1,
@@ -124,6 +125,12 @@ class Ops(Protocol):
         all_greedy: bool = False,
     ) -> Tensor:
         """Token ids [rows] int32 drawn as docs/reference/randomness.md specifies. `all_greedy` is a promise."""
+        ...
+
+    def accept_drafts(self, *, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+        """Which samples are kept, [num_samples] bool: those before which every sample of the row drew its draft, and
+        so each row's first. ids, draft_ids and first_samples [num_samples] int32: what was drawn, the token drafted
+        behind (-1: none), and the index of the row's first sample. A row's samples stand together."""
         ...
 
     def logprobs(self, *, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ comes out, and the old one must not be used again.
 
 The state holds the KV cache, each slot's last sampled id, and what penalties and biases edit logits by: counts
 [max_slots + 1, vocab_size], bias ids and biases [max_slots + 1, MAX_BIASES]. `edit_state_bytes` says how much that is.
+What goes into a step is declared in plugin_api/step_inputs.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 from anychip.errors import Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
 from anychip.plugin_api.communicator import Communicator
-from anychip.plugin_api.graph import MASKS, SCORES, RunOutsideGraph, ShapeKey
-from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
-from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
+from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
+from anychip.plugin_api.step_inputs import EnteringRow, SamplingInputs, StepInputs
+from anychip.types import MAX_BIASES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,97 +32,6 @@ if TYPE_CHECKING:
 
 State = Any
 Hidden = Any
-
-IN_PROMPT, DRAWN = 1, 2
-"""What a token's count holds: IN_PROMPT once where it stands in the prompt, and DRAWN for each time in the output."""
-
-
-@dataclass(slots=True, kw_only=True)
-class StepInputs:
-    """Host arrays of one step, padded to `key`. All lie in one buffer, `arena`, so that one copy moves them.
-
-    An input id of -1 means: the slot's last sampled token, which only the device knows yet.
-    Padded tokens have id 0, position 0, row 0 and slot mapping PADDING_SLOT; padded rows have length 0 and slot
-    `max_slots`, one past the real ones.
-    """
-
-    key: ShapeKey
-    staged: np.ndarray  # uint8: the arena, and behind it the one of the step's SamplingInputs
-    arena: np.ndarray  # uint8
-    sections: Layout  # by array: the fields' names, block_table_<group>, slot_mapping_<group>
-    input_ids: np.ndarray = array("num_tokens")
-    positions: np.ndarray = array("num_tokens")
-    token_slots: np.ndarray = array("num_tokens", padding="max_slots")  # the persistent slot of each token's request
-    query_start: np.ndarray = array("num_reqs + 1")  # padded with num_tokens
-    seq_lens: np.ndarray = array("num_reqs")
-    logits_indices: np.ndarray = array("num_reqs")  # token whose hidden state is sampled from
-    sample_slots: np.ndarray = array("num_reqs", padding="max_slots")  # slot of each sampling row
-    block_tables: tuple[np.ndarray, ...] = array(
-        "num_reqs", "num_pages", padding=NULL_BLOCK, name="block_table", by_group=True
-    )
-    slot_mappings: tuple[np.ndarray, ...] = array(
-        "num_tokens", dtype=SLOT_DTYPE, padding=PADDING_SLOT, name="slot_mapping", by_group=True
-    )
-    score_targets: np.ndarray | None = array("num_tokens", padding=-1, feature=SCORES)
-    """The id to score after a token; -1: none."""
-    num_rows: int  # unpadded
-    num_tokens: int
-    num_samples: int
-    max_query_len: int
-
-
-@dataclass(slots=True, kw_only=True)
-class SamplingInputs:
-    """By sampling row, padded to key.num_reqs: what drawing a token needs. Lies in one buffer, `arena`.
-
-    With the feature EDITS some rows have penalties or biases. Ops.edit_logits takes them, and the counts and biases
-    that the state keeps by slot. It comes before the masks.
-    Every row drawn in such a step is counted (Ops.count_tokens).
-    `masks` is a packed bitmask of allowed tokens, bit i of word i // 32 for token i; None when no row has one.
-    `staged_at` is where the arena begins in StepInputs.staged, so that a device which copied that has it already; None
-    when masks came late and it is a buffer of its own.
-    """
-
-    key: ShapeKey
-    arena: np.ndarray  # uint8
-    sections: Layout
-    temperature: np.ndarray = array("num_reqs", dtype="float32")  # 0 is greedy
-    top_p: np.ndarray = array("num_reqs", dtype="float32", padding=1)
-    min_p: np.ndarray = array("num_reqs", dtype="float32")
-    repetition_penalty: np.ndarray = array("num_reqs", dtype="float32", padding=1)  # 1: none
-    presence_penalty: np.ndarray = array("num_reqs", dtype="float32")
-    frequency_penalty: np.ndarray = array("num_reqs", dtype="float32")
-    num_biases: np.ndarray = array("num_reqs")  # how many of its slot's biases are the row's
-    top_k: np.ndarray = array("num_reqs")  # 0: all
-    seed_low: np.ndarray = array("num_reqs")  # the low 32 bits of the seed
-    seed_high: np.ndarray = array("num_reqs")
-    sample_index: np.ndarray = array("num_reqs")  # which of a request's n sequences
-    position: np.ndarray = array("num_reqs")  # of the token to be drawn
-    masks: np.ndarray | None = array("num_reqs", "mask_words", padding=-1, feature=MASKS)
-    num_samples: int
-    all_greedy: bool
-    staged_at: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnteringRow:
-    """What a slot's logits are edited by from now on, in place of what the slot held: StepProgram.enter takes it.
-
-    The program counts on by itself from there: each token that it draws for the slot in a step with EDITS.
-    """
-
-    slot: int
-    token_ids: np.ndarray  # [num_tokens] int32, each once: those of the prompt and of the output so far
-    counts: np.ndarray  # [num_tokens] int32: IN_PROMPT for a token of the prompt, and DRAWN for each time in the output
-    bias_ids: np.ndarray  # [num_biases] int32, each once; MAX_BIASES at most
-    biases: np.ndarray  # [num_biases] float32
-
-    def row_of_counts(self, vocab_size: int) -> np.ndarray:
-        """The slot's row of the counts, [vocab_size] int32."""
-        row = np.zeros(vocab_size, dtype=np.int32)
-        row[self.token_ids] = self.counts
-        return row
-
 
 @dataclass(slots=True, kw_only=True)
 class Scores:
@@ -136,7 +46,8 @@ class Scores:
 class HostOutputs:
     """What a step produced, on the host. Logprobs and scores are present when the features asked for them."""
 
-    token_ids: np.ndarray  # [num_samples, tokens per row]
+    token_ids: np.ndarray  # [num_samples]
+    kept: np.ndarray | None = None  # [num_samples] bool, as Ops.accept_drafts gives it; None: every sample is
     chosen_logprobs: np.ndarray | None = None  # [num_samples]
     top_ids: np.ndarray | None = None  # [num_samples, MAX_LOGPROBS]
     top_logprobs: np.ndarray | None = None
@@ -317,8 +228,8 @@ class StepProgram:
         raise Unsupported("step program", ["forward is not implemented"])
 
     def sample(self, state: State, hidden: Hidden, late: SamplingInputs) -> tuple[State, StepOutputs]:
-        """Draws a token for every sampling row and keeps it in the state as its slot's last id. With the feature EDITS
-        it draws from edited logits and counts the token for its slot."""
+        """Draws a token for every sample; the one drawn by the last sample of a row that is kept stays in the state as
+        its slot's last id. With the feature EDITS it draws from edited logits and counts what is kept for its slot."""
         raise Unsupported("step program", ["sample is not implemented"])
 
     def close(self) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from anychip.plugin_api.attention import BatchView
-from anychip.plugin_api.graph import MASKS, ShapeKey
-from anychip.plugin_api.step import SamplingInputs, StepInputs
+from anychip.plugin_api.graph import DRAFTS, MASKS, ShapeKey
 from anychip.plugin_api.step_arrays import ALIGN, Layout, held_arrays, layout_of
+from anychip.plugin_api.step_inputs import SamplingInputs, StepInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: i
         "num_tokens": key.num_tokens,
         "num_reqs": key.num_reqs,
         "num_reqs + 1": key.num_reqs + 1,
+        "num_samples": key.num_samples,
         "num_pages": key.num_pages,
         "max_slots": max_slots,
     }
@@ -34,10 +35,11 @@ def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: i
 
 
 @lru_cache(_REMEMBERED)
-def sampling_layout(num_reqs: int, mask_words: int) -> Layout:
+def sampling_layout(num_samples: int, mask_words: int, *, drafts: bool = False) -> Layout:
     """The arrays of SamplingInputs, by name; mask_words 0: no masks."""
-    sizes = {"num_reqs": num_reqs, "mask_words": mask_words}
-    return layout_of(SamplingInputs, sizes, features=(MASKS,) if mask_words else ())
+    sizes = {"num_samples": num_samples, "mask_words": mask_words}
+    features = ((DRAFTS,) if drafts else ()) + ((MASKS,) if mask_words else ())
+    return layout_of(SamplingInputs, sizes, features=features)
 
 
 def arena_size(layout: Layout) -> int:
@@ -65,9 +67,10 @@ def mask_words(vocab_size: int) -> int:
 def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> StepInputs:
     """A step of this shape whose every row and token is padding."""
     layout = step_layout(key, num_groups=num_groups, slot_dtype=slot_dtype, max_slots=max_slots)
-    staged = np.zeros(staged_size(layout, sampling_layout(key.num_reqs, 0))[1], dtype=np.uint8)
+    staged = np.zeros(staged_size(layout, sampling_layout(key.num_samples, 0))[1], dtype=np.uint8)
     views = _blank(staged, layout)
-    return step_inputs(key, staged, layout, views, num_rows=0, num_tokens=0, num_samples=0, max_query_len=0)
+    sizes = {"num_rows": 0, "num_tokens": 0, "num_samples": 0, "max_query_len": 0}
+    return step_inputs(key, staged, layout, views, **sizes, has_drafts=False)
 
 
 def step_inputs(
@@ -80,6 +83,7 @@ def step_inputs(
     num_tokens: int,
     num_samples: int,
     max_query_len: int,
+    has_drafts: bool,
 ) -> StepInputs:
     """StepInputs over the views of an arena, with which `staged` begins."""
     return StepInputs(
@@ -91,6 +95,7 @@ def step_inputs(
         num_tokens=num_tokens,
         num_samples=num_samples,
         max_query_len=max_query_len,
+        has_drafts=has_drafts,
         **held_arrays(StepInputs, views),
     )
 
@@ -124,8 +129,9 @@ def batch_view(
 
 
 def blank_sampling_inputs(key: ShapeKey, vocab_size: int) -> SamplingInputs:
-    """Sampling of padding alone; key.features says whether masks are there."""
-    layout = sampling_layout(key.num_reqs, mask_words(vocab_size) if MASKS in key.features else 0)
+    """Sampling of padding alone; key.features says whether masks and drafts are there."""
+    words = mask_words(vocab_size) if MASKS in key.features else 0
+    layout = sampling_layout(key.num_samples, words, drafts=DRAFTS in key.features)
     arena = np.zeros(arena_size(layout), dtype=np.uint8)
     return sampling_inputs(key, arena, layout, _blank(arena, layout), num_samples=0, all_greedy=False)
 

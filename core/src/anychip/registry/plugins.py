@@ -18,7 +18,7 @@ from anychip.registry.blame import calling, versioned
 
 log = logging.getLogger("anychip.plugins")
 
-HOOKS = ("anychip_platforms", "anychip_models", "anychip_policies", "anychip_parsers", "anychip_commands")
+HOOKS = ("anychip_platforms", "anychip_models", "anychip_policies", "anychip_proposers", "anychip_parsers", "anychip_commands")
 """Of HookSpecs, in the order in which they are asked."""
 
 
@@ -37,6 +37,7 @@ class Plugins:
     platforms: dict[str, PlatformManifest] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
+    proposers: dict[str, str] = field(default_factory=dict)
     parsers: dict[str, dict[str, str]] = field(default_factory=lambda: {"tool": {}, "reasoning": {}})
     commands: dict[str, CommandManifest] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
@@ -63,7 +64,7 @@ def _add(found: Plugins, point: EntryPoint, package: str) -> None:
         with calling(package, hook, level=logging.DEBUG):  # a listing has a line for it, not a traceback
             return [item for result in getattr(hooks, hook)() for item in result]
 
-    platforms, models, policies, parsers, commands = map(contributed, HOOKS)
+    platforms, models, policies, proposers, parsers, commands = map(contributed, HOOKS)
     for manifest in platforms:
         check_api_version(manifest.package, manifest.api_version)
         if manifest.name in found.platforms:
@@ -76,6 +77,8 @@ def _add(found: Plugins, point: EntryPoint, package: str) -> None:
         found.models.update(dict.fromkeys(model.architectures, model.model))
     for policy in policies:
         found.policies[policy.name] = policy.policy
+    for proposer in proposers:
+        found.proposers[proposer.name] = proposer.proposer
     for parser in parsers:
         found.parsers[parser.kind][parser.name] = parser.parser
     for command in commands:

@@ -10,15 +10,18 @@ import sys
 import time
 from array import array
 from bisect import insort
+from collections.abc import Sequence
 
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, EngineStats, SequenceDelta, StepDecision, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.beams import Beams
+from anychip.scheduler.drafting import Drafting
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.step import ScheduledStep, StepDraft
 from anychip.scheduler.step_room import Rows, StepRoom, check_rules
 from anychip.scheduler.waiting import WaitingQueue, remove
+from anychip.speculation.speculator import Speculator
 from anychip.types import FinishReason, RequestId, Slot
 
 assert sys.byteorder == "little", "messages carry little-endian arrays"
@@ -35,6 +38,7 @@ class Scheduler:
         rules: DeviceRules,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        speculator: Speculator | None = None,
     ) -> None:
         check_rules(rules, max_num_batched_tokens, max_num_seqs)
         self.kv = kv
@@ -42,6 +46,7 @@ class Scheduler:
         self.rules = rules
         self.max_rows = max_num_seqs
         self.max_tokens = max_num_batched_tokens
+        self.drafting = Drafting(kv, speculator) if speculator is not None and rules.takes_drafts else None
         self._beams = Beams(kv)
         self.waiting = WaitingQueue(kv, policy, self._beams)
         self.running: list[Request] = []  # by policy key
@@ -64,6 +69,8 @@ class Scheduler:
             known[request.index] = request
             self.policy.arrived(request)
             self.waiting.add(request)
+            if self.drafting is not None:
+                self.drafting.arrived(request)
 
     def sequences(self, request_id: RequestId) -> list[Request]:
         """A request's sequences that have not ended."""
@@ -114,6 +121,7 @@ class Scheduler:
             preemptions=self.num_preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
+            speculation=None if self.drafting is None else self.drafting.stats,
         )
 
     # -- a step out ---------------------------------------------------------------------------------------
@@ -136,6 +144,8 @@ class Scheduler:
         self._grow_running(draft)
         if self.waiting and not draft.is_short:
             self.waiting.admit(draft, len(self._free_slots), self._enter)
+        if self.drafting is not None:
+            self.drafting.add_to(draft, self.running)
         return draft
 
     def _stalled(self) -> bool:
@@ -204,9 +214,10 @@ class Scheduler:
         insort(self.running, request, key=self.policy.key)
 
     def _step(self, draft: StepDraft) -> ScheduledStep:
-        rows, counts = draft.rows, draft.counts
+        rows, counts, drafts = draft.rows, draft.counts, draft.drafts
         sampling: list[Request] = []
         epochs: list[int] = []
+        drafted: list[Sequence[int]] = []
         scoring: dict[int, tuple[Request, int]] = {}
         for position, (request, count) in enumerate(zip(rows, counts, strict=True)):
             if request.sampling.prompt_logprobs is not None and request.scores_prompt:
@@ -215,10 +226,11 @@ class Scheduler:
             request.num_computed = computed
             if count > 1:
                 self.kv.offer(request)  # whoever reads it runs in a later step
-            if computed == request.num_prompt + len(request.output_token_ids) + request.num_promised:
+            if computed >= request.num_prompt + len(request.output_token_ids) + request.num_promised:
                 request.num_promised += 1
                 sampling.append(request)
                 epochs.append(request.epoch)
+                drafted.append(drafts.get(position, ()))
         changes = self.kv.drain_changes()
         finished, self._finished_slots = self._finished_slots, []
         decision = StepDecision(
@@ -230,10 +242,13 @@ class Scheduler:
             finished_slots=finished,
             copies=changes.copies,
             zeros=changes.fresh if self.rules.zero_new_blocks else [],
+            num_drafts=array("i", [len(drafts.get(row, ())) for row in range(len(rows))]).tobytes() if drafts else b"",
+            drafts=array("i", [token for row in sorted(drafts) for token in drafts[row]]).tobytes(),
+            rewinds=b"" if self.drafting is None else self.drafting.take_rewinds(),
         )
         self.kv.pool.launched(self._next_step)
         self._next_step += 1
-        return ScheduledStep(decision, rows, sampling, epochs, scoring)
+        return ScheduledStep(decision, rows, sampling, epochs, scoring, drafted if drafts else None)
 
     # -- a result in --------------------------------------------------------------------------------------
 
@@ -242,36 +257,48 @@ class Scheduler:
         self.kv.pool.retired(result.step_id)
         tokens = array("i")
         tokens.frombytes(result.token_ids)
+        num_gained = memoryview(result.num_gained).cast("i") if result.num_gained else None
         deltas: list[SequenceDelta] = []
         for position, (request, epoch) in step.scoring.items():
             if request.epoch == epoch:
                 request.prompt_logprobs += result.prompt_logprobs.get(position, [])
         offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
-        for position, (request, epoch, token) in enumerate(zip(step.sampling, step.epochs, tokens, strict=True)):
+        end = 0
+        for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
+            first, end = end, end + (1 if num_gained is None else num_gained[place])
             if request.epoch != epoch:
                 continue
             request.num_promised -= 1
             if request.is_beam:
-                deltas += self._advance_beams(request, result.logprobs[position])
+                deltas += self._advance_beams(request, result.logprobs[first])
                 continue
-            output = request.output_token_ids
-            output.append(token)
+            output, token = request.output_token_ids, tokens[first]
+            gained = [token]
+            if num_gained is not None and end > first + 1:
+                gained = _until_end(request, tokens[first:end].tolist())
+                token = gained[-1]
+            output += gained
             num_output = len(output)
-            delta = SequenceDelta(request.request_id, request.index, [token])
-            if num_output == 1:
+            delta = SequenceDelta(request.request_id, request.index, gained)
+            if num_output == len(gained):
                 delta.cached_tokens = request.cached_tokens
                 delta.queued_s = request.scheduled_at - request.arrived_at
                 if request.sampling.prompt_logprobs is not None and not request.index:
                     delta.prompt_logprobs = request.prompt_logprobs
-            if position in result.logprobs:
-                delta.logprobs = [result.logprobs[position]]
+            if first in result.logprobs:
+                delta.logprobs = [result.logprobs[at] for at in range(first, first + len(gained))]
             deltas.append(delta)
-            if offers and ((request.num_prompt + num_output - 1) % block_size == 0 or num_output == 1):
+            if step.drafts is not None and self.drafting is not None and step.drafts[place]:
+                self.drafting.judge(request, len(step.drafts[place]), end - first)
+            full = (request.num_prompt + num_output - 1) % block_size < len(gained)
+            if offers and (full or num_output == len(gained)):
                 self.kv.offer(request)
             if token in request.stop_ids and num_output >= request.sampling.min_tokens:
                 delta.finish_reason = self._end(request, "stop")
             elif num_output >= request.max_output:
                 delta.finish_reason = self._end(request, "length")
+        if step.drafts is not None and self.drafting is not None:
+            self.drafting.taken_in(step, len(tokens))
         return deltas
 
     def abandon(self, step: ScheduledStep) -> set[RequestId]:
@@ -303,6 +330,8 @@ class Scheduler:
         request.finish_reason = reason
         request.become(RequestStatus.FINISHED)
         self.policy.ended(request)
+        if self.drafting is not None:
+            self.drafting.ended(request)
         sequences = self.requests[request.request_id]
         del sequences[request.index]
         if not sequences:
@@ -313,4 +342,16 @@ class Scheduler:
         assert request.slot is not None
         self._free_slots.append(request.slot)
         self._finished_slots.append(request.slot)
+        if self.drafting is not None:
+            self.drafting.forget(request.slot)
         request.slot = None
+
+
+def _until_end(request: Request, tokens: list[int]) -> list[int]:
+    """Of the tokens that follow a request's output, those up to its end."""
+    before = request.num_output
+    for count in range(1, len(tokens) + 1):
+        stops = tokens[count - 1] in request.stop_ids and before + count >= request.sampling.min_tokens
+        if stops or before + count >= request.max_output:
+            return tokens[:count]
+    return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anychip.messages import NewRow, StepDecision
@@ -27,18 +28,21 @@ class ScheduledStep:
     """For each request of `sampling`, its epoch at launch."""
     scoring: dict[int, tuple[Request, int]]
     """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
+    drafts: list[Sequence[int]] | None
+    """For each request of `sampling`, the tokens drafted behind its last one; None: the step has none."""
 
 
 class StepDraft:
     """A step while the scheduler fills it. `is_short`: a running request found no blocks, so no other may enter."""
 
-    __slots__ = ("counts", "is_short", "new_rows", "room", "rows")
+    __slots__ = ("counts", "drafts", "is_short", "new_rows", "room", "rows")
 
     def __init__(self, room: StepRoom) -> None:
         self.room = room
         self.rows: list[Request] = []
         self.counts: list[int] = []
         self.new_rows: list[NewRow] = []
+        self.drafts: dict[int, Sequence[int]] = {}  # by row
         self.is_short = False
 
     def place(self, request: Request, tokens: int, *, prefill: bool) -> None:
@@ -49,6 +53,13 @@ class StepDraft:
         if request.enters:
             request.enters = False
             self.new_rows.append(_new_row(request))
+
+
+    def place_draft(self, row: int, draft: Sequence[int]) -> None:
+        """Drafts tokens behind a row's one token; the blocks are there."""
+        self.room.take_drafts(len(draft))
+        self.counts[row] += len(draft)
+        self.drafts[row] = draft
 
 
 def _new_row(request: Request) -> NewRow:

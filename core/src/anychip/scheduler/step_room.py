@@ -45,6 +45,22 @@ class StepRoom:
             return 0
         return granted
 
+    def grant_drafts(self, most: int) -> int:
+        """How many of `most` drafts the row that was taken last, or any of the step's one-token rows, may have. Nothing
+        is taken yet."""
+        if self.rows != "any" or self.prefills_left <= 0:
+            return 0
+        granted = min(most, self.tokens_left)
+        if self._padded is not None:
+            granted = min(granted, self._padded // self.num_rows - 1)
+        return max(0, granted)
+
+    def take_drafts(self, tokens: int) -> None:
+        """A row of one token gets so many more."""
+        self.tokens_left -= tokens
+        self.prefills_left -= 1
+        self._longest = max(self._longest, 1 + tokens)
+
     def take(self, tokens: int, *, prefill: bool) -> None:
         self.tokens_left -= tokens
         self.rows_left -= 1

@@ -33,24 +33,56 @@ class GrammarProcessor:
     def applies(self, position: int) -> bool:
         return True
 
-    def allowed(self, request: Request, position: int, mask: np.ndarray) -> None:
+    def allowed(self, request: Request, drafted: Sequence[int], mask: np.ndarray) -> None:
         """Raises InvalidRequest when following the grammar costs more than it may."""
+        if not self._follow(request):
+            drafted = self._within(request, drafted)
+            if drafted is None:
+                return
+        matcher = self._matcher
+        if drafted and (matcher.is_stopped() or matcher.validate_tokens(list(drafted)) < len(drafted)):
+            return  # the grammar forbids one of them
+        if drafted:
+            matcher.consume_tokens(list(drafted))
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            raise refusal(self._wanted, matcher.get_error())
+        if drafted:
+            matcher.rollback(len(drafted))
+
+    def forced(self, request: Request) -> list[int]:
+        if not self._follow(request) or self._matcher.is_stopped():
+            return []
+        found: list[int] = self._matcher.compute_ff_tokens()
+        return found
+
+    def _follow(self, request: Request) -> bool:
+        """Takes in what is known of the output. False: the grammar has not begun."""
         if self._after and not self._begins(request):
-            return
+            return False
         new = request.output_token_ids[self._seen :]
         self._seen = request.num_output
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise refusal(self._wanted, self._matcher.get_error())
+        return True
 
     def _begins(self, request: Request) -> bool:
-        count = len(self._after)
-        if request.output_token_ids[-count:] != self._after:
-            return False
-        self._after, self._seen = [], request.num_output
-        return True
+        """Every new token is looked at: drafts bring several at once."""
+        output, count = request.output_token_ids, len(self._after)
+        for end in range(max(self._seen, count), len(output) + 1):
+            if output[end - count : end] == self._after:
+                self._after, self._seen = [], end
+                return True
+        self._seen = len(output) + 1
+        return False
+
+    def _within(self, request: Request, drafted: Sequence[int]) -> Sequence[int] | None:
+        """The drafted tokens behind the grammar's beginning, where that is among them."""
+        text, count = [*request.output_token_ids[-len(self._after) :], *drafted], len(self._after)
+        for end in range(len(text) - len(drafted) + 1, len(text) + 1):
+            if end >= count and text[end - count : end] == self._after:
+                return text[end:]
+        return None
 
 
 class GrammarCompiler:

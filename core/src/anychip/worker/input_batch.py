@@ -12,6 +12,7 @@ import numpy as np
 
 from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import (
+    DRAFTS,
     EDITS,
     LOGPROBS,
     MASKS,
@@ -53,8 +54,19 @@ class StepRows:
     counts: np.ndarray  # [num_rows] tokens computed
     starts: np.ndarray  # [num_rows] position of each row's first token
     sampling: np.ndarray  # indexes of the rows that sample
+    sample_rows: np.ndarray  # [num_samples] index of each sample's row
+    behind: np.ndarray  # [num_samples] drafted tokens of the row that stand behind the sample's
+    drafts: np.ndarray  # ids of the drafted tokens, row after row
     scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
     entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
+
+    @property
+    def has_drafts(self) -> bool:
+        return len(self.drafts) > 0
+
+    @property
+    def sample_slots(self) -> np.ndarray:  # [num_samples]
+        return self.slots[self.sample_rows]
 
 
 class InputBatch:
@@ -97,6 +109,10 @@ class InputBatch:
         """Takes in a decision: afterwards every row stands where the step will leave it."""
         self._num_known[decision.finished_slots] = 0
         entering = [edits for row in decision.new_rows if (edits := self._enter(row)) is not None]
+        if decision.rewinds:
+            rewound = np.frombuffer(decision.rewinds, dtype=np.int32).reshape(-1, 2)
+            self._num_computed[rewound[:, 0]] = rewound[:, 1]
+            self._num_known[rewound[:, 0]] = rewound[:, 1] + 1
         if decision.new_blocks:
             changes = np.frombuffer(decision.new_blocks, dtype=np.int32).reshape(-1, 4)
             for group, table in enumerate(self._tables):
@@ -106,12 +122,29 @@ class InputBatch:
         counts = np.frombuffer(decision.num_tokens, dtype=np.int32)
         starts = self._num_computed[slots]
         ends = starts + counts
-        assert (ends <= self._num_known[slots]).all(), "a decision names a slot that nobody holds, or unknown tokens"
+        num_drafts = np.frombuffer(decision.num_drafts, dtype=np.int32) if decision.num_drafts else 0
+        known = self._num_known[slots]
+        assert (ends - num_drafts <= known).all(), "a decision names a slot that nobody holds, or unknown tokens"
         self._num_computed[slots] = ends
-        sampling = np.flatnonzero(ends == self._num_known[slots])
-        self._num_known[slots[sampling]] += 1
+        sampling = np.flatnonzero(ends - num_drafts == known)
+        # As if every draft were drawn; where one is not, the slot is rewound before its next step.
+        self._num_known[slots[sampling]] = ends[sampling] + 1
+        sample_rows, behind = sampling, np.zeros(len(sampling), dtype=np.int32)
+        if decision.num_drafts:
+            sample_rows, behind = _samples_of(sampling, np.frombuffer(decision.num_drafts, dtype=np.int32))
         scored = np.minimum(ends, self._score_until[slots]) - np.maximum(starts, self._score_from[slots])
-        return StepRows(decision.step_id, slots, counts, starts, sampling, np.maximum(scored, 0), entering)
+        return StepRows(
+            step_id=decision.step_id,
+            slots=slots,
+            counts=counts,
+            starts=starts,
+            sampling=sampling,
+            sample_rows=sample_rows,
+            behind=behind,
+            drafts=np.frombuffer(decision.drafts, dtype=np.int32),
+            scored=np.maximum(scored, 0),
+            entering=entering,
+        )
 
     def _enter(self, row: NewRow) -> EnteringRow | None:
         """What the device must know of a row that has penalties or biases."""
@@ -157,6 +190,7 @@ class InputBatch:
         key = self.policy.bucket(
             num_tokens=num_tokens,
             num_reqs=num_rows,
+            num_samples=len(rows.sample_rows),
             max_query_len=max_query,
             num_pages=max(-(-longest // size) for size in self.block_sizes),
             features=(SCORES,) if rows.scored.any() else (),
@@ -164,19 +198,16 @@ class InputBatch:
         layout = step_layout(
             key, num_groups=len(self._tables), slot_dtype=self._slot_dtype, max_slots=self.limits.max_slots
         )
-        draws = sampling_layout(key.num_reqs, 0)
+        draws = sampling_layout(key.num_samples, 0, drafts=rows.has_drafts)
         draws_at, nbytes = staged_size(layout, draws)
         staged = self.ring.take(nbytes)
         views = array_views(staged, layout)
         self._fill_tokens(views, layout, rows, num_tokens)
         starts = np.concatenate(([0], np.cumsum(rows.counts)))
-        _fill(
-            views,
-            layout,
-            seq_lens=ends,
-            logits_indices=(starts[1:] - 1)[rows.sampling],
-            sample_slots=rows.slots[rows.sampling],
-        )
+        sampled = (starts[1:] - 1)[rows.sample_rows] - rows.behind
+        _fill(views, layout, seq_lens=ends, logits_indices=sampled, sample_slots=rows.sample_slots)
+        if rows.has_drafts:
+            views["input_ids"][sampled[rows.behind > 0] + 1] = rows.drafts
         views["query_start"][: num_rows + 1] = starts
         views["query_start"][num_rows + 1 :] = num_tokens
         for group, table in enumerate(self._tables):
@@ -197,8 +228,9 @@ class InputBatch:
             views,
             num_rows=num_rows,
             num_tokens=num_tokens,
-            num_samples=len(rows.sampling),
+            num_samples=len(rows.sample_rows),
             max_query_len=max_query,
+            has_drafts=rows.has_drafts,
         )
 
     def _fill_tokens(self, views: Views, layout: Layout, rows: StepRows, num_tokens: int) -> None:
@@ -234,16 +266,26 @@ class InputBatch:
     # -- sampling -----------------------------------------------------------------------------------------
 
     def _fill_draws(self, views: Views, layout: Layout, rows: StepRows) -> None:
-        slots = rows.slots[rows.sampling]
+        slots = rows.sample_slots
         by_slot = {name: values[slots] for name, values in {**self._floats, **self._ints}.items()}
-        _fill(views, layout, position=(rows.starts + rows.counts)[rows.sampling], **by_slot)
+        _fill(views, layout, position=(rows.starts + rows.counts)[rows.sample_rows] - rows.behind, **by_slot)
+        if rows.has_drafts:
+            draft_ids = np.full(len(slots), -1, dtype=np.int32)
+            draft_ids[rows.behind > 0] = rows.drafts
+            first_samples = np.searchsorted(rows.sample_rows, rows.sample_rows)
+            _fill(views, layout, draft_ids=draft_ids, first_samples=first_samples)
 
     def sampling_inputs(self, rows: StepRows, step: StepInputs, late: LateInputs) -> SamplingInputs:
-        """What drawing this step's tokens needs, padded to the step's rows: what was staged with the step, or, with
+        """What drawing this step's tokens needs, padded to the step's samples: what was staged with the step, or, with
         masks, a buffer of its own."""
-        key, slots = step.key, rows.slots[rows.sampling]
-        asked = {LOGPROBS: (self.num_logprobs[slots] >= 0).any(), MASKS: late.masks, EDITS: self._edited[slots].any()}
-        layout = sampling_layout(key.num_reqs, self._mask_words if late.masks else 0)
+        key, slots = step.key, rows.sample_slots
+        asked = {
+            LOGPROBS: (self.num_logprobs[slots] >= 0).any(),
+            MASKS: late.masks,
+            EDITS: self._edited[slots].any(),
+            DRAFTS: rows.has_drafts,
+        }
+        layout = sampling_layout(key.num_samples, self._mask_words if late.masks else 0, drafts=rows.has_drafts)
         staged_at = None
         if late.masks:
             arena = self.ring.take(arena_size(layout))
@@ -265,6 +307,13 @@ class InputBatch:
             all_greedy=not self._floats["temperature"][slots].any(),
             staged_at=staged_at,
         )
+
+
+def _samples_of(sampling: np.ndarray, num_drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each sample, and how many drafted tokens of the row stand behind the sample's."""
+    num_samples = num_drafts[sampling] + 1
+    ends = np.repeat(np.cumsum(num_samples), num_samples)
+    return np.repeat(sampling, num_samples), (ends - 1 - np.arange(len(ends))).astype(np.int32)
 
 
 def _fill(views: Views, layout: Layout, **values: np.ndarray) -> None:

@@ -17,7 +17,15 @@ def largest_steps(rules: StepRules, limits: StepLimits) -> list[list[int]]:
     prompts = min(rows, rows if rules.max_prefills is None else rules.max_prefills)
     counts = {1 << power for power in range(prompts.bit_length())} | {prompts}
     steps += [_equal_rows(rules, limits, limits.max_num_tokens, count) for count in sorted(counts) if count]
-    return steps
+    return [*steps, largest_drafts(rules, limits, limits.max_num_tokens)] if limits.max_drafts else steps
+
+
+def largest_drafts(rules: StepRules, limits: StepLimits, tokens: int) -> list[int]:
+    """Of the steps whose rows have as many drafts as they may, the one with most rows: tokens by row. It has `tokens`
+    at most."""
+    width = min(1 + limits.max_drafts, tokens, limits.max_model_len)
+    bounds = (limits.max_num_reqs * width, tokens, rules.max_padded_tokens, (rules.max_prefills or tokens) * width)
+    return [width] * max(1, min(bound for bound in bounds if bound is not None) // width)
 
 
 def largest_prompts(rules: StepRules, limits: StepLimits, tokens: int) -> list[int]:
@@ -48,7 +56,12 @@ def step_memory(program: StepProgram, policy: ShapePolicy, rules: StepRules, lim
     pages = max(limits.max_pages)
     keys = {
         policy.bucket(
-            num_tokens=sum(step), num_reqs=len(step), max_query_len=max(step), num_pages=pages, features=()
+            num_tokens=sum(step),
+            num_reqs=len(step),
+            num_samples=sum(min(count, 1 + limits.max_drafts) for count in step),
+            max_query_len=max(step),
+            num_pages=pages,
+            features=(),
         )
         for step in largest_steps(rules, limits)
     }  # fmt: skip

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import LateInputs, MemoryPlan, NewRow, StepDecision
 from anychip.plugin_api import PeakMemory, StepProgram
 from anychip.types import cdiv
-from anychip.worker.largest_steps import largest_prompts
+from anychip.worker.largest_steps import largest_drafts, largest_prompts
 from anychip.worker.model_runner import ModelRunner
 from anychip.worker.preparation import Preparation
 
 
 def measure_largest_step(prepared: Preparation, program: StepProgram) -> PeakMemory:
-    """The peak of a step that fills the token budget with whole prompts, on a KV pool just large enough. Where the
-    platform asks for that, a smaller step is measured, and its peak scaled up."""
-    platform, limits, kv = prepared.platform, prepared.limits, prepared.kv
-    rules = platform.step_rules
-    largest = largest_prompts(rules, limits, limits.max_num_tokens)
-    lengths = largest_prompts(rules, limits, platform.profiled_tokens or limits.max_num_tokens)
+    """The peak of a step that fills the token budget with whole prompts, or with rows that have as many drafts as they
+    may, on a KV pool just large enough. Where the platform asks for that, smaller steps are measured, and their peaks
+    scaled up."""
+    rules, limits = prepared.platform.step_rules, prepared.limits
+    largest, drafts = limits.max_num_tokens, limits.max_drafts
+    profiled = prepared.platform.profiled_tokens or largest
+    prompts, most = (largest_prompts(rules, limits, tokens) for tokens in (profiled, largest))
+    peaks = [_peak(prepared, program, prompts, drafts=0, scale_to=sum(most))]
+    if drafts:
+        drafted, most = (largest_drafts(rules, limits, tokens) for tokens in (profiled, largest))
+        peaks.append(_peak(prepared, program, drafted, drafts=drafted[0] - 1, scale_to=sum(most)))
+    return max(peaks, key=lambda peak: peak.nbytes)
+
+
+def _peak(
+    prepared: Preparation, program: StepProgram, lengths: Sequence[int], *, drafts: int, scale_to: int
+) -> PeakMemory:
+    """Of a step of new rows with so many tokens, of which the last `drafts` are drafted, as if it had `scale_to`
+    tokens."""
+    kv = prepared.kv
     per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
     num_blocks = 1 + sum(map(sum, per_request))
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
@@ -31,7 +47,19 @@ def measure_largest_step(prepared: Preparation, program: StepProgram) -> PeakMem
         for count in counts:
             tables.append(list(range(next_block, next_block + count)))
             next_block += count
-        rows.append(_profile_row(slot, length, tables))
+        num_known = length - drafts
+        rows.append(
+            NewRow(
+                slot=slot,
+                token_ids=bytes(4 * num_known),
+                num_prompt=num_known,
+                num_computed=0,
+                block_ids=tables,
+                temperature=1.0,
+                top_p=0.9,
+                logprobs=0,
+            )
+        )
     decision = StepDecision(
         step_id=0,
         slots=np.arange(len(rows), dtype=np.int32).tobytes(),
@@ -41,33 +69,16 @@ def measure_largest_step(prepared: Preparation, program: StepProgram) -> PeakMem
         finished_slots=[],
         copies=[],
         zeros=[],
+        num_drafts=np.full(len(rows), drafts, dtype=np.int32).tobytes() if drafts else b"",
+        drafts=np.zeros(len(rows) * drafts, dtype=np.int32).tobytes(),
     )
 
     def run() -> None:
         runner.launch(decision)
         runner.sample(LateInputs(0, {})).fetch()
 
-    peak = platform.measure(run)
-    return PeakMemory(nbytes=peak.nbytes * sum(largest) // sum(lengths), exact=peak.exact)
-
-
-def _profile_row(slot: int, length: int, tables: list[list[int]]) -> NewRow:
-    return NewRow(
-        slot=slot,
-        token_ids=np.zeros(length, dtype=np.int32).tobytes(),
-        num_prompt=length,
-        num_computed=0,
-        block_ids=tables,
-        temperature=1.0,
-        top_k=0,
-        top_p=0.9,
-        min_p=0.0,
-        seed=0,
-        sample_index=0,
-        logprobs=0,
-        score_from=length,
-        score_top=0,
-    )
+    peak = prepared.platform.measure(run)
+    return PeakMemory(nbytes=peak.nbytes * scale_to // sum(lengths), exact=peak.exact)
 
 
 def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *, pending: int = 0) -> int:

@@ -41,11 +41,11 @@ class ModelRunner:
         inputs = self.batch.sampling_inputs(rows, step, late)
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
         self.batch.ring.used()
-        wanted = self.batch.num_logprobs[rows.slots[rows.sampling]]
+        wanted = self.batch.num_logprobs[rows.sample_slots]
         scored = [
             (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
         ]
-        return RunnerResult(rows.step_id, outputs, wanted, scored)
+        return RunnerResult(rows, outputs, wanted, scored)
 
 
 class RunnerResult:
@@ -53,24 +53,41 @@ class RunnerResult:
     has (row, tokens, likeliest to report) of the rows with scored tokens."""
 
     def __init__(
-        self, step_id: int, outputs: StepOutputs, num_logprobs: np.ndarray, scored: Sequence[tuple[int, int, int]]
+        self, rows: StepRows, outputs: StepOutputs, num_logprobs: np.ndarray, scored: Sequence[tuple[int, int, int]]
     ) -> None:
-        self._step_id = step_id
+        self._rows = rows
         self._outputs = outputs
         self._num_logprobs = num_logprobs
         self._scored = scored
 
     def fetch(self) -> StepResult:
         host = self._outputs.fetch()
-        ids = np.ascontiguousarray(host.token_ids[:, 0], dtype=np.int32)
-        return StepResult(self._step_id, ids.tobytes(), self._logprobs(host), self._scores(host.scores))
+        ids = np.ascontiguousarray(host.token_ids, dtype=np.int32)
+        if host.kept is None:
+            return StepResult(
+                self._rows.step_id, ids.tobytes(), self._logprobs(host, range(len(ids))), self._scores(host.scores)
+            )
+        kept = np.flatnonzero(host.kept)
+        sampling = self._rows.sampling
+        gained = np.searchsorted(sampling, self._rows.sample_rows[kept])  # by kept sample: which sampling row's it is
+        num_gained = np.bincount(gained, minlength=len(sampling)).astype(np.int32)
+        return StepResult(
+            self._rows.step_id,
+            ids[kept].tobytes(),
+            self._logprobs(host, kept.tolist()),
+            self._scores(host.scores),
+            num_gained.tobytes(),
+        )
 
-    def _logprobs(self, host: HostOutputs) -> dict[int, TokenLogprobs]:
+    def _logprobs(self, host: HostOutputs, kept: Sequence[int]) -> dict[int, TokenLogprobs]:
+        """By place among the kept samples."""
         if host.chosen_logprobs is None or host.top_ids is None or host.top_logprobs is None:
             return {}
+        wanted = self._num_logprobs
         return {
-            row: _entry(host.chosen_logprobs, host.top_ids, host.top_logprobs, row, int(self._num_logprobs[row]))
-            for row in _rows(self._num_logprobs >= 0)
+            place: _entry(host.chosen_logprobs, host.top_ids, host.top_logprobs, sample, int(wanted[sample]))
+            for place, sample in enumerate(kept)
+            if wanted[sample] >= 0
         }
 
     def _scores(self, scores: Scores | None) -> dict[int, list[TokenLogprobs]]:

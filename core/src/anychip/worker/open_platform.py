@@ -51,8 +51,6 @@ def open_platform(
     with calling(manifest.package, manifest.platform):
         platform = cls(context)
         rules, _ = platform.step_rules, platform.capabilities
-    if rules.decode_steps_per_launch != 1:
-        raise Unsupported(manifest.package, ["decode_steps_per_launch above 1 is not part of interface 0.1"])
     return platform
 
 

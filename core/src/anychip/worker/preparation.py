@@ -112,6 +112,7 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         max_model_len=length,
         max_slots=config.resolved_max_num_seqs,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
+        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts else 0,
     )
 
 

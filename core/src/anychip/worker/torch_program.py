@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, adjusted_logits, arena_views
+from anychip.ops.reference import EditState, arena_views, draw_tokens
 from anychip.plugin_api import (
-    EDITS,
-    LOGPROBS,
     MAX_LOGPROBS,
     Communicator,
     CompileReport,
@@ -54,8 +52,8 @@ class TorchState:
 
 @dataclass(slots=True)
 class TorchHidden:
-    logits: Tensor | None  # [rows, vocab_size]; None when no row samples
-    sample_slots: Tensor  # [rows]
+    logits: Tensor | None  # [num_samples, vocab_size]; None when no row samples
+    sample_slots: Tensor  # [num_samples]
     draws: Mapping[str, Tensor]  # the arrays of SamplingInputs that were staged with the step
     scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
 
@@ -207,7 +205,7 @@ class TorchStepProgram(StepProgram):
     def sample(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs) -> tuple[TorchState, StepOutputs]:
         results = dict(zip(_SCORE_NAMES, hidden.scores, strict=False))
         if hidden.logits is None or late.num_samples == 0:
-            results["token_ids"] = torch.empty((0, 1), dtype=torch.int32)
+            results["token_ids"] = torch.empty(0, dtype=torch.int32)
         else:
             results |= self._draw(state, hidden, hidden.logits[: late.num_samples], late)
         host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
@@ -218,21 +216,20 @@ class TorchStepProgram(StepProgram):
         views = hidden.draws
         if late.staged_at is None:
             views = arena_views(torch.from_numpy(late.arena).to(self.device, non_blocking=True), late.sections)
-        fields = {name: view[:count] for name, view in views.items()}
-        logits, slots = logits.float(), hidden.sample_slots[:count]
-        edits = state.edits if EDITS in late.key.features else None
-        scored = adjusted_logits(self.ops, logits, fields, slots=slots, edits=edits)
-        ids = self.ops.sample(logits=scored, all_greedy=late.all_greedy, **fields)
-        # Graphs read this storage, so it is rewritten whole: not every device writes by index in place.
-        state.last_ids.copy_(state.last_ids.index_copy(0, slots.long(), ids))
-        if edits is not None:
-            edits.counts = self.ops.count_tokens(counts=edits.counts, slots=slots, ids=ids)
-        results = {"token_ids": ids.unsqueeze(-1)}
-        if LOGPROBS in late.key.features:
-            names = ("chosen_logprobs", "top_ids", "top_logprobs")
-            found = self.ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS)
-            results |= dict(zip(names, found, strict=True))
-        return results
+        drawn = draw_tokens(
+            self.ops,
+            logits.float(),
+            {name: view[:count] for name, view in views.items()},
+            slots=hidden.sample_slots[:count],
+            last_ids=state.last_ids,
+            edits=state.edits,
+            features=late.key.features,
+            max_drafts=self.limits.max_drafts,
+            all_greedy=late.all_greedy,
+        )
+        state.last_ids.copy_(drawn.last_ids)  # graphs read this storage
+        state.edits.counts = drawn.counts
+        return drawn.outputs()
 
     # -- graphs -------------------------------------------------------------------------------------------
 
@@ -262,7 +259,8 @@ class TorchStepProgram(StepProgram):
 
     def _capture_pieces(self, num_tokens: int) -> CapturedPieces:
         pages = max(self.limits.max_pages)
-        inputs, _, fields = self._blank(ShapeKey(num_tokens=num_tokens, num_reqs=1, max_query_len=0, num_pages=pages))
+        key = ShapeKey(num_tokens=num_tokens, num_reqs=1, num_samples=1, max_query_len=0, num_pages=pages)
+        inputs, _, fields = self._blank(key)
         plans = self._plans(inputs, fields)
         ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
 
@@ -280,7 +278,7 @@ def _known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
 
 
 def _staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
-    layout = sampling_layout(inputs.key.num_reqs, 0)
+    layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
     return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
 
 

@@ -28,6 +28,7 @@ from anychip.worker.memory import count_blocks, measure_largest_step, memory_pla
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
+from anychip.worker.step_costs import measure_steps
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.torch_program import TorchStepProgram
 
@@ -75,6 +76,7 @@ class Worker:
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
+        self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks) if limits.max_drafts else ()
         memory = memory_plan(
             prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
         )
@@ -104,6 +106,7 @@ class Worker:
             notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
             kernels=self._kernels(),
             capabilities=_declared(self.platform.capabilities),
+            step_costs=self._step_costs,
         )
 
     def _kernels(self) -> dict[str, str]:

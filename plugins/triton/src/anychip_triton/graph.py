@@ -51,7 +51,7 @@ class DecodeShapes(ShapePolicy):
         while pages[-1] > _FEWEST_PAGES:
             pages.append(max(_FEWEST_PAGES, pages[-1] // _PAGES_STEP))
         self._keys = [
-            ShapeKey(num_tokens=count, num_reqs=count, max_query_len=1, num_pages=size)
+            ShapeKey(num_tokens=count, num_reqs=count, num_samples=count, max_query_len=1, num_pages=size)
             for count in rows
             for size in reversed(pages)
             if count <= limits.max_num_tokens
@@ -65,7 +65,14 @@ class DecodeShapes(ShapePolicy):
         return self._keys
 
     def bucket(
-        self, *, num_tokens: int, num_reqs: int, max_query_len: int, num_pages: int, features: tuple[str, ...]
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
     ) -> ShapeKey:
         if max_query_len == 1 and not features:
             for key in self._keys:
@@ -73,7 +80,12 @@ class DecodeShapes(ShapePolicy):
                     return key
         tokens = next((count for count in self._pieces if count >= num_tokens), num_tokens)
         return super().bucket(
-            num_tokens=tokens, num_reqs=num_reqs, max_query_len=max_query_len, num_pages=num_pages, features=features
+            num_tokens=tokens,
+            num_reqs=num_reqs,
+            num_samples=num_samples,
+            max_query_len=max_query_len,
+            num_pages=num_pages,
+            features=features,
         )
 
 

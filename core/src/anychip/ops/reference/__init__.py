@@ -19,7 +19,7 @@ from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
-from anychip.ops.reference.step import EditState, adjusted_logits, token_scores
+from anychip.ops.reference.step import Drawn, EditState, draw_tokens, token_scores
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
@@ -32,9 +32,9 @@ from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 
 __all__ = [
-    "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "EditState",
+    "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "Drawn", "EditState",
     "ExpertWeights", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLinear", "ReferenceMoE",
-    "adjusted_logits", "arena_views", "attend_row", "functional", "quantized", "reference_linear", "sampling",
+    "arena_views", "attend_row", "draw_tokens", "functional", "quantized", "reference_linear", "sampling",
     "softmax_with_sinks", "token_scores",
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference.philox import PURPOSE_TOKEN, uniform
-from anychip.plugin_api.step import DRAWN
+from anychip.plugin_api.step_inputs import DRAWN
 
 
 def apply_token_masks(*, logits: Tensor, masks: Tensor) -> Tensor:
@@ -42,6 +42,12 @@ def edit_logits(
 def count_tokens(*, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
     # A new table: not every device writes by index in place.
     return counts.index_put((slots.long(), ids.long()), counts.new_full((), DRAWN), accumulate=True)
+
+
+def accept_drafts(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    missed = (ids != draft_ids).to(torch.int32)
+    before = missed.cumsum(0) - missed  # by sample: how many before it missed their drafts, over all rows
+    return before == before.index_select(0, first_samples.long())
 
 
 def sample(

@@ -1,15 +1,17 @@
-"""What a step program needs around the model: what its sampling edits logits by, and its scores."""
+"""What a step program needs around the model: how its sampling draws, what it edits logits by, and its scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anychip.plugin_api.graph import DRAFTS, EDITS, LOGPROBS
 from anychip.plugin_api.ops import Ops
-from anychip.plugin_api.step import EnteringRow, Scores, StepModel
+from anychip.plugin_api.step import Scores, StepModel
+from anychip.plugin_api.step_inputs import EnteringRow
 from anychip.types import MAX_BIASES, MAX_LOGPROBS
 
 
@@ -37,16 +39,96 @@ class EditState:
                 self.biases[row.slot, :count].copy_(torch.from_numpy(row.biases.copy()))
 
 
-def adjusted_logits(
-    ops: Ops, logits: Tensor, fields: dict[str, Tensor], *, slots: Tensor, edits: EditState | None
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step's sampling drew, and the state after it."""
+
+    ids: Tensor  # [num_samples] int32
+    kept: Tensor | None  # [num_samples] bool; None in a step without drafts
+    last_ids: Tensor  # [max_slots + 1] int32
+    counts: Tensor  # [max_slots + 1, vocab_size] int32
+    logprobs: tuple[Tensor, ...]  # of Ops.logprobs; () in a step without LOGPROBS
+
+    def outputs(self) -> dict[str, Tensor]:
+        """By field of HostOutputs."""
+        names = ("chosen_logprobs", "top_ids", "top_logprobs")
+        found = {"token_ids": self.ids} | dict(zip(names, self.logprobs, strict=False))
+        return found if self.kept is None else found | {"kept": self.kept}
+
+
+def draw_tokens(
+    ops: Ops,
+    logits: Tensor,
+    fields: Mapping[str, Tensor],
+    *,
+    slots: Tensor,
+    last_ids: Tensor,
+    edits: EditState,
+    features: Sequence[str],
+    max_drafts: int,
+    all_greedy: bool = False,
+) -> Drawn:
+    """StepProgram.sample on tensors: logits [num_samples, vocab_size] float32, slots [num_samples], the arrays of
+    SamplingInputs by name, padded or not. New tables come back: not every device writes by index in place."""
+    given, editing = dict(fields), EDITS in features
+    drafts = None
+    if DRAFTS in features:
+        drafts = _Drafts(given.pop("draft_ids"), given.pop("first_samples"), max_drafts)
+    scored = _adjusted(ops, logits, given, slots=slots, edits=edits if editing else None, drafts=drafts)
+    ids = ops.sample(logits=scored, all_greedy=all_greedy, **given)
+    kept, ends, counted = None, slots, slots
+    if drafts is not None:
+        kept = ops.accept_drafts(ids=ids, draft_ids=drafts.ids, first_samples=drafts.first_samples)
+        nobody = len(last_ids) - 1  # the slot of padded rows
+        ends = torch.where(kept & (ids != drafts.ids), slots, nobody)
+        counted = torch.where(kept, slots, nobody)
+    return Drawn(
+        ids,
+        kept,
+        last_ids.index_copy(0, ends.long(), ids),
+        ops.count_tokens(counts=edits.counts, slots=counted, ids=ids) if editing else edits.counts,
+        ops.logprobs(logits=logits, token_ids=ids, num_top=MAX_LOGPROBS) if LOGPROBS in features else (),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    ids: Tensor  # [num_samples] int32: the token drafted behind each
+    first_samples: Tensor  # [num_samples] int32
+    most: int
+
+    def counts(self, ops: Ops, counts: Tensor) -> Tensor:
+        """Counts by sample [num_samples, vocab_size], with the tokens drafted before each as drawn."""
+        samples = torch.arange(len(counts), device=counts.device).unsqueeze(-1)
+        before = samples - 1 - torch.arange(self.most, device=counts.device)  # [num_samples, most]
+        is_drafted = before >= self.first_samples.unsqueeze(-1)
+        ids = torch.where(is_drafted, self.ids[before.clamp(min=0)], 0)
+        rows = torch.where(is_drafted, samples, len(counts))  # one more row takes what is nobody's
+        extended = torch.cat((counts, counts.new_zeros(1, counts.shape[-1])))
+        counted = ops.count_tokens(counts=extended, slots=rows.flatten().int(), ids=ids.flatten().int())
+        return counted[:-1]
+
+
+def _adjusted(
+    ops: Ops,
+    logits: Tensor,
+    fields: dict[str, Tensor],
+    *,
+    slots: Tensor,
+    edits: EditState | None,
+    drafts: _Drafts | None,
 ) -> Tensor:
     """Edits, then masks, where the step has any; what they take of the sampling's fields is taken out of `fields`, so
-    that the rest is what Ops.sample takes. slots [rows]; `edits` None in a step without EDITS."""
+    that the rest is what Ops.sample takes. `edits` None in a step without EDITS."""
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "num_biases")
-    by_row = {name: fields.pop(name) for name in names}
+    by_sample = {name: fields.pop(name) for name in names}
     if edits is not None:
-        by_slot = {"counts": edits.counts, "bias_ids": edits.bias_ids, "biases": edits.biases}
-        logits = ops.edit_logits(logits=logits, slots=slots, **by_slot, **by_row)
+        tables = {"counts": edits.counts, "bias_ids": edits.bias_ids, "biases": edits.biases}
+        if drafts is not None:  # each sample has seen other tokens: tables by sample instead of by slot
+            tables = {name: table.index_select(0, slots.long()) for name, table in tables.items()}
+            tables["counts"] = drafts.counts(ops, tables["counts"])
+            slots = torch.arange(len(slots), dtype=slots.dtype, device=slots.device)
+        logits = ops.edit_logits(logits=logits, slots=slots, **tables, **by_sample)
     return ops.apply_token_masks(logits=logits, masks=fields.pop("masks")) if "masks" in fields else logits
 
 

@@ -1,0 +1,67 @@
+"""What drafts tokens: the protocol of a proposer, and the choice of one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, cast
+
+from anychip.errors import ConfigError
+from anychip.registry.blame import calling, imported, package_of
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow, and the number of tokens before them on which the guess rests: the more they are, the
+    likelier it holds."""
+
+    token_ids: Sequence[int]
+    evidence: int
+
+
+NO_DRAFT = Draft((), 0)
+
+
+class Drafter(Protocol):
+    """Guesses how one sequence goes on. What it raises costs its sequence the drafts, and nothing else."""
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """These tokens follow those before. Called with the prompt first. Cheap: the work is `catch_up`'s."""
+        ...
+
+    def catch_up(self, most: int) -> int:
+        """Takes in at most `most` of the tokens that it was told of; returns how many it took in."""
+        ...
+
+    def draft(self, most: int) -> Draft:
+        """What may follow the last token, at most `most` tokens. Called once all tokens are taken in."""
+        ...
+
+
+class Proposer(Protocol):
+    """Makes a drafter for each sequence. One object serves an engine, from one thread."""
+
+    def begin(self, tenant: str) -> Drafter:
+        """A drafter for a new sequence. What sequences of one tenant hold must not show in another's drafts: how fast
+        an answer comes would tell of it."""
+        ...
+
+    def end(self, drafter: Drafter) -> None:
+        """The sequence has ended."""
+        ...
+
+
+PROPOSERS = {
+    "ngram": "anychip.speculation.text_index:PromptLookup",
+    "suffix": "anychip.speculation.text_index:SuffixLookup",
+    "auto": "anychip.speculation.text_index:SuffixLookup",
+}
+
+
+def make_proposer(name: str, contributed: Mapping[str, str]) -> Proposer:
+    """`contributed` maps names to the dotted classes that plugins bring. Raises ConfigError for others."""
+    dotted = PROPOSERS.get(name) or contributed.get(name)
+    if dotted is None:
+        known = ", ".join(sorted({*PROPOSERS, *contributed}))
+        raise ConfigError(f"--speculate {name}: no such proposer; there are {known}")
+    make = cast("Callable[[], Proposer]", imported(dotted))
+    with calling(package_of(dotted), dotted):
+        return make()
