@@ -22,6 +22,7 @@ from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
+from anychip.speculation.speculator import Speculator
 from anychip.types import RequestId
 
 VOCAB_SIZE = 1000
@@ -37,6 +38,7 @@ def make_scheduler(
     prefix_caching: bool = True,
     rules: DeviceRules | None = None,
     policy: SchedulingPolicy | None = None,
+    speculator: Speculator | None = None,
 ) -> Scheduler:
     return Scheduler(
         kv=KVCacheManager(KVCacheConfig(num_blocks, groups), prefix_caching=prefix_caching),
@@ -44,6 +46,7 @@ def make_scheduler(
         rules=rules or DeviceRules(),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        speculator=speculator,
     )
 
 

@@ -15,14 +15,14 @@ from anychip.messages import AddRequest
 from anychip.sampling_params import SamplingParams
 
 
-def allowed_tokens(sampling: SamplingParams, output: list[int], *, bad=(), stop_ids=(2,)) -> set[int]:
+def allowed_tokens(sampling: SamplingParams, output: list[int], *, drafted=(), bad=(), stop_ids=(2,)) -> set[int]:
     request = make_request("a", [5, 6])
     request.output_token_ids += output
     message = AddRequest("a", array("i", [5, 6]).tobytes(), sampling, 8, stop_ids, bad_token_ids=bad)
     mask = np.full(-(-VOCAB_SIZE // 32), 0xFFFFFFFF, dtype=np.uint32)
     for processor in make_processors(message, VOCAB_SIZE):
-        if processor.applies(request.num_known):
-            processor.allowed(request, request.num_known, mask)
+        if processor.applies(request.num_known + len(drafted)):
+            processor.allowed(request, drafted, mask)
     return {token for token in range(VOCAB_SIZE) if mask[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
 
 
@@ -36,6 +36,14 @@ def test_only_allowed_tokens_are_allowed():
 def test_a_bad_word_is_never_completed(output, forbidden):
     found = allowed_tokens(SamplingParams(), output, bad=((9,), (7, 8), (7, 8, 10)))
     assert set(range(VOCAB_SIZE)) - found == forbidden
+
+
+@pytest.mark.parametrize("split", range(4))
+def test_drafted_tokens_restrict_as_if_they_were_drawn(split):
+    output, bad = [7, 8, 7], ((9,), (7, 8), (8, 7, 10))
+    sampling = SamplingParams(min_tokens=3, max_tokens=9)
+    drawn = allowed_tokens(sampling, output, bad=bad)
+    assert allowed_tokens(sampling, output[:split], drafted=output[split:], bad=bad) == drawn
 
 
 def test_a_prompt_that_ends_in_a_bad_words_beginning_does_not_count():
@@ -95,7 +103,7 @@ def test_bad_words_give_way_to_a_grammar_that_leaves_nothing_else():
         def applies(self, position):
             return True
 
-        def allowed(self, request, position, mask):
+        def allowed(self, request, drafted, mask):
             mask[:] = 0
             mask[0] = 1 << 9
 
