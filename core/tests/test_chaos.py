@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Server, children, events
+from served import Server, children, chunks_of
 
 from anychip import SamplingParams
 from anychip.config import EngineConfig
@@ -140,19 +140,22 @@ def test_a_full_queue_refuses_with_a_time_to_come_again():
 def test_sigterm_lets_requests_end_and_ends_those_that_take_too_long():
     server = Server("--device", "cpu", "--kv-cache-bytes", "32M", "--drain-s", "2", "--max-model-len", "2048")
     outcome: dict[str, list[dict]] = {}
+    begun = {"short": threading.Event(), "long": threading.Event()}
 
     def stream(name: str, tokens: int) -> None:
+        body = LONG | {"max_tokens": tokens, "n": 8}
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            outcome[name] = events(client.post("/v1/completions", json=LONG | {"max_tokens": tokens, "n": 8}))
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = []
+                for line in response.iter_lines():
+                    lines.append(line)
+                    begun[name].set()
+        outcome[name] = chunks_of("\n".join(lines))
 
-    threads = [
-        threading.Thread(target=stream, args=("short", 10)),
-        threading.Thread(target=stream, args=("long", 1900)),
-    ]
+    threads = [threading.Thread(target=stream, args=pair) for pair in (("long", 1900), ("short", 10))]
     for thread in threads:
         thread.start()
-    while server.metric("anychip_num_requests_running") < 9:
-        time.sleep(0.02)
+    assert all(event.wait(60) for event in begun.values())
     server.process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(30)
@@ -168,17 +171,19 @@ def test_when_the_api_process_dies_its_clients_see_it_and_the_engine_goes_too():
     server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
     engine = server.engine_pid()
     seen: list[str] = []
+    begun = threading.Event()
 
     def stream() -> None:
         with contextlib.suppress(httpx.TransportError), httpx.Client(base_url=server.url, timeout=60) as client:
-            with client.stream("POST", "/v1/completions", json=LONG) as response:
-                seen.extend(response.iter_lines())
+            with client.stream("POST", "/v1/completions", json=LONG | {"n": 8}) as response:
+                for line in response.iter_lines():
+                    seen.append(line)
+                    begun.set()
             seen.append("ended in peace")
 
     thread = threading.Thread(target=stream)
     thread.start()
-    while server.metric("anychip_num_requests_running") < 1:
-        time.sleep(0.02)
+    assert begun.wait(60)
     server.process.kill()
     thread.join(30)
     assert not thread.is_alive() and "ended in peace" not in seen
