@@ -37,7 +37,10 @@ def is_running(pid: int) -> bool:
 LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-@pytest.mark.parametrize(("victim", "options"), [("engine", []), ("worker", ["--tensor-parallel-size", "2"])])
+_WORKER = ("worker", ["--tensor-parallel-size", "2"])
+
+
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), pytest.param(*_WORKER, marks=pytest.mark.full)])
 def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
     try:
@@ -50,7 +53,7 @@ def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, optio
         assert server.stop() == 0
 
 
-@pytest.mark.parametrize(("victim", "options"), [("engine", []), ("worker", ["--tensor-parallel-size", "2"])])
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), _WORKER])
 def test_requests_end_with_the_cause_when_a_process_hangs_and_the_engine_is_replaced(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "64M", "--step-timeout-s", "4", *options)
     try:
