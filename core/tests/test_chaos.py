@@ -147,12 +147,14 @@ def test_sigterm_lets_requests_end_and_ends_those_that_take_too_long():
 
     def stream(name: str, tokens: int) -> None:
         body = LONG | {"max_tokens": tokens, "n": 8}
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            with client.stream("POST", "/v1/completions", json=body) as response:
-                lines = []
-                for line in response.iter_lines():
-                    lines.append(line)
-                    begun[name].set()
+        lines = []
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            for line in response.iter_lines():
+                lines.append(line)
+                begun[name].set()
         outcome[name] = chunks_of("\n".join(lines))
 
     threads = [threading.Thread(target=stream, args=pair) for pair in (("long", 1900), ("short", 10))]
