@@ -16,7 +16,7 @@ SIMULATED := fake-static fake-hostlen fake-spmd
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
-.PHONY: serve test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
+.PHONY: serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -61,7 +61,10 @@ amx: $(VENV)/dev.done  ## the CPU's kernels for AMX, its registers emulated
 soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothing is left; MINUTES=30 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --minutes $(MINUTES)
 
-check-full: lint test equality gpu-kernels mutation conformance interpreted try-wheels sanitize amx soak docs
+every-test: $(VENV)/dev.done  ## those of `make test`, and the full products: hours
+	$(PYTEST) core/tests plugins conformance/tests
+
+check-full: lint every-test conformance interpreted try-wheels sanitize amx soak docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py

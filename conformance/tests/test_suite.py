@@ -147,7 +147,7 @@ class BadPlatform(Platform):
 """
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.full), "bfloat16"])
 def test_a_device_of_one_dtype_and_few_head_dims_is_judged_in_what_it_has(tmp_path: Path, dtype: str) -> None:
     make_bad(tmp_path, "narrow", ONE_DTYPE.format(dtype=dtype))
     report = ["--report", str(tmp_path)]

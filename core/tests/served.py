@@ -87,6 +87,11 @@ class Server:
 
 def events(response: httpx.Response) -> list[dict]:
     """A finished stream's chunks."""
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return chunks_of(response.text)
+
+
+def chunks_of(text: str) -> list[dict]:
+    """Of a stream's whole text."""
+    lines = [line.strip().removeprefix("data: ") for line in text.split("\n\n") if line.strip()]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]

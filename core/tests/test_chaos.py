@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Server, children, events
+from served import Server, children, chunks_of
 
 from anychip import SamplingParams
 from anychip.config import EngineConfig
@@ -37,7 +37,10 @@ def is_running(pid: int) -> bool:
 LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-@pytest.mark.parametrize(("victim", "options"), [("engine", []), ("worker", ["--tensor-parallel-size", "2"])])
+_WORKER = ("worker", ["--tensor-parallel-size", "2"])
+
+
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), pytest.param(*_WORKER, marks=pytest.mark.full)])
 def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
     try:
@@ -50,7 +53,7 @@ def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, optio
         assert server.stop() == 0
 
 
-@pytest.mark.parametrize(("victim", "options"), [("engine", []), ("worker", ["--tensor-parallel-size", "2"])])
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), _WORKER])
 def test_requests_end_with_the_cause_when_a_process_hangs_and_the_engine_is_replaced(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "64M", "--step-timeout-s", "4", *options)
     try:
@@ -140,19 +143,24 @@ def test_a_full_queue_refuses_with_a_time_to_come_again():
 def test_sigterm_lets_requests_end_and_ends_those_that_take_too_long():
     server = Server("--device", "cpu", "--kv-cache-bytes", "32M", "--drain-s", "2", "--max-model-len", "2048")
     outcome: dict[str, list[dict]] = {}
+    begun = {"short": threading.Event(), "long": threading.Event()}
 
     def stream(name: str, tokens: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            outcome[name] = events(client.post("/v1/completions", json=LONG | {"max_tokens": tokens, "n": 8}))
+        body = LONG | {"max_tokens": tokens, "n": 8}
+        lines = []
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            for line in response.iter_lines():
+                lines.append(line)
+                begun[name].set()
+        outcome[name] = chunks_of("\n".join(lines))
 
-    threads = [
-        threading.Thread(target=stream, args=("short", 10)),
-        threading.Thread(target=stream, args=("long", 1900)),
-    ]
+    threads = [threading.Thread(target=stream, args=pair) for pair in (("long", 1900), ("short", 10))]
     for thread in threads:
         thread.start()
-    while server.metric("anychip_num_requests_running") < 9:
-        time.sleep(0.02)
+    assert all(event.wait(60) for event in begun.values())
     server.process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(30)
@@ -168,17 +176,19 @@ def test_when_the_api_process_dies_its_clients_see_it_and_the_engine_goes_too():
     server = Server("--device", "cpu", "--kv-cache-bytes", "32M")
     engine = server.engine_pid()
     seen: list[str] = []
+    begun = threading.Event()
 
     def stream() -> None:
         with contextlib.suppress(httpx.TransportError), httpx.Client(base_url=server.url, timeout=60) as client:
-            with client.stream("POST", "/v1/completions", json=LONG) as response:
-                seen.extend(response.iter_lines())
+            with client.stream("POST", "/v1/completions", json=LONG | {"n": 8}) as response:
+                for line in response.iter_lines():
+                    seen.append(line)
+                    begun.set()
             seen.append("ended in peace")
 
     thread = threading.Thread(target=stream)
     thread.start()
-    while server.metric("anychip_num_requests_running") < 1:
-        time.sleep(0.02)
+    assert begun.wait(60)
     server.process.kill()
     thread.join(30)
     assert not thread.is_alive() and "ended in peace" not in seen

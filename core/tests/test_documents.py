@@ -114,6 +114,7 @@ def test_an_example_runs(example: str) -> None:
     assert run([str(ROOT / "examples" / f"{example}.py")], dict(os.environ)).count("--- ") >= 2
 
 
+@pytest.mark.full
 def test_a_strict_type_checker_is_content_with_who_uses_the_library(tmp_path: Path) -> None:
     """As an installed package, of which only py.typed says that it has types."""
     program = tmp_path / "downstream.py"

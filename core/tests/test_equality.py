@@ -9,7 +9,7 @@ import pytest
 from anychip import LLM
 from anychip_conformance.equality.oracle import Answer, greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
-from anychip_conformance.equality.workload import NUM_TOKENS, Case, full_product, generate, open_llm, pairwise, prompts
+from anychip_conformance.equality.workload import NUM_TOKENS, Case, covering, full_product, generate, open_llm, prompts
 
 MAX_EXCUSED_SHARE = 0.01
 
@@ -56,7 +56,7 @@ def check(case: Case, oracles: Oracles) -> None:
     assert excused <= MAX_EXCUSED_SHARE * len(verdicts), f"{excused} of {len(verdicts)} divergences were excused"
 
 
-@pytest.mark.parametrize("case", pairwise(), ids=str)
+@pytest.mark.parametrize("case", covering(), ids=str)
 def test_greedy_tokens_equal_transformers(case: Case, oracles: Oracles) -> None:
     check(case, oracles)
 
