@@ -149,7 +149,9 @@ def attentions(platform: CpuPlatform, peak: float) -> Iterator[dict[str, Any]]:
             cache = backend.make_cache(raw, blocks, 16)
             layer = AttentionLayer(index=0, scale=0.125, ops=resolve_ops("cpu", {}).ops)
             tensors = [torch.randn(batch.num_tokens, n, 64).bfloat16() for n in (heads, kv_heads, kv_heads)]
-            key = ShapeKey(num_tokens=batch.num_tokens, num_reqs=rows, num_samples=rows, max_query_len=queries, num_pages=0)
+            key = ShapeKey(
+                num_tokens=batch.num_tokens, num_reqs=rows, num_samples=rows, max_query_len=queries, num_pages=0
+            )
             plan = backend.plan(batch, key, group=0)
             before = bandwidth()
             taken = seconds(lambda: backend.forward(*tensors, cache, plan, layer))  # noqa: B023

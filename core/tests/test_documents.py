@@ -94,7 +94,7 @@ def test_the_tutorials_failure_is_what_the_suite_says(acme: dict[str, str], tmp_
             "requires 'alpha', which op 'rms_norm' does not pass",
         ),
         ("ops.py", "import torch.nn.functional as F", "import acme_runtime", "No module named 'acme_runtime'"),
-        ("__init__.py", 'api_version="0.1"', 'api_version="0.9"', "built against interface 0.9"),
+        ("__init__.py", 'api_version="0.2"', 'api_version="0.9"', "built against interface 0.9"),
         ("__init__.py", "from anychip.plugin_api", "from nowhere", "No module named 'nowhere'"),
     ],
 )

@@ -101,7 +101,13 @@ def test_a_program_is_asked_for_the_memory_of_shapes_that_its_policy_has():
     class OneRow(ShapePolicy):
         def bucket(self, *, num_tokens, num_reqs, num_samples, max_query_len, num_pages, features):
             assert num_reqs * max_query_len <= 64 and max_query_len <= 32, "beyond the rectangle"
-            return ShapeKey(num_tokens=num_tokens, num_reqs=num_reqs, num_samples=num_samples, max_query_len=max_query_len, num_pages=num_pages)
+            return ShapeKey(
+                num_tokens=num_tokens,
+                num_reqs=num_reqs,
+                num_samples=num_samples,
+                max_query_len=max_query_len,
+                num_pages=num_pages,
+            )
 
     class Program(StepProgram):
         def memory(self, key: ShapeKey) -> int:
@@ -121,9 +127,13 @@ class Asked(ShapePolicy):
         check(self.rules, self.limits, num_tokens, num_reqs, max_query_len)
         assert num_pages <= max(self.limits.max_pages)
         return super().bucket(
-            num_tokens=num_tokens, num_reqs=num_reqs, num_samples=num_samples, max_query_len=max_query_len, num_pages=num_pages,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_samples=num_samples,
+            max_query_len=max_query_len,
+            num_pages=num_pages,
             features=features,
-        )  # fmt: skip
+        )
 
 
 class StrictPlatform(Platform):

@@ -145,7 +145,9 @@ def _key(
     ):
         device.limit(f"steps hold {most} {name}, the case has {wanted}", most is None or wanted <= most)
     policy = device.platform.shape_policy(usual_limits(device, tokens, rows, pages=pages, block_size=block_size))
-    key = policy.bucket(num_tokens=tokens, num_reqs=rows, num_samples=rows, max_query_len=longest, num_pages=pages, features=())
+    key = policy.bucket(
+        num_tokens=tokens, num_reqs=rows, num_samples=rows, max_query_len=longest, num_pages=pages, features=()
+    )
     assert key.num_tokens >= tokens and key.num_reqs >= rows, f"the shape policy put {tokens} tokens in {key}"
     if policy.keys():
         return key if key.num_pages else _wider(key, 0, 0, pages)

@@ -32,8 +32,9 @@ _NO_EDITS = RowEdits()
 class StepDriver:
     """One KV group. Requests get the blocks they are told, and stay in their slot until `finish`."""
 
-    def __init__(self, device: Device, folder: Path) -> None:
-        self.worker = open_worker(device, folder)
+    def __init__(self, device: Device, folder: Path, *, max_drafts: int = 0) -> None:
+        settings = {"speculate": "ngram", "max_drafts": max_drafts} if max_drafts else {}
+        self.worker = open_worker(device, folder, **settings)
         self._device, self._rules = device, device.platform.step_rules
         self.block_size = self.worker.ready.kv.groups[0].block_size
         self._step = 0
@@ -50,9 +51,12 @@ class StepDriver:
         masks: dict[int, set[int]] | None = None,
         edits: dict[int, RowEdits] | None = None,
         scored: set[int] | None = None,
+        drafts: dict[int, list[int]] | None = None,
+        rewinds: dict[int, int] | None = None,
     ) -> StepResult:
         """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
-        slot: how many this step computes. `masks` by place among the sampling rows: the token ids that may be drawn.
+        slot: how many this step computes, its `drafts` among them. `masks` by place among the samples: the token ids
+        that may be drawn. `rewinds` by slot: how many of its tokens are computed after all.
         `edits` by slot, of new ones. `scored` slots, when they are new, report their prompt's log-probabilities."""
         broken = self._rules.broken_by(list(tokens.values()))
         self._device.limit(broken, not broken)
@@ -78,6 +82,9 @@ class StepDriver:
                 finished_slots=finished or [],
                 copies=copies or [],
                 zeros=zeros or [],
+                num_drafts=_packed([len((drafts or {}).get(slot, ())) for slot in tokens]) if drafts else b"",
+                drafts=_packed([token for slot in tokens for token in (drafts or {}).get(slot, ())]),
+                rewinds=_packed([number for pair in (rewinds or {}).items() for number in pair]),
             )
         )
         packed = {place: _bitmask(allowed) for place, allowed in (masks or {}).items()}
@@ -108,6 +115,16 @@ class StepDriver:
 
 def tokens_of(result: StepResult) -> list[int]:
     return np.frombuffer(result.token_ids, dtype=np.int32).tolist()
+
+
+def rows_of(result: StepResult) -> list[list[int]]:
+    """The tokens that each sampling row gained."""
+    ids, counts = tokens_of(result), np.frombuffer(result.num_gained, dtype=np.int32).tolist()
+    return [[ids.pop(0) for _ in range(count)] for count in counts or [1] * len(ids)]
+
+
+def _packed(numbers: list[int]) -> bytes:
+    return np.asarray(numbers, dtype=np.int32).tobytes()
 
 
 def _bitmask(allowed: set[int]) -> bytes:

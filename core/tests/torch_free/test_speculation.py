@@ -332,9 +332,7 @@ def test_a_proposer_that_does_not_exist_is_refused_by_name():
 
 def test_windows_and_several_groups_keep_their_blocks_right():
     groups = (KVGroup(block_size=4), KVGroup(block_size=4, window=6))
-    core, _ = engine(
-        Speculator(Guesses(random.Random(5), 0.8), max_drafts=5, costs=None), groups=groups, num_blocks=60
-    )
+    core, _ = engine(Speculator(Guesses(random.Random(5), 0.8), max_drafts=5, costs=None), groups=groups, num_blocks=60)
 
     def check() -> None:
         held = [request for each in core.scheduler.requests.values() for request in each.values()]

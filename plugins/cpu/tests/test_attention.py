@@ -122,7 +122,11 @@ def test_attention_equals_the_reference_on_ragged_batches(
 
 def key(batch):
     return ShapeKey(
-        num_tokens=batch.num_tokens, num_reqs=batch.num_reqs, num_samples=batch.num_reqs, max_query_len=batch.max_query_len, num_pages=0
+        num_tokens=batch.num_tokens,
+        num_reqs=batch.num_reqs,
+        num_samples=batch.num_reqs,
+        max_query_len=batch.max_query_len,
+        num_pages=0,
     )
 
 

@@ -31,7 +31,7 @@ class Card(gpu.GpuPlatform):
 
 def open_card(**options) -> Card:
     manifest = PlatformManifest(
-        name="card", package="p", api_version="0.1", summary="", probe="", platform="", options=GpuOptions
+        name="card", package="p", api_version="0.2", summary="", probe="", platform="", options=GpuOptions
     )
     return Card(
         PlatformContext(

@@ -18,7 +18,12 @@ def limits(rows: int, pages: int, tokens: int = 8192) -> StepLimits:
 
 def bucket(shapes: DecodeShapes, rows: int, pages: int, longest: int = 1, features: tuple[str, ...] = ()):
     return shapes.bucket(
-        num_tokens=rows * longest, num_reqs=rows, num_samples=rows, max_query_len=longest, num_pages=pages, features=features
+        num_tokens=rows * longest,
+        num_reqs=rows,
+        num_samples=rows,
+        max_query_len=longest,
+        num_pages=pages,
+        features=features,
     )
 
 
@@ -37,7 +42,9 @@ def test_every_decode_step_has_the_smallest_shape_that_holds_it(most, pages, dat
 def test_steps_with_prompts_are_filled_up_as_far_as_pieces_go(tokens, filled):
     shapes = DecodeShapes(limits(8, 32, tokens=300))
     assert shapes.pieces() == [16, 32, 64, 128, 192, 256]
-    key = shapes.bucket(num_tokens=tokens, num_reqs=1, num_samples=1, max_query_len=max(2, tokens), num_pages=9, features=())
+    key = shapes.bucket(
+        num_tokens=tokens, num_reqs=1, num_samples=1, max_query_len=max(2, tokens), num_pages=9, features=()
+    )
     assert (key.num_tokens, key.num_reqs, key.num_pages) == (filled, 1, 9)
 
 

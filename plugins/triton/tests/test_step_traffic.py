@@ -97,7 +97,7 @@ class Traffic(TorchDispatchMode):
 def steps(request, tmp_path):
     """A runner of a model that is all on paper, and its recording launcher; rows hold eight tokens each."""
     (tmp_path / "config.json").write_text(json.dumps(MODELS[request.param]))
-    manifest = PlatformManifest(name="paper", package="p", api_version="0.1", summary="", probe="", platform="")
+    manifest = PlatformManifest(name="paper", package="p", api_version="0.2", summary="", probe="", platform="")
     platform = Paper(
         PlatformContext(
             manifest=manifest, device_indexes=(0,), options=PluginOptions(), probe=ProbeResult(), reference=REFERENCE

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from anychip import SamplingParams
+from anychip_conformance import drafts
 from anychip_conformance.case import kind
 from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
@@ -139,6 +140,65 @@ def logprobs(device: Device, case: EngineCase) -> None:
             f"log-probabilities after {len(prompt)} tokens", value, Bounded(expected.value[ids], bound),
             label=f"end to end/{widest(device.capabilities)}",
         )  # fmt: skip
+
+
+class DraftCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the requests draw, and how they are run."""
+
+    draws: Literal["greedy", "sampled", "edited"] = "greedy"
+    mode: Literal["plain", "chunked", "preempted", "prefix"] = "plain"
+
+
+_DRAWS = {
+    "greedy": SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+    "sampled": SamplingParams(temperature=1.0, top_p=0.95, seed=5, n=2, max_tokens=12, ignore_eos=True),
+    "edited": SamplingParams(
+        temperature=0.8,
+        seed=6,
+        max_tokens=12,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        logit_bias={5: 4.0},
+        min_tokens=6,
+    ),
+}
+
+
+@kind(
+    "e2e.speculated",
+    corpus=[
+        DraftCase(),
+        DraftCase(draws="sampled", mode="chunked"),
+        DraftCase(draws="edited", mode="preempted"),
+        DraftCase(draws="edited", mode="prefix"),
+    ],
+    deadline_s=_DEADLINE_S,
+    quick=1,
+)
+def speculated(device: Device, case: DraftCase) -> None:
+    """With drafts, most right and some wrong, every request gets the tokens that it gets without."""
+    device.limit("its steps take no drafts", device.platform.step_rules.takes_drafts)
+    device.need_dtype("float32")
+    model, sampling = checkpoint(device, "llama"), _DRAWS[case.draws]
+    answers: list[list[list[int]]] = []
+    for speculation in ({}, {"speculate": drafts.NAME, "max_drafts": 4}):
+        settings = {**settings_of(device, case.mode), "dtype": "float32", **speculation}
+        with open_llm(device, model.path, **settings) as llm:
+            if case.mode == "preempted":
+                preempt_often(llm.engine.scheduler)
+            if case.mode == "prefix":
+                llm.generate(prompts(), sampling)
+            if (drafting := llm.engine.scheduler.drafting) is not None:
+                drafting.measured_costs_are_ignored()
+            outputs = llm.generate(prompts(), sampling)
+            stats = llm.engine.scheduler.stats.speculation
+        answers.append([sequence.token_ids for output in outputs for sequence in output.outputs])
+        drafts.Answers.texts = [
+            [*output.prompt_token_ids, *sequence.token_ids] for output in outputs for sequence in output.outputs
+        ]
+    assert stats is not None and stats.accepted > 8, f"{stats}: there were too few drafts to judge"
+    assert stats.drafted > stats.accepted, f"{stats}: no draft was wrong"
+    assert answers[0] == answers[1], f"with drafts {answers[1]}, without {answers[0]}"
 
 
 @kind(

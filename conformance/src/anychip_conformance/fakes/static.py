@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from anychip.ops.reference import EditState, draw_tokens
 from anychip.plugin_api import (
+    DRAFTS,
     SCORES,
     AttentionBackend,
     AttentionSpec,
@@ -101,9 +102,7 @@ class StaticShapes(ShapePolicy):
         self._pages = max(limits.max_pages)
         # With drafts, every token of a step may be a sample.
         self._keys = [
-            ShapeKey(
-                num_tokens=tokens, num_reqs=rows, num_samples=samples, max_query_len=tokens, num_pages=self._pages
-            )
+            ShapeKey(num_tokens=tokens, num_reqs=rows, num_samples=samples, max_query_len=tokens, num_pages=self._pages)
             for tokens, rows in _SHAPES
             for samples in ([rows] if limits.max_drafts == 0 or tokens == rows else [rows, tokens])
         ]
@@ -189,7 +188,9 @@ class StaticStepProgram(StepProgram):
             self._compile_step(key)
             self._compile_step(replace(key, features=(SCORES,)))
             for features in sampling_features(self.limits.max_drafts):
-                if (key.num_samples, features) not in self._samplers:
+                # Only with drafts are there more samples than rows.
+                wanted = DRAFTS in features or key.num_samples <= key.num_reqs
+                if wanted and (key.num_samples, features) not in self._samplers:
                     self._compile_sampler(replace(key, features=features))
         return CompileReport(num_programs=self.num_compilations, seconds=time.perf_counter() - start)
 

@@ -192,6 +192,41 @@ def counts_a_pair_once(*, counts: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
     return counts.index_put(where, counts[where] + 2)
 
 
+@fault("op-accepts-after-a-miss", "op", op="accept_drafts", killed_by="op.accept_drafts.002")
+def accepts_after_a_miss(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """A sample is kept where the one before it drew its draft, whatever came before that."""
+    samples = torch.arange(len(ids))
+    return (samples == first_samples) | torch.cat((torch.ones(1, dtype=torch.bool), (ids == draft_ids)[:-1]))
+
+
+@fault("op-accepts-one-too-many", "op", op="accept_drafts", killed_by="op.accept_drafts.002")
+def accepts_one_too_many(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """The sample behind the first miss is kept as well."""
+    kept = sampling.accept_drafts(ids=ids, draft_ids=draft_ids, first_samples=first_samples)
+    same_row = torch.arange(len(ids)) > first_samples
+    return kept | (same_row & torch.cat((kept[:1], kept[:-1])))
+
+
+@fault("op-accepts-one-too-few", "op", op="accept_drafts", killed_by="op.accept_drafts.002")
+def accepts_one_too_few(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """The draw behind the last draft that was right is lost."""
+    kept = sampling.accept_drafts(ids=ids, draft_ids=draft_ids, first_samples=first_samples)
+    return kept & ((ids == draft_ids) | (torch.arange(len(ids)) == first_samples))
+
+
+@fault("op-accepts-by-the-rows-before", "op", op="accept_drafts", killed_by="op.accept_drafts.003")
+def accepts_by_the_rows_before(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """A miss in one row ends the drafts of the rows behind it."""
+    missed = (ids != draft_ids) & (draft_ids >= 0)
+    return (missed.cumsum(0) - missed.int() == 0) | (torch.arange(len(ids)) == first_samples)
+
+
+@fault("op-accepts-the-next-draft", "op", op="accept_drafts", killed_by="op.accept_drafts.003")
+def accepts_the_next_draft(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """A draw is held against the draft of the sample behind it."""
+    return sampling.accept_drafts(ids=ids, draft_ids=draft_ids.roll(-1), first_samples=first_samples)
+
+
 @fault("op-matmul-not-reduced", "op", op="matmul_reduce", killed_by="e2e.tensor_parallel.001")
 def matmul_not_reduced(*, x: Tensor, kernel: Any, packed: Any, communicator: Any) -> Tensor:
     """The sum over ranks is left out."""

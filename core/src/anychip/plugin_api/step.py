@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 State = Any
 Hidden = Any
 
+
 @dataclass(slots=True, kw_only=True)
 class Scores:
     """Of the step's tokens that had a target, in their order."""

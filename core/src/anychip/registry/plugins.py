@@ -18,7 +18,14 @@ from anychip.registry.blame import calling, versioned
 
 log = logging.getLogger("anychip.plugins")
 
-HOOKS = ("anychip_platforms", "anychip_models", "anychip_policies", "anychip_proposers", "anychip_parsers", "anychip_commands")
+HOOKS = (
+    "anychip_platforms",
+    "anychip_models",
+    "anychip_policies",
+    "anychip_proposers",
+    "anychip_parsers",
+    "anychip_commands",
+)
 """Of HookSpecs, in the order in which they are asked."""
 
 
@@ -66,7 +73,7 @@ def _add(found: Plugins, point: EntryPoint, package: str) -> None:
 
     platforms, models, policies, proposers, parsers, commands = map(contributed, HOOKS)
     for manifest in platforms:
-        check_api_version(manifest.package, manifest.api_version)
+        check_api_version(manifest.package, manifest.api_version, seam=manifest.seam)
         if manifest.name in found.platforms:
             other = found.platforms[manifest.name].package
             raise IncompatiblePlugin(

@@ -27,6 +27,10 @@ class Drafting:
     def stats(self) -> SpeculationStats:
         return self._speculator.stats
 
+    def measured_costs_are_ignored(self) -> None:
+        """Every draft is tried from now on, whether it pays or not: for those who judge drafts."""
+        self._speculator.costs = None
+
     # -- a step out ---------------------------------------------------------------------------------------
 
     def add_to(self, draft: StepDraft, running: Sequence[Request]) -> None:

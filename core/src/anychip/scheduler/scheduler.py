@@ -10,10 +10,9 @@ import sys
 import time
 from array import array
 from bisect import insort
-from collections.abc import Sequence
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, EngineStats, SequenceDelta, StepDecision, StepResult, TokenLogprobs
+from anychip.messages import DeviceRules, EngineStats, SequenceDelta, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.beams import Beams
 from anychip.scheduler.drafting import Drafting
@@ -214,41 +213,17 @@ class Scheduler:
         insort(self.running, request, key=self.policy.key)
 
     def _step(self, draft: StepDraft) -> ScheduledStep:
-        rows, counts, drafts = draft.rows, draft.counts, draft.drafts
-        sampling: list[Request] = []
-        epochs: list[int] = []
-        drafted: list[Sequence[int]] = []
-        scoring: dict[int, tuple[Request, int]] = {}
-        for position, (request, count) in enumerate(zip(rows, counts, strict=True)):
-            if request.sampling.prompt_logprobs is not None and request.scores_prompt:
-                scoring[position] = (request, request.epoch)
-            computed = request.num_computed + count
-            request.num_computed = computed
-            if count > 1:
-                self.kv.offer(request)  # whoever reads it runs in a later step
-            if computed >= request.num_prompt + len(request.output_token_ids) + request.num_promised:
-                request.num_promised += 1
-                sampling.append(request)
-                epochs.append(request.epoch)
-                drafted.append(drafts.get(position, ()))
-        changes = self.kv.drain_changes()
         finished, self._finished_slots = self._finished_slots, []
-        decision = StepDecision(
-            step_id=self._next_step,
-            slots=array("i", [request.slot or 0 for request in rows]).tobytes(),
-            num_tokens=array("i", counts).tobytes(),
-            new_rows=draft.new_rows,
-            new_blocks=array("i", changes.new_blocks).tobytes(),
+        step_id, self._next_step = self._next_step, self._next_step + 1
+        step = draft.to_step(
+            step_id,
+            self.kv,
             finished_slots=finished,
-            copies=changes.copies,
-            zeros=changes.fresh if self.rules.zero_new_blocks else [],
-            num_drafts=array("i", [len(drafts.get(row, ())) for row in range(len(rows))]).tobytes() if drafts else b"",
-            drafts=array("i", [token for row in sorted(drafts) for token in drafts[row]]).tobytes(),
             rewinds=b"" if self.drafting is None else self.drafting.take_rewinds(),
+            zero_new_blocks=self.rules.zero_new_blocks,
         )
-        self.kv.pool.launched(self._next_step)
-        self._next_step += 1
-        return ScheduledStep(decision, rows, sampling, epochs, scoring, drafted if drafts else None)
+        self.kv.pool.launched(step_id)
+        return step
 
     # -- a result in --------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import NewRow, StepDecision
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
@@ -19,17 +20,17 @@ _NO_EDITS = SamplingParams()
 class ScheduledStep:
     """A decision, and the requests that receive its samples. A request takes results of its own epoch only."""
 
-    decision: StepDecision
     requests: list[Request]
     """The decision's rows."""
-    sampling: list[Request]
-    """The rows that sample a token, in the order of the decision's rows."""
-    epochs: list[int]
-    """For each request of `sampling`, its epoch at launch."""
-    scoring: dict[int, tuple[Request, int]]
-    """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
     drafts: list[Sequence[int]] | None
     """For each request of `sampling`, the tokens drafted behind its last one; None: the step has none."""
+    sampling: list[Request] = field(default_factory=list)
+    """The rows that sample a token, in the order of the decision's rows."""
+    epochs: list[int] = field(default_factory=list)
+    """For each request of `sampling`, its epoch at launch."""
+    scoring: dict[int, tuple[Request, int]] = field(default_factory=dict)
+    """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
+    decision: StepDecision = field(init=False)
 
 
 class StepDraft:
@@ -54,12 +55,47 @@ class StepDraft:
             request.enters = False
             self.new_rows.append(_new_row(request))
 
-
     def place_draft(self, row: int, draft: Sequence[int]) -> None:
         """Drafts tokens behind a row's one token; the blocks are there."""
         self.room.take_drafts(len(draft))
         self.counts[row] += len(draft)
         self.drafts[row] = draft
+
+    def to_step(
+        self, step_id: int, kv: KVCacheManager, *, finished_slots: list[int], rewinds: bytes, zero_new_blocks: bool
+    ) -> ScheduledStep:
+        """The step as it is launched: from now on its rows count as computed, and the tokens that it draws as
+        promised."""
+        rows, counts, drafts = self.rows, self.counts, self.drafts
+        step = ScheduledStep(rows, drafts=[] if drafts else None)
+        for row, (request, count) in enumerate(zip(rows, counts, strict=True)):
+            if request.sampling.prompt_logprobs is not None and request.scores_prompt:
+                step.scoring[row] = (request, request.epoch)
+            computed = request.num_computed + count
+            request.num_computed = computed
+            if count > 1:
+                kv.offer(request)  # whoever reads it runs in a later step
+            if computed >= request.num_prompt + len(request.output_token_ids) + request.num_promised:
+                request.num_promised += 1
+                step.sampling.append(request)
+                step.epochs.append(request.epoch)
+                if step.drafts is not None:
+                    step.drafts.append(drafts.get(row, ()))
+        changes = kv.drain_changes()
+        step.decision = StepDecision(
+            step_id=step_id,
+            slots=array("i", [request.slot or 0 for request in rows]).tobytes(),
+            num_tokens=array("i", counts).tobytes(),
+            new_rows=self.new_rows,
+            new_blocks=array("i", changes.new_blocks).tobytes(),
+            finished_slots=finished_slots,
+            copies=changes.copies,
+            zeros=changes.fresh if zero_new_blocks else [],
+            num_drafts=array("i", [len(drafts.get(row, ())) for row in range(len(rows))]).tobytes() if drafts else b"",
+            drafts=array("i", [token for row in sorted(drafts) for token in drafts[row]]).tobytes(),
+            rewinds=rewinds,
+        )
+        return step
 
 
 def _new_row(request: Request) -> NewRow:

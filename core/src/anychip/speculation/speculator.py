@@ -52,7 +52,7 @@ class Speculator:
         self.max_drafts = max_drafts
         self.acceptance = Acceptance()
         self._proposer = proposer
-        self._costs = costs
+        self.costs = costs
         self._overhead_s = 0.0
         self._taken_in_at: float | None = None
         self._choices = 0
@@ -154,12 +154,12 @@ class Speculator:
         if self._choices % _FORGET_EVERY == 0:
             self.acceptance.forget()
         drafts = [self.draft(request, most) for request, most in rows]
-        if self._costs is not None and any(draft.token_ids for draft in drafts):
+        if self.costs is not None and any(draft.token_ids for draft in drafts):
             lengths, _ = choose_lengths(
                 [self._chances(request, draft) for (request, _), draft in zip(rows, drafts, strict=True)],
                 num_rows=num_rows,
                 num_tokens=num_tokens,
-                costs=self._costs,
+                costs=self.costs,
                 overhead_s=self._overhead_s,
             )
             drafts = [Draft(draft.token_ids[:n], draft.evidence) for draft, n in zip(drafts, lengths, strict=True)]
@@ -174,14 +174,14 @@ class Speculator:
         drafts = [self.draft(request, most) for request, most in rows]
         if not any(len(draft.token_ids) > 1 for draft in drafts):
             return False
-        if self._costs is None:
+        if self.costs is None:
             return True
         chances = [self._chances(request, draft)[1:] for (request, _), draft in zip(rows, drafts, strict=True)]
         count = len(rows)
         _, rate = choose_lengths(
-            chances, num_rows=count, num_tokens=count, costs=self._costs, overhead_s=self._overhead_s
+            chances, num_rows=count, num_tokens=count, costs=self.costs, overhead_s=self._overhead_s
         )
-        return rate > count / self._costs(count)
+        return rate > count / self.costs(count)
 
     def _chances(self, request: Request, draft: Draft) -> list[float]:
         if draft.evidence >= _SURE:
@@ -207,6 +207,6 @@ class Speculator:
     def taken_in(self, num_rows: int, num_tokens: int, num_gained: int) -> None:
         """A step with drafts is taken in: it had `num_tokens` and brought `num_gained`."""
         self._taken_in_at = time.perf_counter()
-        if self._costs is not None:
-            alone = self._costs(num_rows) + self._overhead_s
-            self._saved_s += alone * num_gained / num_rows - self._costs(num_tokens) - self._overhead_s
+        if self.costs is not None:
+            alone = self.costs(num_rows) + self._overhead_s
+            self._saved_s += alone * num_gained / num_rows - self.costs(num_tokens) - self._overhead_s

@@ -90,7 +90,7 @@ class TextIndex:
         text = self.token_ids
         found = text[end : end + most].tolist()
         period = len(text) - end
-        while 0 < period and len(found) < most:
+        while period > 0 and len(found) < most:
             found.append(found[len(found) - period])
         return found
 

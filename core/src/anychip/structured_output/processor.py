@@ -36,9 +36,10 @@ class GrammarProcessor:
     def allowed(self, request: Request, drafted: Sequence[int], mask: np.ndarray) -> None:
         """Raises InvalidRequest when following the grammar costs more than it may."""
         if not self._follow(request):
-            drafted = self._within(request, drafted)
-            if drafted is None:
+            within = self._within(request, drafted)
+            if within is None:
                 return
+            drafted = within
         matcher = self._matcher
         if drafted and (matcher.is_stopped() or matcher.validate_tokens(list(drafted)) < len(drafted)):
             return  # the grammar forbids one of them

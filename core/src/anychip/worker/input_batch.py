@@ -66,7 +66,8 @@ class StepRows:
 
     @property
     def sample_slots(self) -> np.ndarray:  # [num_samples]
-        return self.slots[self.sample_rows]
+        slots: np.ndarray = self.slots[self.sample_rows]
+        return slots
 
 
 class InputBatch:

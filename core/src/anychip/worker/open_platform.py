@@ -11,7 +11,7 @@ from importlib import import_module
 import msgspec
 
 from anychip.config import WorkerSpec
-from anychip.errors import DeviceFault, DeviceUnavailable, InvalidOverride, Unsupported
+from anychip.errors import DeviceFault, DeviceUnavailable, InvalidOverride
 from anychip.ops.reference import REFERENCE
 from anychip.plugin_api import Platform, PlatformContext, PlatformManifest, PluginOptions, ProbeResult
 from anychip.registry.blame import blamed, calling, imported, versioned
@@ -50,7 +50,7 @@ def open_platform(
     )
     with calling(manifest.package, manifest.platform):
         platform = cls(context)
-        rules, _ = platform.step_rules, platform.capabilities
+        _ = platform.step_rules, platform.capabilities  # properties of a plugin's may raise
     return platform
 
 

@@ -19,6 +19,7 @@ from anychip.plugin_api import (
     ShapePolicy,
     StepLimits,
 )
+from anychip.plugin_api.version import check_shape_policy
 from anychip.types import cdiv
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
@@ -86,6 +87,7 @@ def prepare(
     kv = plan_kv(source.attention_specs(size), backend_for, config.block_size)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
+    check_shape_policy(platform.context.manifest.package, policy.bucket)
     return Preparation(
         config=config,
         model=model,

@@ -20,8 +20,8 @@ _REPEATS = 4
 def measure_steps(
     runner: ModelRunner, limits: StepLimits, kv: KVPlan, num_blocks: int
 ) -> tuple[tuple[int, float], ...]:
-    """(tokens, seconds) of steps whose rows have a token and as many drafts as they may. They use every slot, and blocks
-    of the KV cache, and leave both as those of requests that have ended."""
+    """(tokens, seconds) of steps whose rows have a token and as many drafts as they may. Slots and blocks that they use
+    are left as those of requests that have ended."""
     width = 1 + limits.max_drafts
     per_row = sum(cdiv(width, size) for size in kv.block_sizes)
     costs = []

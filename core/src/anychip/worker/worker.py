@@ -28,8 +28,8 @@ from anychip.worker.memory import count_blocks, measure_largest_step, memory_pla
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
-from anychip.worker.step_costs import measure_steps
 from anychip.worker.preparation import Preparation, prepare
+from anychip.worker.step_costs import measure_steps
 from anychip.worker.torch_program import TorchStepProgram
 
 

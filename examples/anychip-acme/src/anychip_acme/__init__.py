@@ -5,7 +5,7 @@ from anychip.plugin_api import PlatformManifest, hookimpl
 MANIFEST = PlatformManifest(
     name="acme",
     package="anychip-acme",
-    api_version="0.1",  # what this was written against: raise it by hand
+    api_version="0.2",  # what this was written against: raise it by hand
     summary="Acme devices",
     probe="anychip_acme.probe:probe",
     platform="anychip_acme.platform:AcmePlatform",
