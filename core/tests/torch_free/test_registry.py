@@ -10,7 +10,17 @@ import pytest
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable, IncompatiblePlugin, PluginImportFailed
 from anychip.launch.build import fill_unset
-from anychip.plugin_api import API_VERSION, Decision, DeviceInfo, PlatformManifest, ProbeResult, Requirement, hookimpl
+from anychip.plugin_api import (
+    API_VERSION,
+    Decision,
+    DeviceInfo,
+    PlatformManifest,
+    ProbeResult,
+    Requirement,
+    ShapePolicy,
+    hookimpl,
+)
+from anychip.plugin_api.version import check_shape_policy
 from anychip.registry.devices import candidates, choose_device
 from anychip.registry.plugins import load_plugins
 
@@ -73,6 +83,29 @@ def test_a_plugin_of_another_interface_version_is_reported():
     found = plugins(manifest("old", api_version="0.7"))
     assert not found.platforms
     assert isinstance(found.broken[0].error, IncompatiblePlugin)
+
+
+def test_a_plugin_of_the_interface_before_is_served_where_the_change_does_not_touch_it():
+    found = plugins(manifest("kernels", api_version="0.1"), manifest("steps", api_version="0.1", seam="step"))
+    assert list(found.platforms) == ["kernels"]
+    text = str(found.broken[0].error)
+    assert "anychip-steps: its step program was written against interface 0.1" in text
+    assert "SamplingInputs by sample" in text and "docs/reference/versioning.md" in text
+
+
+def test_a_shape_policy_of_the_interface_before_is_told_what_to_change():
+    class Old(ShapePolicy):
+        def bucket(self, *, num_tokens, num_reqs, max_query_len, num_pages, features):
+            raise AssertionError
+
+    class Passes(ShapePolicy):
+        def bucket(self, **sizes):
+            return super().bucket(**sizes)
+
+    check_shape_policy("anychip-x", ShapePolicy().bucket)
+    check_shape_policy("anychip-x", Passes().bucket)
+    with pytest.raises(IncompatiblePlugin, match=r"anychip-x: .*Old\.bucket takes no num_samples"):
+        check_shape_policy("anychip-x", Old().bucket)
 
 
 def test_a_hook_with_a_wrong_signature_is_reported():

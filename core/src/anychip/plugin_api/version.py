@@ -33,8 +33,8 @@ def check_api_version(plugin: str, declared: str, *, seam: str = "torch") -> Non
         accepted = own_major - 1 <= major <= own_major
     if (major, minor) == (0, 1) and seam == "step":
         raise IncompatiblePlugin(
-            f"{plugin}: its step program was written against interface 0.1, in which a row draws one token; in 0.2 a row "
-            f"has samples, one or several: take SamplingInputs by sample, return token_ids [num_samples], and raise "
+            f"{plugin}: its step program was written against interface 0.1, in which a row draws one token; in 0.2 a "
+            f"row has samples, one or several: take SamplingInputs by sample, return token_ids [num_samples], and set "
             f"api_version to 0.2; {_CHANGES}"
         )
     if not accepted:

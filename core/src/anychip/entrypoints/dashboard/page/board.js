@@ -84,6 +84,13 @@ function buckets(samples, name) {
   return found.sort((a, b) => a[0] - b[0]);
 }
 
+// Only where something drafts tokens.
+function drafts(now) {
+  const drafted = value(now, "anychip_spec_decode_num_draft_tokens_total");
+  const accepted = value(now, "anychip_spec_decode_num_accepted_tokens_per_pos_total");
+  return drafted ? [["Drafts accepted", `${(100 * accepted / drafted).toFixed(0)} %`]] : [];
+}
+
 function draw(state) {
   const now = history.at(-1).samples;
   const queries = value(now, "anychip_prefix_cache_queries_total");
@@ -95,6 +102,7 @@ function draw(state) {
     ["Waiting", value(now, "anychip_num_requests_waiting")],
     ["KV blocks used", `${(100 * value(now, "anychip_kv_cache_usage_ratio")).toFixed(1)} %`],
     ["Prefix hits", queries ? `${(100 * hits / queries).toFixed(0)} %` : "–"],
+    ...drafts(now),
     ["Preemptions", value(now, "anychip_num_preemptions_total")],
     ["Engine restarts", value(now, "anychip_engine_restarts_total")],
   ]);
