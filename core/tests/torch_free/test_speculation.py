@@ -309,6 +309,16 @@ def test_steps_are_not_overlapped_for_drafts_that_do_not_pay():
     assert overlapped == [2] * 24 + [1] and device.most_drafts == 0
 
 
+def test_idle_time_between_requests_is_no_cost_of_drafts():
+    speculator = Speculator(Guesses(random.Random(0), 1.0), max_drafts=4, costs=StepCosts([(1, 0.01), (64, 0.011)]))
+    core, device = engine(speculator)
+    run(core, [message("a", [5, 6], 20, stops=())])
+    for name in "bcdefghijk":
+        speculator._taken_in_at -= 60  # the engine had nothing to do for a minute
+        run(core, [message(name, [5, 6], 20, stops=())])
+    assert speculator._overhead_s < 0.01 and device.most_drafts == 4
+
+
 def test_one_tenant_never_sees_anothers_text_in_drafts():
     proposer = make_proposer("suffix", {})
     speculator = Speculator(proposer, max_drafts=6, costs=None)

@@ -163,10 +163,18 @@ class Speculator:
                 overhead_s=self._overhead_s,
             )
             drafts = [Draft(draft.token_ids[:n], draft.evidence) for draft, n in zip(drafts, lengths, strict=True)]
-        if self._taken_in_at is not None:
-            self._overhead_s += 0.1 * (time.perf_counter() - self._taken_in_at - self._overhead_s)
-            self._taken_in_at = None
+        self._note_overhead()
         return drafts
+
+    def _note_overhead(self) -> None:
+        """The time between a step with drafts and the next one is the host's, which overlap would hide. An engine that
+        had nothing to do in between says nothing of it."""
+        began, self._taken_in_at = self._taken_in_at, None
+        if began is None or self.costs is None:
+            return
+        took = time.perf_counter() - began
+        if took < self.costs(1):
+            self._overhead_s += 0.1 * (took - self._overhead_s)
 
     def pays(self, rows: Sequence[tuple[Request, int]]) -> bool:
         """Whether the next step should wait for the one in flight, which draws one token for each of the rows, so that
