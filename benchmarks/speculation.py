@@ -1,0 +1,135 @@
+"""Tokens a second with drafts and without, on texts that repeat their prompts and on texts that do not.
+
+Two engines of one process take turns with the same requests; what is reported is the median of the rounds' ratios. The
+answers must be the same where the model computes in float32; in narrower dtypes a near-tie may fall otherwise, and the
+share of equal tokens is reported.
+
+    python benchmarks/speculation.py MODEL [--device cpu] [--speculate auto] [--output FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from anychip import LLM, SamplingParams
+from anychip.bench.report import write
+
+CODE = '''import json
+
+
+def load_orders(path):
+    """Reads the orders of a file, one JSON document a line."""
+    orders = []
+    with open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            order = json.loads(line)
+            order["number"] = number
+            orders.append(order)
+    return orders
+
+
+def total_of(orders, currency="EUR"):
+    """The sum of the orders in a currency."""
+    total = 0.0
+    for order in orders:
+        if order["currency"] == currency:
+            total += order["price"] * order["count"]
+    return round(total, 2)
+
+
+def by_customer(orders):
+    """Orders by the customer who made them."""
+    customers = {}
+    for order in orders:
+        customers.setdefault(order["customer"], []).append(order)
+    return customers
+'''
+RECORDS = "\n".join(
+    f'{{"id": {100 + at}, "name": "{name}", "city": "{city}", "orders": {at * 3 % 7}}}'
+    for at, (name, city) in enumerate(
+        [("Ada Byron", "London"), ("Grace Hopper", "New York"), ("Emmy Noether", "Erlangen"), ("Mary Cartwright", "Aynho"),
+         ("Sofia Kovalevskaya", "Moscow"), ("Hypatia", "Alexandria"), ("Katherine Johnson", "Hampton")]
+    )
+)  # fmt: skip
+TOPICS = ("the sea", "an old clock", "a lost key", "the first snow", "a train at night", "bread", "a lighthouse", "rain")
+
+
+def prompts(work: str, count: int) -> list[str]:
+    """`count` different ones; the longest common beginning is the request's own number."""
+    if work == "edit":
+        task = "# The file below, unchanged but for the name of the module:\n"
+        return [f"# version {at}\n{CODE}\n{task}# version {at}\n{CODE[:60]}" for at in range(count)]
+    if work == "extract":
+        head = RECORDS.splitlines()[0]
+        return [f"List {at}:\n{RECORDS}\n\nList {at}, copied without a change:\n{head}\n" for at in range(count)]
+    return [f"Write a long story about {TOPICS[at % len(TOPICS)]}, part {at}.\n\n" for at in range(count)]
+
+
+def timed(llm: LLM, texts: list[str], sampling: SamplingParams) -> tuple[float, list[list[int]]]:
+    began = time.perf_counter()
+    outputs = llm.generate(texts, sampling)
+    return time.perf_counter() - began, [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def measure(plain: LLM, drafting: LLM, work: str, streams: int, rounds: int) -> dict[str, object]:
+    greedy = work != "chat"
+    sampling = SamplingParams(temperature=0.0 if greedy else 0.8, seed=1, max_tokens=160, ignore_eos=True)
+    texts, ratios, equal, total = prompts(work, streams), [], 0, 0
+    before = drafting.engine.scheduler.stats.speculation
+    for number in range(rounds + 1):
+        runs = [(plain, timed(plain, texts, sampling)), (drafting, None)]
+        runs[1] = (drafting, timed(drafting, texts, sampling))
+        (_, (without_s, one)), (_, (with_s, other)) = runs
+        for a, b in zip(one, other, strict=True):
+            equal += sum(x == y for x, y in zip(a, b, strict=True))
+            total += len(a)
+        if number:  # the first round warms up
+            ratios.append(without_s / with_s)
+    after = drafting.engine.scheduler.stats.speculation
+    return {
+        "work": work,
+        "streams": streams,
+        "times_faster": round(statistics.median(ratios), 3),
+        "rounds": [round(ratio, 3) for ratio in ratios],
+        "tokens_a_second": round(streams * 160 / with_s, 1),
+        "drafted": after.drafted - before.drafted,
+        "accepted": after.accepted - before.accepted,
+        "equal_tokens": round(equal / total, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--speculate", default="auto")
+    parser.add_argument("--max-drafts", type=int, default=8)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--work", default="edit,extract,chat")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    settings = {"device": arguments.device, "dtype": arguments.dtype, "max_num_seqs": 32, "max_model_len": 2048,
+                "kv_cache_bytes": 2 << 30, "prefix_caching": False}  # fmt: skip
+    rows = []
+    with (
+        LLM(arguments.model, **settings) as plain,
+        LLM(arguments.model, **settings, speculate=arguments.speculate, max_drafts=arguments.max_drafts) as drafting,
+    ):
+        costs = {str(tokens): round(1e3 * seconds, 3) for tokens, seconds in drafting.engine.executor.ready.step_costs}
+        print("milliseconds of a step by tokens:", costs)
+        for work in arguments.work.split(","):
+            for streams in map(int, arguments.streams.split(",")):
+                rows.append(measure(plain, drafting, work, streams, arguments.rounds))
+                print(rows[-1])
+    if arguments.output is not None:
+        write(arguments.output, {"model": Path(arguments.model).name, "settings": vars(arguments) | {"output": ""},
+                                 "step_ms": costs, "rows": rows})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
