@@ -50,11 +50,11 @@ def by_customer(orders):
 RECORDS = "\n".join(
     f'{{"id": {100 + at}, "name": "{name}", "city": "{city}", "orders": {at * 3 % 7}}}'
     for at, (name, city) in enumerate(
-        [("Ada Byron", "London"), ("Grace Hopper", "New York"), ("Emmy Noether", "Erlangen"), ("Mary Cartwright", "Aynho"),
-         ("Sofia Kovalevskaya", "Moscow"), ("Hypatia", "Alexandria"), ("Katherine Johnson", "Hampton")]
+        [("Ada Byron", "London"), ("Grace Hopper", "New York"), ("Emmy Noether", "Erlangen"),
+         ("Mary Cartwright", "Aynho"), ("Sofia Kovalevskaya", "Moscow"), ("Hypatia", "Alexandria"), ("Katherine Johnson", "Hampton")]
     )
 )  # fmt: skip
-TOPICS = ("the sea", "an old clock", "a lost key", "the first snow", "a train at night", "bread", "a lighthouse", "rain")
+TOPICS = ("the sea", "an old clock", "a lost key", "the first snow", "a train at night", "bread", "a tower", "rain")
 
 
 def prompts(work: str, count: int) -> list[str]:
@@ -80,9 +80,8 @@ def measure(plain: LLM, drafting: LLM, work: str, streams: int, rounds: int) -> 
     texts, ratios, equal, total = prompts(work, streams), [], 0, 0
     before = drafting.engine.scheduler.stats.speculation
     for number in range(rounds + 1):
-        runs = [(plain, timed(plain, texts, sampling)), (drafting, None)]
-        runs[1] = (drafting, timed(drafting, texts, sampling))
-        (_, (without_s, one)), (_, (with_s, other)) = runs
+        without_s, one = timed(plain, texts, sampling)
+        with_s, other = timed(drafting, texts, sampling)
         for a, b in zip(one, other, strict=True):
             equal += sum(x == y for x, y in zip(a, b, strict=True))
             total += len(a)
