@@ -47,13 +47,19 @@ def by_customer(orders):
         customers.setdefault(order["customer"], []).append(order)
     return customers
 '''
+PEOPLE = {
+    "Ada Byron": "London",
+    "Grace Hopper": "New York",
+    "Emmy Noether": "Erlangen",
+    "Mary Cartwright": "Aynho",
+    "Sofia Kovalevskaya": "Moscow",
+    "Hypatia": "Alexandria",
+    "Katherine Johnson": "Hampton",
+}
 RECORDS = "\n".join(
     f'{{"id": {100 + at}, "name": "{name}", "city": "{city}", "orders": {at * 3 % 7}}}'
-    for at, (name, city) in enumerate(
-        [("Ada Byron", "London"), ("Grace Hopper", "New York"), ("Emmy Noether", "Erlangen"),
-         ("Mary Cartwright", "Aynho"), ("Sofia Kovalevskaya", "Moscow"), ("Hypatia", "Alexandria"), ("Katherine Johnson", "Hampton")]
-    )
-)  # fmt: skip
+    for at, (name, city) in enumerate(PEOPLE.items())
+)
 TOPICS = ("the sea", "an old clock", "a lost key", "the first snow", "a train at night", "bread", "a tower", "rain")
 
 
