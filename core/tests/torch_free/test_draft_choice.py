@@ -101,7 +101,7 @@ def test_where_costs_grow_evenly_no_other_lengths_are_better(chances, slope, ove
 
 def test_costs_between_and_beyond_what_was_measured():
     costs = StepCosts([(1, 2.0), (4, 5.0), (8, 4.0)])
-    assert [costs(n) for n in (1, 2.5, 4, 6, 8)] == [2.0, 3.5, 5.0, 5.0, 5.0], "a larger step is never cheaper"
+    assert [costs(n) for n in (1, 2.5, 4, 6, 8)] == [2.0, 3.0, 4.0, 4.0, 4.0], "a larger step is never cheaper"
     assert StepCosts([(2, 1.0), (4, 3.0)])(8) == 7.0 and StepCosts([(4, 2.0)])(8) == 4.0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 _EVIDENCE = (3, 4, 6, 8, 12, 16, 24, 32)
 """Upper ends of the classes of evidence whose acceptance is counted together."""
@@ -26,11 +27,11 @@ class StepCosts:
     """Seconds of a step by its tokens, measured when the engine started; between two sizes linear."""
 
     def __init__(self, measured: Sequence[tuple[int, float]]) -> None:
-        """`measured` has (tokens, seconds) by growing tokens, one pair at least. A larger step is never cheaper."""
+        """`measured` has (tokens, seconds) by growing tokens, one pair at least. What disturbs a measurement makes it
+        longer, so a step costs at most what a larger one took."""
         self._tokens = [tokens for tokens, _ in measured]
-        self._seconds: list[float] = []
-        for _, seconds in measured:
-            self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
+        seconds = [seconds for _, seconds in reversed(measured)]
+        self._seconds = list(accumulate(seconds, min))[::-1]
 
     def __call__(self, tokens: float) -> float:
         sizes, seconds = self._tokens, self._seconds
