@@ -40,7 +40,8 @@ class ShapeKey:
     """The padded sizes of a step. Steps of one key run the same program. 0 pages or query length: unbounded.
 
     A row is a request. A sample is a token of a row behind which a token is drawn: a row has none while its prompt is
-    computed in chunks, one when its last known token is computed, and one more for each token drafted behind that.
+    computed in chunks, one when its last known token is computed, and one more for each token drafted behind that. A
+    step without samples has room for one.
     """
 
     num_tokens: int

@@ -191,7 +191,7 @@ class InputBatch:
         key = self.policy.bucket(
             num_tokens=num_tokens,
             num_reqs=num_rows,
-            num_samples=len(rows.sample_rows),
+            num_samples=max(1, len(rows.sample_rows)),  # no array of a sampling is empty
             max_query_len=max_query,
             num_pages=max(-(-longest // size) for size in self.block_sizes),
             features=(SCORES,) if rows.scored.any() else (),
