@@ -1,10 +1,11 @@
 """Tokens a second with drafts and without, on texts that repeat their prompts and on texts that do not.
 
-Two engines of one process take turns with the same requests; what is reported is the median of the rounds' ratios. The
-answers must be the same where the model computes in float32; in narrower dtypes a near-tie may fall otherwise, and the
+Two engines of one process take turns with the same requests; what is reported is the median of the rounds' ratios. As
+rounds repeat their requests, drafts come from a request's own text alone (`own-text`) unless another proposer is given.
+The answers are the same where the model computes in float32; in narrower dtypes a near-tie may fall otherwise, and the
 share of equal tokens is reported.
 
-    python benchmarks/speculation.py MODEL [--device cpu] [--speculate auto] [--output FILE.json]
+    python benchmarks/speculation.py MODEL [--device cpu] [--speculate own-text] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -16,6 +17,21 @@ from pathlib import Path
 
 from anychip import LLM, SamplingParams
 from anychip.bench.report import write
+from anychip.speculation.proposer import PROPOSERS, Drafter
+from anychip.speculation.text_index import OwnText
+
+
+class OwnTextLookup:
+    """Proposer "suffix" without what was answered before."""
+
+    def begin(self, tenant: str) -> Drafter:
+        return OwnText(most_places=8)
+
+    def end(self, drafter: Drafter) -> None:
+        """Nothing is kept."""
+
+
+PROPOSERS["own-text"] = f"{__name__}:OwnTextLookup"
 
 CODE = '''import json
 
@@ -110,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--speculate", default="auto")
+    parser.add_argument("--speculate", default="own-text")
     parser.add_argument("--max-drafts", type=int, default=8)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
@@ -132,7 +148,7 @@ def main() -> None:
                 rows.append(measure(plain, drafting, work, streams, arguments.rounds))
                 print(rows[-1])
     if arguments.output is not None:
-        write(arguments.output, {"model": Path(arguments.model).name, "settings": vars(arguments) | {"output": ""},
+        write(arguments.output, {"model": Path(arguments.model).name, "settings": vars(arguments) | {"output": "", "model": ""},
                                  "step_ms": costs, "rows": rows})  # fmt: skip
 
 

@@ -20,8 +20,9 @@ _REPEATS = 4
 def measure_steps(
     runner: ModelRunner, limits: StepLimits, kv: KVPlan, num_blocks: int
 ) -> tuple[tuple[int, float], ...]:
-    """(tokens, seconds) of steps whose rows have a token and as many drafts as they may. Slots and blocks that they use
-    are left as those of requests that have ended."""
+    """(tokens, seconds) of steps whose rows have a token and as many drafts as they may. They draw by chance, which
+    takes longer than greedy draws: drafts must pay in either case. Slots and blocks that they use are left as those of
+    requests that have ended."""
     width = 1 + limits.max_drafts
     per_row = sum(cdiv(width, size) for size in kv.block_sizes)
     costs = []
@@ -43,7 +44,9 @@ def _timed(runner: ModelRunner, kv: KVPlan, rows: list[int]) -> float:
         for size in kv.block_sizes:
             tables.append(list(range(next_block, next_block + cdiv(width, size))))
             next_block += cdiv(width, size)
-        new.append(NewRow(slot=slot, token_ids=bytes(4), num_prompt=1, num_computed=0, block_ids=tables))
+        new.append(
+            NewRow(slot=slot, token_ids=bytes(4), num_prompt=1, num_computed=0, block_ids=tables, temperature=1.0)
+        )
     drafts = np.array(rows, dtype=np.int32) - 1
     decision = StepDecision(
         step_id=0,
