@@ -148,8 +148,11 @@ def main() -> None:
                 rows.append(measure(plain, drafting, work, streams, arguments.rounds))
                 print(rows[-1])
     if arguments.output is not None:
-        write(arguments.output, {"model": Path(arguments.model).name, "settings": vars(arguments) | {"output": "", "model": ""},
-                                 "step_ms": costs, "rows": rows})  # fmt: skip
+        settings = vars(arguments) | {"output": "", "model": ""}
+        write(
+            arguments.output,
+            {"model": Path(arguments.model).name, "settings": settings, "step_ms": costs, "rows": rows},
+        )
 
 
 if __name__ == "__main__":
