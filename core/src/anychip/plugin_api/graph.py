@@ -28,7 +28,7 @@ def sampling_features(max_drafts: int = 0) -> list[tuple[str, ...]]:
     a device that compiles ahead must prepare for each number of samples. `max_drafts` as StepLimits has it."""
     return [
         tuple(feature for feature in (logprobs, masks, edits, drafts) if feature)
-        for drafts in ("", DRAFTS)[: 1 + (max_drafts > 0)]
+        for drafts in (("", DRAFTS) if max_drafts else ("",))
         for logprobs in ("", LOGPROBS)
         for masks in ("", MASKS)
         for edits in ("", EDITS)

@@ -123,16 +123,16 @@ class InputBatch:
         counts = np.frombuffer(decision.num_tokens, dtype=np.int32)
         starts = self._num_computed[slots]
         ends = starts + counts
-        num_drafts = np.frombuffer(decision.num_drafts, dtype=np.int32) if decision.num_drafts else 0
-        known = self._num_known[slots]
-        assert (ends - num_drafts <= known).all(), "a decision names a slot that nobody holds, or unknown tokens"
+        num_drafts = np.frombuffer(decision.num_drafts, dtype=np.int32) if decision.num_drafts else None
+        sure, known = ends if num_drafts is None else ends - num_drafts, self._num_known[slots]
+        assert (sure <= known).all(), "a decision names a slot that nobody holds, or unknown tokens"
         self._num_computed[slots] = ends
-        sampling = np.flatnonzero(ends - num_drafts == known)
+        sampling = np.flatnonzero(sure == known)
         # As if every draft were drawn; where one is not, the slot is rewound before its next step.
         self._num_known[slots[sampling]] = ends[sampling] + 1
         sample_rows, behind = sampling, np.zeros(len(sampling), dtype=np.int32)
-        if decision.num_drafts:
-            sample_rows, behind = _samples_of(sampling, np.frombuffer(decision.num_drafts, dtype=np.int32))
+        if num_drafts is not None:
+            sample_rows, behind = _samples_of(sampling, num_drafts)
         scored = np.minimum(ends, self._score_until[slots]) - np.maximum(starts, self._score_from[slots])
         return StepRows(
             step_id=decision.step_id,

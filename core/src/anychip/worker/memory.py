@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from anychip.errors import ConfigError, KVCacheTooSmall
-from anychip.messages import LateInputs, MemoryPlan, NewRow, StepDecision
+from anychip.messages import MemoryPlan
 from anychip.plugin_api import PeakMemory, StepProgram
 from anychip.types import cdiv
 from anychip.worker.largest_steps import largest_drafts, largest_prompts
+from anychip.worker.made_up_step import blocks_taken, made_up_step, run_step
 from anychip.worker.model_runner import ModelRunner
 from anychip.worker.preparation import Preparation
 
@@ -35,49 +34,15 @@ def _peak(
 ) -> PeakMemory:
     """Of a step of new rows with so many tokens, of which the last `drafts` are drafted, as if it had `scale_to`
     tokens."""
-    kv = prepared.kv
-    per_request = [[cdiv(length, size) for size in kv.block_sizes] for length in lengths]
-    num_blocks = 1 + sum(map(sum, per_request))
+    sizes = prepared.kv.block_sizes
+    pool = 1 + blocks_taken(lengths, sizes)
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
-    state = program.edit(program.initial_state(num_blocks), [], range(num_blocks))
+    state = program.edit(program.initial_state(pool), [], range(pool))
     runner = ModelRunner(program, prepared.new_batch(), state)
-    next_block, rows = 1, []
-    for slot, (length, counts) in enumerate(zip(lengths, per_request, strict=True)):
-        tables = []
-        for count in counts:
-            tables.append(list(range(next_block, next_block + count)))
-            next_block += count
-        num_known = length - drafts
-        rows.append(
-            NewRow(
-                slot=slot,
-                token_ids=bytes(4 * num_known),
-                num_prompt=num_known,
-                num_computed=0,
-                block_ids=tables,
-                temperature=1.0,
-                top_p=0.9,
-                logprobs=0,
-            )
-        )
-    decision = StepDecision(
-        step_id=0,
-        slots=np.arange(len(rows), dtype=np.int32).tobytes(),
-        num_tokens=np.array(lengths, dtype=np.int32).tobytes(),
-        new_rows=rows,
-        new_blocks=b"",
-        finished_slots=[],
-        copies=[],
-        zeros=[],
-        num_drafts=np.full(len(rows), drafts, dtype=np.int32).tobytes() if drafts else b"",
-        drafts=np.zeros(len(rows) * drafts, dtype=np.int32).tobytes(),
+    decision = made_up_step(
+        lengths, num_drafts=[drafts] * len(lengths), block_sizes=sizes, temperature=1.0, top_p=0.9, logprobs=0
     )
-
-    def run() -> None:
-        runner.launch(decision)
-        runner.sample(LateInputs(0, {})).fetch()
-
-    peak = prepared.platform.measure(run)
+    peak = prepared.platform.measure(lambda: run_step(runner, decision))
     return PeakMemory(nbytes=peak.nbytes * scale_to // sum(lengths), exact=peak.exact)
 
 
