@@ -98,17 +98,16 @@ class Metrics:
         self.queries.inc(self._last.prefix_queries - last.prefix_queries)
         self.hits.inc(self._last.prefix_hits - last.prefix_hits)
         self.preemptions.inc(self._last.preemptions - last.preemptions)
-        if stats.speculation is not None:
-            self._take_speculation(last.speculation, stats.speculation)
+        if self._last.speculation is not None:
+            self._take_speculation(last.speculation, self._last.speculation)
 
     def _take_speculation(self, last: SpeculationStats | None, stats: SpeculationStats) -> None:
-        """Both come of one thread's messages or of two: what has not grown is not counted."""
         before = last or SpeculationStats(0, (0,) * len(stats.accepted_at), 0.0, 0)
-        self.drafted.inc(max(0, stats.drafted - before.drafted))
-        self.proposer_failures.inc(max(0, stats.failures - before.failures))
+        self.drafted.inc(stats.drafted - before.drafted)
+        self.proposer_failures.inc(stats.failures - before.failures)
         self.saved.set(stats.saved_s)
         for position, (count, old) in enumerate(zip(stats.accepted_at, before.accepted_at, strict=True)):
-            if count > old:
+            if count > old:  # a position has its series from its first token on
                 self.accepted.labels(**self._labels, position=str(position)).inc(count - old)
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -127,8 +126,8 @@ def _counted(last: EngineStats, stats: EngineStats) -> EngineStats:
     """The newer of two words, by every count: none of them ever falls."""
     counts = ("steps", "preemptions", "prefix_queries", "prefix_hits")
     newest = {name: max(getattr(last, name), getattr(stats, name)) for name in counts}
-    drafts = (last.speculation, stats.speculation)
-    newest["speculation"] = max((each for each in drafts if each), key=lambda each: each.drafted, default=None)
+    drafts = [each for each in (last.speculation, stats.speculation) if each is not None]
+    newest["speculation"] = max(drafts, key=lambda each: (each.drafted, each.accepted, each.failures), default=None)
     return msgspec.structs.replace(stats, **newest)
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import FrameType
 from typing import Any
 
-from anychip.errors import AnychipError, PluginFailed, PluginImportFailed
+from anychip.errors import AnychipError, ConfigError, PluginFailed, PluginImportFailed
 from anychip.plugin_api.hooks import GROUP
 from anychip.plugin_api.manifest import PlatformManifest
 
@@ -49,6 +49,17 @@ def imported(dotted: str, package: str = "") -> Any:
             f"{versioned(package)}: importing {dotted} raised {type(error).__name__}: {error}; "
             f"reinstall {package}, or report this to its authors"
         ) from error
+
+
+def made_by_name(name: str, own: Mapping[str, str], contributed: Mapping[str, str], *, unknown: str) -> Any:
+    """What a name stands for, made without arguments: one of core's `own` dotted classes, or one that a plugin
+    contributed. Raises ConfigError, which begins with `unknown`, for a name that is neither."""
+    dotted = own.get(name) or contributed.get(name)
+    if dotted is None:
+        raise ConfigError(f"{unknown}; there are {', '.join(sorted({*own, *contributed}))}")
+    make = imported(dotted)
+    with calling(package_of(dotted), dotted):
+        return make()
 
 
 @contextmanager

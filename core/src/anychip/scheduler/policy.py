@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from anychip.errors import ConfigError
-from anychip.registry.blame import calling, imported, package_of
+from anychip.registry.blame import made_by_name
 from anychip.request import Request
 
 Key = tuple[float, ...]
@@ -102,10 +101,5 @@ POLICIES = {
 
 def make_policy(name: str, contributed: Mapping[str, str]) -> SchedulingPolicy:
     """`contributed` maps names to the dotted classes that plugins bring. Raises ConfigError for others."""
-    dotted = POLICIES.get(name) or contributed.get(name)
-    if dotted is None:
-        raise ConfigError(f"policy {name!r} does not exist; there are {', '.join(sorted({*POLICIES, *contributed}))}")
-    make = imported(dotted)
-    with calling(package_of(dotted), dotted):
-        policy: SchedulingPolicy = make()
+    policy: SchedulingPolicy = made_by_name(name, POLICIES, contributed, unknown=f"policy {name!r} does not exist")
     return policy

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from anychip.errors import ConfigError
-from anychip.registry.blame import calling, imported, package_of
+from anychip.registry.blame import made_by_name
 
 
 class Draft(NamedTuple):
@@ -58,10 +57,6 @@ PROPOSERS = {
 
 def make_proposer(name: str, contributed: Mapping[str, str]) -> Proposer:
     """`contributed` maps names to the dotted classes that plugins bring. Raises ConfigError for others."""
-    dotted = PROPOSERS.get(name) or contributed.get(name)
-    if dotted is None:
-        known = ", ".join(sorted({*PROPOSERS, *contributed}))
-        raise ConfigError(f"--speculate {name}: no such proposer; there are {known}")
-    make = cast("Callable[[], Proposer]", imported(dotted))
-    with calling(package_of(dotted), dotted):
-        return make()
+    unknown = f"--speculate {name}: no such proposer"
+    proposer: Proposer = made_by_name(name, PROPOSERS, contributed, unknown=unknown)
+    return proposer

@@ -120,11 +120,8 @@ class OwnText:
         return len(new)
 
     def draft(self, most: int) -> Draft:
-        return self._draft_at(self.index, self.index.find_own(most_places=self._most_places), most)
-
-    @staticmethod
-    def _draft_at(index: TextIndex, match: Match, most: int) -> Draft:
-        return Draft(index.continued(match.end, most), match.length) if match.length else NO_DRAFT
+        match = self.index.find_own(most_places=self._most_places)
+        return Draft(self.index.continued(match.end, most), match.length) if match.length else NO_DRAFT
 
 
 class PromptLookup:
