@@ -319,6 +319,16 @@ def test_idle_time_between_requests_is_no_cost_of_drafts():
     assert speculator._overhead_s < 0.01 and device.most_drafts == 4
 
 
+def test_what_drafts_saved_counts_what_their_tokens_cost():
+    """Each draft costs half of a step of its own, and all are right."""
+    speculator = Speculator(Guesses(random.Random(0), 1.0), max_drafts=4, costs=StepCosts([(1, 0.01), (9, 0.05)]))
+    core, _ = engine(speculator)
+    run(core, [message("a", [5, 6], 30, stops=())])
+    stats = core.scheduler.stats.speculation
+    assert stats.accepted == stats.drafted > 10
+    assert stats.saved_s == pytest.approx(0.005 * stats.accepted, rel=0.3)
+
+
 def test_one_tenant_never_sees_anothers_text_in_drafts():
     proposer = make_proposer("suffix", {})
     speculator = Speculator(proposer, max_drafts=6, costs=None)

@@ -77,7 +77,8 @@ class Drafting:
 
     def taken_in(self, step: ScheduledStep, num_gained: int) -> None:
         """A step with drafts has come back."""
-        self._speculator.taken_in(len(step.sampling), len(step.decision.num_tokens) // 4, num_gained)
+        num_tokens = sum(memoryview(step.decision.num_tokens).cast("i"))
+        self._speculator.taken_in(len(step.sampling), num_tokens, num_gained)
 
 
 def _may_draft(request: Request) -> bool:
