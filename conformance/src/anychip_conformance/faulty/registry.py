@@ -23,6 +23,7 @@ _MODULES = (
     "sampling",
     "ranks",
     "steps",
+    "step_drafts",
 )
 
 
