@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,14 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 def is_fault(message: ConsoleMessage) -> bool:
     """An error in the console, but for the answers that the tests ask for: 401 and 400."""
     return message.type == "error" and "status of 40" not in message.text
+
+
+def wait_until(holds: Callable[[], bool], page: Page) -> None:
+    for _ in range(300):
+        if holds():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it did not come to be in 30 s")
 
 
 def keep(page: Page, name: str) -> None:
@@ -119,20 +127,20 @@ def test_regenerate_replaces_the_answer_and_new_chat_forgets(page):
 
 
 def test_escape_stops_and_the_engine_is_told(page, server):
+    before = server.metric("anychip_request_failure_total")
     page.fill("#max_tokens", "1500")
     page.fill("#temperature", "100")
     page.uncheck("#probabilities")
     page.fill("#text", "Count for ever")
     page.click("#send")
     expect(page.locator("#stop")).to_be_enabled()
+    wait_until(lambda: server.metric("anychip_num_requests_running") == 1, page)
     page.keyboard.press("Escape")
     expect(page.locator("li.assistant .meta")).to_be_attached()
     expect(page.locator("#stop")).to_be_disabled()
-    for _ in range(100):
-        if server.metric("anychip_num_requests_running") == 0:
-            break
-        page.wait_for_timeout(100)
-    assert server.metric("anychip_num_requests_running") == 0
+    # A browser may take what comes for five more seconds, in the hope of keeping the connection.
+    wait_until(lambda: server.metric("anychip_num_requests_running") == 0, page)
+    assert server.metric("anychip_request_failure_total") == before + 1
 
 
 def test_what_the_server_refuses_is_shown(page):

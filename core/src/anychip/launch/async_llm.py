@@ -167,6 +167,8 @@ class AsyncLLM:
             if waits:
                 self.flow.leave(served=False)
             await outputs.aclose()
+            if isinstance(error, GeneratorExit | asyncio.CancelledError):
+                error = RequestAborted("the client went away")
             clock.end(error)
             self._record(request, clock, trace, error)
 
@@ -175,8 +177,6 @@ class AsyncLLM:
     ) -> None:
         if self.tracer is None:
             return
-        if isinstance(error, GeneratorExit | asyncio.CancelledError):
-            error = RequestAborted("the client went away")
         counts = {
             "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
             "gen_ai.usage.output_tokens": clock.num_output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,9 +43,10 @@ class MessageAnswer:
 
     async def whole(self) -> Json:
         final: Json = {}
-        async for item in self.items():
-            if item["type"] == "message_delta":
-                final = item
+        async with aclosing(self.items()) as items:
+            async for item in items:
+                if item["type"] == "message_delta":
+                    final = item
         for block in self.blocks:
             if block["type"] == "tool_use":
                 block["input"] = parsed_arguments(block.pop("json"))
@@ -56,14 +57,15 @@ class MessageAnswer:
             "usage": final["usage"],
         }
 
-    async def events(self) -> AsyncIterator[bytes]:
-        async for item in self.items():
-            yield sse(item, item["type"])
+    async def events(self) -> AsyncGenerator[bytes]:
+        async with aclosing(self.items()) as items:
+            async for item in items:
+                yield sse(item, item["type"])
 
     def failure(self, error: AnychipError) -> list[bytes]:
         return [sse({"type": "error", "error": {"type": "api_error", "message": str(error)}}, "error")]
 
-    async def items(self) -> AsyncIterator[Json]:
+    async def items(self) -> AsyncGenerator[Json]:
         """The stream's events."""
         last: RequestOutput | None = None
         num_output, reason, stop = 0, None, None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from anychip.entrypoints.http.long_json import JsonResponse, encoded
 from anychip.errors import AnychipError
@@ -24,7 +25,7 @@ class Answer(Protocol):
         """The response, once everything has ended. Leaving it early aborts what runs."""
         ...
 
-    def events(self) -> AsyncIterator[bytes]:
+    def events(self) -> AsyncGenerator[bytes]:
         """The response as server-sent events. Closing it early aborts what runs."""
         ...
 
@@ -42,12 +43,9 @@ async def respond(answer: Answer, request: Request, *, stream: bool) -> Response
     try:
         if not stream:
             return JsonResponse(await _unless_gone(answer.whole(), request))
-        events = answer.events()
-        first = await _unless_gone(_next(events), request)
+        return await _streamed(answer, request)
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_after(first, events, answer), media_type="text/event-stream", headers=headers)
 
 
 def sse(content: Any, event: str | None = None) -> bytes:
@@ -62,7 +60,34 @@ def long_sse(content: Any) -> list[bytes]:
     return [b"data: " + first, *rest, b"\n\n"] if rest else [b"data: " + first + b"\n\n"]
 
 
-async def _after(first: bytes | None, events: AsyncIterator[bytes], answer: Answer) -> AsyncIterator[bytes]:
+async def _streamed(answer: Answer, request: Request) -> Response:
+    events = answer.events()
+    try:
+        first = await _unless_gone(_next(events), request)
+    except BaseException:
+        await events.aclose()
+        raise
+    return _EventStream(first, events, answer)
+
+
+class _EventStream(StreamingResponse):
+    """Closes its events whatever ends it. Left to the garbage collector, a generation whose client is gone would run
+    until something collects it."""
+
+    def __init__(self, first: bytes | None, events: AsyncGenerator[bytes], answer: Answer) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        self._content, self._events = _after(first, events, answer), events
+        super().__init__(self._content, media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._content.aclose()
+            await self._events.aclose()
+
+
+async def _after(first: bytes | None, events: AsyncGenerator[bytes], answer: Answer) -> AsyncGenerator[bytes]:
     try:
         if first is not None:
             yield first
@@ -71,11 +96,9 @@ async def _after(first: bytes | None, events: AsyncIterator[bytes], answer: Answ
     except AnychipError as error:
         for event in answer.failure(error):
             yield event
-    finally:
-        await events.aclose()  # type: ignore[attr-defined]
 
 
-async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+async def _next(events: AsyncGenerator[bytes]) -> bytes | None:
     return await anext(events, None)
 
 

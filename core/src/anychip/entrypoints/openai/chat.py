@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,7 @@ class ChatAnswer:
             whole["prompt_token_ids"] = final.prompt_token_ids
         return whole
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         generated = 0
         last: RequestOutput | None = None
         async with aclosing(self.turn.pieces()) as pieces:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -58,7 +58,7 @@ class CompletionAnswer:
         generated = 0 if self.empty else sum(len(o.token_ids) for final in finals for o in final.outputs)
         return self.reply.whole(choices, usage(finals, generated))
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         last: dict[int, RequestOutput] = {}
         generated = 0
         async with aclosing(_interleave(self.streams)) as pieces:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -35,18 +35,20 @@ class ResponseAnswer:
     input_items: list[Message]
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self.items():
-            pass
+        async with aclosing(self.items()) as items:
+            async for _ in items:
+                pass
         return self.builder.final
 
-    async def events(self) -> AsyncIterator[bytes]:
-        async for item in self.items():
-            yield sse(item, item["type"])
+    async def events(self) -> AsyncGenerator[bytes]:
+        async with aclosing(self.items()) as items:
+            async for item in items:
+                yield sse(item, item["type"])
 
     def failure(self, error: AnychipError) -> list[bytes]:
         return [sse(self.builder.fail(str(error), "server_error"), "response.failed")]
 
-    async def items(self) -> AsyncIterator[dict[str, Any]]:
+    async def items(self) -> AsyncGenerator[dict[str, Any]]:
         builder, num_output, reason, last = self.builder, 0, None, None
         async with aclosing(self.turn.pieces()) as pieces:
             async for piece in pieces:
