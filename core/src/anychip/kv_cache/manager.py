@@ -109,11 +109,12 @@ class KVCacheManager:
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Makes room for the next `num_tokens`, recording what changed. False, with nothing changed but blocks
         that a window has passed, when the pool is short. Until the request has computed `next_change_at` tokens,
-        there is room for its next one without asking: its block is there, and nobody else's."""
+        there is room for its next one without asking: its block is there, and nobody else's. A window that passes a
+        block meanwhile gives it back when a new one is needed, so a request never holds more for that."""
         start, end = request.num_computed, request.num_computed + num_tokens
         if not self._allocate_groups(request, start, end):
             return False
-        request.next_change_at = min([_next_change(group, start, end) for group in self.groups])
+        request.next_change_at = min([cdiv(end, group.block_size) * group.block_size for group in self.groups])
         return True
 
     def _allocate_groups(self, request: Request, start: int, end: int) -> bool:
@@ -238,16 +239,6 @@ class KVCacheManager:
         tables = [table for request in requests for table in request.block_ids]
         held = Counter(block for table in [*tables, others] for block in table if block != NULL_BLOCK)
         self.pool.check_integrity(held)
-
-
-def _next_change(group: KVGroup, start: int, end: int) -> int:
-    """First position from `end` on whose token needs another block, or leaves one outside the window, where the
-    tokens from `start` have room and blocks that `start` does not see are released."""
-    next_block = cdiv(end, group.block_size) * group.block_size
-    if group.window is None:
-        return next_block
-    passes = (first_visible(group, start) + 1) * group.block_size + group.window - 1
-    return min(next_block, max(end, passes))
 
 
 def blocks_per_request(groups: tuple[KVGroup, ...], length: int, max_step_tokens: int) -> int:

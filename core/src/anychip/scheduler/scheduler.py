@@ -159,7 +159,7 @@ class Scheduler:
     def _grow_running(self, draft: StepDraft) -> None:
         """Gives running requests their tokens. Those that decode come first, and chunks of prompts share the rest: a
         long prompt, however urgent, does not make them stand still."""
-        running, place, grant = self.running, draft.place, draft.room.grant
+        running, ones, num_ones = self.running, draft.rows, draft.room.num_ones
         prefills: list[Request] = []
         position = 0
         while position < len(running):
@@ -167,19 +167,22 @@ class Scheduler:
             position += 1
             if request.is_beam and self._beams.waits(request):
                 continue
-            known, computed = request.num_prompt + len(request.output_token_ids), request.num_computed
-            behind = min(known + request.num_promised, request.num_prompt + request.max_output - 1) - computed
+            num_output, computed = len(request.output_token_ids) + request.num_promised, request.num_computed
+            if num_output >= request.max_output:  # its last token is drawn already
+                continue
+            behind = request.num_prompt + num_output - computed
             if behind == 1:
-                if grant(1) and (computed < request.next_change_at or self._find_blocks(draft, request, 1)):
-                    place(request, 1, prefill=False)
+                if len(ones) < num_ones and (computed < request.next_change_at or self._find_blocks(draft, request, 1)):
+                    ones.append(request)
             elif behind > 1:
                 prefills.append(request)
+        draft.place_ones()
         for request in prefills:
             if request.status is RequestStatus.RUNNING:
                 behind = request.num_known + request.num_promised - request.num_computed
-                granted = grant(behind)
+                granted = draft.room.grant(behind)
                 if granted and self._find_blocks(draft, request, granted):
-                    place(request, granted, prefill=True)
+                    draft.place(request, granted, prefill=True)
 
     def _find_blocks(self, draft: StepDraft, request: Request, num_tokens: int) -> bool:
         """Blocks for a running request's next tokens, taken where needed from who runs last and has no place in the

@@ -46,6 +46,11 @@ class StepDraft:
         self.drafts: dict[int, Sequence[int]] = {}  # by row
         self.is_short = False
 
+    def place_ones(self) -> None:
+        """The rows so far are running requests' next tokens, whose blocks are there."""
+        self.counts = [1] * len(self.rows)
+        self.room.take_ones(len(self.rows))
+
     def place(self, request: Request, tokens: int, *, prefill: bool) -> None:
         """Gives a request that has a slot and the blocks so many tokens."""
         self.room.take(tokens, prefill=prefill)

@@ -30,6 +30,20 @@ class StepRoom:
     def is_full(self) -> bool:
         return self.tokens_left <= 0 or self.rows_left <= 0
 
+    @property
+    def num_ones(self) -> int:
+        """How many rows of one token fit an empty step: as many as `grant` would give their token, one by one."""
+        if self.rows == "more tokens":
+            return 0
+        fit = min(self.tokens_left, self.rows_left)
+        return fit if self._padded is None else min(fit, self._padded)
+
+    def take_ones(self, count: int) -> None:
+        """Takes so many rows of one token at once."""
+        self.tokens_left -= count
+        self.rows_left -= count
+        self.num_rows += count
+
     def grant(self, behind: int) -> int:
         """How many of `behind` tokens a row may compute now; 0: none. Nothing is taken yet."""
         if self.rows_left <= 0 or (behind > 1 and self.prefills_left <= 0):
