@@ -1,8 +1,8 @@
 """What a step costs beside the device: schedule, delta encoding, the workers' apply, and the update with results.
 
-The executor is a fake that answers at once with one token per row; every request decodes. The median step time is
-fitted as fixed + slope x running requests over 16 to 1,024 requests, for a model of one KV group (full attention) and
-for one of two (full attention and a sliding window).
+The executor is a fake that answers at once; every request decodes. The median step time is fitted as fixed + slope x
+running requests over 16 to 1,024 requests: for a model of one KV group (full attention), for one of two (full attention
+and a sliding window), and for one group where every row has four drafted tokens, all of which are drawn.
 
     python benchmarks/engine_overhead.py [--output benchmarks/results/engine_overhead.json]
 """
@@ -13,6 +13,7 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,22 +27,51 @@ from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
+from anychip.speculation.proposer import Draft, Drafter, Proposer
+from anychip.speculation.speculator import Speculator
 from anychip.types import RequestId
 from anychip.worker.input_batch import InputBatch
 
 BLOCK_SIZE = 16
 PROMPT = 64
 STEPS = 400
-LAYOUTS = {
-    "full attention": (KVGroup(BLOCK_SIZE),),
-    "full attention and a window": (KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE, window=128)),
-}
+FULL, WINDOW = KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE, window=128)
 COUNTS = (16, 64, 128, 256, 512, 768, 1024)
-TARGET_SLOPE_US, TARGET_FIXED_US = 3.0, 100.0
+DRAFTS = 4
+TARGET_SLOPE_US, TARGET_DRAFTS_SLOPE_US, TARGET_FIXED_US = 2.5, 5.0, 100.0
+TOKEN = 7
+"""What the fake device draws, always."""
+LAYOUTS = {
+    "full attention": ((FULL,), 0, TARGET_SLOPE_US),
+    "full attention and a window": ((FULL, WINDOW), 0, TARGET_SLOPE_US),
+    "full attention, drafts of 4": ((FULL,), DRAFTS, TARGET_DRAFTS_SLOPE_US),
+}
+"""KV groups, drafted tokens a row, and the slope that is aimed at."""
+
+
+class Sure(Drafter):
+    """Knows what the fake device draws."""
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        pass
+
+    def catch_up(self, most: int) -> int:
+        return most
+
+    def draft(self, most: int) -> Draft:
+        return Draft([TOKEN] * most, evidence=1)
+
+
+class AlwaysSure(Proposer):
+    def begin(self, tenant: str) -> Drafter:
+        return Sure()
+
+    def end(self, drafter: Drafter) -> None:
+        pass
 
 
 class FakeWorker:
-    """Applies deltas as a worker does, and answers every sampling row with a token."""
+    """Applies deltas as a worker does, and answers every sample with a token."""
 
     def __init__(self, num_seqs: int, max_len: int, num_groups: int) -> None:
         pages = -(-max_len // BLOCK_SIZE)
@@ -50,6 +80,7 @@ class FakeWorker:
             max_num_reqs=num_seqs,
             max_model_len=max_len,
             max_slots=num_seqs,
+            max_drafts=DRAFTS,
             max_pages=(pages,) * num_groups,
         )
         self.batch = InputBatch(
@@ -65,12 +96,15 @@ class FakeWorker:
 
     def step(self, encoded: bytes) -> StepResult:
         rows = self.batch.apply(self._decoder.decode(encoded))
-        return StepResult(rows.step_id, np.full(len(rows.sampling), 7, dtype=np.int32).tobytes(), {})
+        ids = np.full(len(rows.sample_rows), TOKEN, dtype=np.int32).tobytes()
+        gained = np.bincount(rows.sample_rows)[rows.sampling].astype(np.int32).tobytes() if len(rows.drafts) else b""
+        return StepResult(rows.step_id, ids, {}, num_gained=gained)
 
 
-def measure(num_seqs: int, groups: tuple[KVGroup, ...]) -> dict[str, float]:
+def measure(num_seqs: int, groups: tuple[KVGroup, ...], *, drafts: int = 0) -> dict[str, float]:
     """Median microseconds of one step with `num_seqs` decoding requests, by part."""
-    max_len = PROMPT + STEPS + 64
+    max_output = STEPS + 32
+    max_len = PROMPT + max_output + 32
     blocks = 1 + len(groups) * num_seqs * -(-max_len // BLOCK_SIZE)
     scheduler = Scheduler(
         kv=KVCacheManager(KVCacheConfig(blocks, groups), prefix_caching=True),
@@ -78,10 +112,11 @@ def measure(num_seqs: int, groups: tuple[KVGroup, ...]) -> dict[str, float]:
         rules=DeviceRules(),
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs * PROMPT,
+        speculator=Speculator(AlwaysSure(), max_drafts=drafts, costs=None) if drafts else None,
     )
     worker, encoder = FakeWorker(num_seqs, max_len, len(groups)), msgspec.msgpack.Encoder()
     rng = np.random.default_rng(0)
-    sampling = SamplingParams(max_tokens=STEPS + 32)
+    sampling = SamplingParams(max_tokens=max_output)
     for index in range(num_seqs):
         scheduler.add(
             Request(
@@ -89,7 +124,7 @@ def measure(num_seqs: int, groups: tuple[KVGroup, ...]) -> dict[str, float]:
                 index=0,
                 prompt=rng.integers(0, 32000, PROMPT + index % BLOCK_SIZE, dtype=np.int32).tobytes(),
                 sampling=sampling,
-                max_output=STEPS + 32,
+                max_output=max_output,
                 stop_ids=frozenset({2}),
                 seed=index,
                 arrival=index,
@@ -98,7 +133,7 @@ def measure(num_seqs: int, groups: tuple[KVGroup, ...]) -> dict[str, float]:
     parts: dict[str, list[float]] = {"schedule": [], "encode": [], "apply": [], "update": [], "total": []}
     gc.collect()
     gc.freeze()
-    for number in range(STEPS):
+    for number in range(STEPS // (1 + drafts)):
         t0 = time.perf_counter()
         step = scheduler.schedule()
         assert step is not None
@@ -121,7 +156,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    layouts = {name: measure_layout(name, groups, arguments.repeats) for name, groups in LAYOUTS.items()}
+    layouts = {name: measure_layout(name, arguments.repeats) for name in LAYOUTS}
     if arguments.output:
         write(
             arguments.output,
@@ -133,9 +168,10 @@ def main() -> None:
         )
 
 
-def measure_layout(name: str, groups: tuple[KVGroup, ...], repeats: int) -> dict[str, object]:
-    """Slope, fixed part and medians of one KV layout, printed and returned."""
-    runs = [{count: measure(count, groups) for count in COUNTS} for _ in range(repeats)]
+def measure_layout(name: str, repeats: int) -> dict[str, object]:
+    """Slope, fixed part and medians of one layout, printed and returned."""
+    groups, drafts, target = LAYOUTS[name]
+    runs = [{count: measure(count, groups, drafts=drafts) for count in COUNTS} for _ in range(repeats)]
     medians = {
         count: {part: statistics.median(run[count][part] for run in runs) for part in runs[0][count]}
         for count in COUNTS
@@ -144,7 +180,7 @@ def measure_layout(name: str, groups: tuple[KVGroup, ...], repeats: int) -> dict
     print(f"\n{name}\n{'requests':>9} {'schedule':>9} {'encode':>9} {'apply':>9} {'update':>9} {'total us':>9}")
     for count, row in medians.items():
         print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
-    print(f"slope {slope:.2f} us per request (goal {TARGET_SLOPE_US}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
+    print(f"slope {slope:.2f} us per request (goal {target}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
     return {
         "slope_us_per_request": round(float(slope), 3),
         "fixed_us_per_step": round(float(fixed), 1),
