@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import msgspec
 import numpy as np
 import torch
@@ -353,30 +351,6 @@ def count_tokens(device: Device, case: OpCase) -> None:
     )
     np.add.at(counts, (slots, ids), 2)
     device.compare("counts", result, Bounded(counts.astype(np.float64), np.zeros(counts.shape)))
-
-
-@kind("op.accept_drafts", corpus=[OpCase(tokens=tokens) for tokens in (1, 6, 40)], drawn=drawn())
-def accept_drafts(device: Device, case: OpCase) -> None:
-    """A row keeps its samples up to the first that drew another token than its draft, which is kept too; what a later
-    one drew, and what other rows drew, plays no part."""
-    rng = np.random.default_rng(case.seed)
-    rows: list[list[tuple[int, int, int, bool]]] = []
-    while sum(map(len, rows)) < case.tokens:
-        first, row, keeps = sum(map(len, rows)), list[tuple[int, int, int, bool]](), True
-        for at in range(count := int(rng.integers(1, 6))):
-            drawn_id = int(rng.integers(0, 50))
-            draft = -1 if at == count - 1 else drawn_id if rng.random() < 0.7 else int(rng.integers(50, 60))
-            row.append((drawn_id, draft, first, keeps))
-            keeps = keeps and draft == drawn_id
-        rows.append(row)
-    ids, drafts, firsts, kept = (np.array(column) for column in zip(*chain.from_iterable(rows), strict=True))
-    padding = case.width % 3  # what is kept of padding is nobody's
-    padded = [
-        device.tensor(np.concatenate([values, np.full(padding, empty)]), "int32")
-        for values, empty in ((ids, 7), (drafts, -1), (firsts, 0))
-    ]
-    result = device.ops.ops.accept_drafts(ids=padded[0], draft_ids=padded[1], first_samples=padded[2])
-    device.compare("kept samples", result[: len(kept)].int(), Bounded(kept.astype(np.float64), np.zeros(kept.shape)))
 
 
 @kind("op.matmul_reduce", corpus=each_dtype(OpCase(width=32), OpCase(width=48, tokens=1)), drawn=drawn(), examples=15)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from anychip_conformance.case import Nothing, kind
-from anychip_conformance.cases.test_steps import TEXT, expected
+from anychip_conformance.cases.test_steps import NEAR, TEXT, expected
 from anychip_conformance.device import Device
 from anychip_conformance.engines import checkpoint
 from anychip_conformance.step_driver import RowEdits, StepDriver, rows_of, tokens_of
@@ -27,13 +30,14 @@ def drafted(device: Device, check: Callable[[StepDriver], None]) -> None:
 @kind("step.drafts", deadline_s=_DEADLINE_S)
 def drafts(device: Device, case: Nothing) -> None:
     """Drafts are kept up to the first that is not drawn, also where a later one would be right. The row then goes on
-    from there, in steps with drafts and without; rows beside it are as they always are; each log-probability is that of
-    its own token."""
+    from there, in steps with drafts and without; rows beside it, and those that wait, are as they always are; each
+    log-probability is that of its own token."""
 
     def check(driver: StepDriver) -> None:
         wanted, other = expected(device, 7), list(reversed(TEXT))
-        alone = tokens_of(driver.step(new={5: (other, [3])}, tokens={5: _NUM_TEXT}))
-        alone += [tokens_of(driver.step(tokens={5: 1}))[0] for _ in range(4)]
+        results = [driver.step(new={5: (other, [3])}, tokens={5: _NUM_TEXT})]
+        results += [driver.step(tokens={5: 1}) for _ in range(5)]
+        alone, alone_logprobs = [tokens_of(result)[0] for result in results], [result.logprobs[0] for result in results]
         bad = next(token for token in range(3, 99) if token not in wanted)
         new = {0: (TEXT, [1]), 1: (other, [2])}
         first = rows_of(driver.step(new=new, tokens={0: _NUM_TEXT, 1: _NUM_TEXT}, finished=[5]))
@@ -49,9 +53,15 @@ def drafts(device: Device, case: Nothing) -> None:
         )
         found = rows_of(result)
         assert found == [wanted[4:5], alone[2:5]], f"got {found}, expected {[wanted[4:5], alone[2:5]]}"
+        for place, without in enumerate(alone_logprobs[2:5], start=1):
+            near = np.isclose(result.logprobs[place].chosen, without.chosen, rtol=0, atol=NEAR)
+            near &= np.isclose(result.logprobs[place].top, without.top, rtol=0, atol=NEAR).all()
+            assert near, f"token {place} of the step: {result.logprobs[place]}, without drafts {without}"
         found = rows_of(driver.step(tokens={0: 1}, rewinds={0: _NUM_TEXT + 4}))
         found += rows_of(driver.step(tokens={0: 2}, drafts={0: [bad]}))
-        assert found == [wanted[5:6], wanted[6:7]], f"got {found}, expected {[wanted[5:6], wanted[6:7]]}"
+        found += rows_of(driver.step(tokens={1: 1}))  # it waited while the other had drafts
+        ends = [wanted[5:6], wanted[6:7], alone[5:6]]
+        assert found == ends, f"got {found}, expected {ends}"
 
     drafted(device, check)
 
@@ -72,27 +82,39 @@ def drafts_masks(device: Device, case: Nothing) -> None:
 
 @kind("step.drafts_penalties", deadline_s=_DEADLINE_S, quick=0)
 def drafts_penalties(device: Device, case: Nothing) -> None:
-    """At a drafted position the tokens drafted before it count as drawn. What is kept stays counted, and what is not
-    kept never was: the row draws what a row without drafts draws."""
+    """At a drafted position all tokens that its row drafted before it count as drawn, and no other row's. What is kept
+    stays counted, and what is not kept never was, for no row: each draws what it draws without drafts, also one that
+    has neither penalties nor drafts."""
 
     def check(driver: StepDriver) -> None:
-        often, seldom, last = 3, 64, 65
-        row = RowEdits(frequency=400.0, biases={often: 1000.0, seldom: 450.0, last: 20.0})
-        result = driver.step(
-            new={slot: (TEXT, [slot + 1]) for slot in (0, 1)},
-            tokens={0: _NUM_TEXT, 1: _NUM_TEXT},
-            edits={0: row, 1: row},
-        )
-        plain, found = rows_of(result)
-        plain += [tokens_of(driver.step(tokens={0: 1}))[0] for _ in range(5)]
-        assert plain == [often, often, seldom, often, seldom, last], f"without drafts: got {plain}"
-        # The last sample draws `seldom` behind a draft that misses: were it counted, it would be missing later.
-        found += rows_of(driver.step(tokens={1: 4}, drafts={1: [often, last, last]}))[0]
-        assert found == plain[:3], f"with drafts: got {found}, expected {plain[:3]}"
-        rewinds = {1: _NUM_TEXT + 2}
-        for _ in range(3):
-            found += tokens_of(driver.step(tokens={1: 1}, rewinds=rewinds))
-            rewinds = {}
-        assert found == plain, f"after drafts that were not kept: got {found}, expected {plain}"
+        often, seldom, third, last = 3, 64, 65, 66
+        row = RowEdits(frequency=400.0, biases={often: 1000.0, seldom: 450.0, third: 40.0, last: 20.0})
+        wanted = [often, often, seldom, often, seldom, third, last]
+        drafts_and_edits, edits_alone, plain = 1, 0, 2
+        slots, found = (drafts_and_edits, edits_alone, plain), dict[int, list[int]]()
+
+        def step(order: list[int], drafted: Sequence[int] = (), *, each: int = 1, **more: Any) -> None:
+            """`each` token of every slot, and the drafts."""
+            tokens = dict.fromkeys(order, each)
+            if drafted:
+                tokens[drafts_and_edits] += len(drafted)
+                more["drafts"] = {drafts_and_edits: list(drafted)}
+            for slot, gained in zip(order, rows_of(driver.step(tokens=tokens, **more)), strict=True):
+                found[slot] = found.get(slot, []) + gained
+
+        new = {slot: (TEXT, [slot + 1]) for slot in slots}
+        step(list(slots), each=_NUM_TEXT, new=new, edits={drafts_and_edits: row, edits_alone: row})
+        # The last samples draw `seldom` behind a draft that misses: were it counted, it would be missing later.
+        step([drafts_and_edits, plain, edits_alone], [often, third, often])
+        assert found[drafts_and_edits] == wanted[:3], f"a miss: got {found[drafts_and_edits]}, expected {wanted[:3]}"
+        # The last sample has two drafts before it, and draws what is left by both.
+        step([plain, drafts_and_edits, edits_alone], [often, seldom], rewinds={drafts_and_edits: _NUM_TEXT + 2})
+        step([edits_alone, drafts_and_edits, plain])
+        for _ in wanted[4:]:
+            step([edits_alone])
+        for slot in (drafts_and_edits, edits_alone):
+            assert found[slot] == wanted, f"slot {slot}: got {found[slot]}, expected {wanted}"
+        without = expected(device, 4)
+        assert found[plain] == without, f"neither penalties nor drafts: got {found[plain]}, expected {without}"
 
     drafted(device, check)

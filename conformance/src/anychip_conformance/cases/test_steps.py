@@ -240,13 +240,13 @@ def scores(device: Device, case: Nothing) -> None:
             ).logprobs[0]
             for found in (whole[position], parts[position]):
                 assert found.top_ids[0] == last.top_ids[0], f"after {position + 1} tokens: another likeliest token"
-                near = abs(found.top[0] - last.top[0]) < _NEAR and abs(found.chosen - last.chosen) < _NEAR
+                near = abs(found.top[0] - last.top[0]) < NEAR and abs(found.chosen - last.chosen) < NEAR
                 assert near, f"token {position + 1}: {found.chosen}, expected {last.chosen}"
 
     driven(device, check)
 
 
-_NEAR = 0.05
+NEAR = 0.05
 """Between log-probabilities of one position computed in steps of different shapes, in bfloat16."""
 
 

@@ -227,6 +227,32 @@ def accepts_the_next_draft(*, ids: Tensor, draft_ids: Tensor, first_samples: Ten
     return sampling.accept_drafts(ids=ids, draft_ids=draft_ids.roll(-1), first_samples=first_samples)
 
 
+@fault("op-accepts-everything", "op", op="accept_drafts", killed_by="op.accept_drafts.002")
+def accepts_everything(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """Every sample is kept."""
+    return torch.ones(len(ids), dtype=torch.bool)
+
+
+@fault("op-accepts-right-drafts-alone", "op", op="accept_drafts", killed_by="op.accept_drafts.001")
+def accepts_right_drafts_alone(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """What is drawn in place of a draft, or behind the last one, is not kept."""
+    return sampling.accept_drafts(ids=ids, draft_ids=draft_ids, first_samples=first_samples) & (ids == draft_ids)
+
+
+@fault("op-accepts-a-draft-of-another-place", "op", op="accept_drafts", killed_by="op.accept_drafts.003")
+def accepts_a_draft_of_another_place(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """A draw is right where its id is drafted anywhere in its row."""
+    same_row = first_samples.unsqueeze(0) == first_samples.unsqueeze(1)
+    right = (same_row & (ids.unsqueeze(1) == draft_ids.unsqueeze(0))).any(dim=1)
+    return sampling.accept_drafts(ids=ids, draft_ids=torch.where(right, ids, -1), first_samples=first_samples)
+
+
+@fault("op-accepts-by-sixteen-bits", "op", op="accept_drafts", killed_by="op.accept_drafts.003")
+def accepts_by_sixteen_bits(*, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
+    """Ids are compared by their low sixteen bits."""
+    return sampling.accept_drafts(ids=ids.short(), draft_ids=draft_ids.short(), first_samples=first_samples)
+
+
 @fault("op-matmul-not-reduced", "op", op="matmul_reduce", killed_by="e2e.tensor_parallel.001")
 def matmul_not_reduced(*, x: Tensor, kernel: Any, packed: Any, communicator: Any) -> Tensor:
     """The sum over ranks is left out."""

@@ -24,6 +24,7 @@ _MODULES = (
     "ranks",
     "steps",
     "step_drafts",
+    "step_drafts_results",
 )
 
 

@@ -73,7 +73,7 @@ def draw_tokens(
     given, editing = dict(fields), EDITS in features
     drafts = None
     if DRAFTS in features:
-        drafts = _Drafts(given.pop("draft_ids"), given.pop("first_samples"), max_drafts)
+        drafts = Drafts(given.pop("draft_ids"), given.pop("first_samples"), max_drafts)
     scored = _adjusted(ops, logits, given, slots=slots, edits=edits if editing else None, drafts=drafts)
     ids = ops.sample(logits=scored, all_greedy=all_greedy, **given)
     kept, ends, counted = None, slots, slots
@@ -92,7 +92,9 @@ def draw_tokens(
 
 
 @dataclass(frozen=True, slots=True)
-class _Drafts:
+class Drafts:
+    """What was drafted in a step, at most `most` tokens by row."""
+
     ids: Tensor  # [num_samples] int32: the token drafted behind each
     first_samples: Tensor  # [num_samples] int32
     most: int
@@ -116,7 +118,7 @@ def _adjusted(
     *,
     slots: Tensor,
     edits: EditState | None,
-    drafts: _Drafts | None,
+    drafts: Drafts | None,
 ) -> Tensor:
     """Edits, then masks, where the step has any; what they take of the sampling's fields is taken out of `fields`, so
     that the rest is what Ops.sample takes. `edits` None in a step without EDITS."""
