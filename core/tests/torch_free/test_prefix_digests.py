@@ -307,10 +307,13 @@ def test_a_request_that_runs_while_weights_change_offers_nothing_until_it_has_co
         return request
 
     runs = enter("runs")
+    assert scheduler.kv.pool.find(runs.block_hashes[0]) is not None
     core.weights_changed()
     for _ in range(20):
         core.step()
-    assert runs.num_known > 24 and enter("late").cached_tokens == 0
+    hashes = extend_hashes(runs, scheduler.kv.hash_block_size)
+    assert len(hashes) > 6 and not any(map(scheduler.kv.pool.find, hashes))
+    assert enter("late").cached_tokens == 0
     core.abort("late")
     core.weights_changed()
     scheduler.preempt(runs)
@@ -319,19 +322,37 @@ def test_a_request_that_runs_while_weights_change_offers_nothing_until_it_has_co
     assert enter("later").cached_tokens == 16  # what it computed when it came back
 
 
+def test_a_beam_that_takes_over_blocks_takes_their_weights_version():
+    scheduler = make_scheduler()
+    stale, fresh = (make_request(name, list(range(10, 20)), arrival=at) for at, name in enumerate("ab"))
+    scheduler.add(stale)
+    scheduler.schedule()
+    scheduler.weights_changed()
+    fresh.prefix_root = PrefixRoot(weights_version=1)
+    scheduler.add(fresh)
+    scheduler.schedule()
+    kv = scheduler.kv
+    kv.adopt([(stale, fresh), (fresh, stale)])
+    assert (stale.prefix_root, fresh.prefix_root) == (PrefixRoot(weights_version=1), PrefixRoot())
+    assert fresh.num_cached_blocks > stale.num_cached_blocks == [2]
+    kv.check_integrity([stale, fresh])
+
+
 def test_hashes_that_were_made_under_other_weights_are_made_again():
     core = make_core(make_scheduler())
     inputs = InputProcessor(tokenizer=None, vocab_size=1000, max_model_len=99, eos_token_ids=(2,), hash_block_size=4)
-    prompt = list(range(10, 30))
-    for number, (version, hashes) in enumerate([(0, 5), (1, 0)]):
-        core.add(inputs.process(str(number), prompt, SamplingParams(max_tokens=9)))
-        request = core.scheduler.requests[str(number)][0]
-        assert (request.prefix_root.weights_version, len(request.block_hashes)) == (number, hashes)
-        assert version == number
-        core.weights_changed()
+    options = RequestOptions(cache_salt="x", adapter=OTHER, media=(MediaSpan(6, 9, IMAGE),))
+
+    def enter(name: str) -> Request:
+        core.add(inputs.process(name, list(range(10, 30)), SamplingParams(max_tokens=9), options))
+        return core.scheduler.requests[RequestId(name)][0]
+
+    assert len(enter("known").block_hashes) == 5
+    core.weights_changed()
+    late = enter("late")
+    assert (late.prefix_root.weights_version, late.block_hashes) == (1, [])
     inputs.weights_version = core.weights_version
-    core.add(inputs.process("known", prompt, SamplingParams(max_tokens=9)))
-    assert len(core.scheduler.requests["known"][0].block_hashes) == 5
+    assert enter("known again").block_hashes == extend_hashes(late, 4)
 
 
 # -- admission --------------------------------------------------------------------------------------------

@@ -105,7 +105,6 @@ class Scheduler:
     def weights_changed(self) -> None:
         """The next step runs under other weights: what the old ones computed is not shared from now on."""
         self.kv.weights_changed(one for sequences in self.requests.values() for one in sequences.values())
-        self.waiting.look_again()
 
     @property
     def has_work(self) -> bool:

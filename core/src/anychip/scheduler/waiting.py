@@ -44,10 +44,6 @@ class WaitingQueue:
         remove(self.requests, request, self._key)
         self.num_tokens -= request.num_prompt
 
-    def look_again(self) -> None:
-        """What was found out about a request for which the pool was short does not hold any more."""
-        self._blocked = None
-
     def admit(self, draft: StepDraft, num_slots: int, enter: Callable[[Request, int], None]) -> None:
         """Requests enter the step in order, at most `num_slots`, as far as it has room and the pool blocks.
         `enter(request, shared)` gives one that has its blocks a slot; so many of its tokens are in shared blocks."""
