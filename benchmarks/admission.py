@@ -16,6 +16,7 @@ from anychip.bench.report import write
 from anychip.kv_cache.hashing import HASH_BYTES, prompt_hashes
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepResult
+from anychip.prefix import PLAIN_ROOT
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
@@ -39,7 +40,7 @@ def scheduler(num_blocks: int, max_num_seqs: int) -> Scheduler:
 def request(arrival: int, ids: list[int], max_output: int) -> Request:
     """With the hashes that the API process would have made."""
     prompt = array("i", ids).tobytes()
-    hashes = prompt_hashes(prompt, BLOCK_SIZE, "")
+    hashes = prompt_hashes(prompt, BLOCK_SIZE, PLAIN_ROOT)
     return Request(
         request_id=RequestId(str(arrival)),
         index=0,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import msgspec
 
 from anychip.errors import Fault
+from anychip.prefix import MediaSpan
 from anychip.sampling_params import SamplingParams
 from anychip.types import FinishReason
 
@@ -37,6 +38,12 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Seconds from its arrival at the engine after which it ends with an error."""
     block_hashes: bytes = b""
     """The hashes of the prompt's full KV blocks, one after the other (kv_cache/hashing); b"": the engine makes them."""
+    weights_version: int = 0
+    """The one that `block_hashes` were made for. Where the engine has another, it makes them again."""
+    adapter: bytes | None = None
+    """Digest of the adapter that the request runs with; None: without any."""
+    media: tuple[MediaSpan, ...] = ()
+    """The prompt's tokens that stand for media, in order."""
 
     @property
     def num_prompt(self) -> int:
@@ -121,6 +128,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that the prefix cache held."""
     speculation: SpeculationStats | None = None
     """None: nothing is drafted."""
+    weights_version: int = 0
+    """How often the weights have changed in place."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -9,10 +9,11 @@ import enum
 import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from anychip.messages import TokenLogprobs
+from anychip.prefix import PLAIN_ROOT, PrefixRoot
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
@@ -71,11 +72,11 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "arrived_at", "block_hashes", "block_ids", "cache_salt", "cached_tokens", "deadline", "enters",
-        "epoch", "finish_reason", "fork_of", "index", "is_beam", "max_output", "next_change_at", "num_cached_blocks",
-        "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids", "priority", "processors",
-        "prompt", "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot", "speculation",
-        "status", "stop_ids", "tenant",
+        "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline", "enters", "epoch",
+        "finish_reason", "fork_of", "index", "is_beam", "max_output", "media_marks", "next_change_at",
+        "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids",
+        "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id", "sampling",
+        "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -90,7 +91,8 @@ class Request:
         seed: int,
         arrival: int,
         priority: int = 0,
-        cache_salt: str = "",
+        prefix_root: PrefixRoot = PLAIN_ROOT,
+        media_marks: Mapping[int, bytes] | None = None,
         block_hashes: Sequence[bytes] = (),
         num_logprobs: int = -1,
         fork_of: Request | None = None,
@@ -110,7 +112,8 @@ class Request:
         self.seed = seed
         self.arrival = arrival
         self.priority = priority
-        self.cache_salt = cache_salt
+        self.prefix_root = prefix_root  # of the tokens that it has computed, or will
+        self.media_marks = media_marks or {}  # what the block hashes take beside the tokens, by hash block
         self.fork_of = fork_of  # whose prompt it may share, until it has a slot
         self.processors = processors
         self.tenant = tenant
@@ -134,7 +137,7 @@ class Request:
         self.block_ids: list[list[BlockId]] = []  # by KV group; the KV cache manager alone mutates it
         self.next_change_at = 0  # the KV cache manager's: until then the next token has room
         self.block_hashes = list(block_hashes)
-        self.num_cached_blocks: list[int] = []  # by KV group: leading blocks already offered to the prefix cache
+        self.num_cached_blocks: list[int] = []  # by KV group: leading blocks that are offered, or never will be
 
     @property
     def num_known(self) -> int:

@@ -6,6 +6,7 @@ from engine_kit import answer, counts, make_request, make_scheduler, run_to_end
 
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import KVGroup
+from anychip.prefix import PrefixRoot
 from anychip.types import NULL_BLOCK
 
 PROMPT = list(range(10, 30))  # 20 tokens, 5 blocks of 4
@@ -26,7 +27,7 @@ def test_a_different_salt_shares_nothing():
     scheduler = make_scheduler()
     scheduler.add(make_request("a", PROMPT, arrival=1))
     run_to_end(scheduler)
-    other = make_request("b", PROMPT, arrival=2, cache_salt="tenant")
+    other = make_request("b", PROMPT, arrival=2, prefix_root=PrefixRoot(salt="tenant"))
     scheduler.add(other)
     scheduler.schedule()
     assert other.cached_tokens == 0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from anychip.errors import ConfigError, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
 from anychip.messages import DeviceRules, KVGroup
+from anychip.prefix import PrefixRoot
 from anychip.request import RequestStatus
 from anychip.scheduler.policy import FairPolicy, PriorityPolicy, SchedulingPolicy
 
@@ -165,10 +166,11 @@ def test_equal_prompts_that_end_with_a_block_enter_together():
 @given(prompt=st.lists(st.integers(0, 900), min_size=1, max_size=40), salt=st.sampled_from(["", "x"]))
 def test_hashes_that_come_with_a_prompt_are_those_that_the_engine_makes(prompt, salt):
     scheduler = make_scheduler()
-    request = make_request("a", prompt, cache_salt=salt, max_output=1)
+    root = PrefixRoot(salt=salt)
+    request = make_request("a", prompt, prefix_root=root, max_output=1)
     scheduler.add(request)
     answer(scheduler, scheduler.schedule())
-    made = prompt_hashes(request.prompt, 4, salt)
+    made = prompt_hashes(request.prompt, 4, root)
     assert b"".join(request.block_hashes) == made
     assert len(made) == 32 * (len(prompt) // 4)
 

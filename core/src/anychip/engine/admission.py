@@ -12,9 +12,10 @@ from anychip.engine.grammars import PendingGrammars
 from anychip.engine.logits_processors import make_processors
 from anychip.engine.token_ids import check_token_ids
 from anychip.errors import AnychipError, InvalidRequest, QueueFull, RequestTimeout
-from anychip.kv_cache.hashing import HASH_BYTES
+from anychip.kv_cache.hashing import HASH_BYTES, media_marks
 from anychip.kv_cache.manager import blocks_per_request
 from anychip.messages import AddRequest
+from anychip.prefix import PrefixRoot, check_prefix
 from anychip.request import LogitsProcessor, Request
 from anychip.scheduler.beam_search import num_candidates
 from anychip.scheduler.scheduler import Scheduler
@@ -115,6 +116,7 @@ class Admission:
                 f"prompts of {waiting_tokens} tokens wait, at most {self.max_waiting_tokens} may; try again later"
             )
         check_token_ids(message.prompt, self.vocab_size)
+        check_prefix(message.adapter, message.media, num_prompt)
         self._check_blocks(message)
         if message.sampling.beam_width:
             self._check_beams(message)
@@ -147,7 +149,11 @@ class Admission:
         """`grammars` has one for each sequence, or none at all."""
         sampling, stop_ids = message.sampling, frozenset(message.stop_ids)
         seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        hashes = [message.block_hashes[at : at + HASH_BYTES] for at in range(0, len(message.block_hashes), HASH_BYTES)]
+        kv = self.scheduler.kv
+        root = PrefixRoot(adapter=message.adapter, weights_version=kv.weights_version, salt=message.cache_salt)
+        made = message.block_hashes if message.weights_version == kv.weights_version else b""
+        hashes = [made[at : at + HASH_BYTES] for at in range(0, len(made), HASH_BYTES)]
+        marks = media_marks(message.media, kv.hash_block_size)
         sequences: list[Request] = []
         for index in range(sampling.num_sequences):
             self._arrivals += 1
@@ -161,7 +167,8 @@ class Admission:
                 seed=seed,
                 arrival=self._arrivals,
                 priority=message.priority,
-                cache_salt=message.cache_salt,
+                prefix_root=root,
+                media_marks=marks,
                 block_hashes=hashes,
                 num_logprobs=_num_logprobs(message),
                 fork_of=sequences[0] if sequences else None,

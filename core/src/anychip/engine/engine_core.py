@@ -59,6 +59,16 @@ class EngineCore:
         """Tokens under one hash of the prefix cache; None: there is none."""
         return self.scheduler.kv.hash_block_size if self.scheduler.kv.prefix_caching else None
 
+    @property
+    def weights_version(self) -> int:
+        """How often the weights have changed in place since the start."""
+        return self.scheduler.kv.weights_version
+
+    def weights_changed(self) -> None:
+        """To be called between the last launch of a step under the old weights and the first under the new, on the
+        thread that takes the steps. Requests that run go on; nothing that the old weights computed is found again."""
+        self.scheduler.weights_changed()
+
     def add(self, message: AddRequest) -> None:
         """Accepts a request of `n` sequences. Raises UserError, with nothing kept, when it cannot be."""
         self.admission.add(message)

@@ -10,6 +10,7 @@ from anychip.engine.token_ids import packed
 from anychip.errors import ContextTooLong, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
 from anychip.messages import AddRequest
+from anychip.prefix import MediaSpan, PrefixRoot, check_prefix
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
 
@@ -33,11 +34,16 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The caller's, for distributed traces."""
     structured_after: str = ""
     """The text after which structured output begins, such as the end of reasoning; "": at once."""
+    adapter: bytes | None = None
+    """Digest of the adapter that the request runs with; None: without any."""
+    media: tuple[MediaSpan, ...] = ()
+    """The prompt's tokens that stand for media, in order; such a prompt is token ids."""
 
 
 class InputProcessor:
     """`tokenizer` None: prompts are token ids only, and nothing is detokenized. `hash_block_size`: tokens under one
-    hash of the engine's prefix cache; None: it has none."""
+    hash of the engine's prefix cache; None: it has none. `weights_version` is the engine's, kept up to date by who owns
+    both: under an older one the engine hashes prompts again."""
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
         self.hash_block_size = hash_block_size
+        self.weights_version = 0
 
     def process(
         self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None = None
@@ -82,6 +89,7 @@ class InputProcessor:
                 raise InvalidRequest(f"{name} holds {bad}, the vocabulary has {self.vocab_size}", param=name)
         if sampling.structured is not None and sampling.ignore_eos:
             raise InvalidRequest("ignore_eos and structured output exclude each other", param="ignore_eos")
+        root = self._root(options, num_prompt)
         size = self.hash_block_size
         stop_ids = sampling.stop_token_ids + (() if sampling.ignore_eos else self.eos_token_ids)
         return AddRequest(
@@ -91,13 +99,26 @@ class InputProcessor:
             max_output=room if asked is None else asked,
             stop_ids=stop_ids,
             priority=options.priority,
-            cache_salt=options.cache_salt,
+            cache_salt=root.salt,
             bad_token_ids=self._bad_tokens(sampling.bad_words),
             tenant=options.tenant,
             deadline=options.deadline,
             structured_after=self._marker(options.structured_after),
-            block_hashes=b"" if size is None else prompt_hashes(ids, size, options.cache_salt),
+            block_hashes=b"" if size is None else prompt_hashes(ids, size, root, options.media),
+            weights_version=root.weights_version,
+            adapter=root.adapter,
+            media=options.media,
         )
+
+    def _root(self, options: RequestOptions, num_prompt: int) -> PrefixRoot:
+        if options.media and options.truncate_prompt_tokens is not None:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {options.truncate_prompt_tokens}, and the prompt has {len(options.media)} "
+                "media spans, which it would move; leave it out",
+                param="truncate_prompt_tokens",
+            )
+        check_prefix(options.adapter, options.media, num_prompt)
+        return PrefixRoot(adapter=options.adapter, weights_version=self.weights_version, salt=options.cache_salt)
 
     def _marker(self, text: str) -> tuple[int, ...]:
         if not text or self.tokenizer is None:

@@ -1,7 +1,8 @@
-"""Chained block hashes: sha256 over the parent's hash, the block's tokens and the request's digests.
+"""Chained block hashes: sha256 over the parent's hash, the block's tokens and the media that begin in the block.
 
-The digests (salt, and later adapter and media) enter the first block and reach the others through the chain. A prompt's
-hashes are made where the prompt is tokenized, and travel with it; those of the output are made here as blocks fill.
+What holds for the whole prompt is the first block's parent. A digest reaches every later block through the chain, so
+prompts share the blocks before the first difference and none behind it. A prompt's hashes are made where the prompt is
+tokenized, and travel with it; those of the output are made here as blocks fill.
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ import time
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+from struct import Struct
 
 from anychip.messages import KVGroup
+from anychip.prefix import DIGEST_BYTES, MediaSpan, PrefixRoot
 from anychip.request import Request
 
 HASH_BYTES = 32
 _TOKEN_BYTES = 4
 _BLOCKS_AT_A_TIME = 256
 """A thread that hashes a long prompt lets others run after so many blocks, some 0.2 ms."""
+_ROOT = Struct("<?QQQ")
+"""Whether there is an adapter, the bytes of its digest and of the salt, and the weights' version."""
+_MARK = Struct(f"<QQ{DIGEST_BYTES}s")
+"""A span that begins in a block: where in the block, how many tokens, and its digest. Of one size, so that what a
+block's hash is over can be read in one way only."""
 
 
 def finest_block_size(groups: Sequence[KVGroup]) -> int:
@@ -25,24 +33,36 @@ def finest_block_size(groups: Sequence[KVGroup]) -> int:
     return min(group.block_size for group in groups)
 
 
-def root_hash(digests: Sequence[bytes]) -> bytes:
-    """The parent hash of the first block. Requests that may share blocks have the same one."""
-    outer = sha256()
-    for digest in digests:
-        outer.update(len(digest).to_bytes(8, "little"))
-        outer.update(digest)
-    return outer.digest()
+def root_hash(root: PrefixRoot) -> bytes:
+    """The first block's parent. The lengths stand in front, so that no two roots are written with the same bytes."""
+    adapter, salt = root.adapter or b"", root.salt.encode()
+    lengths = _ROOT.pack(root.adapter is not None, len(adapter), len(salt), root.weights_version)
+    return sha256(lengths + adapter + salt).digest()
 
 
-def prompt_hashes(prompt: bytes, block_size: int, cache_salt: str) -> bytes:
+def media_marks(media: Sequence[MediaSpan], block_size: int) -> dict[int, bytes]:
+    """What the spans add to the hashes of the blocks that they begin in, by the blocks' indexes."""
+    marks: dict[int, bytes] = {}
+    for span in media:
+        index, offset = divmod(span.start, block_size)
+        marks[index] = marks.get(index, b"") + _MARK.pack(offset, span.length, span.digest)
+    return marks
+
+
+def prompt_hashes(prompt: bytes, block_size: int, root: PrefixRoot, media: Sequence[MediaSpan] = ()) -> bytes:
     """The hashes of a prompt's full blocks, one after the other. `prompt`: int32 ids."""
     hashes = bytearray()
-    parent, size = root_hash([cache_salt.encode()]), block_size * _TOKEN_BYTES
-    for index in range(len(prompt) // size):
-        parent = sha256(parent + prompt[index * size : (index + 1) * size]).digest()
-        hashes += parent
-        if index % _BLOCKS_AT_A_TIME == _BLOCKS_AT_A_TIME - 1:
+    parent, size, marks = root_hash(root), block_size * _TOKEN_BYTES, media_marks(media, block_size)
+    count = len(prompt) // size
+    for first in range(0, count, _BLOCKS_AT_A_TIME):
+        if first:
             time.sleep(0)
+        for start in range(first * size, min(first + _BLOCKS_AT_A_TIME, count) * size, size):
+            block = prompt[start : start + size]
+            if marks:
+                block += marks.get(start // size, b"")
+            parent = sha256(parent + block).digest()
+            hashes += parent
     return bytes(hashes)
 
 
@@ -54,9 +74,13 @@ def extend_hashes(request: Request, block_size: int, num_blocks: int | None = No
     if num_blocks is not None:
         full = min(full, num_blocks)
     if len(hashes) < full:
-        parent = hashes[-1] if hashes else root_hash([request.cache_salt.encode()])
-        for index in range(len(hashes), full):
-            parent = sha256(parent + _tokens(request, index * block_size, (index + 1) * block_size)).digest()
+        parent = hashes[-1] if hashes else root_hash(request.prefix_root)
+        marks = request.media_marks
+        for start in range(len(hashes) * block_size, full * block_size, block_size):
+            block = _tokens(request, start, start + block_size)
+            if marks:
+                block += marks.get(start // block_size, b"")
+            parent = sha256(parent + block).digest()
             hashes.append(parent)
     return hashes
 

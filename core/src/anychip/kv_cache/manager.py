@@ -6,10 +6,13 @@ blocks are short it says so and the scheduler decides.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+
+import msgspec
 
 from anychip.kv_cache.block_pool import BlockPool
 from anychip.kv_cache.hashing import extend_hashes, finest_block_size
@@ -17,6 +20,8 @@ from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, first_visib
 from anychip.messages import KVCacheConfig, KVGroup
 from anychip.request import Request
 from anychip.types import NULL_BLOCK, BlockId, cdiv
+
+_ALL_BLOCKS = sys.maxsize
 
 
 @dataclass(slots=True)
@@ -42,6 +47,7 @@ class KVCacheManager:
         self.hash_block_size = finest_block_size(config.groups)
         self._coarsest = max(group.block_size for group in config.groups)
         self.changes = BlockChanges()
+        self.weights_version = 0
         for group in config.groups:
             assert group.block_size % self.hash_block_size == 0, "block sizes divide each other"
 
@@ -51,8 +57,10 @@ class KVCacheManager:
         """What a waiting request need not compute: the prompt that it forks from, or the longest prefix on offer. At
         least one token is always left. Nothing is taken yet."""
         parent = request.fork_of
-        fork = None if parent is None else find_fork(self.groups, parent)
-        if parent is None or fork is None:
+        if parent is None or parent.prefix_root != request.prefix_root:  # other weights computed the parent's prompt
+            return self._find_prefix(request)
+        fork = find_fork(self.groups, parent)
+        if fork is None:
             return self._find_prefix(request)
         parent.next_change_at = 0  # its last block may be shared from now on
         return fork
@@ -86,14 +94,20 @@ class KVCacheManager:
         """Each (request, source) gives the request the source's blocks in place of its own, all moves at once. The
         next to write a shared block copies it."""
         snapshots = [
-            ([list(table) for table in source.block_ids], list(source.block_hashes), list(source.num_cached_blocks))
+            (
+                [list(table) for table in source.block_ids],
+                source.prefix_root,
+                list(source.block_hashes),
+                list(source.num_cached_blocks),
+            )
             for _, source in moves
         ]
-        for tables, _, _ in snapshots:
+        for tables, *_ in snapshots:
             self.pool.take(chain.from_iterable(tables))
-        for (request, source), (tables, hashes, cached) in zip(moves, snapshots, strict=True):
+        for (request, source), (tables, root, hashes, cached) in zip(moves, snapshots, strict=True):
             self.free(request)
-            request.block_ids, request.block_hashes, request.num_cached_blocks = tables, hashes, cached
+            request.block_ids, request.prefix_root = tables, root
+            request.block_hashes, request.num_cached_blocks = hashes, cached
             source.next_change_at = 0
 
     def replace_tokens(self, request: Request) -> None:
@@ -227,6 +241,28 @@ class KVCacheManager:
             self.pool.release(reversed(table))
         request.block_ids = []
         request.next_change_at = 0
+        if request.prefix_root.weights_version != self.weights_version:
+            self._renew(request)
+
+    # -- weights ------------------------------------------------------------------------------------------
+
+    def weights_changed(self, requests: Iterable[Request]) -> None:
+        """Nothing that is on offer is found any more. `requests` are all that have not ended: those that hold blocks
+        keep them, and their old root, but offer none of them, for what they compute from now on builds on what other
+        weights computed. The next time that they enter, they compute all of it anew."""
+        self.weights_version += 1
+        self.pool.forget()
+        for request in requests:
+            if request.block_ids:
+                request.num_cached_blocks = [_ALL_BLOCKS] * len(self.groups)
+            else:
+                self._renew(request)
+
+    def _renew(self, request: Request) -> None:
+        request.prefix_root = msgspec.structs.replace(request.prefix_root, weights_version=self.weights_version)
+        request.block_hashes = []
+
+    # -- to the workers -----------------------------------------------------------------------------------
 
     def drain_changes(self) -> BlockChanges:
         """The changes since the last drain."""

@@ -269,6 +269,7 @@ class AsyncLLM:
     def _take(self, stats: EngineStats) -> None:
         self._progress_at = time.monotonic()
         self.metrics.take(stats)
+        self.inputs.weights_version = stats.weights_version
 
     def _grammar_checker(self) -> GrammarChecker | None:
         tokenizer, model = self.tokenizer, self.model

@@ -157,6 +157,7 @@ class LLM:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Outputs as they come, each with its prompt's number."""
+        self.inputs.weights_version = self.engine.weights_version
         # Every prompt is checked before the first is accepted.
         requests = [self.inputs.process("", prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
         return self._shared.run(requests)

@@ -102,6 +102,10 @@ class Scheduler:
         self.waiting.add(request)
         self.num_preemptions += 1
 
+    def weights_changed(self) -> None:
+        """The next step runs under other weights: what the old ones computed is not shared from now on."""
+        self.kv.weights_changed(one for sequences in self.requests.values() for one in sequences.values())
+
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
@@ -121,6 +125,7 @@ class Scheduler:
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
             speculation=None if self.drafting is None else self.drafting.stats,
+            weights_version=self.kv.weights_version,
         )
 
     # -- a step out ---------------------------------------------------------------------------------------
