@@ -12,14 +12,13 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from anychip.drafts import Speculation
 from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from anychip.speculation.speculator import Speculation
 
 
 class LogitsProcessor(Protocol):

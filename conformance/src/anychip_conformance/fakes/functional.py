@@ -36,7 +36,7 @@ from anychip.plugin_api import (
     ShapeKey,
     StepModel,
 )
-from anychip.plugin_api.attention import Plan
+from anychip.plugin_api.plan import Plan
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Paged attention: the spec that core asks for, the batch it hands over, and the backend's contract.
+"""Paged attention: the spec that core asks for, and the backend's contract.
 
 Dimension names are those of docs/glossary.md. A backend owns its cache's layout; core owns which block is whose.
 """
@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from anychip.errors import Unsupported
+from anychip.plugin_api.plan import BatchView, Plan, Recorder
 from anychip.types import DType, itemsize
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from anychip.plugin_api.graph import Recorder, ShapeKey
-    from anychip.plugin_api.ops import Ops
+    from anychip.plugin_api.graph import ShapeKey
+    from anychip.plugin_api.ops import Ops, QKNorm, Rope
 
 Cache = Any
 """A backend's KV storage for one layer: opaque to core."""
-
-Plan = Any
-"""What a backend prepares once a step for one KV group: opaque to core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,52 +60,6 @@ def dense_page_bytes(spec: AttentionSpec) -> Callable[[int], int]:
     """Page size of the plain layout: keys and values of every token, nothing else."""
     per_token = 2 * spec.num_kv_heads * spec.head_dim * itemsize(spec.kv_dtype)
     return lambda block_size: per_token * block_size
-
-
-@dataclass(slots=True, kw_only=True)
-class BatchView:
-    """One step's rows as one KV group sees them. Device tensors, padded to the step's ShapeKey; the host
-    arrays are unpadded and present as `host_lengths` was declared.
-
-    A row r owns query tokens query_start[r] .. query_start[r + 1]; its keys are the first seq_lens[r] tokens
-    of its sequence, the last of them its own.
-    """
-
-    query_start: Tensor  # [num_reqs + 1]
-    seq_lens: Tensor  # [num_reqs]
-    block_table: Tensor  # [num_reqs, num_pages]
-    slot_mapping: Tensor  # [num_tokens]; PADDING_SLOT is not written
-    positions: Tensor  # [num_tokens]
-    num_reqs: int
-    num_tokens: int
-    max_query_len: int
-    block_size: int
-    host_query_lens: np.ndarray  # [unpadded rows], always exact
-    host_seq_lens: np.ndarray | None  # [unpadded rows]
-    host_exact: bool
-    host_slot_mapping: np.ndarray | None = None  # [unpadded tokens], where host_lengths is "exact"
-    num_accepted: Tensor | None = None  # [num_reqs], drafts accepted by the step before
-
-
-@dataclass(slots=True, kw_only=True)
-class Rope:
-    """Rotary embedding of a layer: cos and sin by position, [max_positions, rotary_dim / 2] each, float32."""
-
-    cos: Tensor
-    sin: Tensor
-    rotary_dim: int
-    interleaved: bool = False
-    """False: halves are rotated (neox); True: neighbours are (gpt-j)."""
-
-
-@dataclass(slots=True, kw_only=True)
-class QKNorm:
-    """RMS norm over head_dim of queries and keys, before rotary."""
-
-    q_weight: Tensor  # [head_dim]
-    k_weight: Tensor  # [head_dim]
-    eps: float
-    unit_offset: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
