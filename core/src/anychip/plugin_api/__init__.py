@@ -10,6 +10,7 @@ from anychip.plugin_api.attention import (
     AttentionLayer,
     AttentionSpec,
     KVLayout,
+    PartialAttention,
     dense_page_bytes,
 )
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
@@ -78,8 +79,9 @@ __all__ = [
     "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
     "EagerCall", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "FusedMoE",
     "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart",
-    "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest", "PeakMemory",
-    "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions",
+    "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
+    "PartialAttention", "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
+    "PluginOptions",
     "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder",
     "ReferenceKernels",
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",

@@ -37,6 +37,8 @@ class AttentionSpec:
     softcap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    lse: bool = False
+    """Asks for forward_with_lse too: layers whose keys are attended to in parts, which are merged."""
     kind: Literal["decoder", "encoder", "mla"] = "decoder"
     invariant: bool = False
     """Asks for kernels whose result for a row does not depend on the rest of the batch."""
@@ -79,6 +81,19 @@ class AttentionLayer:
     v_scale: Tensor | None = None
     sinks: Tensor | None = None  # [num_heads] float32
     alibi_slopes: Tensor | None = None  # [num_heads] float32
+
+
+@dataclass(frozen=True, slots=True)
+class PartialAttention:
+    """Attention over some of a query's keys, and what another part needs to be merged with it.
+
+    `lse` is the natural logarithm of the sum of e^score over the keys that a query sees, its head's sink included where
+    the layer has one. A score is scaled, capped and biased, as the softmax sees it. A query that sees no key, and a
+    padded row, has -inf (with sinks, the former has its sink), and zeros in `out`.
+    """
+
+    out: Tensor  # [num_tokens, num_heads, head_dim]
+    lse: Tensor  # [num_tokens, num_heads] float32
 
 
 class AttentionBackend:
@@ -133,11 +148,50 @@ class AttentionBackend:
         Padded rows come back as zeros. `out` offers storage that a backend may use for the result. The default
         norms and rotates, writes keys and values, then attends.
         """
+        q, cache = self.rotate_and_write(q, k, v, cache, plan, layer, rope, qk_norm)
+        return self.attend(q, cache, plan, layer, out=out), cache
+
+    def forward_with_lse(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        *,
+        rope: Rope | None = None,
+        qk_norm: QKNorm | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[PartialAttention, Cache]:
+        """As forward, with the log-sum-exp. Called where the spec has `lse`, which Platform.attention refuses unless
+        Capabilities.attention_lse declares it.
+
+        The part is the batch's: a row of one query over some of its sequence's blocks, with the number of their tokens
+        in seq_lens, 0 where it has none. What a query sees follows from query_start and seq_lens alone; positions are
+        those of the whole sequence, and so rotate right. Windows and ALiBi count from the part's last key: only the
+        part that holds the query's own key has them right. Only one part may have sinks; others get -inf.
+        """
+        q, cache = self.rotate_and_write(q, k, v, cache, plan, layer, rope, qk_norm)
+        return self.attend_with_lse(q, cache, plan, layer, out=out), cache
+
+    def rotate_and_write(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        rope: Rope | None,
+        qk_norm: QKNorm | None,
+    ) -> tuple[Tensor, Cache]:
+        """Queries after norm and rotary, and the cache with the new keys and values."""
         if rope is not None or qk_norm is not None:
             q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=self.positions(plan), rope=rope, qk_norm=qk_norm)
         if k is not None and v is not None:
             cache = self.write_kv(k, v, cache, plan, layer)
-        return self.attend(q, cache, plan, layer, out=out), cache
+        return q, cache
 
     def positions(self, plan: Plan) -> Tensor:
         """Token positions [num_tokens] of a plan, for the default forward."""
@@ -159,6 +213,18 @@ class AttentionBackend:
     ) -> Tensor:
         """Attention of every query over the keys of its row, causal, within the window."""
         raise Unsupported(self.name, ["attend is not implemented"])
+
+    def attend_with_lse(
+        self,
+        q: Tensor,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+    ) -> PartialAttention:
+        """As attend, with the log-sum-exp."""
+        raise Unsupported(self.name, ["attend_with_lse is not implemented"])
 
     def copy_blocks(self, cache: Cache, src: Sequence[int], dst: Sequence[int]) -> Cache:
         """Block dst[i] becomes a copy of block src[i]."""
