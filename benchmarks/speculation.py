@@ -17,7 +17,8 @@ from pathlib import Path
 
 from anychip import LLM, SamplingParams
 from anychip.bench.report import write
-from anychip.speculation.proposer import PROPOSERS, Drafter
+from anychip.drafts import Drafter
+from anychip.speculation.proposer import PROPOSERS
 from anychip.speculation.text_index import OwnText
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip_conformance.oracle import loops, vectorised
+from anychip_conformance.oracle.attention import attention_row
 from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF, gamma
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -43,10 +44,12 @@ def test_a_quarter_turn() -> None:
 
 
 def test_attention_over_two_keys() -> None:
-    """Scores ln 3 and 0: weights 3/4 and 1/4. With a sink of logit 0: 3/5 and 1/5."""
+    """Scores ln 3 and 0: weights 3/4 and 1/4 of a sum of 4. With a sink of logit 0: 3/5 and 1/5."""
     q, keys, values = [1.0], [[math.log(3.0)], [0.0]], [[8.0], [4.0]]
     assert loops.attention(q, keys, values, position=1, scale=1.0) == pytest.approx([7.0])
     assert loops.attention(q, keys, values, position=1, scale=1.0, sink=0.0) == pytest.approx([5.6])
+    assert loops.attention_lse(q, keys, position=1, scale=1.0) == pytest.approx(math.log(4.0))
+    assert loops.attention_lse(q, keys, position=1, scale=1.0, sink=0.0) == pytest.approx(math.log(5.0))
     assert loops.attention(q, keys, values, position=1, scale=1.0, window=1) == [4.0]
     assert loops.attention(q, keys, values, position=0, scale=1.0) == [8.0]
     # ALiBi of slope ln 3 takes from the farther key what its score was ahead: equal weights.
@@ -55,9 +58,10 @@ def test_attention_over_two_keys() -> None:
     def array(rows: list[list[float]]) -> np.ndarray:
         return np.array(rows)[:, None, :]
 
-    for extra, expected in (({}, 7.0), ({"sinks": np.zeros(1)}, 5.6), ({"window": 1}, 4.0)):
-        found = vectorised.attention_row(array([q]), array(keys), array(values), scale=1.0, dtype="float32", **extra)
-        assert float(found.value.squeeze()) == pytest.approx(expected)
+    for extra, expected, total in (({}, 7.0, 4.0), ({"sinks": np.zeros(1)}, 5.6, 5.0), ({"window": 1}, 4.0, 1.0)):
+        found = attention_row(array([q]), array(keys), array(values), scale=1.0, dtype="float32", **extra)
+        assert float(found.out.value.squeeze()) == pytest.approx(expected)
+        assert float(found.lse.value.squeeze()) == pytest.approx(math.log(total))
 
 
 def test_two_experts_of_four() -> None:
@@ -147,22 +151,22 @@ def test_attention_agrees(
     rng, heads, kv_heads, dim = rng_of(seed), 4, 2, 3
     q, k, v = rng.normal(size=(queries, heads, dim)), *rng.normal(size=(2, context + queries, kv_heads, dim))
     slopes, sink = (rng.random(heads) if alibi else None), (rng.normal(size=heads) if sinks else None)
-    found = vectorised.attention_row(
+    found = attention_row(
         q, k, v, scale=0.7, dtype="float32", window=window, softcap=softcap, slopes=slopes, sinks=sink
-    ).value
+    )
     for query, head in np.ndindex(queries, heads):
-        slow = loops.attention(
-            q[query, head],
-            k[:, head // 2],
-            v[:, head // 2],
-            position=context + query,
-            scale=0.7,
-            window=window,
-            softcap=softcap,
-            slope=None if slopes is None else float(slopes[head]),
-            sink=None if sink is None else float(sink[head]),
-        )
-        np.testing.assert_allclose(found[query, head], slow, **CLOSE)
+        given = {
+            "position": context + query,
+            "scale": 0.7,
+            "window": window,
+            "softcap": softcap,
+            "slope": None if slopes is None else float(slopes[head]),
+            "sink": None if sink is None else float(sink[head]),
+        }
+        slow = loops.attention(q[query, head], k[:, head // 2], v[:, head // 2], **given)
+        np.testing.assert_allclose(found.out.value[query, head], slow, **CLOSE)
+        summed = loops.attention_lse(q[query, head], k[:, head // 2], **given)
+        np.testing.assert_allclose(found.lse.value[query, head], summed, **CLOSE)
 
 
 @given(_seeds, st.sampled_from(["softmax", "sigmoid"]), st.booleans(), st.booleans(), st.sampled_from([1, 2, 4]))
@@ -211,11 +215,15 @@ def test_the_bound_holds_for_float32(seed: int) -> None:
     """An honest evaluation in float32 stays within the bound, and a result off by a thousandth does not."""
     rng = rng_of(seed)
     q, k, v = (rng.normal(size=(n, 2, 16)).astype(np.float32) for n in (3, 20, 20))
-    found = vectorised.attention_row(*(x.astype(float) for x in (q, k, v)), scale=0.25, dtype="float32")
+    found = attention_row(*(x.astype(float) for x in (q, k, v)), scale=0.25, dtype="float32")
     scores = np.einsum("qhd,khd->hqk", q, k) * np.float32(0.25)
     scores[:, np.arange(20)[None] > np.arange(17, 20)[:, None]] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    narrow = np.einsum("hqk,khd->qhd", weights, v)
-    assert (np.abs(narrow - found.value) <= found.bound).all()
-    assert (np.abs(narrow * 1.001 - found.value) > found.bound).any()
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    narrow = np.einsum("hqk,khd->qhd", weights / total, v)
+    assert (np.abs(narrow - found.out.value) <= found.out.bound).all()
+    assert (np.abs(narrow * 1.001 - found.out.value) > found.out.bound).any()
+    lse = (most + np.log(total))[..., 0].T
+    assert (np.abs(lse - found.lse.value) <= found.lse.bound).all()
+    assert (np.abs(lse * 1.001 - found.lse.value) > found.lse.bound).any()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from anychip.speculation.proposer import NO_DRAFT, PROPOSERS, Draft
+from anychip.drafts import NO_DRAFT, Draft
+from anychip.speculation.proposer import PROPOSERS
 
 NAME = "suite-answers"
 PROPOSERS[NAME] = f"{__name__}:Answers"

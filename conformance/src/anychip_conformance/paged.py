@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
+from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, PartialAttention, QKNorm, Rope
 from anychip.types import DType, cdiv
 from anychip_conformance.batch import Padding, PagedBatch, Row, paged_batch
 from anychip_conformance.choices import CaseDtype
@@ -60,6 +61,8 @@ class AttentionCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     head_scales: bool = False
     """Quantized caches: a scale per head instead of one."""
     invariant: bool = False
+    lse: bool = False
+    """The call gives the log-sum-exp as well."""
     seed: int = 0
 
     @property
@@ -78,6 +81,7 @@ class AttentionCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             softcap=self.softcap,
             alibi=self.alibi,
             sinks=self.sinks,
+            lse=self.lse,
             invariant=self.invariant,
         )
 
@@ -98,6 +102,7 @@ def backend_for(device: Device, case: AttentionCase) -> AttentionBackend:
         ("softcap", case.softcap is not None, caps.softcap),
         ("alibi", case.alibi, caps.alibi),
         ("sinks", case.sinks, caps.sinks),
+        ("attention_lse", case.lse, caps.attention_lse),
         ("batch_invariant", case.invariant, caps.batch_invariant),
     ):
         if wanted:
@@ -181,19 +186,26 @@ class Call:
 
     def run(self) -> Tensor:
         """The output, [num_tokens, num_heads, head_dim]; the cache is replaced by the one that came back."""
-        plan = self.backend.plan(self.batch.view, self.batch.key, group=0)
-        result, self.cache = self.backend.forward(
+        result, self.cache = self._made(self.backend.forward)
+        return result
+
+    def run_with_lse(self) -> PartialAttention:
+        """As run, with the log-sum-exp."""
+        result, self.cache = self._made(self.backend.forward_with_lse)
+        return result
+
+    def _made(self, forward: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+        return forward(
             self.q,
             self.k,
             self.v,
             self.cache,
-            plan,
+            self.backend.plan(self.batch.view, self.batch.key, group=0),
             self.layer,
             rope=self.rope,
             qk_norm=self.qk_norm,
             out=None if self.out is None else self.out[GUARD:-GUARD],
         )
-        return result
 
     def blocks(self) -> Tensor:
         """The watched blocks in canonical form, [len(watched), 2, block_size, num_kv_heads, head_dim]."""

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from anychip.types import cdiv
 from anychip_conformance.device import Device, bits, seen, unchanged
+from anychip_conformance.oracle.attention import attention_row
 from anychip_conformance.oracle.rounding import FP8_SMALLEST_STEP, FP8_UNIT, U32, UNIT_ROUNDOFF, gamma
-from anychip_conformance.oracle.vectorised import Bounded, attention_row, rms_norm, rotary
+from anychip_conformance.oracle.vectorised import Bounded, rms_norm, rotary
 from anychip_conformance.paged import BYTE_MAX, GUARD, AttentionCase, Call
 
 
@@ -23,21 +24,30 @@ def check_attention(device: Device, case: AttentionCase) -> None:
     inputs |= {name: t for name, t in (("k", call.k), ("v", call.v)) if t is not None}
     inputs |= {"seq_lens": call.batch.view.seq_lens, "positions": call.batch.view.positions}
     same = unchanged(device, inputs)
-    result = call.run()
+    if case.lse:
+        partial = call.run_with_lse()
+        result, lse = partial.out, partial.lse
+    else:
+        result, lse = call.run(), None
     same()
     judge_cache(device, call, before, raw_before)
-    judge_output(device, call, result)
+    judge_output(device, call, result, lse)
     if call.out is not None:
         for name, rows in (("before", call.out[:GUARD]), ("behind", call.out[-GUARD:])):
             assert bool(torch.isnan(rows).all()), f"rows {name} the output were written"
 
 
-def judge_output(device: Device, call: Call, result: Tensor) -> None:
-    """Rows against the oracle over what the cache holds; padded rows against zero."""
+def judge_output(device: Device, call: Call, result: Tensor, lse: Tensor | None = None, *, num_parts: int = 1) -> None:
+    """Rows against the oracle over what the cache holds; padded rows against zero, their log-sum-exp against -inf.
+    `num_parts`: how many were merged, each with roundings of its own."""
     case, batch = call.case, call.batch
     shape = (batch.key.num_tokens, case.num_heads, case.head_dim)
     assert tuple(result.shape) == shape, f"the output has shape {tuple(result.shape)}, expected {shape}"
     assert str(result.dtype) == f"torch.{case.dtype}", f"the output is {result.dtype}"
+    if lse is not None:
+        assert tuple(lse.shape) == shape[:2], f"the log-sum-exp has shape {tuple(lse.shape)}, expected {shape[:2]}"
+        assert str(lse.dtype) == "torch.float32", f"the log-sum-exp is {lse.dtype}"
+    slack = 1 if num_parts == 1 else 2 * num_parts  # merged outputs round, and so do the weights that lse gives them
     u = UNIT_ROUNDOFF[case.dtype]
     q, dq = _rotated_queries(call)
     held = _decoded(call)  # [blocks, 2, size, kv_heads, dim] float64
@@ -69,11 +79,20 @@ def judge_output(device: Device, call: Call, result: Tensor) -> None:
             dq=dq,
             dkv=0.0 if case.kv == "same" else u,
         )
-        device.compare(f"output of row {row}", result[start : start + query], expected, label=label)
+        mine = slice(start, start + query)
+        device.compare(f"output of row {row}", result[mine], expected.out.widened(slack), label=label)
+        if lse is not None:
+            what, label_of_lse = f"log-sum-exp of row {row}", label.replace("attention", "attention lse", 1)
+            device.compare(what, lse[mine], expected.lse.widened(slack), label=label_of_lse)
     padded = result[batch.num_tokens :]
     if len(padded) and device.capabilities.padding == "zero_rows":
         zero = np.zeros(tuple(padded.shape))
         device.compare("padded rows", padded, Bounded(zero, zero))
+        if lse is not None:
+            unseen = np.full((len(padded), case.num_heads), -np.inf)
+            device.compare(
+                "log-sum-exp of padded rows", lse[batch.num_tokens :], Bounded(unseen, np.zeros_like(unseen))
+            )
 
 
 def judge_cache(device: Device, call: Call, before: Tensor, raw_before: np.ndarray | None) -> None:

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from anychip.drafts import Speculation
 from anychip.messages import TokenLogprobs
 from anychip.prefix import PLAIN_ROOT, PrefixRoot
 from anychip.sampling_params import SamplingParams
@@ -19,8 +20,6 @@ from anychip.types import BlockId, FinishReason, RequestId, Slot
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from anychip.speculation.speculator import Speculation
 
 
 class LogitsProcessor(Protocol):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.config import EngineConfig
+from anychip.drafts import Draft
 from anychip.engine.engine_core import EngineCore
 from anychip.errors import ConfigError
 from anychip.messages import AddRequest, DeviceRules, KVGroup, StepResult
@@ -22,7 +23,7 @@ from anychip.sampling_params import SamplingParams
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
 from anychip.speculation.lengths import StepCosts
-from anychip.speculation.proposer import Draft, make_proposer
+from anychip.speculation.proposer import make_proposer
 from anychip.speculation.speculator import Speculator
 
 STOP = 2

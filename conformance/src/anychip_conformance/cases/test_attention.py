@@ -134,6 +134,7 @@ def scale(device: Device, case: AttentionCase) -> None:
         AttentionCase(rows=DECODE, softcap=5.0),
         AttentionCase(rows=DECODE, window=5),
         AttentionCase(rows=DECODE, head_dim=20, any_head_dim=False),
+        AttentionCase(rows=DECODE, lse=True),
     ],
     quick=5,
 )

@@ -26,32 +26,33 @@ from anychip.plugin_api import (
     HostOutputs,
     KVPlan,
     Ops,
-    QKNorm,
+    PartialAttention,
     ReadyOutputs,
     Recorder,
-    Rope,
     Routing,
     Scores,
     Section,
     ShapeKey,
     StepModel,
 )
-from anychip.plugin_api.attention import Plan
+from anychip.plugin_api.plan import Plan
 
 
 @dataclass(slots=True)
 class FunctionalPlan:
     positions: Tensor  # [num_tokens]
+    last_keys: Tensor  # [num_tokens], the last key that each token sees, counted from its row's first
     slot_mapping: Tensor  # [num_tokens]
     tables: Tensor  # [num_tokens, pages], each token's row of the block table
     valid: Tensor  # [num_tokens], whether a token is a row's
 
 
-def functional_plan(positions: Tensor, slots: Tensor, starts: Tensor, table: Tensor) -> FunctionalPlan:
-    """Without a look at the host: starts [num_reqs + 1], table [num_reqs, pages]."""
+def functional_plan(positions: Tensor, slots: Tensor, starts: Tensor, lengths: Tensor, table: Tensor) -> FunctionalPlan:
+    """Without a look at the host: starts [num_reqs + 1], lengths [num_reqs], table [num_reqs, pages]."""
     tokens = torch.arange(positions.shape[0], device=positions.device)
     row = torch.searchsorted(starts[1:].contiguous(), tokens.int(), right=True).clamp(max=starts.shape[0] - 2)
-    return FunctionalPlan(positions, slots.long(), table[row].long(), tokens < starts[-1])
+    last_keys = lengths[row] - starts[row + 1] + tokens
+    return FunctionalPlan(positions, last_keys, slots.long(), table[row].long(), tokens < starts[-1])
 
 
 class FunctionalAttention(DenseCacheAttention):
@@ -69,53 +70,74 @@ class FunctionalAttention(DenseCacheAttention):
         into: Plan | None = None,
         recorder: Recorder | None = None,
     ) -> FunctionalPlan:
-        return functional_plan(batch.positions, batch.slot_mapping, batch.query_start, batch.block_table)
+        return functional_plan(
+            batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens, batch.block_table
+        )
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        cache: Tensor,
-        plan: FunctionalPlan,
-        layer: AttentionLayer,
-        *,
-        rope: Rope | None = None,
-        qk_norm: QKNorm | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=plan.positions, rope=rope, qk_norm=qk_norm)
-        if k is not None and v is not None:
-            cache = self._written(cache, k, v, plan.slot_mapping)
-        return self._attended(q, cache, plan, layer), cache
-
-    def _written(self, cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+    def write_kv(self, k: Tensor, v: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer) -> Tensor:
         size = cache.shape[2]
         # Padding goes to one row past the end, which is cut off again.
         flat = cache.transpose(1, 2).flatten(0, 1)  # [blocks * size, 2, kv_heads, dim]
         extended = torch.cat((flat, flat[:1]))
-        target = torch.where(slots >= 0, slots, flat.shape[0])
+        target = torch.where(plan.slot_mapping >= 0, plan.slot_mapping, flat.shape[0])
         written = extended.index_copy(0, target, torch.stack((k, v), dim=1))[:-1]
         return written.unflatten(0, (-1, size)).transpose(1, 2)
 
-    def _attended(self, q: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer) -> Tensor:
-        size, spec = cache.shape[2], self.spec
-        pages = cache[plan.tables]  # [num_tokens, pages, 2, size, kv_heads, dim]
-        k, v = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
-        keys = torch.arange(plan.tables.shape[1] * size, device=q.device)
-        visible = keys <= plan.positions.unsqueeze(-1)  # [num_tokens, keys]
-        if spec.window is not None:
-            visible = visible & (keys > plan.positions.unsqueeze(-1) - spec.window)
-        visible = visible & plan.valid.unsqueeze(-1)
+    def attend(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        plan: FunctionalPlan,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return self._weighted(q, self._scores(q, cache, plan, layer), cache, plan, layer)
+
+    def attend_with_lse(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        plan: FunctionalPlan,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+    ) -> PartialAttention:
+        scores = self._scores(q, cache, plan, layer)
+        lse = scores.logsumexp(dim=-1).flatten(1, 2)  # [num_tokens, num_heads]
+        if layer.sinks is not None:
+            lse = torch.logaddexp(lse, layer.sinks)
+        lse = lse.masked_fill(~plan.valid.unsqueeze(-1), -torch.inf)
+        return PartialAttention(self._weighted(q, scores, cache, plan, layer), lse)
+
+    def _scores(self, q: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer) -> Tensor:
+        """[num_tokens, kv_heads, heads that share one, keys]: -inf for keys that a token does not see."""
+        spec = self.spec
+        k = cache[plan.tables][:, :, 0].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
         grouped = q.unflatten(1, (spec.num_kv_heads, -1)).float()  # [num_tokens, kv_heads, share, dim]
         scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * layer.scale
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         if layer.alibi_slopes is not None:
-            distance = (keys - plan.positions.unsqueeze(-1))[:, None, None]
+            keys = torch.arange(k.shape[1], device=q.device)
+            distance = (keys - plan.last_keys.unsqueeze(-1))[:, None, None]
             scores = scores + layer.alibi_slopes.view(1, spec.num_kv_heads, -1, 1) * distance
-        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-        sinks = None if layer.sinks is None else layer.sinks.view(1, spec.num_kv_heads, -1, 1)
+        return scores.masked_fill(~self._visible(plan, k.shape[1])[:, None, None], -torch.inf)
+
+    def _visible(self, plan: FunctionalPlan, num_keys: int) -> Tensor:
+        """[num_tokens, keys]"""
+        keys, last = torch.arange(num_keys, device=plan.last_keys.device), plan.last_keys.unsqueeze(-1)
+        visible = keys <= last
+        if self.spec.window is not None:
+            visible = visible & (keys > last - self.spec.window)
+        return visible & plan.valid.unsqueeze(-1)
+
+    def _weighted(
+        self, q: Tensor, scores: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer
+    ) -> Tensor:
+        v = cache[plan.tables][:, :, 1].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
+        visible = self._visible(plan, v.shape[1])
+        sinks = None if layer.sinks is None else layer.sinks.view(1, self.spec.num_kv_heads, -1, 1)
         weights = softmax_with_sinks(scores, sinks).masked_fill(~visible[:, None, None], 0)
         v = v.float().masked_fill(~visible[:, :, None, None], 0)
         return torch.einsum("tgsk,tkgd->tgsd", weights, v).flatten(1, 2).to(q.dtype)
@@ -161,6 +183,7 @@ def forward_body(
             fields["positions"],
             fields[f"slot_mapping_{group}"],
             fields["query_start"],
+            fields["seq_lens"],
             fields[f"block_table_{group}"],
         )
         for group in range(len(kv.block_sizes))

@@ -134,6 +134,7 @@ class StaticPlatform(Platform):
         kv_dtypes=frozenset({"float32", "bfloat16"}),
         block_sizes=FunctionalAttention.block_sizes,
         kv_write="functional",
+        attention_lse=True,
         stale_kv="must_be_finite",
     )
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)

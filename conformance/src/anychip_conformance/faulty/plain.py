@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.ops.reference import DenseCacheAttention, DenseWeights, ExpertWeights, ReferenceLinear, ReferenceMoE
-from anychip.plugin_api import AttentionLayer, BatchView, Communicator, GroupSpec, Routing
+from anychip.plugin_api import AttentionLayer, BatchView, Communicator, GroupSpec, PartialAttention, Routing
 from anychip.registry.devices import probe
 from anychip.registry.plugins import load_plugins
 from anychip.types import cdiv
@@ -74,14 +74,40 @@ class PlainAttention(DenseCacheAttention):
         v = self.decode(pages[:, 1].flatten(0, 1)[:length], self.v_scale(layer))
         return k, v
 
-    def attend_row(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, length: int) -> Tensor:
+    def attend_with_lse(
+        self, q: Tensor, cache: Tensor, plan: BatchView, layer: AttentionLayer, *, out: Tensor | None = None
+    ) -> PartialAttention:
+        result = self.attend(q, cache, plan, layer, out=out)
+        lse = self.blank_lse(q)
+        for row, length in enumerate(plan.seq_lens.tolist()):
+            begin, end = self.query_range(plan, row)
+            if end > begin:
+                k, _ = self.keys_and_values(cache, plan, row, length, layer)
+                scores, _ = self.masked_scores(self.queries(q, begin, end), k, layer, length)
+                lse[begin:end] = self.log_sums(scores, layer)
+        return PartialAttention(result, lse)
+
+    def blank_lse(self, q: Tensor) -> Tensor:
+        return torch.full(q.shape[:2], -torch.inf)
+
+    def log_sums(self, scores: Tensor, layer: AttentionLayer) -> Tensor:
+        """[queries, num_heads] of masked scores."""
+        lse = scores.logsumexp(dim=-1).T
+        return lse if layer.sinks is None else torch.logaddexp(lse, self.sinks(layer))
+
+    def masked_scores(self, q: Tensor, k: Tensor, layer: AttentionLayer, length: int) -> tuple[Tensor, Tensor]:
+        """[num_heads, queries, keys] with -inf for keys that are not seen, and which are, [queries, keys]."""
         key = torch.arange(len(k))
         query = torch.arange(length - len(q), length).unsqueeze(-1)
         visible = self.visible(query, key)
         scores = self.scores(q.float(), self.by_query_head(k).float(), layer)
         if layer.alibi_slopes is not None:
             scores = scores + self.slopes(layer).view(-1, 1, 1) * (key - query)
-        weights = self.weights(scores.masked_fill(~visible, -torch.inf), layer)
+        return scores.masked_fill(~visible, -torch.inf), visible
+
+    def attend_row(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, length: int) -> Tensor:
+        scores, visible = self.masked_scores(q, k, layer, length)
+        weights = self.weights(scores, layer)
         if self.spec.window is not None:
             v = v.masked_fill(~visible.any(dim=0)[:, None, None], 0)
         return self.combine(weights, self.by_query_head(v)).to(q.dtype)

@@ -53,6 +53,7 @@ class FaultyPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
         batch_invariant=True,
+        attention_lse=True,
         epilogues=frozenset(get_args(Activation)),
     )
 

@@ -15,6 +15,7 @@ P = TypeVar("P")
 
 _MODULES = (
     "attention",
+    "log_sums",
     "addressing",
     "storage",
     "ops",

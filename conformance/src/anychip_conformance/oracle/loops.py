@@ -92,6 +92,43 @@ def attention(
     sink: float | None = None,
 ) -> list[float]:
     """One head of one query at `position`, over the keys of its head at positions 0, 1, ..."""
+    seen = _scored(q, keys, values, position, scale, window, softcap, slope)
+    top = max(score for score, _ in seen)
+    if sink is not None:
+        top = max(top, sink)
+    total = math.fsum(math.exp(score - top) for score, _ in seen)
+    if sink is not None:
+        total += math.exp(sink - top)
+    return [math.fsum(math.exp(score - top) / total * value[i] for score, value in seen) for i in range(len(values[0]))]
+
+
+def attention_lse(
+    q: Vector,
+    keys: Matrix,
+    *,
+    position: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    slope: float | None = None,
+    sink: float | None = None,
+) -> float:
+    """The logarithm of the sum of what `attention` divides by. Scores must be small."""
+    seen = _scored(q, keys, keys, position, scale, window, softcap, slope)
+    return math.log(math.fsum([math.exp(score) for score, _ in seen] + ([] if sink is None else [math.exp(sink)])))
+
+
+def _scored(
+    q: Vector,
+    keys: Matrix,
+    values: Matrix,
+    position: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    slope: float | None,
+) -> list[tuple[float, Vector]]:
+    """The score and the value of every key that is seen."""
     seen: list[tuple[float, Vector]] = []
     for place, (key, value) in enumerate(zip(keys, values, strict=True)):
         if place > position or (window is not None and place <= position - window):
@@ -102,13 +139,7 @@ def attention(
         if slope is not None:
             score -= slope * (position - place)
         seen.append((score, value))
-    top = max(score for score, _ in seen)
-    if sink is not None:
-        top = max(top, sink)
-    total = math.fsum(math.exp(score - top) for score, _ in seen)
-    if sink is not None:
-        total += math.exp(sink - top)
-    return [math.fsum(math.exp(score - top) / total * value[i] for score, value in seen) for i in range(len(values[0]))]
+    return seen
 
 
 def draw(logits: Vector, *, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:

@@ -20,6 +20,9 @@ class Bounded:
     value: Array
     bound: Array
 
+    def widened(self, times: float) -> Bounded:
+        return Bounded(self.value, self.bound * times)
+
 
 # -- single ops ---------------------------------------------------------------------------------------------
 
@@ -183,59 +186,6 @@ def combine(outputs: dict[int, Bounded], weights: Array, ids: Array, weight_boun
             share = np.abs(weight) * output.bound + np.abs(output.value) * (slack + np.abs(weight) * gamma(3, u))
             bound += np.where(picked, share, 0.0)
     return Bounded(value, bound + rounded(value, dtype))
-
-
-# -- attention ----------------------------------------------------------------------------------------------
-
-
-def attention_row(
-    q: Array,  # [queries, heads, dim]
-    k: Array,  # [keys, kv_heads, dim]
-    v: Array,
-    *,
-    scale: float,
-    dtype: str,
-    window: int | None = None,
-    softcap: float | None = None,
-    slopes: Array | None = None,
-    sinks: Array | None = None,
-    dq: float = 0.0,
-    dkv: float = 0.0,
-) -> Bounded:
-    """The last queries of a sequence over all its keys. `dq` and `dkv` are relative roundings of q, and of k and v,
-    beyond what is given: a kernel may hold them in the dtype or not."""
-    queries, keys, repeat = len(q), len(k), q.shape[1] // k.shape[1]
-    k, v = k.repeat(repeat, axis=1), v.repeat(repeat, axis=1)
-    raw = np.einsum("qhd,khd->hqk", q, k) * scale
-    error = np.einsum("qhd,khd->hqk", np.abs(q), np.abs(k)) * abs(scale) * (gamma(q.shape[-1] + 3) + dq + dkv)
-    scores = raw
-    if softcap is not None:
-        scores = softcap * np.tanh(raw / softcap)
-        error = error + 8 * U32 * np.abs(scores)
-    query = np.arange(keys - queries, keys)[:, None]
-    key = np.arange(keys)[None, :]
-    if slopes is not None:
-        scores = scores + slopes[:, None, None] * (key - query)
-        error = error + 4 * U32 * np.abs(slopes)[:, None, None] * keys
-    visible = key <= query
-    if window is not None:
-        visible &= key > query - window
-    scores = np.where(visible, scores, -np.inf)
-    top = scores.max(-1, keepdims=True)
-    if sinks is not None:
-        top = np.maximum(top, sinks[:, None, None])
-    weights = np.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + np.exp(sinks[:, None, None] - top)
-    weights = weights / total
-    out = np.einsum("hqk,khd->qhd", weights, v)
-    size = np.einsum("hqk,khd->qhd", weights, np.abs(v))
-    # A score's error multiplies its weight, and through the sum all others; the exponent's argument rounds as well.
-    spread = np.where(visible, np.abs(np.where(visible, scores, 0.0) - top), 0.0)
-    worst = np.where(visible, error + 4 * U32 * (spread + np.abs(np.where(visible, scores, 0.0))), 0.0).max(-1)
-    relative = np.expm1(2 * worst) + gamma(keys + 8) + UNIT_ROUNDOFF[dtype] + dkv
-    return Bounded(out, size * relative.T[:, :, None] + rounded(out, dtype))
 
 
 # -- sampling -----------------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ from anychip.plugin_api.attention import (
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
-    BatchView,
     KVLayout,
-    QKNorm,
-    Rope,
+    PartialAttention,
     dense_page_bytes,
 )
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
@@ -26,7 +24,6 @@ from anychip.plugin_api.graph import (
     EagerCall,
     GraphCapture,
     PlannedCall,
-    Recorder,
     RegionCompiler,
     RunOutsideGraph,
     ShapeKey,
@@ -51,7 +48,8 @@ from anychip.plugin_api.manifest import (
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
-from anychip.plugin_api.ops import OP_VERSIONS, Ops, op_override
+from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
+from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, SCHEMES, QuantScheme
@@ -81,8 +79,9 @@ __all__ = [
     "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
     "EagerCall", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "FusedMoE",
     "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart",
-    "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest", "PeakMemory",
-    "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest", "PluginOptions",
+    "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
+    "PartialAttention", "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
+    "PluginOptions",
     "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder",
     "ReferenceKernels",
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",

@@ -1,4 +1,4 @@
-"""Paged attention: the spec that core asks for, the batch it hands over, and the backend's contract.
+"""Paged attention: the spec that core asks for, and the backend's contract.
 
 Dimension names are those of docs/glossary.md. A backend owns its cache's layout; core owns which block is whose.
 """
@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from anychip.errors import Unsupported
+from anychip.plugin_api.plan import BatchView, Plan, Recorder
 from anychip.types import DType, itemsize
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from anychip.plugin_api.graph import Recorder, ShapeKey
-    from anychip.plugin_api.ops import Ops
+    from anychip.plugin_api.graph import ShapeKey
+    from anychip.plugin_api.ops import Ops, QKNorm, Rope
 
 Cache = Any
 """A backend's KV storage for one layer: opaque to core."""
-
-Plan = Any
-"""What a backend prepares once a step for one KV group: opaque to core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +37,8 @@ class AttentionSpec:
     softcap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    lse: bool = False
+    """Asks for forward_with_lse too: layers whose keys are attended to in parts, which are merged."""
     kind: Literal["decoder", "encoder", "mla"] = "decoder"
     invariant: bool = False
     """Asks for kernels whose result for a row does not depend on the rest of the batch."""
@@ -66,52 +65,6 @@ def dense_page_bytes(spec: AttentionSpec) -> Callable[[int], int]:
 
 
 @dataclass(slots=True, kw_only=True)
-class BatchView:
-    """One step's rows as one KV group sees them. Device tensors, padded to the step's ShapeKey; the host
-    arrays are unpadded and present as `host_lengths` was declared.
-
-    A row r owns query tokens query_start[r] .. query_start[r + 1]; its keys are the first seq_lens[r] tokens
-    of its sequence, the last of them its own.
-    """
-
-    query_start: Tensor  # [num_reqs + 1]
-    seq_lens: Tensor  # [num_reqs]
-    block_table: Tensor  # [num_reqs, num_pages]
-    slot_mapping: Tensor  # [num_tokens]; PADDING_SLOT is not written
-    positions: Tensor  # [num_tokens]
-    num_reqs: int
-    num_tokens: int
-    max_query_len: int
-    block_size: int
-    host_query_lens: np.ndarray  # [unpadded rows], always exact
-    host_seq_lens: np.ndarray | None  # [unpadded rows]
-    host_exact: bool
-    host_slot_mapping: np.ndarray | None = None  # [unpadded tokens], where host_lengths is "exact"
-    num_accepted: Tensor | None = None  # [num_reqs], drafts accepted by the step before
-
-
-@dataclass(slots=True, kw_only=True)
-class Rope:
-    """Rotary embedding of a layer: cos and sin by position, [max_positions, rotary_dim / 2] each, float32."""
-
-    cos: Tensor
-    sin: Tensor
-    rotary_dim: int
-    interleaved: bool = False
-    """False: halves are rotated (neox); True: neighbours are (gpt-j)."""
-
-
-@dataclass(slots=True, kw_only=True)
-class QKNorm:
-    """RMS norm over head_dim of queries and keys, before rotary."""
-
-    q_weight: Tensor  # [head_dim]
-    k_weight: Tensor  # [head_dim]
-    eps: float
-    unit_offset: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
 class AttentionLayer:
     """What is fixed for one layer: `scale` multiplies q.k. A cache of one byte per value holds k / k_scale and
     v / v_scale, rounded to nearest and kept within the dtype's range: one scale for the layer, [1], or one for each
@@ -128,6 +81,19 @@ class AttentionLayer:
     v_scale: Tensor | None = None
     sinks: Tensor | None = None  # [num_heads] float32
     alibi_slopes: Tensor | None = None  # [num_heads] float32
+
+
+@dataclass(frozen=True, slots=True)
+class PartialAttention:
+    """Attention over some of a query's keys, and what another part needs to be merged with it.
+
+    `lse` is the natural logarithm of the sum of e^score over the keys that a query sees, its head's sink included where
+    the layer has one. A score is scaled, capped and biased, as the softmax sees it. A query that sees no key, and a
+    padded row, has -inf (with sinks, the former has its sink), and zeros in `out`.
+    """
+
+    out: Tensor  # [num_tokens, num_heads, head_dim]
+    lse: Tensor  # [num_tokens, num_heads] float32
 
 
 class AttentionBackend:
@@ -182,11 +148,50 @@ class AttentionBackend:
         Padded rows come back as zeros. `out` offers storage that a backend may use for the result. The default
         norms and rotates, writes keys and values, then attends.
         """
+        q, cache = self.rotate_and_write(q, k, v, cache, plan, layer, rope, qk_norm)
+        return self.attend(q, cache, plan, layer, out=out), cache
+
+    def forward_with_lse(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        *,
+        rope: Rope | None = None,
+        qk_norm: QKNorm | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[PartialAttention, Cache]:
+        """As forward, with the log-sum-exp. Called where the spec has `lse`, which Platform.attention refuses unless
+        Capabilities.attention_lse declares it.
+
+        The part is the batch's: a row of one query over some of its sequence's blocks, with the number of their tokens
+        in seq_lens, 0 where it has none. What a query sees follows from query_start and seq_lens alone; positions are
+        those of the whole sequence, and so rotate right. Windows and ALiBi count from the part's last key: only the
+        part that holds the query's own key has them right. Only one part may have sinks; others get -inf.
+        """
+        q, cache = self.rotate_and_write(q, k, v, cache, plan, layer, rope, qk_norm)
+        return self.attend_with_lse(q, cache, plan, layer, out=out), cache
+
+    def rotate_and_write(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        rope: Rope | None,
+        qk_norm: QKNorm | None,
+    ) -> tuple[Tensor, Cache]:
+        """Queries after norm and rotary, and the cache with the new keys and values."""
         if rope is not None or qk_norm is not None:
             q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=self.positions(plan), rope=rope, qk_norm=qk_norm)
         if k is not None and v is not None:
             cache = self.write_kv(k, v, cache, plan, layer)
-        return self.attend(q, cache, plan, layer, out=out), cache
+        return q, cache
 
     def positions(self, plan: Plan) -> Tensor:
         """Token positions [num_tokens] of a plan, for the default forward."""
@@ -208,6 +213,18 @@ class AttentionBackend:
     ) -> Tensor:
         """Attention of every query over the keys of its row, causal, within the window."""
         raise Unsupported(self.name, ["attend is not implemented"])
+
+    def attend_with_lse(
+        self,
+        q: Tensor,
+        cache: Cache,
+        plan: Plan,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+    ) -> PartialAttention:
+        """As attend, with the log-sum-exp."""
+        raise Unsupported(self.name, ["attend_with_lse is not implemented"])
 
     def copy_blocks(self, cache: Cache, src: Sequence[int], dst: Sequence[int]) -> Cache:
         """Block dst[i] becomes a copy of block src[i]."""

@@ -45,6 +45,8 @@ class Capabilities:
     softcap: bool = True
     alibi: bool = True
     sinks: bool = True
+    attention_lse: bool = False
+    """Whether AttentionSpec.lse is served: attention over some of the keys, to be merged with attention over others."""
     mla: bool = False
     kv_write: Literal["in_place", "functional"] = "in_place"
     """functional: writing keys and values gives a new cache, and far block ids are not judged."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anychip.errors import Unsupported
 from anychip.plugin_api.capabilities import GraphLevel
+from anychip.plugin_api.plan import Plan, Recorder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anychip.plugin_api.attention import Plan
     from anychip.plugin_api.communicator import Communicator
 
 SCORES = "scores"
@@ -85,18 +85,6 @@ class ShapePolicy:
             num_pages=num_pages,
             features=features,
         )
-
-
-@dataclass(slots=True)
-class Recorder:
-    """Collects at capture what must be renewed per replay: a backend registers `renew(plan)`, and
-    GraphCapture.run calls it with the replay's plan, before or after the launch as the platform needs."""
-
-    renewals: list[tuple[int, Callable[[Plan], None]]] = field(default_factory=list)
-    """(KV group, function of that group's new plan)"""
-
-    def on_replay(self, group: int, renew: Callable[[Plan], None]) -> None:
-        self.renewals.append((group, renew))
 
 
 PlannedCall = Callable[[Sequence[Any], "Tensor | None"], "Tensor"]

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anychip.errors import Unsupported
+from anychip.plugin_api.memory import DeviceMemory
 from anychip.plugin_api.quantization import QuantScheme
 from anychip.types import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch import dtype as torch_dtype
-
-    from anychip.plugin_api.platform import Platform
 
 Packed = Any
 """A kernel's weights in its own layout: opaque to core."""
@@ -89,7 +88,7 @@ class LinearKernel:
 
     name = "unnamed"
 
-    def __init__(self, spec: LinearSpec, platform: Platform) -> None:
+    def __init__(self, spec: LinearSpec, platform: DeviceMemory) -> None:
         self.spec = spec
         self.platform = platform
         self._accepts = ActFormat(dtype=spec.dtype)

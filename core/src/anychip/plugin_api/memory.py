@@ -1,8 +1,13 @@
-"""Memory as a platform reports it. All sizes in bytes."""
+"""Memory as a platform reports it and as it gives it to kernels. All sizes in bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,3 +33,11 @@ class WeightsKey:
 
     name: str
     contents: str
+
+
+class DeviceMemory(Protocol):
+    """Where a kernel's weights come from: of its platform, a kernel needs no more."""
+
+    def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
+        """An uninitialised tensor on the device; `tag` as in Platform.allocate."""
+        ...

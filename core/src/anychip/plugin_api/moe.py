@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from anychip.errors import Unsupported
 from anychip.plugin_api.linear import Packed
+from anychip.plugin_api.memory import DeviceMemory
 from anychip.plugin_api.quantization import QuantScheme
 from anychip.types import DType
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anychip.plugin_api.communicator import Communicator
-    from anychip.plugin_api.platform import Platform
 
 
 Activation = Literal["silu", "gelu_tanh", "swiglu_clamped"]
@@ -67,7 +67,7 @@ class FusedMoE:
 
     name = "unnamed"
 
-    def __init__(self, spec: MoESpec, platform: Platform) -> None:
+    def __init__(self, spec: MoESpec, platform: DeviceMemory) -> None:
         self.spec = spec
         self.platform = platform
 

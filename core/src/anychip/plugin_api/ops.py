@@ -8,12 +8,12 @@ the reference runs, and `doctor` says so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anychip.plugin_api.attention import QKNorm, Rope
     from anychip.plugin_api.communicator import Communicator
     from anychip.plugin_api.linear import ActFormat, LinearKernel, Packed
 
@@ -52,6 +52,27 @@ def op_override(name: str, *, version: int) -> Callable[[F], F]:
         return fn
 
     return mark
+
+
+@dataclass(slots=True, kw_only=True)
+class Rope:
+    """Rotary embedding of a layer: cos and sin by position, [max_positions, rotary_dim / 2] each, float32."""
+
+    cos: Tensor
+    sin: Tensor
+    rotary_dim: int
+    interleaved: bool = False
+    """False: halves are rotated (neox); True: neighbours are (gpt-j)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class QKNorm:
+    """RMS norm over head_dim of queries and keys, before rotary."""
+
+    q_weight: Tensor  # [head_dim]
+    k_weight: Tensor  # [head_dim]
+    eps: float
+    unit_offset: bool = False
 
 
 class Ops(Protocol):

@@ -60,6 +60,7 @@ def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:
         ("softcap", spec.softcap is not None, capabilities.softcap),
         ("ALiBi", spec.alibi, capabilities.alibi),
         ("sinks", spec.sinks, capabilities.sinks),
+        ("the log-sum-exp of attention", spec.lse, capabilities.attention_lse),
         ("MLA", spec.kind == "mla", capabilities.mla),
     ):
         if wanted and not declared:

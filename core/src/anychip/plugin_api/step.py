@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from anychip.errors import Unsupported
-from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec, QKNorm, Rope
+from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec
 from anychip.plugin_api.communicator import Communicator
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
 from anychip.plugin_api.step_inputs import EnteringRow, SamplingInputs, StepInputs
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anychip.plugin_api.linear import WeightView
-    from anychip.plugin_api.ops import Ops
+    from anychip.plugin_api.ops import Ops, QKNorm, Rope
 
 State = Any
 Hidden = Any

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from anychip.plugin_api.attention import BatchView
 from anychip.plugin_api.graph import DRAFTS, MASKS, ShapeKey
+from anychip.plugin_api.plan import BatchView
 from anychip.plugin_api.step_arrays import ALIGN, Layout, held_arrays, layout_of
 from anychip.plugin_api.step_inputs import SamplingInputs, StepInputs
 

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
+from anychip.drafts import Drafter
 from anychip.registry.blame import made_by_name
-
-
-class Draft(NamedTuple):
-    """Tokens that may follow, and the number of tokens before them on which the guess rests: the more they are, the
-    likelier it holds."""
-
-    token_ids: Sequence[int]
-    evidence: int
-
-
-NO_DRAFT = Draft((), 0)
-
-
-class Drafter(Protocol):
-    """Guesses how one sequence goes on. What it raises costs its sequence the drafts, and nothing else."""
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """These tokens follow those before. Called with the prompt first. Cheap: the work is `catch_up`'s."""
-        ...
-
-    def catch_up(self, most: int) -> int:
-        """Takes in at most `most` of the tokens that it was told of; returns how many it took in."""
-        ...
-
-    def draft(self, most: int) -> Draft:
-        """What may follow the last token, at most `most` tokens. Called once all tokens are taken in."""
-        ...
 
 
 class Proposer(Protocol):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from anychip.drafts import NO_DRAFT, Draft, Speculation
 from anychip.messages import SpeculationStats
 from anychip.request import Request
 from anychip.speculation.lengths import Acceptance, StepCosts, choose_lengths, newer_rate
-from anychip.speculation.proposer import NO_DRAFT, Draft, Drafter, Proposer
+from anychip.speculation.proposer import Proposer
 
 log = logging.getLogger("anychip.engine")
 
@@ -26,23 +26,6 @@ _FORGET_EVERY = 1024
 
 _SURE = 64
 """Evidence of a token that a grammar forces."""
-
-
-@dataclass(slots=True)
-class Speculation:
-    """What belongs to one sequence."""
-
-    drafter: Drafter
-    num_told: int = 0
-    """Tokens that the drafter was told of."""
-    behind: int = 0
-    """Of those, the ones that it has not taken in."""
-    rate: float | None = None
-    """How often its drafts were drawn."""
-    evidence: int = 0
-    """Of the draft in flight."""
-    ahead: tuple[int, Draft] = (-1, NO_DRAFT)
-    """The newest draft, and how many tokens the sequence had then."""
 
 
 class Speculator:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from anychip.speculation.proposer import NO_DRAFT, Draft, Drafter
+from anychip.drafts import NO_DRAFT, Draft, Drafter
 
 _KEY = 3
 """Tokens that places are looked up by, and the shortest match."""

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from anychip.ops.reference import functional, quantized, sampling
 from anychip.ops.reference.arena import arena_views
-from anychip.ops.reference.attention import DenseCacheAttention, ReferenceAttention, attend_row, softmax_with_sinks
+from anychip.ops.reference.attention import (
+    DenseCacheAttention,
+    ReferenceAttention,
+    attend_row,
+    attend_row_with_lse,
+    merge_attention,
+    softmax_with_sinks,
+)
 from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
@@ -34,7 +41,8 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "Drawn", "EditState",
     "ExpertWeights", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLinear", "ReferenceMoE",
-    "arena_views", "attend_row", "draw_tokens", "functional", "quantized", "reference_linear", "sampling",
+    "arena_views", "attend_row", "attend_row_with_lse", "draw_tokens", "functional", "merge_attention", "quantized",
+    "reference_linear", "sampling",
     "softmax_with_sinks", "token_scores",
 ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from anychip.plugin_api import (
     AttentionSpec,
     BatchView,
     KVLayout,
+    PartialAttention,
     Unsupported,
     dense_page_bytes,
 )
@@ -107,6 +108,32 @@ class ReferenceAttention(DenseCacheAttention):
         out: Tensor | None = None,
     ) -> Tensor:
         result = torch.zeros_like(q) if out is None else out.zero_()
+        for row, k, v in self._rows(cache, plan, layer):
+            result[row] = attend_row(
+                q[row], k, v, self.spec, scale=layer.scale, sinks=layer.sinks, slopes=layer.alibi_slopes
+            )
+        return result
+
+    def attend_with_lse(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        plan: BatchView,
+        layer: AttentionLayer,
+        *,
+        out: Tensor | None = None,
+    ) -> PartialAttention:
+        result = torch.zeros_like(q) if out is None else out.zero_()
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        for row, k, v in self._rows(cache, plan, layer):
+            part = attend_row_with_lse(
+                q[row], k, v, self.spec, scale=layer.scale, sinks=layer.sinks, slopes=layer.alibi_slopes
+            )
+            result[row], lse[row] = part.out, part.lse
+        return PartialAttention(result, lse)
+
+    def _rows(self, cache: Tensor, plan: BatchView, layer: AttentionLayer) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each row's query tokens, and its keys and values [length, num_kv_heads, head_dim]."""
         starts = plan.query_start.tolist()
         for row, length in enumerate(plan.seq_lens.tolist()):
             begin, end = starts[row], starts[row + 1]
@@ -115,10 +142,7 @@ class ReferenceAttention(DenseCacheAttention):
                 pages = cache[blocks]  # [pages, 2, block_size, num_kv_heads, head_dim]
                 k = self.decode(pages[:, 0].flatten(0, 1)[:length], layer.k_scale)
                 v = self.decode(pages[:, 1].flatten(0, 1)[:length], layer.v_scale)
-                result[begin:end] = attend_row(
-                    q[begin:end], k, v, self.spec, scale=layer.scale, sinks=layer.sinks, slopes=layer.alibi_slopes
-                )
-        return result
+                yield slice(begin, end), k, v
 
 
 def attend_row(
@@ -133,6 +157,48 @@ def attend_row(
 ) -> Tensor:
     """The last len(q) tokens of a sequence over all its keys: q [queries, num_heads, head_dim], k and v
     [length, num_kv_heads, head_dim]; sinks and ALiBi slopes [num_heads]."""
+    scores, v = _scores_and_values(q, k, v, spec, scale=scale, slopes=slopes)
+    return _weighted(scores, v, sinks).to(q.dtype)
+
+
+def attend_row_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> PartialAttention:
+    """attend_row, with the log-sum-exp. No keys at all: zeros, and -inf or the sinks."""
+    if len(k) == 0:
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        return PartialAttention(torch.zeros_like(q), lse if sinks is None else sinks.float().expand_as(lse))
+    scores, v = _scores_and_values(q, k, v, spec, scale=scale, slopes=slopes)
+    lse = scores.logsumexp(dim=-1).T  # [queries, num_heads]
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float())
+    return PartialAttention(_weighted(scores, v, sinks).to(q.dtype), lse)
+
+
+def merge_attention(first: PartialAttention, second: PartialAttention) -> PartialAttention:
+    """Attention over the keys of both parts, which share none: each counts by its sum of exponentials. A part that saw
+    nothing, -inf, changes nothing; where neither saw anything, the result is as a part's."""
+    most = torch.maximum(first.lse, second.lse)
+    most = most.masked_fill(most == -torch.inf, 0)
+    weights = (first.lse - most).exp(), (second.lse - most).exp()  # the greater is 1, unless both are 0
+    total = weights[0] + weights[1]
+    summed = sum(weight.unsqueeze(-1) * part.out.float() for weight, part in zip(weights, (first, second), strict=True))
+    out = summed / total.clamp(min=1).unsqueeze(-1)
+    return PartialAttention(out.to(first.out.dtype), most + total.log())
+
+
+def _scores_and_values(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, scale: float, slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores as the softmax sees them, [num_heads, queries, keys] with -inf where a key is hidden, and values
+    [keys, num_heads, head_dim], in float32."""
     repeat = spec.num_heads // spec.num_kv_heads
     k, v = k.repeat_interleave(repeat, dim=1).float(), v.repeat_interleave(repeat, dim=1).float()
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
@@ -147,9 +213,13 @@ def attend_row(
         hidden |= keys <= queries - spec.window
         # Blocks that a window has left behind are the null block, whose bytes may be anything.
         v = v.masked_fill(hidden.all(dim=0)[:, None, None], 0)
-    scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.masked_fill(hidden, -torch.inf), v
+
+
+def _weighted(scores: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    """[queries, num_heads, head_dim]"""
     weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(-1, 1, 1))
-    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:

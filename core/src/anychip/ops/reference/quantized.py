@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import FP8_MAX, INT4_ZERO, Platform, QuantScheme
+from anychip.plugin_api import FP8_MAX, INT4_ZERO, QuantScheme
+from anychip.plugin_api.memory import DeviceMemory
 from anychip.types import cdiv
 
 INT8_MAX = 127.0
@@ -70,7 +71,7 @@ class QuantizedMatrix:
     input_scale: Tensor | None  # [1]
 
     @classmethod
-    def allocate(cls, shape: tuple[int, int], scheme: QuantScheme, platform: Platform) -> QuantizedMatrix:
+    def allocate(cls, shape: tuple[int, int], scheme: QuantScheme, platform: DeviceMemory) -> QuantizedMatrix:
         rows, columns = shape
         groups = cdiv(columns, scheme.group_size) if scheme.group_size else 1
         kinds = {"int8": "int8", "int8-w8a8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}

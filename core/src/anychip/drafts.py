@@ -1,0 +1,53 @@
+"""What is guessed of one sequence: a draft, what makes it, and where that stands. Does not choose lengths or judge what
+came of a draft: speculation/ does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow, and the number of tokens before them on which the guess rests: the more they are, the
+    likelier it holds."""
+
+    token_ids: Sequence[int]
+    evidence: int
+
+
+NO_DRAFT = Draft((), 0)
+
+
+class Drafter(Protocol):
+    """Guesses how one sequence goes on. What it raises costs its sequence the drafts, and nothing else."""
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """These tokens follow those before. Called with the prompt first. Cheap: the work is `catch_up`'s."""
+        ...
+
+    def catch_up(self, most: int) -> int:
+        """Takes in at most `most` of the tokens that it was told of; returns how many it took in."""
+        ...
+
+    def draft(self, most: int) -> Draft:
+        """What may follow the last token, at most `most` tokens. Called once all tokens are taken in."""
+        ...
+
+
+@dataclass(slots=True)
+class Speculation:
+    """What belongs to one sequence."""
+
+    drafter: Drafter
+    num_told: int = 0
+    """Tokens that the drafter was told of."""
+    behind: int = 0
+    """Of those, the ones that it has not taken in."""
+    rate: float | None = None
+    """How often its drafts were drawn."""
+    evidence: int = 0
+    """Of the draft in flight."""
+    ahead: tuple[int, Draft] = (-1, NO_DRAFT)
+    """The newest draft, and how many tokens the sequence had then."""
