@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from anychip.bench.report import write
+from anychip.drafts import Draft, Drafter
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepDecision, StepResult
 from anychip.plugin_api import ShapePolicy, StepLimits
@@ -27,7 +28,7 @@ from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
-from anychip.speculation.proposer import Draft, Drafter, Proposer
+from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
 from anychip.types import RequestId
 from anychip.worker.input_batch import InputBatch

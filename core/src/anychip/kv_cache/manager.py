@@ -122,10 +122,12 @@ class KVCacheManager:
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Makes room for the next `num_tokens`, recording what changed. False, with nothing changed but blocks
-        that a window has passed, when the pool is short. Until the request has computed `next_change_at` tokens,
-        there is room for its next one without asking: its block is there, and nobody else's. A window that passes a
+        that a window has passed, when the pool is short. Its first `next_change_at` tokens need no more than
+        it has: their blocks are there, and those that are still to be written are nobody else's. A window that passes a
         block meanwhile gives it back when a new one is needed, so a request never holds more for that."""
         start, end = request.num_computed, request.num_computed + num_tokens
+        if end <= request.next_change_at:
+            return True
         if not self._allocate_groups(request, start, end):
             return False
         request.next_change_at = min([cdiv(end, group.block_size) * group.block_size for group in self.groups])
