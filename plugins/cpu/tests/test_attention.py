@@ -80,7 +80,7 @@ def test_attention_equals_the_reference_on_ragged_batches(
     torch.manual_seed(seed)
     spec = AttentionSpec(
         num_heads=heads[0], num_kv_heads=heads[1], head_dim=dim, dtype="float32", kv_dtype=kv_dtype, window=window,
-        softcap=softcap, sinks=extra == "sinks", alibi=extra == "alibi",
+        softcap=softcap, sinks=extra == "sinks", alibi=extra == "alibi", lse=isa in COMPILED,
     )  # fmt: skip
     layer = AttentionLayer(index=0, scale=dim**-0.5, ops=OPS)
     if kv_dtype != "float32":
@@ -110,14 +110,19 @@ def test_attention_equals_the_reference_on_ragged_batches(
                 q, k, v, caches[index], backend.plan(first, key(first), group=0), layer, rope=turn, qk_norm=norm
             )
     q, k, v = tensors(batch.num_tokens, spec)
-    results = []
+    results, sums = [], []
     for backend, cache in zip((mine, reference), caches, strict=True):
-        results.append(
-            backend.forward(q, k, v, cache, backend.plan(batch, key(batch), group=0), layer, rope=turn, qk_norm=norm)[0]
-        )
+        plan, turned = backend.plan(batch, key(batch), group=0), {"rope": turn, "qk_norm": norm}
+        results.append(backend.forward(q, k, v, cache, plan, layer, **turned)[0])
+        if spec.lse:
+            part, _ = backend.forward_with_lse(q, None, None, cache, plan, layer, **turned)
+            assert part.out.equal(results[-1])
+            sums.append(part.lse)
     # A turned key's last bit depends on the order of its sums, and now and then decides how a narrow cache rounds it.
     bound = 3e-5 if kv_dtype == "float32" or not rope else 2e-3
     torch.testing.assert_close(results[0], results[1], rtol=bound, atol=bound)
+    if spec.lse:
+        torch.testing.assert_close(sums[0], sums[1], rtol=bound, atol=bound)
 
 
 def key(batch):
@@ -155,7 +160,9 @@ def as_past(batch, rows):
 @pytest.mark.parametrize("isa", COMPILED)
 def test_one_long_row_is_split_and_comes_out_the_same(open_cpu, isa):
     """A single query over many keys goes to several threads, which add up what they found."""
-    spec = AttentionSpec(num_heads=4, num_kv_heads=1, head_dim=32, dtype="float32", kv_dtype="float32", sinks=True)
+    spec = AttentionSpec(
+        num_heads=4, num_kv_heads=1, head_dim=32, dtype="float32", kv_dtype="float32", sinks=True, lse=True
+    )
     torch.manual_seed(0)
     layer = AttentionLayer(index=0, scale=0.2, ops=OPS, sinks=torch.randn(4))
     rows = [(2000, 1)]
@@ -172,8 +179,9 @@ def test_one_long_row_is_split_and_comes_out_the_same(open_cpu, isa):
         mine.forward(*tensors(2000, spec), cache, mine.plan(first, key(first), group=0), layer)
         plan = mine.plan(batch, key(batch), group=0)
         assert bool(plan.merges) == (threads > 1)
-        results.append(mine.forward(*tensors(1, spec), cache, plan, layer)[0])
-    torch.testing.assert_close(results[0], results[-1], rtol=1e-5, atol=1e-6)
+        results.append(mine.forward_with_lse(*tensors(1, spec), cache, plan, layer)[0])
+    torch.testing.assert_close(results[0].out, results[-1].out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0].lse, results[-1].lse, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
@@ -201,6 +209,12 @@ def test_a_token_without_a_slot_is_not_written(open_cpu, isa):
     ones = torch.ones(3, 1, 8)
     cache = mine.forward(torch.ones(3, 2, 8), ones, ones, cache, mine.plan(batch, key(batch), group=0), layer)[1]
     assert int(mine.export_blocks(cache, range(num_blocks)).sum()) == 2 * 2 * 8
+
+
+def test_plain_pytorch_refuses_the_log_sum_exp(open_cpu):
+    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8, dtype="float32", kv_dtype="float32", lse=True)
+    with pytest.raises(Unsupported, match="log-sum-exp"):
+        open_cpu(native.REFERENCE).attention(spec)
 
 
 def test_what_is_not_declared_is_refused_with_every_reason(open_cpu):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class CpuPlatform(Platform):
         threads = options.threads or min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
         self.kernels = native.load(options.isa)
         if self.kernels is not None:
+            self.capabilities = replace(self.capabilities, attention_lse=True)
             self.isa = native.name_of(self.kernels)
             self.kernels.set_threads(threads)
         elif not options.isa:

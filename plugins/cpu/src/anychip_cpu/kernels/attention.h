@@ -15,15 +15,18 @@ namespace anychip {
 constexpr int kKeys = 128;       // of a tile
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-// out = sums / total, a sink taking its share of the total.
+// out = sums / total, a sink taking its share of the total; *lse, where it is wanted, the logarithm of the total of
+// whole exponentials.
 template <class V, class T>
-void finish(T* out, const float* sums, float most, float total, const Layer& l, int64_t head, float factor) {
+void finish(T* out, float* lse, const float* sums, float most, float total, const Layer& l, int64_t head, float factor) {
   if (l.sinks) {
     const float top = std::max(most, l.sinks[head]);
     const float shrink = most == kHidden ? 0.0f : std::exp(most - top);
     total = total * shrink + std::exp(l.sinks[head] - top);
     factor *= shrink;
+    most = top;
   }
+  if (lse) *lse = total > 0 ? most + std::log(total) : kHidden;
   const auto scale = V::set1(total > 0 ? factor / total : 0.0f);
   each_vector<V>(l.dim, [&](int64_t i, auto n) { store<V>(out + i, V::mul(V::load(sums + i), scale), n); });
 }
@@ -236,8 +239,9 @@ class Item {
   void write() {
     for (int64_t m = 0; m < rows_; ++m) {
       const int64_t head = item_.head * group_ + m % group_;
-      T* out = (T*)call_.out + ((first_token_ + m / group_) * l_.heads + head) * l_.dim;
-      finish<V, T>(out, sums_ + m * l_.padded_dim, most_[m], total_[m], l_, head, factor(l_.v_scale));
+      const int64_t place = (first_token_ + m / group_) * l_.heads + head;
+      float* lse = call_.lse ? call_.lse + place : nullptr;
+      finish<V, T>((T*)call_.out + place * l_.dim, lse, sums_ + m * l_.padded_dim, most_[m], total_[m], l_, head, factor(l_.v_scale));
     }
   }
 
@@ -291,7 +295,8 @@ void merge(const AttentionCall& call, const AttentionMerge& merge) {
       for (int64_t d = 0; d < l.dim; ++d) sums[d] += part[m * l.padded_dim + d] * shrink;
     }
     const int64_t head = merge.head * rows + m, token = call.batch.query_start[merge.row] + merge.query_begin;
-    finish<V, T>((T*)call.out + (token * l.heads + head) * l.dim, sums, most, total, l, head, 1.0f);
+    const int64_t place = token * l.heads + head;
+    finish<V, T>((T*)call.out + place * l.dim, call.lse ? call.lse + place : nullptr, sums, most, total, l, head, 1.0f);
   }
 }
 

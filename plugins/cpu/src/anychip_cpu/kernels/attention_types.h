@@ -56,7 +56,8 @@ struct AttentionCall {
   const void *q, *k, *v;  // [tokens, heads or kv heads, dim], rows ld apart; k and v null: the cache is only read
   int64_t ldq, ldk, ldv;
   char* cache;
-  void* out;  // [tokens, heads, dim]
+  void* out;   // [tokens, heads, dim]
+  float* lse;  // [tokens, heads], or null: the logarithm of each softmax's sum, and -inf where nothing was seen
 };
 
 }  // namespace anychip

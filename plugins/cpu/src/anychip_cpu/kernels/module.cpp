@@ -182,12 +182,13 @@ PyObject* plan(PyObject*, Args args, Py_ssize_t count) {
   return Py_BuildValue("NN", bytes(made.items), bytes(made.merges));
 }
 
-// (layer, batch, items, merges, q, ldq, k, ldk, v, ldv, cache, out)
+// (layer, batch, items, merges, q, ldq, k, ldk, v, ldv, cache, out, and where it is wanted lse)
 PyObject* paged_attention(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
   const Layer* layer = a.structure<Layer>();
   Batch batch = *a.structure<Batch>();
-  if (a.failed() || count != 12) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "12 arguments");
+  if (a.failed() || (count != 12 && count != 13))
+    return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "12 or 13 arguments");
   char *items = nullptr, *merges = nullptr;
   Py_ssize_t item_bytes = 0, merge_bytes = 0;
   if (PyBytes_AsStringAndSize(args[2], &items, &item_bytes) < 0) return nullptr;
@@ -195,11 +196,12 @@ PyObject* paged_attention(PyObject*, Args args, Py_ssize_t count) {
   batch.items = (const AttentionItem*)items, batch.num_items = item_bytes / Py_ssize_t(sizeof(AttentionItem));
   batch.merges = (const AttentionMerge*)merges, batch.num_merges = merge_bytes / Py_ssize_t(sizeof(AttentionMerge));
   Arguments rest(args + 4, count - 4);
-  AttentionCall call{*layer, batch, nullptr, nullptr, nullptr, 0, 0, 0, nullptr, nullptr};
+  AttentionCall call{*layer, batch, nullptr, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr};
   call.q = rest.address<void>(), call.ldq = rest.integer();
   call.k = rest.address<void>(), call.ldk = rest.integer();
   call.v = rest.address<void>(), call.ldv = rest.integer();
   call.cache = rest.address<char>(), call.out = rest.address<void>();
+  if (count == 13) call.lse = rest.address<float>();
   if (rest.failed()) return nullptr;
   return without_gil([&] { attention(call); });
 }
