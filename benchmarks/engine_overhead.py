@@ -113,7 +113,7 @@ def measure(num_seqs: int, groups: tuple[KVGroup, ...], *, drafts: int = 0) -> d
         rules=DeviceRules(),
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs * PROMPT,
-        speculator=Speculator(AlwaysSure(), max_drafts=drafts, costs=None) if drafts else None,
+        speculator=Speculator(AlwaysSure(), max_drafts=drafts, vocab_size=32000, costs=None) if drafts else None,
     )
     worker, encoder = FakeWorker(num_seqs, max_len, len(groups)), msgspec.msgpack.Encoder()
     rng = np.random.default_rng(0)

@@ -21,7 +21,8 @@ NO_DRAFT = Draft((), 0)
 
 
 class Drafter(Protocol):
-    """Guesses how one sequence goes on. What it raises costs its sequence the drafts, and nothing else."""
+    """Guesses how one sequence goes on. What it raises, what is no draft, and a call that takes more than a second cost
+    its sequence the drafts, and nothing else."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """These tokens follow those before. Called with the prompt first. Cheap: the work is `catch_up`'s."""
@@ -32,7 +33,7 @@ class Drafter(Protocol):
         ...
 
     def draft(self, most: int) -> Draft:
-        """What may follow the last token, at most `most` tokens. Called once all tokens are taken in."""
+        """What may follow the last token, at most `most` tokens of the vocabulary. Called once all are taken in."""
         ...
 
 

@@ -4,140 +4,21 @@ cache offers what was drawn alone."""
 from __future__ import annotations
 
 import random
-from array import array
-from collections import deque
-from dataclasses import dataclass, field
 
 import pytest
-from engine_kit import make_core, make_scheduler
+from drafts_kit import Guesses, alone, engine, message, run, speculating
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.config import EngineConfig
-from anychip.drafts import Draft
-from anychip.engine.engine_core import EngineCore
 from anychip.errors import ConfigError
-from anychip.messages import AddRequest, DeviceRules, KVGroup, StepResult
+from anychip.messages import DeviceRules, KVGroup
 from anychip.request import Request
-from anychip.sampling_params import SamplingParams
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
 from anychip.speculation.lengths import StepCosts
 from anychip.speculation.proposer import make_proposer
 from anychip.speculation.speculator import Speculator
-
-STOP = 2
-
-
-def drawn_after(ids: list[int], index: int) -> int:
-    """What the device draws behind these tokens: few different ones, so that texts repeat themselves."""
-    return 2 + (sum(ids[-3:]) * 7 + len(ids) * (index + 1) % 5) % 11
-
-
-@dataclass
-class Guesses:
-    """Proposer and drafter: right and wrong drafts of changing lengths."""
-
-    rng: random.Random
-    right: float
-    told: list[int] = field(default_factory=list)
-
-    def begin(self, tenant: str) -> Guesses:
-        return Guesses(self.rng, self.right)
-
-    def end(self, drafter: Guesses) -> None:
-        pass
-
-    def extend(self, token_ids) -> None:
-        self.told += token_ids
-
-    def catch_up(self, most: int) -> int:
-        return most
-
-    def draft(self, most: int) -> Draft:
-        ids = list(self.told)
-        for _ in range(self.rng.randrange(most + 1)):
-            guess = drawn_after(ids, 0) if self.rng.random() < self.right else self.rng.randrange(2, 13)
-            ids.append(guess)
-        return Draft(ids[len(self.told) :], 5)
-
-
-class Device:
-    """executor.Executor that draws what `drawn_after` says, and remembers what stands in every block."""
-
-    def __init__(self, core: EngineCore) -> None:
-        self.core, self.steps, self.pending = core, {}, deque[ScheduledStep]()
-        self.blocks: dict[int, dict[int, int]] = {}
-        self.computed: dict[int, int] = {}  # by slot, as a worker knows it
-        self.most_drafts = 0
-        schedule = core.scheduler.schedule
-
-        def watched() -> ScheduledStep | None:
-            assert not any(step.drafts for step in self.pending), "nobody knows where its sequences stand"
-            step = schedule()
-            if step is not None:
-                self.steps[step.decision.step_id] = step
-                self._write(step)
-            return step
-
-        core.scheduler.schedule = watched
-        core.executor.launch = lambda decision: self.pending.append(self.steps.pop(decision.step_id))
-        core.executor.collect = self._collect
-
-    def _write(self, step: ScheduledStep) -> None:
-        for source, copy in step.decision.copies:
-            self.blocks[copy] = dict(self.blocks[source])
-        self.computed |= {row.slot: row.num_computed for row in step.decision.new_rows}
-        rewinds = memoryview(step.decision.rewinds).cast("i")
-        self.computed |= dict(zip(rewinds[::2], rewinds[1::2], strict=True))
-        drafts = dict(zip(map(id, step.sampling), step.drafts or (), strict=False))
-        counts = memoryview(step.decision.num_tokens).cast("i")
-        for request, count in zip(step.requests, counts, strict=True):
-            draft = drafts.get(id(request), ())
-            self.most_drafts = max(self.most_drafts, len(draft))
-            text = [*request.token_ids, *draft]
-            assert self.computed[request.slot] == request.num_computed - count, "the worker's row stands elsewhere"
-            self.computed[request.slot] = request.num_computed
-            assert request.num_computed < request.num_prompt + request.max_output, "its last token is never computed"
-            for at in range(request.num_computed - count, request.num_computed):
-                size = self.core.scheduler.kv.groups[0].block_size
-                block = request.block_ids[0][at // size]
-                self.blocks.setdefault(block, {})[at % size] = text[at] if at < len(text) else -1
-
-    def _collect(self) -> StepResult:
-        step = self.pending.popleft()
-        gained, ids = [], []
-        for place, request in enumerate(step.sampling):
-            text = request.token_ids
-            for guess in (*(step.drafts[place] if step.drafts else ()), None):
-                text.append(drawn_after(text, request.index))
-                if guess != text[-1]:
-                    break
-            gained.append(len(text) - request.num_known)
-            ids += text[request.num_known :]
-        counts = array("i", gained).tobytes() if step.drafts else b""
-        return StepResult(step.decision.step_id, array("i", ids).tobytes(), {}, num_gained=counts)
-
-    def check_offers(self, offered: dict[int, list[int]]) -> None:
-        """Every block on offer holds the tokens under whose hash it is offered."""
-        for block, tokens in offered.items():
-            found = [self.blocks[block][at] for at in range(len(tokens))]
-            assert found == tokens, f"block {block} is offered as {tokens} and holds {found}"
-
-
-def alone(prompt: list[int], index: int, max_output: int) -> list[int]:
-    """A sequence, token by token."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + max_output:
-        ids.append(drawn_after(ids, index))
-        if ids[-1] == STOP:
-            break
-    return ids[len(prompt) :]
-
-
-def engine(speculator: Speculator | None, *, max_in_flight: int = 1, **scheduler) -> tuple[EngineCore, Device]:
-    core = make_core(make_scheduler(speculator=speculator, **scheduler), max_in_flight=max_in_flight)
-    return core, Device(core)
 
 
 def offers_of(scheduler: Scheduler) -> dict[int, list[int]]:
@@ -167,24 +48,6 @@ def offers_of(scheduler: Scheduler) -> dict[int, list[int]]:
     return offered
 
 
-def run(core: EngineCore, messages: list[AddRequest], each=lambda: None) -> dict[tuple[str, int], list[int]]:
-    for message in messages:
-        core.add(message)
-    found: dict[tuple[str, int], list[int]] = {}
-    for _ in range(3000):
-        if not core.has_work:
-            return found
-        for delta in core.step():
-            found.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
-        each()
-    raise AssertionError("the workload did not end")
-
-
-def message(name: str, prompt: list[int], max_output: int, n: int = 1, tenant: str = "", stops=(STOP,)) -> AddRequest:
-    sampling = SamplingParams(max_tokens=max_output, n=n)
-    return AddRequest(name, array("i", prompt).tobytes(), sampling, max_output, stops, tenant=tenant)
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=20), min_size=1, max_size=5),
@@ -202,7 +65,7 @@ def test_every_sequence_is_what_is_drawn_without_drafts(
 ):
     """Blocks are short in some, so that sequences are preempted with drafts in flight."""
     guesses = Guesses(random.Random(seed), right)
-    speculator = Speculator(guesses, max_drafts=max_drafts, costs=None)
+    speculator = speculating(guesses, max_drafts=max_drafts)
     core, device = engine(speculator, num_blocks=num_blocks, budget=budget, max_in_flight=max_in_flight)
     offered = offers_of(core.scheduler)
 
@@ -227,7 +90,7 @@ def test_every_sequence_is_what_is_drawn_without_drafts(
 
 def test_right_drafts_save_steps():
     long = message("a", [5, 6, 7], 30, stops=())
-    core, device = engine(Speculator(Guesses(random.Random(0), 1.0), max_drafts=4, costs=None), max_in_flight=2)
+    core, device = engine(speculating(Guesses(random.Random(0), 1.0)), max_in_flight=2)
     run(core, [long])
     stats = core.scheduler.stats
     assert stats.steps < 18 and device.most_drafts == 4
@@ -243,13 +106,13 @@ def test_drafts_take_no_block_from_a_sequence_and_keep_none_that_they_do_not_nee
         run(core, messages)
         return core.scheduler.stats.preemptions
 
-    wrong = Speculator(Guesses(random.Random(1), 0.0), max_drafts=6, costs=None)
+    wrong = speculating(Guesses(random.Random(1), 0.0), max_drafts=6)
     assert preemptions(wrong) == preemptions(None) == 0
 
 
 @pytest.mark.parametrize("rules", [DeviceRules(takes_drafts=False), DeviceRules(max_padded_tokens=8)])
 def test_drafts_obey_the_devices_rules(rules):
-    core, device = engine(Speculator(Guesses(random.Random(3), 1.0), max_drafts=6, costs=None), rules=rules)
+    core, device = engine(speculating(Guesses(random.Random(3), 1.0), max_drafts=6), rules=rules)
     schedule = core.scheduler.schedule
 
     def watched() -> ScheduledStep | None:
@@ -265,45 +128,10 @@ def test_drafts_obey_the_devices_rules(rules):
     assert (device.most_drafts > 0) == rules.takes_drafts
 
 
-class Failing(Guesses):
-    """Raises where it is told to, for the second sequence."""
-
-    where, made = "", 0
-
-    def begin(self, tenant: str) -> Failing:
-        drafter = Failing(self.rng, 1.0)
-        Failing.made += 1
-        if Failing.made == 2:
-            if Failing.where == "begin":
-                raise OSError("no drafts to be had")
-            for name in ("extend", "catch_up", "draft"):
-                if Failing.where == name:
-                    setattr(drafter, name, self._raise)
-        return drafter
-
-    def end(self, drafter) -> None:
-        if Failing.where == "end":
-            raise OSError("no end")
-
-    def _raise(self, *_):
-        raise OSError("no drafts to be had")
-
-
-@pytest.mark.parametrize("where", ["begin", "extend", "catch_up", "draft", "end"])
-def test_a_proposer_that_fails_costs_its_sequence_the_drafts_alone(where, caplog):
-    Failing.where, Failing.made = where, 0
-    core, device = engine(Speculator(Failing(random.Random(0), 1.0), max_drafts=4, costs=None))
-    found = run(core, [message("a", [5, 6], 20), message("b", [7, 3], 20)])
-    assert found == {("a", 0): alone([5, 6], 0, 20), ("b", 0): alone([7, 3], 0, 20)}
-    assert device.most_drafts > 1, "the other one's drafts went on"
-    assert core.scheduler.stats.speculation.failures == (2 if where == "end" else 1)
-    assert "goes on without drafts: the proposer raised OSError" in caplog.text
-
-
 def test_steps_are_not_overlapped_for_drafts_that_do_not_pay():
     """A step of two tokens takes ten times as long: the second step is launched while the first one runs."""
     costs = StepCosts([(1, 0.001), (2, 0.01), (64, 0.32)])
-    core, device = engine(Speculator(Guesses(random.Random(0), 0.5), max_drafts=4, costs=costs), max_in_flight=2)
+    core, device = engine(speculating(Guesses(random.Random(0), 0.5), costs=costs), max_in_flight=2)
     collect, overlapped = core.executor.collect, []
     core.executor.collect = lambda: (overlapped.append(len(device.pending)), collect())[1]
     run(core, [message("a", [5, 6], 25, stops=())])
@@ -311,7 +139,7 @@ def test_steps_are_not_overlapped_for_drafts_that_do_not_pay():
 
 
 def test_idle_time_between_requests_is_no_cost_of_drafts():
-    speculator = Speculator(Guesses(random.Random(0), 1.0), max_drafts=4, costs=StepCosts([(1, 0.01), (64, 0.011)]))
+    speculator = speculating(Guesses(random.Random(0), 1.0), costs=StepCosts([(1, 0.01), (64, 0.011)]))
     core, device = engine(speculator)
     run(core, [message("a", [5, 6], 20, stops=())])
     for name in "bcdefghijk":
@@ -322,7 +150,7 @@ def test_idle_time_between_requests_is_no_cost_of_drafts():
 
 def test_what_drafts_saved_counts_what_their_tokens_cost():
     """Each draft costs half of a step of its own, and all are right."""
-    speculator = Speculator(Guesses(random.Random(0), 1.0), max_drafts=4, costs=StepCosts([(1, 0.01), (9, 0.05)]))
+    speculator = speculating(Guesses(random.Random(0), 1.0), costs=StepCosts([(1, 0.01), (9, 0.05)]))
     core, _ = engine(speculator)
     run(core, [message("a", [5, 6], 30, stops=())])
     stats = core.scheduler.stats.speculation
@@ -332,7 +160,7 @@ def test_what_drafts_saved_counts_what_their_tokens_cost():
 
 def test_one_tenant_never_sees_anothers_text_in_drafts():
     proposer = make_proposer("suffix", {})
-    speculator = Speculator(proposer, max_drafts=6, costs=None)
+    speculator = speculating(proposer, max_drafts=6)
     core, device = engine(speculator)
     run(core, [message("a", [5, 6, 7, 8], 25, tenant="one")])
     assert device.most_drafts == 0, "nothing in the sequence stood there before"
@@ -353,7 +181,7 @@ def test_a_proposer_that_does_not_exist_is_refused_by_name():
 
 def test_windows_and_several_groups_keep_their_blocks_right():
     groups = (KVGroup(block_size=4), KVGroup(block_size=4, window=6))
-    core, _ = engine(Speculator(Guesses(random.Random(5), 0.8), max_drafts=5, costs=None), groups=groups, num_blocks=60)
+    core, _ = engine(speculating(Guesses(random.Random(5), 0.8), max_drafts=5), groups=groups, num_blocks=60)
 
     def check() -> None:
         held = [request for each in core.scheduler.requests.values() for request in each.values()]

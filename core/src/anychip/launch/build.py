@@ -60,7 +60,7 @@ def build_engine(
             rules=executor.ready.rules,
             max_num_seqs=config.resolved_max_num_seqs,
             max_num_batched_tokens=config.resolved_max_num_batched_tokens,
-            speculator=None if proposer is None else _speculator(config, proposer, executor.ready),
+            speculator=None if proposer is None else _speculator(config, model, proposer, executor.ready),
         )
     except BaseException:
         executor.close("refused")
@@ -79,9 +79,9 @@ def build_engine(
     )
 
 
-def _speculator(config: EngineConfig, proposer: Proposer, ready: WorkerReady) -> Speculator:
+def _speculator(config: EngineConfig, model: ModelConfig, proposer: Proposer, ready: WorkerReady) -> Speculator:
     costs = StepCosts(ready.step_costs) if ready.step_costs else None
-    return Speculator(proposer, max_drafts=config.max_drafts, costs=costs)
+    return Speculator(proposer, max_drafts=config.max_drafts, vocab_size=model.vocab_size, costs=costs)
 
 
 def progress_of(config: EngineConfig) -> Progress:

@@ -6,17 +6,17 @@ the overlap is worth it.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
+from operator import index
 
-from anychip.drafts import NO_DRAFT, Draft, Speculation
+from anychip.drafts import NO_DRAFT, Draft, Drafter, Speculation
 from anychip.messages import SpeculationStats
 from anychip.request import Request
+from anychip.speculation.guard import Guard
 from anychip.speculation.lengths import Acceptance, StepCosts, choose_lengths, newer_rate
 from anychip.speculation.proposer import Proposer
-
-log = logging.getLogger("anychip.engine")
 
 _TAKEN_IN = 1024
 """Tokens that drafters take in between two steps: a long prompt is not indexed at once, for others wait meanwhile."""
@@ -25,27 +25,38 @@ _FORGET_EVERY = 1024
 """Steps after which what was learned of acceptance counts half."""
 
 _SURE = 64
-"""Evidence of a token that a grammar forces."""
+"""Evidence of a token that a grammar forces. A proposer's counts as less, whatever it says."""
 
 
 class Speculator:
-    """`costs` None: nobody has measured steps, and every draft is tried."""
+    """`costs` None: nobody has measured steps, and every draft is tried. `clock` gives seconds."""
 
-    def __init__(self, proposer: Proposer, *, max_drafts: int, costs: StepCosts | None) -> None:
+    def __init__(
+        self,
+        proposer: Proposer,
+        *,
+        max_drafts: int,
+        vocab_size: int,
+        costs: StepCosts | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.max_drafts = max_drafts
         self.acceptance = Acceptance()
         self._proposer = proposer
+        self._guard = Guard(clock)
+        self._vocab_size = vocab_size
         self.costs = costs
+        self._clock = clock
         self._overhead_s = 0.0
         self._taken_in_at: float | None = None
         self._choices = 0
-        self._drafted = self._failures = 0
+        self._drafted = 0
         self._accepted_at = [0] * max_drafts
         self._saved_s = 0.0
 
     @property
     def stats(self) -> SpeculationStats:
-        return SpeculationStats(self._drafted, tuple(self._accepted_at), self._saved_s, self._failures)
+        return SpeculationStats(self._drafted, tuple(self._accepted_at), self._saved_s, self._guard.num_failures)
 
     # -- sequences ----------------------------------------------------------------------------------------
 
@@ -53,26 +64,15 @@ class Speculator:
         """A sequence enters the engine. The beams of a search have no drafts: they leave their texts."""
         if request.is_beam:
             return
-        try:
-            request.speculation = Speculation(self._proposer.begin(request.tenant))
-        except Exception as error:  # noqa: BLE001 - a stranger's code
-            self._failed(request, error)
+        self._guard.ask(request, self._begin, request)
+
+    def _begin(self, request: Request) -> None:
+        request.speculation = Speculation(self._proposer.begin(request.tenant))
 
     def end(self, request: Request) -> None:
         speculation, request.speculation = request.speculation, None
         if speculation is not None:
-            try:
-                self._proposer.end(speculation.drafter)
-            except Exception as error:  # noqa: BLE001 - a stranger's code
-                self._failed(request, error)
-
-    def _failed(self, request: Request, error: Exception) -> None:
-        request.speculation = None
-        self._failures += 1
-        log.warning(
-            "request %s goes on without drafts: the proposer raised %s: %s",
-            request.request_id, type(error).__name__, error, exc_info=error,
-        )  # fmt: skip
+            self._guard.ask(request, self._proposer.end, speculation.drafter)
 
     # -- drafts -------------------------------------------------------------------------------------------
 
@@ -83,15 +83,21 @@ class Speculator:
             speculation = request.speculation
             if speculation is None:
                 continue
-            try:
-                if speculation.num_told < request.num_known:
-                    self._tell(request, speculation)
-                if speculation.behind and room > 0:
-                    taken = speculation.drafter.catch_up(min(room, speculation.behind))
-                    speculation.behind -= taken
-                    room -= taken
-            except Exception as error:  # noqa: BLE001 - a stranger's code
-                self._failed(request, error)
+            if speculation.behind or speculation.num_told < request.num_known:
+                room -= self._guard.ask(request, self._catch_up, request, speculation, room) or 0
+
+    def _catch_up(self, request: Request, speculation: Speculation, most: int) -> int:
+        """How many of its sequence's tokens a drafter took in, of at most `most`."""
+        if speculation.num_told < request.num_known:
+            self._tell(request, speculation)
+        asked = min(most, speculation.behind)
+        if asked <= 0:
+            return 0
+        taken = index(speculation.drafter.catch_up(asked))
+        if not 0 <= taken <= asked:
+            raise ValueError(f"catch_up({asked}) returned {taken}, expected 0 to {asked}")
+        speculation.behind -= taken
+        return taken
 
     @staticmethod
     def _tell(request: Request, speculation: Speculation) -> None:
@@ -110,17 +116,17 @@ class Speculator:
             return NO_DRAFT
         at, draft = speculation.ahead
         if at != request.num_known:
-            draft = self._forced(request) or self._guessed(request, speculation)
+            draft = self._forced(request) or self._guard.ask(request, self._guessed, speculation.drafter) or NO_DRAFT
             speculation.ahead = (request.num_known, draft)
         return Draft(draft.token_ids[:most], draft.evidence)
 
-    def _guessed(self, request: Request, speculation: Speculation) -> Draft:
-        try:
-            draft = speculation.drafter.draft(self.max_drafts)
-            return Draft(list(draft.token_ids)[: self.max_drafts], draft.evidence)
-        except Exception as error:  # noqa: BLE001 - a stranger's code
-            self._failed(request, error)
-            return NO_DRAFT
+    def _guessed(self, drafter: Drafter) -> Draft:
+        draft = drafter.draft(self.max_drafts)
+        ids = [index(token) for token in islice(draft.token_ids, self.max_drafts)]
+        for token in ids:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"it drafted token {token}, expected 0 to {self._vocab_size - 1}")
+        return Draft(ids, min(index(draft.evidence), _SURE - 1))
 
     def _forced(self, request: Request) -> Draft | None:
         """Tokens that a restriction leaves no choice about."""
@@ -155,7 +161,7 @@ class Speculator:
         began, self._taken_in_at = self._taken_in_at, None
         if began is None or self.costs is None:
             return
-        took = time.perf_counter() - began
+        took = self._clock() - began
         if took < self.costs(1):
             self._overhead_s += 0.1 * (took - self._overhead_s)
 
@@ -197,7 +203,7 @@ class Speculator:
 
     def taken_in(self, num_rows: int, num_tokens: int, num_gained: int) -> None:
         """A step with drafts is taken in: it had `num_tokens` and brought `num_gained`."""
-        self._taken_in_at = time.perf_counter()
+        self._taken_in_at = self._clock()
         if self.costs is not None:
             alone = self.costs(num_rows) + self._overhead_s
             self._saved_s += alone * num_gained / num_rows - self.costs(num_tokens) - self._overhead_s

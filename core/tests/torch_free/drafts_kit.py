@@ -1,0 +1,154 @@
+"""A device that draws by a rule, and proposers that know the rule: what drafts change is seen token by token."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine_kit import VOCAB_SIZE, make_core, make_scheduler
+
+from anychip.drafts import Draft
+from anychip.engine.engine_core import EngineCore
+from anychip.messages import AddRequest, StepResult
+from anychip.sampling_params import SamplingParams
+from anychip.scheduler.step import ScheduledStep
+from anychip.speculation.proposer import Proposer
+from anychip.speculation.speculator import Speculator
+
+STOP = 2
+
+
+def drawn_after(ids: list[int], index: int) -> int:
+    """What the device draws behind these tokens: few different ones, so that texts repeat themselves."""
+    return 2 + (sum(ids[-3:]) * 7 + len(ids) * (index + 1) % 5) % 11
+
+
+@dataclass
+class Guesses:
+    """Proposer and drafter: right and wrong drafts of changing lengths."""
+
+    rng: random.Random
+    right: float
+    told: list[int] = field(default_factory=list)
+
+    def begin(self, tenant: str) -> Guesses:
+        return Guesses(self.rng, self.right)
+
+    def end(self, drafter: Guesses) -> None:
+        pass
+
+    def extend(self, token_ids) -> None:
+        self.told += token_ids
+
+    def catch_up(self, most: int) -> int:
+        return most
+
+    def draft(self, most: int) -> Draft:
+        ids = list(self.told)
+        for _ in range(self.rng.randrange(most + 1)):
+            guess = drawn_after(ids, 0) if self.rng.random() < self.right else self.rng.randrange(2, 13)
+            ids.append(guess)
+        return Draft(ids[len(self.told) :], 5)
+
+
+class Device:
+    """executor.Executor that draws what `drawn_after` says, and remembers what stands in every block."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core, self.steps, self.pending = core, {}, deque[ScheduledStep]()
+        self.blocks: dict[int, dict[int, int]] = {}
+        self.computed: dict[int, int] = {}  # by slot, as a worker knows it
+        self.most_drafts = 0
+        schedule = core.scheduler.schedule
+
+        def watched() -> ScheduledStep | None:
+            assert not any(step.drafts for step in self.pending), "nobody knows where its sequences stand"
+            step = schedule()
+            if step is not None:
+                self.steps[step.decision.step_id] = step
+                self._write(step)
+            return step
+
+        core.scheduler.schedule = watched
+        core.executor.launch = lambda decision: self.pending.append(self.steps.pop(decision.step_id))
+        core.executor.collect = self._collect
+
+    def _write(self, step: ScheduledStep) -> None:
+        for source, copy in step.decision.copies:
+            self.blocks[copy] = dict(self.blocks[source])
+        self.computed |= {row.slot: row.num_computed for row in step.decision.new_rows}
+        rewinds = memoryview(step.decision.rewinds).cast("i")
+        self.computed |= dict(zip(rewinds[::2], rewinds[1::2], strict=True))
+        drafts = dict(zip(map(id, step.sampling), step.drafts or (), strict=False))
+        counts = memoryview(step.decision.num_tokens).cast("i")
+        for request, count in zip(step.requests, counts, strict=True):
+            draft = drafts.get(id(request), ())
+            self.most_drafts = max(self.most_drafts, len(draft))
+            text = [*request.token_ids, *draft]
+            assert self.computed[request.slot] == request.num_computed - count, "the worker's row stands elsewhere"
+            self.computed[request.slot] = request.num_computed
+            assert request.num_computed < request.num_prompt + request.max_output, "its last token is never computed"
+            for at in range(request.num_computed - count, request.num_computed):
+                size = self.core.scheduler.kv.groups[0].block_size
+                block = request.block_ids[0][at // size]
+                self.blocks.setdefault(block, {})[at % size] = text[at] if at < len(text) else -1
+
+    def _collect(self) -> StepResult:
+        step = self.pending.popleft()
+        gained, ids = [], []
+        for place, request in enumerate(step.sampling):
+            text = request.token_ids
+            for guess in (*(step.drafts[place] if step.drafts else ()), None):
+                text.append(drawn_after(text, request.index))
+                if guess != text[-1]:
+                    break
+            gained.append(len(text) - request.num_known)
+            ids += text[request.num_known :]
+        counts = array("i", gained).tobytes() if step.drafts else b""
+        return StepResult(step.decision.step_id, array("i", ids).tobytes(), {}, num_gained=counts)
+
+    def check_offers(self, offered: dict[int, list[int]]) -> None:
+        """Every block on offer holds the tokens under whose hash it is offered."""
+        for block, tokens in offered.items():
+            found = [self.blocks[block][at] for at in range(len(tokens))]
+            assert found == tokens, f"block {block} is offered as {tokens} and holds {found}"
+
+
+def alone(prompt: list[int], index: int, max_output: int, stops=(STOP,)) -> list[int]:
+    """A sequence, token by token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_output:
+        ids.append(drawn_after(ids, index))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+def speculating(proposer: Proposer, *, max_drafts: int = 4, **more) -> Speculator:
+    """Every draft is tried, unless `more` has costs."""
+    return Speculator(proposer, **{"max_drafts": max_drafts, "vocab_size": VOCAB_SIZE, "costs": None, **more})
+
+
+def engine(speculator: Speculator | None, *, max_in_flight: int = 1, **scheduler) -> tuple[EngineCore, Device]:
+    core = make_core(make_scheduler(speculator=speculator, **scheduler), max_in_flight=max_in_flight)
+    return core, Device(core)
+
+
+def run(core: EngineCore, messages: list[AddRequest], each=lambda: None) -> dict[tuple[str, int], list[int]]:
+    for message in messages:
+        core.add(message)
+    found: dict[tuple[str, int], list[int]] = {}
+    for _ in range(3000):
+        if not core.has_work:
+            return found
+        for delta in core.step():
+            found.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
+        each()
+    raise AssertionError("the workload did not end")
+
+
+def message(name: str, prompt: list[int], max_output: int, n: int = 1, tenant: str = "", stops=(STOP,)) -> AddRequest:
+    sampling = SamplingParams(max_tokens=max_output, n=n)
+    return AddRequest(name, array("i", prompt).tobytes(), sampling, max_output, stops, tenant=tenant)
