@@ -201,6 +201,8 @@ class BlocksOneByOne(PlainAttention):
     """Keys and values are read block by block, in a loop."""
 
     def keys_and_values(self, cache: Tensor, plan: BatchView, row: int, length: int, layer: AttentionLayer) -> Any:
+        if length == 0:  # a part of a sequence, of which it has nothing
+            return super().keys_and_values(cache, plan, row, length, layer)
         pages = [cache[int(block)] for block in self.block_ids(plan, row, length)]
         k = self.decode(torch.cat([page[0] for page in pages])[:length], self.k_scale(layer))
         v = self.decode(torch.cat([page[1] for page in pages])[:length], self.v_scale(layer))
