@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from anychip import LLM
 from anychip_conformance.equality.oracle import Answer, greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
-from anychip_conformance.equality.workload import NUM_TOKENS, Case, covering, full_product, generate, open_llm, prompts
+from anychip_conformance.equality.workload import (
+    NUM_TOKENS,
+    Case,
+    covering,
+    full_product,
+    generate,
+    num_compilations,
+    open_llm,
+    prompts,
+)
 
 MAX_EXCUSED_SHARE = 0.01
 
@@ -32,12 +40,6 @@ class Oracles:
 @pytest.fixture(scope="session")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
     return Oracles(tmp_path_factory.mktemp("checkpoints"))
-
-
-def num_compilations(llm: LLM) -> int | None:
-    """What a compiling step program counts; None for others."""
-    worker = getattr(llm.engine.executor, "worker", None)
-    return getattr(worker.program, "num_compilations", None) if worker is not None else None
 
 
 def check(case: Case, oracles: Oracles) -> None:

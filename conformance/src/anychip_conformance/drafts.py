@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from anychip.drafts import NO_DRAFT, Draft
+from anychip.drafts import Draft
 from anychip.speculation.proposer import PROPOSERS
 
 NAME = "suite-answers"
@@ -21,28 +21,32 @@ class Answers:
     texts: Sequence[Sequence[int]] = ()
 
     def __init__(self) -> None:
-        self._told: list[int] = []
-        self._rng = random.Random(0)
+        self.told: list[int] = []
+        self.rng = random.Random(0)
 
     def begin(self, tenant: str) -> Answers:
-        return Answers()
+        drafter = type(self)()
+        drafter.rng = self.rng  # or every sequence would have its misses at the same places
+        return drafter
 
     def end(self, drafter: Answers) -> None:
         """Nothing is kept."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        self._told += token_ids
+        self.told += token_ids
 
     def catch_up(self, most: int) -> int:
         return most
 
+    def follows(self, most: int) -> list[int]:
+        """What the engine will draw next."""
+        count = len(self.told)
+        texts = (text for text in self.texts if list(text[:count]) == self.told)
+        return list(next(texts, ())[count : count + most])
+
     def draft(self, most: int) -> Draft:
-        count = len(self._told)
-        for text in self.texts:
-            if list(text[:count]) == self._told:
-                ids = list(text[count : count + self._rng.randrange(most + 1)])
-                if ids and self._rng.random() < _WRONG:
-                    at = self._rng.randrange(len(ids))
-                    ids[at] = ids[at] % 100 + 3
-                return Draft(ids, 32)
-        return NO_DRAFT
+        ids = self.follows(self.rng.randrange(most + 1))
+        if ids and self.rng.random() < _WRONG:
+            at = self.rng.randrange(len(ids))
+            ids[at] = ids[at] % 100 + 3
+        return Draft(ids, 32)

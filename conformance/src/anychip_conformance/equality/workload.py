@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anychip import LLM, SamplingParams
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
@@ -78,14 +78,22 @@ def full_product() -> list[Case]:
 
 def covering() -> list[Case]:
     """A covering array: every pair of two settings' values stands together in some case, but that each family meets
-    three of the devices. Greedy, and always the same."""
-    cases = full_product()
-    missing = {pair for case in cases for pair in pairs(case)}
+    three of the devices."""
+    return cover(full_product(), pairs)
+
+
+Covered = TypeVar("Covered")
+
+
+def cover(cases: Sequence[Covered], pairs_of: Callable[[Covered], set[Any]]) -> list[Covered]:
+    """Cases that hold every pair that some case holds. Greedy, and always the same."""
+    held = [(case, pairs_of(case)) for case in cases]
+    missing = set[Any]().union(*(pairs for _, pairs in held))
     chosen = []
     while missing:
-        best = max(cases, key=lambda case: len(missing & pairs(case)))
+        best, covered = max(held, key=lambda each: len(missing & each[1]))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= covered
     return chosen
 
 
@@ -110,29 +118,36 @@ def prompts() -> list[list[int]]:
 
 
 def open_llm(case: Case, checkpoint: Path, **settings: Any) -> LLM:
-    """The engine as the case wants it. Preemption is forced: by a KV cache that holds a few requests only, and by
-    taking the youngest request's blocks every few steps, whatever is in flight for it. `settings` add to the case's."""
+    """The engine as the case wants it; `settings` add to that or replace it. Preemption is forced: by a KV cache that
+    holds a few requests only, and by taking the youngest request's blocks every few steps, whatever is in flight for
+    it."""
     block_size = 128 if case.device == "fake-hostlen" else 16
     groups = 2 if case.family in _TWO_GROUPS else 1
     longest = groups * -(-MAX_MODEL_LEN // block_size)
     blocks = longest + groups * (2 if block_size == 128 else 4) if case.preemption else 16 * longest
-    llm = LLM(
-        str(checkpoint),
-        skip_tokenizer=True,
-        dtype="float32",
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=16,
-        max_num_batched_tokens=case.budget,
-        num_kv_blocks=1 + blocks,
-        block_size=block_size,
-        prefix_caching=case.prefix_caching,
-        overlap=case.overlap,
+    given: dict[str, Any] = {
+        "skip_tokenizer": True,
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": case.budget,
+        "num_kv_blocks": 1 + blocks,
+        "block_size": block_size,
+        "prefix_caching": case.prefix_caching,
+        "overlap": case.overlap,
         **DEVICES[case.device],
         **settings,
-    )
+    }
+    llm = LLM(str(checkpoint), **given)
     if case.preemption:
         _preempt_often(llm.engine.scheduler)
     return llm
+
+
+def num_compilations(llm: LLM) -> int | None:
+    """What a compiling step program counts; None for others."""
+    worker = getattr(llm.engine.executor, "worker", None)
+    return getattr(worker.program, "num_compilations", None) if worker is not None else None
 
 
 def _preempt_often(scheduler: Scheduler) -> None:

@@ -1,0 +1,197 @@
+"""Whatever is drafted, by whom and on what device: every request gets the tokens that it gets without drafts.
+
+The engine is run in the ways of the equality workload, with a proposer beside them; sixteen requests at once ask for
+tokens in every way there is. In bfloat16, near-ties are excused as the equality tests excuse them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile_proposers import HOSTILE, LATE_S, MISBEHAVING
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from anychip import SamplingParams
+from anychip.engine.outputs import RequestOutput
+from anychip.messages import SpeculationStats
+from anychip.sampling_params import StructuredOutput
+from anychip.speculation import guard
+from anychip_conformance.drafts import Answers
+from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.equality.workload import (
+    Case,
+    cover,
+    full_product,
+    num_compilations,
+    open_llm,
+    pairs,
+    prompts,
+)
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "qwen3-moe", "gpt-oss")
+"""Plain attention, windows, softcaps, sinks, experts."""
+
+PROPOSERS = ("ngram", "suffix", "auto", *HOSTILE)
+MAX_DRAFTS = 5
+ROUNDS = 2
+"""The second finds the first one's prompts in the prefix cache, and its answers among what was said before."""
+
+FIRST_BYTE = 3
+A, B = FIRST_BYTE + ord("a"), FIRST_BYTE + ord("b")
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 3}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+)
+
+
+def asked(**settings: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 24, "ignore_eos": True, **settings})
+
+
+ASKED = [
+    asked(),
+    asked(temperature=1.0, seed=1),
+    asked(temperature=1.0, seed=2, n=3, top_p=0.9, max_tokens=12),
+    asked(temperature=0.8, seed=3, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5),
+    asked(temperature=0.9, seed=4, logit_bias={A: 8.0, B: 8.0}, stop=("baa", "bbb")),
+    asked(temperature=0.7, seed=5, logprobs=2, min_tokens=6, stop_token_ids=tuple(range(3, 200)), ignore_eos=False),
+    asked(structured=StructuredOutput("json_schema", SCHEMA), max_tokens=32, ignore_eos=False),
+    asked(temperature=1.0, seed=6, structured=StructuredOutput("regex", "(yes|no|maybe), (yes|no)"), ignore_eos=False),
+    asked(logit_bias={A: 30.0, B: 30.0}, bad_words=("aa", "bab")),
+    asked(beam_width=2, n=2, max_tokens=8),
+    asked(temperature=1.5, seed=7, top_k=4, allowed_token_ids=tuple(range(20, 60))),
+    asked(repetition_penalty=1.5, frequency_penalty=1.0, logprobs=0),
+    asked(temperature=1.0, seed=8, min_p=0.3),
+    asked(n=2, temperature=0.5, seed=9, structured=StructuredOutput("regex", "[ab]{8,20}"), ignore_eos=False),
+    asked(prompt_logprobs=1, max_tokens=10),
+    asked(temperature=1.0, seed=10, max_tokens=1),
+]
+"""One for each of the workload's prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedCase:
+    case: Case
+    proposer: str
+
+    def __str__(self) -> str:
+        return f"{self.proposer}-{self.case}"
+
+
+def drafted_product() -> list[DraftedCase]:
+    cases = [case for case in full_product() if case.family in FAMILIES]
+    return [DraftedCase(case, proposer) for case in cases for proposer in PROPOSERS]
+
+
+def drafted_pairs(drafted: DraftedCase) -> set[Any]:
+    """The case's own, and the proposer with each of the case's values."""
+    case = drafted.case
+    values = (case.family, case.budget, case.prefix_caching, case.preemption, case.overlap, case.device)
+    return pairs(case) | {(drafted.proposer, place, value) for place, value in enumerate(values)}
+
+
+def one_of_everything(family: str, device: str) -> Case:
+    return Case(family, budget=64, prefix_caching=True, preemption=False, overlap=True, device=device)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A token a byte, behind the special ones: tiny checkpoints have no text of their own."""
+    alphabet = {name: FIRST_BYTE + byte for byte, name in byte_names().items()}
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "<pad>": 2, **alphabet}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def byte_names() -> dict[int, str]:
+    """By byte, the character that stands for it in byte-level vocabularies."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+
+
+def said(outputs: list[RequestOutput]) -> list[Any]:
+    return [
+        (one.token_ids, one.text, one.finish_reason, [entry.top_ids for entry in one.logprobs or ()])
+        for output in outputs
+        for one in output.outputs
+    ]
+
+
+class Workplace:
+    """Checkpoints by family, and by family and device what is said without drafts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._said: dict[tuple[str, str], list[list[RequestOutput]]] = {}
+
+    def checkpoint(self, family: str) -> Path:
+        folder = self._folder / family
+        if not folder.exists():
+            make_checkpoint(family, folder)
+            write_byte_tokenizer(folder)
+        return folder
+
+    def without(self, family: str, device: str) -> list[list[RequestOutput]]:
+        key = (family, device)
+        if key not in self._said:
+            with open_llm(one_of_everything(*key), self.checkpoint(family), skip_tokenizer=False) as llm:
+                self._said[key] = [llm.generate(prompts(), ASKED) for _ in range(ROUNDS)]
+        return self._said[key]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The late proposer is later than the engine waits."""
+    if "late" in request.node.name:
+        monkeypatch.setattr(guard, "_LIMIT_S", LATE_S / 2)
+    yield
+    Answers.texts = ()
+
+
+def check(drafted: DraftedCase, workplace: Workplace) -> SpeculationStats:
+    case = drafted.case
+    expected = workplace.without(case.family, case.device)
+    Answers.texts = [[*output.prompt_token_ids, *one.token_ids] for output in expected[0] for one in output.outputs]
+    settings = {"skip_tokenizer": False, "speculate": drafted.proposer, "max_drafts": MAX_DRAFTS}
+    with open_llm(case, workplace.checkpoint(case.family), **settings) as llm:
+        compiled = num_compilations(llm)
+        scheduler = llm.engine.scheduler
+        scheduler.drafting.measured_costs_are_ignored()
+        for wanted in expected:
+            assert said(llm.generate(prompts(), ASKED)) == said(wanted)
+        assert num_compilations(llm) == compiled, "a compiled platform compiles nothing after warm-up"
+        llm.engine.drain()
+        assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
+        assert (scheduler.num_preemptions > 0) >= case.preemption, "the case was to force preemption"
+        stats = scheduler.stats.speculation
+    assert stats.drafted > 0, "nothing was drafted"
+    assert (stats.failures > 0) == (drafted.proposer in MISBEHAVING), stats
+    return stats
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("drafted", cover(drafted_product(), drafted_pairs), ids=str)
+def test_every_request_gets_the_tokens_that_it_gets_without_drafts(drafted, workplace):
+    check(drafted, workplace)
+
+
+@pytest.mark.parametrize("proposer", ["right", "raising"])
+def test_requests_of_every_kind_get_the_tokens_that_they_get_without_drafts(proposer, workplace):
+    case = Case("llama", budget=64, prefix_caching=True, preemption=True, overlap=True, device="cpu")
+    check(DraftedCase(case, proposer), workplace)
