@@ -50,6 +50,9 @@ class StepDraft:
         """The rows so far are running requests' next tokens, whose blocks are there."""
         self.counts = [1] * len(self.rows)
         self.room.take_ones(len(self.rows))
+        for request in self.rows:
+            if request.enters:  # a beam that has moved
+                self._tell_all(request)
 
     def place(self, request: Request, tokens: int, *, prefill: bool) -> None:
         """Gives a request that has a slot and the blocks so many tokens."""
@@ -57,8 +60,11 @@ class StepDraft:
         self.rows.append(request)
         self.counts.append(tokens)
         if request.enters:
-            request.enters = False
-            self.new_rows.append(_new_row(request))
+            self._tell_all(request)
+
+    def _tell_all(self, request: Request) -> None:
+        request.enters = False
+        self.new_rows.append(_new_row(request))
 
     def place_draft(self, row: int, draft: Sequence[int]) -> None:
         """Drafts tokens behind a row's one token; the blocks are there."""
