@@ -10,6 +10,8 @@ from anychip.drafts import NO_DRAFT, Draft
 from anychip.speculation.proposer import PROPOSERS
 from anychip_conformance.drafts import Answers
 
+FAVOURITES = "favourites"
+
 LATE_S = 0.3
 """What the late one sleeps: tests lower the limit to less than that."""
 
@@ -38,6 +40,15 @@ class Random(Answers):
 
     def draft(self, most: int) -> Draft:
         return Draft(self.rng.choices(range(300), k=self.rng.randrange(most + 1)), 1000)
+
+
+class Favourites(Answers):
+    """Few tokens, over and over: were they kept more often than they are drawn, there would be more of them."""
+
+    ids = (5, 7, 11)
+
+    def draft(self, most: int) -> Draft:
+        return Draft(self.rng.choices(self.ids, k=most), 32)
 
 
 class Endless(Answers):
@@ -94,6 +105,8 @@ class Late(Answers):
 MISBEHAVING = {"beyond": Beyond, "raising": Raising, "garbage": Garbage, "late": Late}
 """Those whose failures are counted."""
 
-HOSTILE = {"right": Right, "lengths": Lengths, "random": Random, "endless": Endless, **MISBEHAVING}
+HOSTILE = {
+    "right": Right, "lengths": Lengths, "random": Random, FAVOURITES: Favourites, "endless": Endless, **MISBEHAVING,
+}  # fmt: skip
 
 PROPOSERS.update({name: f"{__name__}:{made.__name__}" for name, made in HOSTILE.items()})

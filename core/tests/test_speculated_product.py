@@ -7,7 +7,7 @@ tokens in every way there is. In bfloat16, near-ties are excused as the equality
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from anychip import SamplingParams
 from anychip.engine.outputs import RequestOutput
 from anychip.messages import SpeculationStats
 from anychip.sampling_params import StructuredOutput
+from anychip.scheduler.step import StepDraft
 from anychip.speculation import guard
 from anychip_conformance.drafts import Answers
+from anychip_conformance.engines import Checkpoint, bound_in
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import (
     Case,
@@ -180,7 +182,8 @@ def check(drafted: DraftedCase, workplace: Workplace) -> SpeculationStats:
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
         assert (scheduler.num_preemptions > 0) >= case.preemption, "the case was to force preemption"
         stats = scheduler.stats.speculation
-    assert stats.drafted > 0, "nothing was drafted"
+    # The engine may have given up on the late one before a draft had room.
+    assert stats.drafted > 0 or drafted.proposer == "late", "nothing was drafted"
     assert (stats.failures > 0) == (drafted.proposer in MISBEHAVING), stats
     return stats
 
@@ -195,3 +198,42 @@ def test_every_request_gets_the_tokens_that_it_gets_without_drafts(drafted, work
 def test_requests_of_every_kind_get_the_tokens_that_they_get_without_drafts(proposer, workplace):
     case = Case("llama", budget=64, prefix_caching=True, preemption=True, overlap=True, device="cpu")
     check(DraftedCase(case, proposer), workplace)
+
+
+@pytest.mark.full
+def test_a_compiled_platform_compiles_nothing_for_drafts_of_any_length(workplace, monkeypatch):
+    """Each length from none to the most that there may be, beside prompts, masks, edits and log-probabilities."""
+    lengths = set()
+    place_draft = StepDraft.place_draft
+
+    def watched(step: StepDraft, row: int, draft: Sequence[int]) -> None:
+        lengths.add(len(draft))
+        place_draft(step, row, draft)
+
+    monkeypatch.setattr(StepDraft, "place_draft", watched)
+    check(DraftedCase(one_of_everything("llama", "fake-static"), "lengths"), workplace)
+    assert lengths == set(range(1, MAX_DRAFTS + 1))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("proposer", ["lengths", "random"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_tokens_in_bfloat16_differ_at_near_ties_alone(family, proposer):
+    """Greedy, up to the first difference, where the two tokens must be closer than two evaluations may lie apart.
+    Families with experts are left out: in a narrow dtype a router may honestly pick others."""
+    model, case = Checkpoint(family, head_dim=16), one_of_everything(family, "cpu")
+    found = []
+    for settings in ({}, {"speculate": proposer, "max_drafts": MAX_DRAFTS}):
+        with open_llm(case, model.path, dtype="bfloat16", **settings) as llm:
+            if (drafting := llm.engine.scheduler.drafting) is not None:
+                drafting.measured_costs_are_ignored()
+            found.append([output.outputs[0].token_ids for output in llm.generate(prompts(), asked())])
+        Answers.texts = [[*prompt, *tokens] for prompt, tokens in zip(prompts(), found[0], strict=True)]
+    assert drafting is not None and drafting.stats.drafted > 0
+    for prompt, without, drafted in zip(prompts(), *found, strict=True):
+        place = next((at for at, pair in enumerate(zip(without, drafted, strict=True)) if len({*pair}) > 1), None)
+        if place is not None:
+            ids = [*prompt, *without[:place]]
+            logits, bound = model.logits(ids, "bfloat16"), 2 * bound_in("bfloat16", model, ids)
+            assert abs(logits[without[place]] - logits[drafted[place]]) < bound, f"{len(prompt)} tokens, then {place}"
+    model.close()

@@ -93,9 +93,12 @@ def checkpoint(device: Device, family: str) -> Checkpoint:
 
 
 def logits_bound(device: Device, model: Checkpoint, ids: list[int], hidden: int = 64) -> float:
-    """How far two evaluations of the logits after `ids` may lie apart; in a narrow dtype, several times what
-    transformers' own evaluation in it shows."""
-    dtype = widest(device.capabilities)
+    """How far two evaluations of the logits after `ids` may lie apart, in the device's widest dtype."""
+    return bound_in(widest(device.capabilities), model, ids, hidden)
+
+
+def bound_in(dtype: str, model: Checkpoint, ids: list[int], hidden: int = 64) -> float:
+    """The same in any dtype; in a narrow one, several times what transformers' own evaluation in it shows."""
     size = float(np.abs(model.logits(ids, dtype)).max())
     return size * stream_bound(NUM_LAYERS, hidden, dtype) + 4 * model.spread(ids, dtype)
 
