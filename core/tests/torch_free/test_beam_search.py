@@ -61,8 +61,8 @@ def plain_search(prompt: list[int], *, width: int, n: int, length: int, penalty:
 
 
 def run(core, *, seed: int, preempt_at: set[int] = frozenset(), limit: int = 600) -> dict[tuple[str, int], list[int]]:
-    """Steps of a scheduler whose model is `distribution`."""
-    scheduler, outputs = core.scheduler, {}
+    """Steps of a scheduler whose model is `distribution`, of the tokens that the workers were told of."""
+    scheduler, outputs, told = core.scheduler, {}, {}
     for number in range(limit):
         if not scheduler.has_work:
             return outputs
@@ -70,9 +70,10 @@ def run(core, *, seed: int, preempt_at: set[int] = frozenset(), limit: int = 600
             scheduler.preempt(scheduler.running[-1])
         step = scheduler.schedule()
         assert step is not None, "requests are left and nothing is scheduled"
+        told.update((row.slot, tuple(memoryview(row.token_ids).cast("i"))) for row in step.decision.new_rows)
         logprobs = {}
         for position, request in enumerate(step.sampling):
-            values = distribution(tuple(request.token_ids), seed)
+            values = distribution(told[request.slot], seed)
             order = sorted(range(VOCAB), key=lambda token: -values[token])[: request.num_logprobs]
             logprobs[position] = TokenLogprobs(values[order[0]], order, [values[token] for token in order])
         ids = array("i", [0] * len(step.sampling)).tobytes()
