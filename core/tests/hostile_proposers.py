@@ -6,6 +6,8 @@ import time
 from itertools import repeat
 from typing import Any
 
+import pytest
+
 from anychip.drafts import NO_DRAFT, Draft
 from anychip.speculation.proposer import PROPOSERS
 from anychip_conformance.drafts import Answers
@@ -109,4 +111,9 @@ HOSTILE = {
     "right": Right, "lengths": Lengths, "random": Random, FAVOURITES: Favourites, "endless": Endless, **MISBEHAVING,
 }  # fmt: skip
 
-PROPOSERS.update({name: f"{__name__}:{made.__name__}" for name, made in HOSTILE.items()})
+
+@pytest.fixture(autouse=True)
+def found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the modules that import it, and nowhere else, `--speculate` knows these."""
+    for name, made in HOSTILE.items():
+        monkeypatch.setitem(PROPOSERS, name, f"{__name__}:{made.__name__}")

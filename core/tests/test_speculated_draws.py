@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_proposers import FAVOURITES, Favourites
+from hostile_proposers import FAVOURITES, Favourites, found_by_name  # noqa: F401 - a fixture
 from transformers import PreTrainedModel
 
 from anychip import LLM, SamplingParams
