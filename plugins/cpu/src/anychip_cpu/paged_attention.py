@@ -155,8 +155,22 @@ class CpuPagedAttention(AttentionBackend):
         rope: Rope | None = None,
         qk_norm: QKNorm | None = None,
         out: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return self._attended(q, k, v, cache, plan, layer, rope, qk_norm), cache
+        """`lse` [num_tokens, num_heads] receives what forward_with_lse promises for tokens of rows."""
+        q, ldq = _heads_of(q)
+        keys, ldk, values, ldv = 0, 0, 0, 0
+        if k is not None and v is not None:
+            k, ldk = _heads_of(k)
+            v, ldv = _heads_of(v)
+            keys, values = k.data_ptr(), v.data_ptr()
+        result = (torch.zeros if plan.padded else torch.empty)(q.shape, dtype=q.dtype)
+        self._kernels.attention(
+            self._described(layer, rope, qk_norm, plan.block_size), plan.batch, plan.items, plan.merges,
+            q.data_ptr(), ldq, keys, ldk, values, ldv, cache.data_ptr(), result.data_ptr(),
+            *(() if lse is None else (lse.data_ptr(),)),
+        )  # fmt: skip
+        return result, cache
 
     def forward_with_lse(
         self,
@@ -172,34 +186,8 @@ class CpuPagedAttention(AttentionBackend):
         out: Tensor | None = None,
     ) -> tuple[PartialAttention, Tensor]:
         lse = torch.full(q.shape[:2], -torch.inf)
-        return PartialAttention(self._attended(q, k, v, cache, plan, layer, rope, qk_norm, lse), lse), cache
-
-    def _attended(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        cache: Tensor,
-        plan: CpuPlan,
-        layer: AttentionLayer,
-        rope: Rope | None,
-        qk_norm: QKNorm | None,
-        lse: Tensor | None = None,
-    ) -> Tensor:
-        """The output; `lse` [num_tokens, num_heads] receives what forward_with_lse promises for tokens of rows."""
-        q, ldq = _heads_of(q)
-        keys, ldk, values, ldv = 0, 0, 0, 0
-        if k is not None and v is not None:
-            k, ldk = _heads_of(k)
-            v, ldv = _heads_of(v)
-            keys, values = k.data_ptr(), v.data_ptr()
-        result = (torch.zeros if plan.padded else torch.empty)(q.shape, dtype=q.dtype)
-        self._kernels.attention(
-            self._described(layer, rope, qk_norm, plan.block_size), plan.batch, plan.items, plan.merges,
-            q.data_ptr(), ldq, keys, ldk, values, ldv, cache.data_ptr(), result.data_ptr(),
-            *(() if lse is None else (lse.data_ptr(),)),
-        )  # fmt: skip
-        return result
+        result, cache = self.forward(q, k, v, cache, plan, layer, rope=rope, qk_norm=qk_norm, lse=lse)
+        return PartialAttention(result, lse), cache
 
     def _described(self, layer: AttentionLayer, rope: Rope | None, qk_norm: QKNorm | None, block_size: int) -> bytes:
         """kernels/attention_types.h's Layer, made anew when something in it is another object than before."""
