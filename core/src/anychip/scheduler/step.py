@@ -63,6 +63,7 @@ class StepDraft:
             self._tell_all(request)
 
     def _tell_all(self, request: Request) -> None:
+        """The workers hear all of the request with this step."""
         request.enters = False
         self.new_rows.append(_new_row(request))
 

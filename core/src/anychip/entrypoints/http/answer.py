@@ -84,7 +84,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._content.aclose()
-            await self._events.aclose()
+            await self._events.aclose()  # which closing the content does not
 
 
 async def _after(first: bytes | None, events: AsyncGenerator[bytes], answer: Answer) -> AsyncGenerator[bytes]:
