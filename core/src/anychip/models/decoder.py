@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from anychip.errors import CheckpointError, Unsupported
@@ -47,6 +48,7 @@ class Decoder:
     attention_softcap = False
     partial_rotary = False
     embedding_scale: float | None = None
+    """Rounded to the model's dtype before it is used, as the checkpoint was trained."""
     unit_offset_norm = False
     final_softcap: float | None = None
 
@@ -59,6 +61,9 @@ class Decoder:
         self.embedding = VocabParallelEmbedding(
             builder, name="model.embed_tokens", vocab_size=config.vocab_size, hidden_size=config.hidden_size
         )
+        if self.embedding_scale is not None:
+            # A number of the host: a tensor made in a step would be a copy to the device, which no capture takes.
+            self.embedding_scale = rounded(self.embedding_scale, builder.dtype)
         rope = self.rope(builder)
         self.layers = [self.layer(builder, index, specs[index], rope) for index in range(config.num_layers)]
         self.norm = RMSNorm(
@@ -147,8 +152,7 @@ class Decoder:
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         hidden = self.embedding(input_ids)  # [num_tokens, hidden_size]
         if self.embedding_scale is not None:
-            # Rounded to the model's dtype first, as the checkpoint was trained.
-            hidden = hidden * hidden.new_tensor(self.embedding_scale)
+            hidden = hidden * self.embedding_scale
         residual: Tensor | None = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, context)
@@ -157,6 +161,11 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)
         return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
+
+
+def rounded(value: float, dtype: DType) -> float:
+    """The nearest number that `dtype` has."""
+    return float(torch.tensor(value, dtype=getattr(torch, dtype)))
 
 
 def given_layer_types(config: ModelConfig) -> list[str] | None:

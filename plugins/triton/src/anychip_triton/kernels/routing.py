@@ -30,9 +30,11 @@ def route(
         scores = scores / tl.sum(scores, 0)
     else:
         scores = tl.sigmoid(row)
-    picking = tl.where(inside, scores, float("-inf"))
+    picking = scores
     if HAS_BIAS:
         picking += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    # Above what is no expert or was picked, also where it is NaN, which argmax never picks: ids stay in range.
+    picking = tl.where(inside, tl.where(picking > -3.0e38, picking, -3.0e38), float("-inf"))
     slot = tl.arange(0, PADDED_K)
     picked_ids = tl.zeros([PADDED_K], tl.int32)
     picked = tl.zeros([PADDED_K], tl.float32)
