@@ -109,24 +109,16 @@ class DeviceMeasure:
     def __call__(self, kernel: str, problem: Problem, table: TileTable) -> float:
         import torch
         from triton.runtime.errors import OutOfResources
-        from triton.testing import do_bench
 
-        from anychip_triton.launch import JitLauncher
+        from anychip_triton.timing import KeepingLauncher, device_ms
 
-        again: list[Callable[[], None]] = []
-
-        class Keeping(JitLauncher):
-            def __call__(self, function: Any, grid: Any, options: dict[str, int], **arguments: Any) -> None:
-                super().__call__(function, grid, options, **arguments)
-                if function.__name__.endswith(kernel):
-                    again.append(partial(super().__call__, function, grid, options, **arguments))
-
+        keeping = KeepingLauncher(self._target, table, kernel)
         try:
-            problem(Keeping(self._target, table), self._place)
+            problem(keeping, self._place)
             torch.cuda.synchronize()
+            return device_ms(keeping.again)
         except (OutOfResources, RuntimeError):  # too much shared memory, or a tile that the compiler cannot do
             return math.inf
-        return float(do_bench(lambda: [launch() for launch in again], return_mode="median"))
 
 
 def open_platform(name: str) -> TritonPlatform:
