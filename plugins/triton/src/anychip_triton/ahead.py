@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anychip_triton.launch import Grid
+from anychip_triton.launch import Grid, chained
 from anychip_triton.targets import Target
 from anychip_triton.tiles import TileTable, shipped_table
 
@@ -37,7 +37,7 @@ class Launch:
     """A kernel as it would be launched."""
 
     kernel: Any
-    options: dict[str, int]
+    options: Mapping[str, Any]
     arguments: dict[str, Any]
 
     @property
@@ -59,7 +59,8 @@ class RecordingLauncher:
         self.launches: list[Launch] = []
 
     def __call__(self, kernel: Any, grid: Grid, options: dict[str, int], **arguments: Any) -> None:
-        self.launches.append(Launch(kernel, dict(options), arguments))
+        more, chaining = chained(self.target, kernel)
+        self.launches.append(Launch(kernel, options | chaining, arguments | more))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ def compile_launch(launch: Launch, target: Target) -> MachineCode:
         if aligned and not launch.kernel.params[index].do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = launch.options | dict(target.launch_options)
+    options = {**launch.options, **dict(target.launch_options)}
     made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     hip = target.backend == "hip"
     text, binary = made.asm["amdgcn" if hip else "ptx"], made.asm["hsaco" if hip else "cubin"]

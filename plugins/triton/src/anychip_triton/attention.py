@@ -113,15 +113,16 @@ class TritonAttention(DenseCacheAttention):
         """Returns the queries as attention takes them: `turns` False leaves them, and writes keys and values only."""
         spec = self.spec
         first = 0 if turns else spec.num_heads
-        heads = spec.num_heads + (0 if k is None else spec.num_kv_heads) - first
+        blocks, options = split_tile(self._launch.tiles.tile("rotate_and_write", dim=self._padded_dim))
+        size = blocks["BLOCK_H"]
+        num_blocks = -(-(spec.num_heads - first) // size) + (0 if k is None else -(-spec.num_kv_heads // size))
         turned = torch.empty(q.shape, dtype=q.dtype, device=q.device) if turns else q
-        tile = self._launch.tiles.tile("rotate_and_write", dim=self._padded_dim)
         if k is None or v is None:
             k = v = q
         self._launch(
             rotate_and_write,
-            (q.shape[0], heads),
-            split_tile(tile)[1],
+            (q.shape[0], num_blocks),
+            options,
             q_out=turned, q=q, k=k, v=v,
             q_weight=q if qk_norm is None else qk_norm.q_weight, k_weight=q if qk_norm is None else qk_norm.k_weight,
             cos=q if rope is None else rope.cos, sin=q if rope is None else rope.sin,
@@ -130,10 +131,10 @@ class TritonAttention(DenseCacheAttention):
             q_token_stride=q.stride(0), q_head_stride=q.stride(1),
             k_token_stride=k.stride(0), k_head_stride=k.stride(1),
             v_token_stride=v.stride(0), v_head_stride=v.stride(1),
-            FIRST_HEAD=first, NUM_HEADS=spec.num_heads, PADDED_DIM=self._padded_dim,
+            FIRST_HEAD=first, NUM_HEADS=spec.num_heads, NUM_KV_HEADS=spec.num_kv_heads, PADDED_DIM=self._padded_dim,
             ROTARY_DIM=0 if rope is None else rope.rotary_dim, INTERLEAVED=rope is not None and rope.interleaved,
             HAS_NORM=qk_norm is not None, UNIT_OFFSET=qk_norm is not None and qk_norm.unit_offset,
-            **self._cache_arguments(cache, plan, layer),
+            **blocks, **self._cache_arguments(cache, plan, layer),
         )  # fmt: skip
         return turned
 

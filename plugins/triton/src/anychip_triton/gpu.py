@@ -7,6 +7,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class GpuPlatform(TritonPlatform):
         super().__init__(context)
         options = context.options
         assert isinstance(options, GpuOptions)
+        if not options.chain:
+            self.launch.target = replace(self.launch.target, chains=False)
         self._compiles = options.compile
         self._graphs = DeviceGraphs(self.launch.rehearsal) if options.graphs else GraphCapture()
         self.capabilities = Capabilities(

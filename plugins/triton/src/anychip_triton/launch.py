@@ -25,6 +25,13 @@ def split_tile(tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
     return blocks, {name: value for name, value in tile.items() if name in _OPTIONS}
 
 
+def chained(target: Target, kernel: Any) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Arguments and options of a kernel by which it begins while the one before it ends, where the target can."""
+    if "CHAINED" not in kernel.arg_names:
+        return {}, {}
+    return {"CHAINED": target.chains}, {"launch_pdl": True} if target.chains else {}
+
+
 class Launcher(Protocol):
     """`target` and `tiles` are what callers choose sizes by."""
 
@@ -46,13 +53,15 @@ class JitLauncher:
         self._rehearsing = False
 
     def __call__(self, kernel: Any, grid: Grid, options: dict[str, int], **arguments: Any) -> None:
+        more, chaining = chained(self.target, kernel)
+        arguments |= more
         if self._rehearsing:
-            kernel.warmup(grid=grid, **arguments, **options, **self._options)
+            kernel.warmup(grid=grid, **arguments, **options, **self._options, **chaining)
             for ids in (arguments.get(name) for name in _IDS):
                 if isinstance(ids, Tensor) and not ids.is_floating_point():
                     ids.zero_()  # what comes next may use them as indexes
         elif 0 not in grid:
-            kernel[grid](**arguments, **options, **self._options)
+            kernel[grid](**arguments, **options, **self._options, **chaining)
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import Activation, LinearKernel, LinearSpec, Platform, QuantScheme
 from anychip_triton.formats import KINDS, accepted, split_rows
 from anychip_triton.kernels.matmul import matmul, quantize_rows
+from anychip_triton.kernels.widen import widen
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.ops import TritonOps
 from anychip_triton.shapes import power_of_two, rows_of
@@ -21,6 +22,9 @@ from anychip_triton.targets import Target
 
 SKINNY_ROWS = 16
 """Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
+
+_WIDENED_ROWS = {"int4": 8, "int8": 64}
+"""Rows above which weights without activations of 8 bits are widened first, and multiplied by the vendor's library."""
 
 EPILOGUES: frozenset[str] = frozenset(get_args(Activation))
 """Activations of gate and up that a dense product applies."""
@@ -97,6 +101,9 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
     def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
         """x is plain, or as `accepts` says."""
         matrix = packed.matrix
+        if x.shape[0] > _WIDENED_ROWS.get(matrix.scheme.name, x.shape[0]):
+            result = F.linear(x, widened(self._launch, matrix, x.dtype), packed.bias)
+            return result if out is None else out.copy_(result)
         if x.dtype == torch.uint8:
             kind = KINDS[matrix.scheme.name]
             held, scales = split_rows(rows_of(x), self.spec.in_features, self.accepts)
@@ -152,6 +159,21 @@ def quantized_activations(launch: Launcher, x: Tensor, matrix: QuantizedMatrix) 
         BLOCK=power_of_two(group), KIND=kind, STATIC=static,
     )  # fmt: skip
     return held, scales, kind
+
+
+def widened(launch: Launcher, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+    """The numbers that a matrix stands for, [features, columns], each rounded to `dtype`."""
+    scheme, (features, columns) = matrix.scheme, matrix.shape
+    result = torch.empty((features, columns), dtype=dtype, device=matrix.values.device)
+    blocks, options = split_tile(launch.tiles.tile("widen"))
+    launch(
+        widen, (features, -(-columns // blocks["BLOCK"])), options,
+        out=result, w=as_bytes(matrix.values), w_scale=matrix.scales,
+        w_zero=matrix.values if matrix.zeros is None else matrix.zeros, columns=columns,
+        w_stride=matrix.values.stride(0), w_groups=matrix.scales.shape[1], GROUP=scheme.group_size or 0,
+        W_KIND=weight_kind(scheme), HAS_ZERO=scheme.zero_points, **blocks,
+    )  # fmt: skip
+    return result
 
 
 def product_arguments(

@@ -16,6 +16,10 @@ class GpuOptions(PluginOptions):
     graphs: bool = field(
         default=True, metadata={"help": "capture decode steps as graphs, each when it is first needed; off: eager"}
     )
+    chain: bool = field(
+        default=True,
+        metadata={"help": "a kernel begins while the one before it ends, where the device can; off: after it"},
+    )
     compile: bool = field(
         default=False,
         metadata={"help": "norms and activations by torch.compile instead of hand-written kernels"},

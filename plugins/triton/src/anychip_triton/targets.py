@@ -19,6 +19,8 @@ class Target:
     """Most shared memory of one program, on the least of the devices that it is for."""
     num_cores: int
     fp8: Literal["", "fn", "fnuz"] = ""
+    chains: bool = False
+    """Whether a kernel can begin while the one before it ends (kernels/chain.py)."""
     launch_options: tuple[tuple[str, int], ...] = ()
     """Options of the backend's own for every launch."""
 
@@ -29,8 +31,14 @@ TARGETS = {
     target.name: target
     for target in (
         Target(name="sm_80", backend="cuda", arch=80, warp_size=32, shared_bytes=101376, num_cores=108),
-        Target(name="sm_90", backend="cuda", arch=90, warp_size=32, shared_bytes=232448, num_cores=132, fp8="fn"),
-        Target(name="sm_100", backend="cuda", arch=100, warp_size=32, shared_bytes=232448, num_cores=148, fp8="fn"),
+        Target(
+            name="sm_90", backend="cuda", arch=90, warp_size=32, shared_bytes=232448, num_cores=132, fp8="fn",
+            chains=True,
+        ),
+        Target(
+            name="sm_100", backend="cuda", arch=100, warp_size=32, shared_bytes=232448, num_cores=148, fp8="fn",
+            chains=True,
+        ),
         Target(
             name="gfx90a", backend="hip", arch="gfx90a", warp_size=64, shared_bytes=65536, num_cores=104,
             launch_options=_MFMA,

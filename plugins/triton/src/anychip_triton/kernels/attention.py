@@ -8,6 +8,7 @@ grouped heads read keys once. Dao et al., "FlashAttention", 2022, has the runnin
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.numbers import dot, fp8_to_float, tanh
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,14 +30,98 @@ def _row_of(tile, query_start, num_reqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _held(pointer, offsets, mask, BYTES: tl.constexpr, DTYPE: tl.constexpr):
-    """Keys or values in the queries' dtype; BYTES: "" as they are, "fp8" or "int8"."""
-    if BYTES == "fp8":
-        return fp8_to_float(tl.load(pointer + offsets, mask=mask, other=0)).to(DTYPE)
-    elif BYTES == "int8":
-        return tl.load(pointer + offsets, mask=mask, other=0).to(tl.int8, bitcast=True).to(DTYPE)
+def _held(
+    pointer, offsets, readable, in_dim, MASKED: tl.constexpr, PADDED: tl.constexpr, BYTES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys or values in the queries' dtype; BYTES: "" as they are, "fp8" or "int8". What is not `readable`, where that
+    is MASKED, or not `in_dim`, where dimensions are PADDED, is 0."""
+    if MASKED and PADDED:
+        held = tl.load(pointer + offsets, mask=readable & in_dim, other=0)
+    elif MASKED:
+        held = tl.load(pointer + offsets, mask=readable, other=0)
+    elif PADDED:
+        held = tl.load(pointer + offsets, mask=in_dim, other=0)
     else:
-        return tl.load(pointer + offsets, mask=mask, other=0.0)
+        held = tl.load(pointer + offsets)
+    if BYTES == "fp8":
+        held = fp8_to_float(held).to(DTYPE)
+    elif BYTES == "int8":
+        held = held.to(tl.int8, bitcast=True).to(DTYPE)
+    return held
+
+
+@triton.jit
+def _attended(
+    highest,  # [BLOCK_M] float32: of the scores so far, in powers of 2
+    total,  # [BLOCK_M] float32: of the weights
+    values,  # [BLOCK_M, PADDED_DIM] float32: their sum by weight
+    queries,
+    position,
+    slope,
+    at,
+    stop,
+    oldest,
+    cache,
+    block_table,
+    row,
+    kv_head,
+    score_scale,
+    softcap,
+    window,
+    table_stride,
+    block_stride,
+    value_offset,
+    slot_stride,
+    dims,
+    in_dim,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BYTES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The running softmax after the keys `at` to `at + BLOCK_N`. Not MASKED: every query sees all of them."""
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    keys = at + tl.arange(0, BLOCK_N)
+    pages = block_table + row.to(tl.int64) * table_stride + keys // PAGE
+    if MASKED:
+        # What lies outside is not read: a block that a window has left may hold anything.
+        readable = (keys < stop) & (keys >= oldest)
+        block = tl.load(pages, mask=readable, other=0)
+    else:
+        readable = keys >= 0
+        block = tl.load(pages)
+    where = block.to(tl.int64) * block_stride + (keys % PAGE) * slot_stride + kv_head * HEAD_DIM
+    k = _held(cache, where[None, :] + dims[:, None], readable[None, :], in_dim[:, None], MASKED, PADDED, BYTES, DTYPE)
+    scores = dot(queries, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.float32 == DTYPE)
+    if HAS_SOFTCAP:
+        scores = softcap * tanh(scores * score_scale / softcap) * _LOG2E
+    else:
+        scores = scores * (score_scale * _LOG2E)
+    if HAS_ALIBI:
+        scores += (slope * _LOG2E)[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
+    if MASKED:
+        visible = readable[None, :] & (keys[None, :] <= position[:, None])
+        if HAS_WINDOW:
+            visible = visible & (keys[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    safe = new_highest
+    if MASKED:
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.exp2(scores - safe[:, None])
+    kept = tl.exp2(highest - safe)
+    v_at = where[:, None] + dims[None, :]
+    v = _held(cache + value_offset, v_at, readable[:, None], in_dim[None, :], MASKED, PADDED, BYTES, DTYPE)
+    values = dot(weights.to(DTYPE), v, values * kept[:, None], tl.float32 == DTYPE)
+    return new_highest, total * kept + tl.sum(weights, 1), values
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_reqs", "table_stride", "splits"])
@@ -83,18 +168,22 @@ def paged_attention(
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        after_earlier()
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     DTYPE: tl.constexpr = out.dtype.element_ty
     if ONE_TOKEN:
         row, first = tile, 0
         begin = tl.load(query_start + row)
         length = tl.load(query_start + row + 1) - begin
-        # Every row before this one has a token, or none after the rows that have: a padded row's token is its own.
-        begin = tl.where(length > 0, begin, row)
         padding = length == 0
+        # Rows without a token write the tokens behind all rows', in their order: as many are before this one.
+        begin = tl.where(padding, tl.load(query_start + num_reqs) + row - begin, begin)
         length = 1
     else:
+        tile = tl.num_programs(0) - 1 - tile  # a row's last queries have the most keys: they begin first
         row = _row_of(tile, query_start, num_reqs, BLOCK_Q)
         begin = tl.load(query_start + row)
         padding = row == num_reqs
@@ -126,6 +215,7 @@ def paged_attention(
     if BYTES != "":
         score_scale = scale * tl.load(k_scale + kv_head * k_scale_stride)
         value_scale = tl.load(v_scale + kv_head * v_scale_stride)
+    slope = scale
     if HAS_ALIBI:
         slope = tl.load(slopes + head, mask=live, other=0.0)
 
@@ -145,32 +235,22 @@ def paged_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     values = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     position = context + query
-    for at in range(start, stop, BLOCK_N):
-        keys = at + tl.arange(0, BLOCK_N)
-        # What lies outside is not read: a block that a window has left may hold anything.
-        readable = (keys < stop) & (keys >= oldest)
-        block = tl.load(block_table + row.to(tl.int64) * table_stride + keys // PAGE, mask=readable, other=0)
-        where = block.to(tl.int64) * block_stride + (keys % PAGE) * slot_stride + kv_head * HEAD_DIM
-        k = _held(cache, where[None, :] + dims[:, None], readable[None, :] & in_dim[:, None], BYTES, DTYPE)
-        scores = dot(queries, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.float32 == DTYPE) * score_scale
-        if HAS_SOFTCAP:
-            scores = softcap * tanh(scores / softcap)
-        if HAS_ALIBI:
-            scores += slope[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
-        visible = readable[None, :] & (keys[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            visible = visible & (keys[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores * _LOG2E, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - safe[:, None])
-        kept = tl.exp2(highest - safe)
-        total = total * kept + tl.sum(weights, 1)
-        highest = new_highest
-        v = _held(
-            cache + value_offset, where[:, None] + dims[None, :], readable[:, None] & in_dim[None, :], BYTES, DTYPE
-        )
-        values = dot(weights.to(DTYPE), v, values * kept[:, None], tl.float32 == DTYPE)
+    # Blocks of keys before this one are whole, and every query of the tile sees all of them.
+    seen = start
+    if not HAS_WINDOW:
+        seen = tl.maximum(start, tl.minimum(stop, context + first + 1) // BLOCK_N * BLOCK_N)
+        for at in range(start, seen, BLOCK_N):
+            highest, total, values = _attended(
+                highest, total, values, queries, position, slope, at, stop, oldest, cache, block_table, row, kv_head,
+                score_scale, softcap, window, table_stride, block_stride, value_offset, slot_stride, dims, in_dim,
+                BLOCK_M, BLOCK_N, HEAD_DIM, PADDED_DIM, PAGE, BYTES, DTYPE, False, HAS_SOFTCAP, HAS_ALIBI, False,
+            )  # fmt: skip
+    for at in range(seen, stop, BLOCK_N):
+        highest, total, values = _attended(
+            highest, total, values, queries, position, slope, at, stop, oldest, cache, block_table, row, kv_head,
+            score_scale, softcap, window, table_stride, block_stride, value_offset, slot_stride, dims, in_dim,
+            BLOCK_M, BLOCK_N, HEAD_DIM, PADDED_DIM, PAGE, BYTES, DTYPE, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, True,
+        )  # fmt: skip
 
     if SPLIT:
         place = (token * NUM_HEADS + head) * splits + split
@@ -201,7 +281,10 @@ def combine_splits(
     PADDED_DIM: tl.constexpr,
     MOST: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        after_earlier()
     token, head = tl.program_id(0), tl.program_id(1)
     if token >= tl.load(query_start + num_reqs):
         return  # paged_attention has written its zeros

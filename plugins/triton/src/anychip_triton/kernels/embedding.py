@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
+
 
 @triton.jit
 def embedding(
@@ -14,8 +16,11 @@ def embedding(
     width,
     stride,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Zeros for an id that `weight` does not hold."""
+    if CHAINED:
+        after_earlier()
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + token).to(tl.int64) - first
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -6,6 +6,7 @@ What changes from step to step is not specialized, as in matmul.py.
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.matmul import features
 
 
@@ -42,9 +43,12 @@ def expert_matmul(
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FP8: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """A tile of pairs of one expert; not SORTED: one pair a tile, for batches so small that few experts meet twice.
     ACTIVATION "": a product; otherwise of gate and up, which stand below one another in w, activated."""
+    if CHAINED:
+        after_earlier()
     tile = tl.program_id(1)
     DTYPE: tl.constexpr = out.dtype.element_ty
     lanes = tl.arange(0, BLOCK_M)
@@ -93,8 +97,11 @@ def combine_pairs(
     width,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """The weighted sum of each token's pairs, always in the same order."""
+    if CHAINED:
+        after_earlier()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -11,6 +11,7 @@ be another form of the kernel, compiled when it first comes.
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.norm import activated
 from anychip_triton.kernels.numbers import as_fp8, dot, fp8_to_float, in_8_bits, scale_of
 
@@ -214,6 +215,7 @@ def matmul(
     HAS_BIAS: tl.constexpr,
     FP8: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One tile. Programs next to each other share rows of weights, which are the larger side to read again."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -221,6 +223,8 @@ def matmul(
     feature = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_live, feature_live = row < rows, feature < out_features
     DTYPE: tl.constexpr = out.dtype.element_ty
+    if CHAINED:
+        after_earlier()
     result = features(
         x, row.to(tl.int64) * x_stride, row_live, x_scale, row * x_groups,
         w, feature.to(tl.int64), feature_live, w_scale, w_zero, bias, w_stride, w_groups, out_features, columns,
@@ -242,8 +246,11 @@ def quantize_rows(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     STATIC: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Activations in 8 bits, symmetrically: with a scale for each GROUP columns of a row, or with one that is given."""
+    if CHAINED:
+        after_earlier()
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = group * GROUP + tl.arange(0, BLOCK)
     inside = (tl.arange(0, BLOCK) < GROUP) & (column < columns)

@@ -4,6 +4,7 @@ a KIND, those of 8 bits with their scales, as formats.py has them."""
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.numbers import in_8_bits, scale_of, tanh
 
 
@@ -51,7 +52,10 @@ def rms_norm(
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        after_earlier()
     row = tl.program_id(0).to(tl.int64)
     DTYPE: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BLOCK)
@@ -88,8 +92,11 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 def gated_activation(
     out, scales, gate_up, stride, out_stride, scale_stride, width,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out [rows, width] of gate_up [rows, 2 * width]."""
+    if CHAINED:
+        after_earlier()
     DTYPE: tl.constexpr = gate_up.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

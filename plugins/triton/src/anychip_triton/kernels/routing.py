@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
+
 
 @triton.jit
 def route(
@@ -19,8 +21,11 @@ def route(
     SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """The best TOP_K by score, the lower id first among equals."""
+    if CHAINED:
+        after_earlier()
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < experts
@@ -62,8 +67,11 @@ def sort_pairs(
     BINS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """A counting sort in one launch: the program of each expert counts all pairs, then writes its own."""
+    if CHAINED:
+        after_earlier()
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)

@@ -9,6 +9,7 @@ as 1, 2, 3", 2011, has Philox.
 import triton
 import triton.language as tl
 
+from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.ranking import (
     bests_of_row,
     id_in,
@@ -29,7 +30,10 @@ def best_of_parts(
     stride,
     parts,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        after_earlier()
     index, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids, x = logits_of_part(logits + index * stride, part, vocab, BLOCK)
     tl.store(bests + index * parts + part, tl.max(ranked(x, ids), 0))
@@ -94,7 +98,10 @@ def draw(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        after_earlier()
     index = tl.program_id(0).to(tl.int64)
     best = tl.max(bests_of_row(bests, index, parts, PARTS), 0)
     heat = 0.0
