@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context  # noqa: TID251  a pool of the standard library's; it pickles names and numbers
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from anychip_triton.launch import Grid, JitLauncher
@@ -31,9 +33,7 @@ class Compilers:
         for _ in range(workers):
             self._pool.submit(_start)
 
-    def begin(
-        self, target: str, device: Device, kernel: str, problems: Sequence[Problem], tile: Tile
-    ) -> Future[int]:
+    def begin(self, target: str, device: Device, kernel: str, problems: Sequence[Problem], tile: Tile) -> Future[int]:
         """The future's result is how many launches of the kernel there are; it raises what the compiler raises."""
         return self._pool.submit(_compile, target, device, kernel, list(problems), dict(tile))
 
@@ -81,9 +81,17 @@ def _start() -> None:
 
     from anychip_triton import problems
 
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.nice(10)  # the process that times comes first
     torch.set_num_threads(1)
     assert problems.PROBLEMS
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed has not closed its pool."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _compile(target: str, device: Device, kernel: str, problems: list[Problem], tile: Tile) -> int:

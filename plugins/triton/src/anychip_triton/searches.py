@@ -79,11 +79,13 @@ def _experts(shared_bytes: int, pairs: int, tokens: Sequence[int]) -> Search:
     from anychip_triton.problems import experts
 
     if pairs == _ANY:
-        tiles = _tiles((64, 128), (64, 128), (64,), (4, 8), _stages(shared_bytes))
+        shapes = _tiles((64, 128), (64, 128), (64,), (4, 8), _stages(shared_bytes))
+        tiles = [tile for tile in shapes if (tile["block_m"], tile["block_n"], tile["num_warps"]) != (128, 128, 4)]
         tiles += [_tile(128, 128, 32, 8, 4), _tile(128, 128, 32, 8, 3), _tile(64, 256, 64, 8, 3)]
         tiles += [_tile(64, 64, 128, 4, 3), _tile(64, 128, 32, 4, 4)]
     elif pairs == 4096:
-        tiles = _tiles((32,), (64, 128), (64, 128), (4,), (3, 4)) + _tiles((64,), (64, 128), (64,), (4, 8), (3, 4))
+        tiles = _tiles((32, 64), (64, 128), (64,), (4, 8), _stages(shared_bytes))
+        tiles += [_tile(32, 64, 128, 4, 3), _tile(32, 128, 128, 4, 3)]
     else:
         tiles = _tiles((16,), (32, 64), (64, 128, 256), (4, 8), (3, 4)) + [_tile(16, 128, 64, 4, 4)]
         if pairs > 64:
@@ -129,7 +131,8 @@ def _decode(shared_bytes: int) -> Search:
     tiles = _tiles((16,), (16, 32, 64, 128), (0,), (4, 8), (2, 3, 4))
     tiles += _tiles((16,), (32, 64), (0,), (2,), (3, 4))
     problems = [
-        partial(attention, **_LLAMA, rows=rows, queries=1, context=context) for rows, context in ((1, 2048), (128, 1024))
+        partial(attention, **_LLAMA, rows=rows, queries=1, context=context)
+        for rows, context in ((1, 2048), (128, 1024))
     ]
     bounds = {"many_tokens": 0, "dim": 128, "item": 2, "narrow": 0}
     fitting = [tile for tile in tiles if _attention_bytes(tile, 128) <= shared_bytes]
