@@ -153,7 +153,7 @@ def conformance(results: Results, arguments: argparse.Namespace) -> None:
 def tune(results: Results, arguments: argparse.Namespace) -> None:
     def tuned() -> dict[str, Any]:
         command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "tune", "--device", arguments.device]
-        command += ["--folder", str(results.folder / "tiles")]
+        command += ["--folder", str(results.folder / "tiles"), "--minutes", str(results.seconds_left / 60 - 1)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(1, results.seconds_left))
         return {"status": done.returncode, "said": done.stdout.splitlines()}
 

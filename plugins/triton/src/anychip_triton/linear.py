@@ -220,7 +220,8 @@ def launch_matmul(
     features = weight.shape[0] // (2 if activation else 1)
     scheme = None if matrix is None else matrix.scheme
     result = torch.empty((rows, features), dtype=dtype or x.dtype, device=x.device) if out is None else out
-    tile = launch.tiles.tile("matmul", rows=rows, item=result.element_size(), **weights_problem(scheme))
+    problem = {"rows": rows, "features": features, "columns": columns, "gated": int(bool(activation))}
+    tile = launch.tiles.tile("matmul", **problem, item=result.element_size(), **weights_problem(scheme))
     blocks, options = split_tile(tile)
     arguments = product_arguments(launch, scheme, x_kind, x_scale, blocks, result.dtype)
     tiles = -(-rows // arguments["BLOCK_M"]) * -(-features // arguments["BLOCK_N"])

@@ -131,8 +131,9 @@ class TritonMoE(ReferenceMoE):
     def _order(self, pair_experts: Tensor, num_experts: int) -> PairOrder:
         """Pairs by expert, unless there are so few that each becomes a tile."""
         pairs = pair_experts.numel()
-        problem = {"pairs": pairs, "item": getattr(torch, self.spec.dtype).itemsize}
-        problem |= weights_problem(self.spec.scheme)
+        s = self.spec
+        problem = {"pairs": pairs, "features": s.intermediate_size, "columns": s.hidden_size}
+        problem |= {"item": getattr(torch, s.dtype).itemsize, **weights_problem(s.scheme)}
         blocks, options = split_tile(self._launch.tiles.tile("expert_matmul", **problem))
         if pairs <= _UNSORTED_PAIRS:
             return PairOrder(pair_experts, pair_experts, pair_experts, pair_experts, pairs, False, blocks, options)

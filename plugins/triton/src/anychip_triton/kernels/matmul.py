@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from anychip_triton.kernels.chain import after_earlier
+from anychip_triton.kernels.gated import accumulate_both
 from anychip_triton.kernels.norm import activated
 from anychip_triton.kernels.numbers import as_fp8, dot, fp8_to_float, in_8_bits, scale_of
 
@@ -168,20 +169,26 @@ def features(
     DTYPE: tl.constexpr,
 ):
     """A tile of results in float32, bias and activation applied. ACTIVATION "": the product; else of gate and up."""
-    result = accumulate(
-        x, x_at, x_live, x_scale, x_scale_at, w, row * w_stride, w_live, w_scale, w_zero, row * w_groups, columns,
-        GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
-    )  # fmt: skip
-    if HAS_BIAS:
-        result += tl.load(bias + row, mask=w_live, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "":
-        row += up
-        other = accumulate(
+    below = row + up
+    if ACTIVATION != "" and W_KIND == "plain":
+        result, other = accumulate_both(
+            x, x_at, x_live, w, row * w_stride, below * w_stride, w_live, columns, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE
+        )
+    else:
+        result = accumulate(
             x, x_at, x_live, x_scale, x_scale_at, w, row * w_stride, w_live, w_scale, w_zero, row * w_groups, columns,
             GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
         )  # fmt: skip
+        if ACTIVATION != "":
+            other = accumulate(
+                x, x_at, x_live, x_scale, x_scale_at, w, below * w_stride, w_live, w_scale, w_zero, below * w_groups,
+                columns, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, X_KIND, X_SCALES, W_KIND, HAS_ZERO, FP8, DTYPE,
+            )  # fmt: skip
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=w_live, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "":
         if HAS_BIAS:
-            other += tl.load(bias + row, mask=w_live, other=0.0).to(tl.float32)[None, :]
+            other += tl.load(bias + below, mask=w_live, other=0.0).to(tl.float32)[None, :]
         # As if gate and up had been stored: the reference rounds them there.
         result = activated(result.to(DTYPE).to(tl.float32), other.to(DTYPE).to(tl.float32), ACTIVATION)
     return result
