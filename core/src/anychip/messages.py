@@ -44,6 +44,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Digest of the adapter that the request runs with; None: without any."""
     media: tuple[MediaSpan, ...] = ()
     """The prompt's tokens that stand for media, in order."""
+    whole: bool = False
+    """Nobody reads its tokens as they come: each sequence is told of once, when it ends, with all of them. Not for
+    requests with log-probabilities, stop strings or beams."""
 
     @property
     def num_prompt(self) -> int:

@@ -75,7 +75,7 @@ class Request:
         "finish_reason", "fork_of", "index", "is_beam", "max_output", "media_marks", "next_change_at",
         "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids",
         "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id", "sampling",
-        "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant",
+        "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +99,7 @@ class Request:
         tenant: str = "",
         arrived_at: float | None = None,
         deadline: float = math.inf,
+        whole: bool = False,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -117,6 +118,7 @@ class Request:
         self.processors = processors
         self.tenant = tenant
         self.deadline = deadline  # on the monotonic clock
+        self.whole = whole  # its tokens are told of when it ends, and not before
         self.is_beam = sampling.beam_width > 0
         self.num_logprobs = num_logprobs  # how many of the likeliest tokens are reported with each; -1: none
 

@@ -60,6 +60,44 @@ def test_every_request_gets_its_tokens_at_any_depth(max_in_flight):
     assert tokens == {str(index): [TOKEN] * 5 for index in range(6)}
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_whole_request_is_told_of_once_with_all_that_its_pieces_tell(max_in_flight):
+    """Blocks are short, so that some are preempted on the way; token 2 ends some of them early."""
+
+    def told(*, whole):
+        scheduler = make_scheduler(num_blocks=20, max_num_seqs=5)
+        core = make_core(scheduler, max_in_flight=max_in_flight, token_of=lambda step, row: 2 + (7 * step + row) % 40)
+        for index in range(6):
+            message = add_message(str(index), list(range(3, 9 + index)), max_output=12, n=2, prompt_logprobs=0)
+            core.add(msgspec.structs.replace(message, whole=whole))
+        deltas = run(core)
+        assert scheduler.num_preemptions
+        found = {}
+        for delta in deltas:
+            found.setdefault((delta.request_id, delta.index), []).append(delta)
+        return found
+
+    pieces, wholes = told(whole=False), told(whole=True)
+    assert wholes.keys() == pieces.keys()
+    for name, (only,) in wholes.items():
+        assert only.token_ids == [token for piece in pieces[name] for token in piece.token_ids]
+        assert only.finish_reason == pieces[name][-1].finish_reason
+        first = pieces[name][0]
+        assert (only.cached_tokens, only.prompt_logprobs) == (first.cached_tokens, first.prompt_logprobs)
+        assert only.queued_s is not None
+    assert {only.finish_reason for (only,) in wholes.values()} == {"stop", "length"}
+
+
+def test_an_aborted_whole_request_tells_what_it_has():
+    core = make_core(make_scheduler())
+    core.add(msgspec.structs.replace(add_message("a", [5, 6], max_output=6), whole=True))
+    (request,) = core.scheduler.sequences("a")
+    while request.num_output < 3:
+        assert core.step() == []
+    (end,) = core.abort("a")
+    assert (end.token_ids, end.finish_reason) == ([TOKEN] * 3, "abort")
+
+
 def test_n_sequences_share_the_seed_and_differ_by_index():
     core = make_core(make_scheduler())
     core.add(add_message("a", list(range(5, 15)), n=4))

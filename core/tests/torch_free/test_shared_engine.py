@@ -6,12 +6,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+import msgspec
 import pytest
 from engine_kit import make_core, make_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anychip.engine.input_processor import InputProcessor
+from anychip.engine.input_processor import InputProcessor, RequestOptions
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.shared_engine import SharedEngine
 from anychip.errors import EngineDead, InvalidRequest, OutputFailed, RequestAborted
@@ -98,6 +99,20 @@ def test_any_interleaving_gives_each_run_what_it_gives_alone(jobs, moves, depth)
         assert got[number] == alone(asked[number])
     shared.core.drain()
     assert shared.left() == ({}, [], {}, {}, 0)
+
+
+@pytest.mark.parametrize("needed", [{}, {"logprobs": 2}, {"beam_width": 2}])
+def test_what_is_read_at_its_end_comes_whole_unless_its_tokens_are_needed_on_the_way(needed):
+    asked = INPUTS.process("", [5, 6], SamplingParams(max_tokens=9, **needed), RequestOptions(whole=True))
+    assert asked.whole is not bool(needed)
+
+
+def test_a_run_of_whole_requests_yields_each_once():
+    whole = [request([prompt, 5], tokens) for prompt, tokens in ((7, 4), (9, 6))]
+    run = Shared(2).engine.run([msgspec.structs.replace(one, whole=True) for one in whole])
+    outputs = list(run)
+    assert {number: output.outputs[0].token_ids for number, output in outputs} == alone(whole)
+    assert len(outputs) == 2 and all(output.finished for _, output in outputs)
 
 
 def test_threads_get_what_each_gets_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from drafts_kit import Guesses, alone, engine, message, run, speculating
 from hypothesis import given, settings
@@ -58,10 +59,11 @@ def offers_of(scheduler: Scheduler) -> dict[int, list[int]]:
     num_blocks=st.integers(32, 120),
     budget=st.sampled_from([5, 9, 64]),
     max_in_flight=st.integers(1, 2),
+    whole=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_every_sequence_is_what_is_drawn_without_drafts(
-    prompts, max_output, n, right, max_drafts, num_blocks, budget, max_in_flight, seed
+    prompts, max_output, n, right, max_drafts, num_blocks, budget, max_in_flight, whole, seed
 ):
     """Blocks are short in some, so that sequences are preempted with drafts in flight."""
     guesses = Guesses(random.Random(seed), right)
@@ -80,7 +82,8 @@ def test_every_sequence_is_what_is_drawn_without_drafts(
                 blocks = len(request.block_ids[0]) if request.block_ids else 0
                 assert blocks <= max(request.num_computed, request.num_known - 1) // size + 1, "drafts keep blocks"
 
-    found = run(core, [message(str(at), prompt, max_output, n) for at, prompt in enumerate(prompts)], check)
+    messages = [message(str(at), prompt, max_output, n) for at, prompt in enumerate(prompts)]
+    found = run(core, [msgspec.structs.replace(one, whole=whole) for one in messages], check)
     for (name, index), tokens in found.items():
         assert tokens == alone(prompts[int(name)], index, max_output), (name, index)
     assert len(found) == len(prompts) * n

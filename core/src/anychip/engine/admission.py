@@ -176,6 +176,7 @@ class Admission:
                 tenant=message.tenant,
                 arrived_at=arrived_at,
                 deadline=_deadline(message, arrived_at),
+                whole=message.whole,
             )
             sequences.append(request)
         self.scheduler.add(*sequences)

@@ -83,7 +83,8 @@ class EngineCore:
             if index in (None, request.index) or request.is_beam:
                 self.scheduler.abort(request.request_id, request.index, reason)
                 if request.index < request.sampling.n:  # beams beyond n are nobody's
-                    ends.append(SequenceDelta(request.request_id, request.index, [], finish_reason=reason))
+                    untold = request.output_token_ids if request.whole else []
+                    ends.append(SequenceDelta(request.request_id, request.index, untold, finish_reason=reason))
         return ends
 
     @property

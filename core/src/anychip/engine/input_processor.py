@@ -38,6 +38,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the adapter that the request runs with; None: without any."""
     media: tuple[MediaSpan, ...] = ()
     """The prompt's tokens that stand for media, in order; such a prompt is token ids."""
+    whole: bool = False
+    """Its outputs are not read as they come: where nothing needs them earlier, a sequence's are one, at its end."""
 
 
 class InputProcessor:
@@ -108,6 +110,8 @@ class InputProcessor:
             weights_version=root.weights_version,
             adapter=root.adapter,
             media=options.media,
+            # Stop strings are looked for, and log-probabilities are reported, token by token; beams end together.
+            whole=options.whole and not sampling.stop and sampling.logprobs is None and not sampling.beam_width,
         )
 
     def _root(self, options: RequestOptions, num_prompt: int) -> PrefixRoot:

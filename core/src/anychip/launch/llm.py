@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from anychip.config import EngineConfig
-from anychip.engine.input_processor import InputProcessor, Prompt
+from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.engine.shared_engine import SharedEngine
@@ -29,6 +29,8 @@ from anychip.tokenizer.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with "role" and "content"."""
+
+_WHOLE = RequestOptions(whole=True)
 
 
 class LLM:
@@ -91,7 +93,7 @@ class LLM:
         several = _as_list(prompts)
         params = self._each(sampling, len(several))
         pieces: list[list[RequestOutput]] = [[] for _ in several]
-        for number, output in self._run(several, params):
+        for number, output in self._run(several, params, _WHOLE):
             pieces[number].append(output)
         return [merge(outputs) for outputs in pieces]
 
@@ -154,12 +156,14 @@ class LLM:
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], options: RequestOptions | None = None
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Outputs as they come, each with its prompt's number."""
         self.inputs.weights_version = self.engine.weights_version
         # Every prompt is checked before the first is accepted.
-        requests = [self.inputs.process("", prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+        requests = [
+            self.inputs.process("", prompt, sampling, options) for prompt, sampling in zip(prompts, params, strict=True)
+        ]
         return self._shared.run(requests)
 
 

@@ -262,24 +262,23 @@ class Scheduler:
                 token = gained[-1]
             output += gained
             num_output = len(output)
-            delta = SequenceDelta(request.request_id, request.index, gained)
-            if num_output == len(gained):
-                delta.cached_tokens = request.cached_tokens
-                delta.queued_s = request.scheduled_at - request.arrived_at
-                if request.sampling.prompt_logprobs is not None and not request.index:
-                    delta.prompt_logprobs = request.prompt_logprobs
-            if first in result.logprobs:
-                delta.logprobs = [result.logprobs[at] for at in range(first, first + len(gained))]
-            deltas.append(delta)
+            reason: FinishReason | None = None
+            if token in request.stop_ids and num_output >= request.sampling.min_tokens:
+                reason = "stop"
+            elif num_output >= request.max_output:
+                reason = "length"
+            if reason or not request.whole:
+                delta = _delta(request, output if request.whole else gained, reason)
+                if first in result.logprobs:
+                    delta.logprobs = [result.logprobs[at] for at in range(first, first + len(gained))]
+                deltas.append(delta)
             if step.drafts is not None and self.drafting is not None and step.drafts[place]:
                 self.drafting.judge(request, len(step.drafts[place]), end - first)
             full = (request.num_prompt + num_output - 1) % block_size < len(gained)
             if offers and (full or num_output == len(gained)):
                 self.kv.offer(request)
-            if token in request.stop_ids and num_output >= request.sampling.min_tokens:
-                delta.finish_reason = self._end(request, "stop")
-            elif num_output >= request.max_output:
-                delta.finish_reason = self._end(request, "length")
+            if reason:
+                self._end(request, reason)
         if step.drafts is not None and self.drafting is not None:
             self.drafting.taken_in(step, len(tokens))
         return deltas
@@ -298,13 +297,12 @@ class Scheduler:
                 self.abort(member.request_id, member.index, "stop")
         return ends
 
-    def _end(self, request: Request, reason: FinishReason) -> FinishReason:
+    def _end(self, request: Request, reason: FinishReason) -> None:
         self.kv.offer(request)
         remove(self.running, request, self.policy.key)
         self._give_up_slot(request)
         self.kv.free(request)
         self._finish(request, reason)
-        return reason
 
     # -- transitions --------------------------------------------------------------------------------------
 
@@ -328,6 +326,17 @@ class Scheduler:
         if self.drafting is not None:
             self.drafting.forget(request.slot)
         request.slot = None
+
+
+def _delta(request: Request, told: list[int], reason: FinishReason | None) -> SequenceDelta:
+    """The newest of a request's tokens, for the clients; with its first, what was to be known of its beginning."""
+    delta = SequenceDelta(request.request_id, request.index, told, finish_reason=reason)
+    if len(told) == len(request.output_token_ids):
+        delta.cached_tokens = request.cached_tokens
+        delta.queued_s = request.scheduled_at - request.arrived_at
+        if request.sampling.prompt_logprobs is not None and not request.index:
+            delta.prompt_logprobs = request.prompt_logprobs
+    return delta
 
 
 def _until_end(request: Request, tokens: list[int]) -> list[int]:
