@@ -51,12 +51,13 @@ class JitLauncher:
         self.tiles = tiles
         self._options = dict(target.launch_options)
         self._rehearsing = False
+        self._made: list[Any] = []
 
     def __call__(self, kernel: Any, grid: Grid, options: dict[str, int], **arguments: Any) -> None:
         more, chaining = chained(self.target, kernel)
         arguments |= more
         if self._rehearsing:
-            kernel.warmup(grid=grid, **arguments, **options, **self._options, **chaining)
+            self._made.append(kernel.warmup(grid=grid, **arguments, **options, **self._options, **chaining))
             for ids in (arguments.get(name) for name in _IDS):
                 if isinstance(ids, Tensor) and not ids.is_floating_point():
                     ids.zero_()  # what comes next may use them as indexes
@@ -65,13 +66,24 @@ class JitLauncher:
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Kernels that are called within are not run but compiled, side by side: done when the context ends. What they
-        would have written is left as it was, ids are 0."""
+        """Kernels that are called within are not run but compiled and loaded, side by side: done when the context ends.
+        What they would have written is left as it was, ids are 0."""
+        from triton.runtime import driver
         from triton.runtime._async_compile import AsyncCompileMode
 
-        self._rehearsing = True
+        self._rehearsing, self._made = True, []
         try:
             with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
                 yield
+            # Launchers of their own, which triton has the C compiler make for each form, are asked for here too.
+            here = driver.active.get_current_device()
+            with ThreadPoolExecutor(initializer=driver.active.set_current_device, initargs=(here,)) as pool:
+                list(pool.map(_load, {id(made): made for made in self._made}.values()))
         finally:
-            self._rehearsing = False
+            self._rehearsing, self._made = False, []
+
+
+def _load(made: Any) -> None:
+    """A compiled kernel, or the promise of one."""
+    kernel = made.result() if hasattr(made, "future") else made
+    kernel.run  # noqa: B018  a property that loads

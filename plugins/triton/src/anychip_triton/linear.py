@@ -23,7 +23,7 @@ from anychip_triton.targets import Target
 SKINNY_ROWS = 16
 """Rows up to which a dense product is the Triton kernel's; above, the vendor's library does it."""
 
-_WIDENED_ROWS = {"int4": 8, "int8": 64}
+WIDENED_ROWS = {"int4": 8, "int8": 64}
 """Rows above which weights without activations of 8 bits are widened first, and multiplied by the vendor's library."""
 
 EPILOGUES: frozenset[str] = frozenset(get_args(Activation))
@@ -101,7 +101,7 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
     def apply(self, x: Tensor, packed: QuantizedWeights, *, out: Tensor | None = None) -> Tensor:
         """x is plain, or as `accepts` says."""
         matrix = packed.matrix
-        if x.shape[0] > _WIDENED_ROWS.get(matrix.scheme.name, x.shape[0]):
+        if x.shape[0] > WIDENED_ROWS.get(matrix.scheme.name, x.shape[0]):
             result = F.linear(x, widened(self._launch, matrix, x.dtype), packed.bias)
             return result if out is None else out.copy_(result)
         if x.dtype == torch.uint8:

@@ -9,15 +9,27 @@ from torch import Tensor
 
 from anychip.ops.reference import ReferenceMoE
 from anychip.ops.reference.quantized import QuantizedMatrix
-from anychip.plugin_api import MoESpec, Platform, Routing
+from anychip.plugin_api import MoESpec, Platform, QuantScheme, Routing
 from anychip_triton.kernels.experts import combine_pairs, expert_matmul
 from anychip_triton.kernels.routing import route, sort_pairs
 from anychip_triton.launch import Launcher, split_tile
-from anychip_triton.linear import as_bytes, product_arguments, quantized_activations, storable, weights_problem, why_not
+from anychip_triton.linear import (
+    WIDENED_ROWS,
+    as_bytes,
+    product_arguments,
+    quantized_activations,
+    storable,
+    weights_problem,
+    why_not,
+    widened,
+)
 from anychip_triton.shapes import power_of_two, rows_of
 
 _UNSORTED_PAIRS = 64
 """Pairs up to which each is a tile of its own: sorting costs more launches than experts that meet twice cost reads."""
+
+WIDENED_PAIRS = 2048
+"""Pairs above which weights of few bits are widened first: all experts at once, in memory of the step's own."""
 
 
 @dataclass(slots=True)
@@ -116,9 +128,10 @@ class TritonMoE(ReferenceMoE):
         s, x = self.spec, rows_of(x)
         ids = routing.expert_ids if expert_map is None else expert_map[routing.expert_ids.long()]
         pair_experts = ids.flatten().to(torch.int32)
-        order = self._order(pair_experts, packed.num_experts)
-        hidden = self._product(x, packed.gate_up, packed.gate_up_bias, order, top_k=s.top_k, activation=s.activation)
-        parts = self._product(hidden, packed.down, packed.down_bias, order, top_k=1, activation="")
+        gate_up, down = (self._multiplied(weights, pair_experts.numel()) for weights in (packed.gate_up, packed.down))
+        order = self._order(pair_experts, packed.num_experts, None if isinstance(gate_up, Tensor) else gate_up.scheme)
+        hidden = self._product(x, gate_up, packed.gate_up_bias, order, top_k=s.top_k, activation=s.activation)
+        parts = self._product(hidden, down, packed.down_bias, order, top_k=1, activation="")
         result = torch.empty_like(x)
         blocks, options = split_tile(self._launch.tiles.tile("combine_pairs", width=s.hidden_size))
         self._launch(
@@ -128,12 +141,18 @@ class TritonMoE(ReferenceMoE):
         )  # fmt: skip
         return result
 
-    def _order(self, pair_experts: Tensor, num_experts: int) -> PairOrder:
+    def _multiplied(self, weights: Tensor | QuantizedMatrix, pairs: int) -> Tensor | QuantizedMatrix:
+        """Weights as products of so many pairs take them: of few bits, as they are or widened first."""
+        if isinstance(weights, Tensor) or pairs <= WIDENED_PAIRS or weights.scheme.name not in WIDENED_ROWS:
+            return weights
+        return widened(self._launch, weights, getattr(torch, self.spec.dtype))
+
+    def _order(self, pair_experts: Tensor, num_experts: int, scheme: QuantScheme | None) -> PairOrder:
         """Pairs by expert, unless there are so few that each becomes a tile."""
         pairs = pair_experts.numel()
         s = self.spec
         problem = {"pairs": pairs, "features": s.intermediate_size, "columns": s.hidden_size}
-        problem |= {"item": getattr(torch, s.dtype).itemsize, **weights_problem(s.scheme)}
+        problem |= {"item": getattr(torch, s.dtype).itemsize, **weights_problem(scheme)}
         blocks, options = split_tile(self._launch.tiles.tile("expert_matmul", **problem))
         if pairs <= _UNSORTED_PAIRS:
             return PairOrder(pair_experts, pair_experts, pair_experts, pair_experts, pairs, False, blocks, options)
@@ -170,7 +189,8 @@ class TritonMoE(ReferenceMoE):
         pairs = order.pair_experts.numel()
         features = spec.intermediate_size if activation else spec.hidden_size
         result = torch.empty((pairs, features), dtype=x.dtype, device=x.device)
-        arguments = product_arguments(launch, spec.scheme, kind, x_scale, order.blocks, result.dtype)
+        scheme = None if matrix is None else matrix.scheme
+        arguments = product_arguments(launch, scheme, kind, x_scale, order.blocks, result.dtype)
         zeros = None if matrix is None else matrix.zeros
         launch(
             expert_matmul, (-(-features // arguments["BLOCK_N"]), order.num_tiles), order.options,
