@@ -3,7 +3,7 @@ stand for in float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import FP8_MAX, INT4_ZERO, QuantScheme
+from anychip.plugin_api import FP8_MAX, INT4_ZERO, NAMED, QuantScheme
 from anychip.types import cdiv
 from anychip_conformance.device import Device, seen
 from anychip_conformance.oracle.rounding import FP8_SMALLEST_STEP, FP8_UNIT, UNIT_ROUNDOFF, gamma
@@ -23,7 +23,7 @@ _TINY_SCALE = 1e-12
 
 
 class Scheme(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """QuantScheme as parameters of a case."""
+    """QuantScheme as parameters of a case: the named one with other sizes. `zero_points`: integers."""
 
     name: str
     scales: str
@@ -33,12 +33,13 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def spec(self) -> QuantScheme:
-        return QuantScheme(
-            name=self.name,  # type: ignore[arg-type]
-            scales=self.scales,  # type: ignore[arg-type]
+        named = NAMED[self.name]
+        return replace(
+            named,
+            scales=self.scales,
             group_size=self.group_size,
-            zero_points=self.zero_points,
-            activations=self.activations,  # type: ignore[arg-type]
+            zero_points="int" if self.zero_points else named.zero_points,
+            activations=self.activations,
         )
 
 
