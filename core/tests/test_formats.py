@@ -15,10 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from anychip import LLM
+from anychip.config import EngineConfig
 from anychip.errors import CheckpointError, ConfigError, PluginFailed, Unsupported
-from anychip.ops.reference import REFERENCE, dequantize
+from anychip.launch.plan import plan_engine
+from anychip.ops.reference import REFERENCE, WidenedLinear, dequantize
+from anychip.ops.reference.linear import ReferenceQuantizedLinear
 from anychip.ops.reference.quantized import QuantizedMatrix
-from anychip.plugin_api import NAMED, Platform, PlatformContext, ProbeResult, QuantScheme
+from anychip.plugin_api import NAMED, LinearPart, LinearSpec, Platform, PlatformContext, ProbeResult, QuantScheme
 from anychip.quantization.fp4 import pairs
 from anychip.registry.plugins import load_plugins
 from anychip_conformance.equality.four_bit_floats import codes, make_mxfp4_gpt_oss, mx, nv, packed
@@ -164,6 +168,55 @@ def test_rounding_to_the_nearest_of_eight():
     assert codes(given_numbers).tolist() == [0, 0, 1, 1, 2, 4, 5, 6, 7, 7, 9, 15]
 
 
+# -- dequantized at load, for plain kernels ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.activations == "plain"], ids=lambda s: s.name)
+def test_widened_products_are_those_of_the_reference(scheme, order):
+    """Whatever order the kinds of a part come in, with values in two chunks."""
+    platform = reference_platform()
+    parts = tuple(LinearPart(name=name, offset=offset, rows=96) for name, offset in (("a", 0), ("b", 96)))
+    spec = LinearSpec(in_features=96, out_features=192, parts=parts, dtype="float32", bias=True, scheme=scheme)
+    kernels = (ReferenceQuantizedLinear(spec, platform), WidenedLinear(spec, platform, platform.linear))
+    x, results = torch.randn(5, 96), []
+    given = [(part.name, random_parts(scheme, 96, 96), torch.randn(96)) for part in parts]
+    for kernel in kernels:
+        packed = kernel.begin()
+        for name, kinds, bias in given:
+            for kind, tensor in list(kinds.items())[::order]:
+                if kind:
+                    kernel.load(packed, f"{name}.{kind}", tensor)
+                else:
+                    kernel.load(packed, name, tensor[:64])
+                    kernel.load(packed, name, tensor[64:], row=64)
+            kernel.load(packed, f"{name}.bias", bias)
+        results.append(kernel.apply(x, kernel.finish(packed)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * float(results[0].abs().max()))
+    fresh = random_parts(scheme, 96, 96)
+    for kernel, result in zip(kernels, results, strict=True):
+        packed = kernel.begin()
+        for name in ("a", "b"):
+            for kind, tensor in given[0][1].items():
+                kernel.load(packed, f"{name}.{kind}" if kind else name, tensor)
+            kernel.load(packed, f"{name}.bias", given[0][2])
+        packed = kernel.finish(packed)
+        for kind, tensor in fresh.items():
+            kernel.update(packed, f"b.{kind}" if kind else "b", tensor)
+        result.copy_(kernel.apply(x, packed))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * float(results[0].abs().max()))
+
+
+@pytest.mark.parametrize("isa", ["reference", ""])
+def test_a_plan_counts_weights_in_the_form_that_they_are_held_in(isa, tmp_path):
+    make_mxfp4_gpt_oss(tmp_path)
+    given_settings = {"device": "cpu", "num_kv_blocks": 64, "device_options": {"isa": isa} if isa else {}}
+    plan = plan_engine(EngineConfig(model=str(tmp_path), **given_settings))
+    with LLM(str(tmp_path), skip_tokenizer=True, **given_settings) as llm:
+        assert llm.worker.memory.weights == plan.worker.memory.weights
+    assert plan.quantization == "mxfp4"
+
+
 # -- GPT-OSS in MXFP4 ------------------------------------------------------------------------------------------
 
 
@@ -189,7 +242,9 @@ def test_gpt_oss_in_mxfp4_holds_the_matrices_that_the_library_makes_of_it(tmp_pa
     for name, matrix in matrices.items():
         theirs = _convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
         assert theirs.float().equal(matrix.bfloat16().float().transpose(1, 2))
-    with open_llm(Case("gpt-oss", 64, True, False, True, "cpu"), tmp_path) as llm:
+    # Plain PyTorch's kernels hold what they were given in a form that can be read back.
+    given_options = {"device_options": {"isa": "reference"}}
+    with open_llm(Case("gpt-oss", 64, True, False, True, "cpu"), tmp_path, **given_options) as llm:
         for index, layer in enumerate(llm.engine.executor.worker.program.model.layers):
             experts = layer.mlp
             assert experts.spec.scheme == NAMED["mxfp4"]
@@ -211,7 +266,7 @@ def spoil(folder: Path, name: str, change) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("down_proj_scales", lambda t, n: t.pop(n), r"lacks tensor 'model.layers.1.mlp.experts.down_proj_scales' of"),
+        ("down_proj_scales", lambda t, n: t.pop(n), r"lacks tensor 'model.layers.1.mlp.experts.down_proj_scales'"),
         (
             "gate_up_proj_blocks",
             lambda t, n: t.pop(n),
@@ -221,7 +276,7 @@ def spoil(folder: Path, name: str, change) -> None:
         (
             "down_proj_blocks",
             lambda t, n: t.update({n: t[n].flatten(2)}),
-            r"has shape \[4, 64, 64\], the model wants \[4, 64, 4, 16\]",
+            r"has shape \[4, 64, 64\], the scheme wants \[4, 64, 4, 16\]",
         ),
     ],
 )

@@ -47,11 +47,11 @@ def want_pairs(register: WeightRegister, matrix: Matrix, name: str) -> None:
     first, last = (bound // 2 for bound in matrix.columns.bounds)
 
     def take(view: WeightView) -> None:
-        _check(view, torch.uint8)
+        check(view, (rows, columns // 2), torch.uint8)
         for start, stop in row_chunks(matrix.rows, columns):
             matrix.put("", pairs(view.read((start, stop), (first, last))), start - matrix.rows.start)
 
-    register.want(name, (rows, columns // 2), take)
+    register.want(name, None, take)
 
 
 def want_exponents(register: WeightRegister, matrix: Matrix, scheme: QuantScheme, name: str) -> None:
@@ -59,10 +59,10 @@ def want_exponents(register: WeightRegister, matrix: Matrix, scheme: QuantScheme
     groups, shape = column_groups(matrix, scheme), _scales_of(matrix, scheme)
 
     def take(view: WeightView) -> None:
-        _check(view, torch.uint8, torch.float8_e8m0fnu)
+        check(view, shape, torch.uint8, torch.float8_e8m0fnu)
         matrix.put("scale", exponents(view.read(matrix.rows.bounds, groups.bounds), view.source))
 
-    register.want(name, shape, take)
+    register.want(name, None, take)
 
 
 def want_two_scales(
@@ -72,7 +72,7 @@ def want_two_scales(
     groups, shape = column_groups(matrix, scheme), _scales_of(matrix, scheme)
 
     def take(view: WeightView) -> None:
-        _check(view, torch.float8_e4m3fn)
+        check(view, shape, torch.float8_e4m3fn)
         matrix.put("scale", view.read(matrix.rows.bounds, groups.bounds))
 
     def take_whole(view: WeightView) -> None:
@@ -81,7 +81,7 @@ def want_two_scales(
             raise CheckpointError(f"{view.source} is {float(given)}: no scale of a whole matrix")
         matrix.put("global_scale", given.reciprocal() if divides else given)
 
-    register.want(name, shape, take)
+    register.want(name, None, take)
     register.want(whole, None, take_whole)
 
 
@@ -90,6 +90,10 @@ def _scales_of(matrix: Matrix, scheme: QuantScheme) -> tuple[int, int]:
     return matrix.shape[0], matrix.shape[1] // scheme.group_size
 
 
-def _check(view: WeightView, *dtypes: torch.dtype) -> None:
+def check(view: WeightView, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Raises CheckpointError for a tensor of another shape, or of none of the dtypes: the register knows no dtypes, and
+    what it is told the shape of may be made up."""
+    if view.shape != shape:
+        raise CheckpointError(f"{view.source} has shape {list(view.shape)}, the scheme wants {list(shape)}")
     if view.dtype not in dtypes:
         raise CheckpointError(f"{view.source} is {view.dtype}, and the format has {' or '.join(map(str, dtypes))}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from anychip.errors import Unsupported
 from anychip.plugin_api import QuantScheme, WeightView
 from anychip.quantization.format import Container, column_groups
-from anychip.quantization.fp4 import exponents, grouped_fp4, pairs
+from anychip.quantization.fp4 import check, exponents, grouped_fp4, pairs
 from anychip.weights.matrix import Matrix, MatrixStack
 from anychip.weights.register import WeightRegister
 
@@ -34,8 +36,10 @@ class MXFP4(Container):
     def want_quantized_stack(self, register: WeightRegister, stack: MatrixStack, scheme: QuantScheme) -> None:
         rows, columns = stack.shape
         groups = column_groups(stack.pieces[0].matrices[0], scheme)
+        whole = (stack.count, rows, columns // _GROUP)
 
         def take_blocks(view: WeightView) -> None:
+            check(view, (*whole, _GROUP // 2), torch.uint8)
             for expert in range(stack.count):
                 held = view.read((expert, expert + 1), (0, rows), groups.bounds)[0]
                 values = pairs(held.flatten(1))
@@ -43,11 +47,11 @@ class MXFP4(Container):
                     piece.matrices[expert].put("", values[piece.rows])
 
         def take_scales(view: WeightView) -> None:
+            check(view, whole, torch.uint8, torch.float8_e8m0fnu)
             for expert in range(stack.count):
                 held = exponents(view.read((expert, expert + 1), (0, rows), groups.bounds)[0], view.source)
                 for piece in stack.pieces:
                     piece.matrices[expert].put("scale", held[piece.rows])
 
-        whole = (stack.count, rows, columns // _GROUP)
-        register.want(f"{stack.name}_blocks", (*whole, _GROUP // 2), take_blocks)
-        register.want(f"{stack.name}_scales", whole, take_scales)
+        register.want(f"{stack.name}_blocks", None, take_blocks)
+        register.want(f"{stack.name}_scales", None, take_scales)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.ops.reference import DenseWeights, ReferenceLinear, reference_linear
+from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
 from anychip.ops.reference.linear import QuantizedWeights, ReferenceQuantizedLinear
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import Activation, LinearKernel, LinearSpec, Platform, QuantScheme
@@ -38,6 +38,8 @@ def linear_kernel(spec: LinearSpec, platform: Platform, launch: Launcher, *, for
     if spec.scheme is None:
         return TritonLinear(spec, platform, launch)
     if why_not(spec.scheme):
+        if can_widen(spec.scheme):
+            return WidenedLinear(spec, platform, lambda plain: TritonLinear(plain, platform, launch))
         return reference_linear(spec, platform)
     return TritonQuantizedLinear(spec, platform, launch, formats=formats)
 

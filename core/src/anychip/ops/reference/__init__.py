@@ -28,6 +28,7 @@ from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, referenc
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
 from anychip.ops.reference.step import Drawn, EditState, draw_tokens, token_scores
+from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
@@ -42,8 +43,9 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "Drawn", "EditState",
     "ExpertWeights", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLinear", "ReferenceMoE",
-    "arena_views", "attend_row", "attend_row_with_lse", "dequantize", "draw_tokens", "functional",
-    "merge_attention", "quantized", "reference_linear", "sampling", "softmax_with_sinks", "token_scores",
+    "WidenedLinear", "WidenedMoE", "arena_views", "attend_row", "attend_row_with_lse", "can_widen", "dequantize",
+    "draw_tokens", "functional", "merge_attention", "quantized", "reference_linear", "sampling", "softmax_with_sinks",
+    "token_scores",
 ]  # fmt: skip
 
 
