@@ -23,8 +23,14 @@ from anychip.ops.reference import REFERENCE, WidenedLinear, dequantize
 from anychip.ops.reference.linear import ReferenceQuantizedLinear
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import NAMED, LinearPart, LinearSpec, Platform, PlatformContext, ProbeResult, QuantScheme
+from anychip.quantization.compressed_tensors import CompressedTensors
+from anychip.quantization.format import Container
 from anychip.quantization.fp4 import pairs
+from anychip.quantization.modelopt import ModelOpt
+from anychip.quantization.mxfp4 import MXFP4
 from anychip.registry.plugins import load_plugins
+from anychip.weights.matrix import Matrix, MatrixStack, Span, StackPiece
+from anychip.weights.register import WeightRegister, load_weights
 from anychip_conformance.equality.four_bit_floats import codes, make_mxfp4_gpt_oss, mx, nv, packed
 from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.quantized_models import make_quantized_checkpoint
@@ -296,6 +302,108 @@ def test_a_device_that_does_not_declare_mxfp4_refuses_it(tmp_path):
     make_mxfp4_gpt_oss(tmp_path)
     with pytest.raises(Unsupported, match=r"fake-hostlen with a checkpoint in mxfp4 .*: int8 is nearest"):
         open_llm(Case("gpt-oss", 64, True, False, True, "fake-hostlen"), tmp_path)
+
+
+# -- a rank's share ---------------------------------------------------------------------------------------------
+
+
+class Held:
+    """plugin_api.WeightView over a tensor."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.source, self.tensor = name, tensor
+        self.shape, self.dtype, self.nbytes = tuple(tensor.shape), tensor.dtype, tensor.nbytes
+
+    def read(self, *bounds: tuple[int, int]) -> torch.Tensor:
+        return self.tensor[tuple(slice(*bound) for bound in bounds)]
+
+
+def loaded(register: WeightRegister, tensors: dict[str, torch.Tensor]) -> None:
+    load_weights(register, iter([(name, Held(name, tensor)) for name, tensor in tensors.items()]), "here")
+
+
+def gathered(scheme: QuantScheme, parts: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    whole = {kind: torch.cat(tensors) for kind, tensors in parts.items()}
+    return dequantize(scheme, whole[""], whole["scale"], global_scale=whole.get("global_scale"))
+
+
+def compressed(strategy: str, size: int) -> dict:
+    weights = {"type": "float", "num_bits": 4, "strategy": strategy, "group_size": size, "symmetric": True}
+    return {"config_groups": {"0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def stored_mx(weight: torch.Tensor) -> tuple[Container, dict[str, torch.Tensor], torch.Tensor]:
+    held, exponents, matrix = mx(weight)
+    tensors = {"m.weight_packed": packed(held), "m.weight_scale": exponents}
+    return CompressedTensors(compressed("group", 32), frozenset(tensors)), tensors, matrix
+
+
+def stored_nv(weight: torch.Tensor) -> tuple[Container, dict[str, torch.Tensor], torch.Tensor]:
+    held, scale, whole, matrix = nv(weight)
+    tensors = {"m.weight_packed": packed(held), "m.weight_scale": scale, "m.weight_global_scale": (1 / whole).view(1)}
+    return CompressedTensors(compressed("tensor_group", 16), frozenset(tensors)), tensors, matrix
+
+
+def stored_nv2(weight: torch.Tensor) -> tuple[Container, dict[str, torch.Tensor], torch.Tensor]:
+    held, scale, whole, matrix = nv(weight)
+    tensors = {"m.weight": packed(held), "m.weight_scale": scale, "m.weight_scale_2": whole}
+    return ModelOpt({"quant_algo": "NVFP4"}, frozenset(tensors)), tensors, matrix
+
+
+_spans = {
+    "rows": st.tuples(st.integers(0, 70), st.integers(1, 80)),
+    "groups": st.tuples(st.integers(0, 2), st.integers(1, 3)),
+    "seed": st.integers(0, 999),
+}
+
+
+@settings(deadline=None)
+@given(make=st.sampled_from([stored_mx, stored_nv, stored_nv2]), **_spans)
+def test_a_share_of_a_matrix_is_that_part_of_it(make, rows, groups, seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(rows[0] + rows[1] + 3, 32 * (sum(groups) + 1)) * 2.0 ** torch.randn(())
+    container, tensors, whole = make(weight)
+    register, parts = WeightRegister(), {}
+    scheme = container.scheme("m", weight.shape[1])
+    share = Matrix(
+        name="m", shape=tuple(weight.shape), rows=Span(*rows), columns=Span(*groups).times(32), scheme=scheme,
+        put=lambda kind, tensor, row=0: parts.setdefault(kind, []).append(tensor.clone()),
+    )  # fmt: skip
+    container.want(register, share)
+    loaded(register, tensors)
+    expected = whole[slice(*share.rows.bounds), slice(*share.columns.bounds)]
+    # One exporter stores the reciprocal of the global scale.
+    torch.testing.assert_close(gathered(scheme, parts), expected, rtol=2**-22, atol=0)
+
+
+@settings(deadline=None)
+@given(experts=st.integers(1, 3), **_spans)
+def test_a_share_of_stacked_experts_is_that_part_of_them(experts, rows, groups, seed):
+    """Gate and up in turns, of which a rank takes some pairs."""
+    torch.manual_seed(seed)
+    height, width = rows[0] + rows[1] + 3, 32 * (sum(groups) + 1)
+    held, exponents, whole = mx(torch.randn(experts, 2 * height, width))
+    tensors = {"m_blocks": packed(held).unflatten(-1, (-1, 16)), "m_scales": exponents}
+    container, register = MXFP4({}, frozenset(tensors)), WeightRegister()
+    scheme = container.scheme("m", width)
+    found: dict[tuple[int, int], dict[str, list[torch.Tensor]]] = {}
+
+    def matrix(expert: int, half: int) -> Matrix:
+        parts = found.setdefault((expert, half), {})
+        return Matrix(
+            name=f"m.{expert}.{half}", shape=(height, width), rows=Span(*rows), columns=Span(*groups).times(32),
+            scheme=scheme, put=lambda kind, tensor, row=0: parts.setdefault(kind, []).append(tensor.clone()),
+        )  # fmt: skip
+
+    first, last = 2 * rows[0], 2 * (rows[0] + rows[1])
+    pieces = tuple(
+        StackPiece(slice(first + half, last, 2), [matrix(expert, half) for expert in range(experts)]) for half in (0, 1)
+    )
+    container.want_stack(register, MatrixStack(name="m", count=experts, shape=(2 * height, width), pieces=pieces))
+    loaded(register, tensors)
+    columns = slice(*Span(*groups).times(32).bounds)
+    for (expert, half), parts in found.items():
+        assert gathered(scheme, parts).equal(whole[expert, first + half : last : 2, columns])
 
 
 # -- other containers ------------------------------------------------------------------------------------------
