@@ -45,10 +45,14 @@ def stored_numbers(scheme: QuantScheme, values: Tensor, codebook: Tensor | None 
 
 def scale_numbers(scheme: QuantScheme, scale: Tensor, global_scale: Tensor | None = None) -> Tensor:
     """float32 scales of canonical ones, in their shape."""
-    if scheme.scale_format == "e8m0":
-        scale = scale.view(torch.float8_e8m0fnu)
-    wide = scale.float()
+    wide = _powers_of_two(scale) if scheme.scale_format == "e8m0" else scale.float()
     return wide if global_scale is None else wide * global_scale
+
+
+def _powers_of_two(exponents: Tensor) -> Tensor:
+    """2^(b - 127) of bytes: float32's own exponent bits, where it is no subnormal. Not every device knows the dtype."""
+    normal = (exponents.to(torch.int32) << 23).view(torch.float32)
+    return torch.where(exponents == 0, 2.0**-127, normal)
 
 
 def _spread(scheme: QuantScheme, grouped: Tensor, values: Tensor) -> Tensor:
