@@ -64,9 +64,9 @@ def torch_rate() -> float:
 
 
 def products(platform: CpuPlatform, peak: float) -> Iterator[dict[str, Any]]:
-    int4 = QuantScheme(name="int4", scales="group", group_size=128)
-    int8 = QuantScheme(name="int8", scales="channel")
-    w8a8 = QuantScheme(name="int8-w8a8", scales="channel", activations="token")
+    int4 = QuantScheme(values="int4", scales="group", group_size=128)
+    int8 = QuantScheme(values="int8", scales="channel")
+    w8a8 = QuantScheme(values="int8", scales="channel", activations="token")
     for name, scheme, bits in (("bf16", None, 16), ("int8", int8, 8), ("int4", int4, 4), ("w8a8", w8a8, 8)):
         for rows, columns in ((16384, 2048), (2048, 8192)) if scheme else ((16384, 2048), (2048, 8192), (9728, 896)):
             spec = LinearSpec(
@@ -101,7 +101,7 @@ def filled(kernel: Any, spec: LinearSpec) -> Any:
         kernel.load(packed, "all", torch.randn(rows, columns).bfloat16())
     else:
         groups = columns // scheme.group_size if scheme.group_size else 1
-        low, high, dtype = (0, 16, torch.uint8) if scheme.name == "int4" else (-127, 128, torch.int8)
+        low, high, dtype = (0, 16, torch.uint8) if scheme.values == "int4" else (-127, 128, torch.int8)
         kernel.load(packed, "all", torch.randint(low, high, (rows, columns), dtype=dtype))
         kernel.load(packed, "all.scale", torch.rand(rows, groups) if scheme.group_size else torch.rand(rows))
     return kernel.finish(packed)

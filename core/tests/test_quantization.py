@@ -112,9 +112,9 @@ def test_a_plain_checkpoint_is_quantized_at_load(scheme, family, tmp_path):
 
 def as_loaded(weight: torch.Tensor, scheme: str, group_size: int) -> torch.Tensor:
     if scheme == "int8":
-        values, scale = quantize_rows(weight, QuantScheme(name="int8", scales="channel"))
+        values, scale = quantize_rows(weight, QuantScheme(values="int8", scales="channel"))
         return values.float() * scale.unsqueeze(-1)
-    values, scale = quantize_rows(weight, QuantScheme(name="int4", scales="group", group_size=group_size))
+    values, scale = quantize_rows(weight, QuantScheme(values="int4", scales="group", group_size=group_size))
     return (values.float() - 8) * scale.repeat_interleave(group_size, dim=1)
 
 
@@ -129,14 +129,14 @@ def check_greedy(model, case: Case, folder: Path, **settings) -> None:
 # -- arithmetic ---------------------------------------------------------------------------------------------
 
 SCHEMES = [
-    QuantScheme(name="int8", scales="channel"),
-    QuantScheme(name="int8", scales="tensor"),
-    QuantScheme(name="int4", scales="group", group_size=16),
-    QuantScheme(name="int4", scales="group", group_size=16, zero_points=True),
-    QuantScheme(name="fp8", scales="tensor", activations="token"),
-    QuantScheme(name="fp8", scales="channel", activations="static"),
-    QuantScheme(name="fp8", scales="block", group_size=16, activations="group"),
-    QuantScheme(name="int8-w8a8", scales="channel", activations="token"),
+    QuantScheme(values="int8", scales="channel"),
+    QuantScheme(values="int8", scales="tensor"),
+    QuantScheme(values="int4", scales="group", group_size=16),
+    QuantScheme(values="int4", scales="group", group_size=16, zero_points="int"),
+    QuantScheme(values="fp8_e4m3", scales="tensor", activations="token"),
+    QuantScheme(values="fp8_e4m3", scales="channel", activations="static"),
+    QuantScheme(values="fp8_e4m3", scales="block", group_size=16, activations="group"),
+    QuantScheme(values="int8", scales="channel", activations="token"),
 ]
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
@@ -148,9 +148,9 @@ def random_parts(scheme: QuantScheme, rows: int, columns: int) -> dict[str, torc
     groups = -(-columns // size) if size else 1
     shape = shapes.get(scheme.scales, (-(-rows // size) if scheme.scales == "block" else rows, groups))
     parts = {"scale": torch.rand(shape) * 0.1 + 1e-3}
-    if scheme.name == "int4":
+    if scheme.values == "int4":
         parts[""] = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    elif scheme.name == "fp8":
+    elif scheme.values == "fp8_e4m3":
         parts[""] = quantized.to_fp8(torch.randn(rows, columns) * 50)
     else:
         parts[""] = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
@@ -175,7 +175,7 @@ def wide_matrix(scheme: QuantScheme, parts: dict[str, torch.Tensor]) -> torch.Te
                 "group": (row, group),
                 "block": (row // (scheme.group_size or 1), group),
             }[scheme.scales]
-            zero = 8.0 if scheme.name == "int4" else 0.0
+            zero = 8.0 if scheme.values == "int4" else 0.0
             if scheme.zero_points:
                 zero = float(parts["zero"][place])
             matrix[row, column] = (values[row, column] - zero) * float(parts["scale"][place])
@@ -192,7 +192,7 @@ def activation_error(scheme: QuantScheme, x: torch.Tensor, input_scale: float) -
     for start in range(0, x.shape[1], size):
         group = wide[:, start : start + size]
         most = group.abs().amax(dim=1, keepdim=True)
-        if scheme.name == "int8-w8a8":
+        if scheme.activation_format == "int8":
             step = (most / 127 / 2).expand_as(group)
         else:
             scale = torch.full_like(most, input_scale) if scheme.activations == "static" else most / FP8_MAX
@@ -261,7 +261,7 @@ def test_a_known_gptq_word():
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_quantizing_at_load_is_within_half_a_step(name):
     scheme = QuantScheme(
-        name=name, scales="group" if name == "int4" else "channel", group_size=32 if name == "int4" else None
+        values=name, scales="group" if name == "int4" else "channel", group_size=32 if name == "int4" else None
     )
     weight = torch.randn(10, 64)
     weight[3] = 0
@@ -401,7 +401,7 @@ def test_stacked_rows_whose_groups_a_rank_would_cut_are_refused():
         shape=(8, 64),
         rows=Span(0, 8),
         columns=Span(16, 16),
-        scheme=QuantScheme(name="int4", scales="group", group_size=32),
+        scheme=QuantScheme(values="int4", scales="group", group_size=32),
         put=lambda kind, tensor, row=0: None,
     )
     with pytest.raises(

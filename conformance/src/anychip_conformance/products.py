@@ -3,7 +3,7 @@ stand for in float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import FP8_MAX, INT4_ZERO, QuantScheme
+from anychip.plugin_api import FP8_MAX, INT4_ZERO, NAMED, VALUES, QuantScheme
 from anychip.types import cdiv
 from anychip_conformance.device import Device, seen
 from anychip_conformance.oracle.rounding import FP8_SMALLEST_STEP, FP8_UNIT, UNIT_ROUNDOFF, gamma
@@ -23,7 +23,7 @@ _TINY_SCALE = 1e-12
 
 
 class Scheme(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """QuantScheme as parameters of a case."""
+    """QuantScheme as parameters of a case: the named one with other sizes. `zero_points`: integers."""
 
     name: str
     scales: str
@@ -33,12 +33,13 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def spec(self) -> QuantScheme:
-        return QuantScheme(
-            name=self.name,  # type: ignore[arg-type]
-            scales=self.scales,  # type: ignore[arg-type]
+        named = NAMED[self.name]
+        return replace(
+            named,
+            scales=self.scales,
             group_size=self.group_size,
-            zero_points=self.zero_points,
-            activations=self.activations,  # type: ignore[arg-type]
+            zero_points="int" if self.zero_points else named.zero_points,
+            activations=self.activations,
         )
 
 
@@ -53,12 +54,26 @@ SCHEMES = (
     Scheme(name="fp8", scales="block", group_size=32, activations="group"),
     Scheme(name="int8-w8a8", scales="channel", activations="token"),
 )
-"""One of every form that a checkpoint's container is turned into."""
+"""One of every form of bytes, nibbles and float32 scales that a checkpoint's container is turned into."""
+
+FORMATS = (
+    Scheme(name="fp8-w8a16", scales="channel"),
+    Scheme(name="fp8-w8a16", scales="block", group_size=32),
+    Scheme(name="mxfp4", scales="group", group_size=32),
+    Scheme(name="nvfp4", scales="group", group_size=16),
+    Scheme(name="int4-float-zeros", scales="group", group_size=32),
+    Scheme(name="codebook4", scales="group", group_size=32),
+)
+"""Weights alone, of other values, scales and zeros."""
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_E8M0_BIAS = 127
 
 
 @dataclass(slots=True)
 class Matrix:
-    """`parts` by kind: "" for values, ".scale", ".zero", ".input_scale". `dense` is what they stand for."""
+    """`parts` by kind: "" for values, ".scale", ".global_scale", ".zero", ".input_scale". `dense` is what they stand
+    for."""
 
     parts: dict[str, Tensor]
     dense: np.ndarray
@@ -72,32 +87,59 @@ def make_matrix(
     if scheme is None:
         weight = device.tensor(rng.normal(size=(rows, columns)) / columns**0.5, dtype)
         return Matrix({"": weight}, seen(weight))
-    kinds = {"int8": "int8", "int8-w8a8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}
-    if scheme.name == "int4":
+    spec = scheme.spec
+    if spec.bits == 4:
         raw = rng.integers(0, 16, (rows, columns)).astype(float)
-    elif scheme.name == "fp8":
+    elif spec.values == "fp8_e4m3":
         raw = np.clip(rng.normal(size=(rows, columns)) * 60, -FP8_MAX, FP8_MAX)
     else:
         raw = rng.integers(-127, 128, (rows, columns)).astype(float)
-    values = device.tensor(raw, kinds[scheme.name])
+    values = device.tensor(raw, VALUES[spec.values].dtype)
     shape = scale_shape(scheme, rows, columns)
-    spread = {"int4": 8.0, "fp8": 60.0}.get(scheme.name, 64.0)
-    scale = device.tensor(
-        2.0 ** rng.integers(-3, 3, shape) * rng.uniform(0.7, 1.3, shape) / spread / columns**0.5, "float32"
-    )
-    parts, zero = {"": values, ".scale": scale}, np.zeros(1)
-    if scheme.zero_points:
+    spread = {"int4": 8.0, "fp8_e4m3": 60.0, "fp4_e2m1": 3.0, "codebook": 0.5}.get(spec.values, 64.0)
+    parts, factor = make_scales(device, rng, spec, shape, spread * columns**0.5)
+    parts = {"": values, **parts}
+    zero = np.zeros(1)
+    if spec.zero_points == "float":
+        parts[".zero"] = device.tensor(rng.uniform(-4, 19, shape), "float32")
+        zero = spread_out(seen(parts[".zero"]), scheme, rows, columns)
+    elif scheme.zero_points:
         parts[".zero"] = device.tensor(rng.integers(4, 12, shape), "uint8")
         zero = spread_out(seen(parts[".zero"]), scheme, rows, columns)
-    elif scheme.name == "int4":
+    elif spec.values == "int4":
         zero = np.full(1, float(INT4_ZERO))
-    exact = seen(values.to("cpu").float()) if scheme.name == "fp8" else seen(values)
-    dense = (exact - zero) * spread_out(seen(scale), scheme, rows, columns)
+    dense = (stored_numbers(spec, values) - zero) * spread_out(factor, scheme, rows, columns)
     matrix = Matrix(parts, dense)
     if scheme.activations == "static":
         matrix.input_scale = float(np.float32(4.0 / FP8_MAX))
         parts[".input_scale"] = device.tensor([matrix.input_scale], "float32")
     return matrix
+
+
+def make_scales(
+    device: Device, rng: np.random.Generator, spec: QuantScheme, shape: tuple[int, ...], spread: float
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Random canonical scales for values of about `spread`, and what they stand for."""
+    wanted = 2.0 ** rng.integers(-3, 3, shape) / spread
+    if spec.scale_format == "e8m0":
+        exponent = np.round(np.log2(wanted))
+        return {".scale": device.tensor(exponent + _E8M0_BIAS, "uint8")}, 2.0**exponent
+    wanted = wanted * rng.uniform(0.7, 1.3, shape)
+    if spec.scale_format == "float32":
+        scale = device.tensor(wanted, "float32")
+        return {".scale": scale}, seen(scale)
+    whole = device.tensor([wanted.max() / FP8_MAX * rng.uniform(1.0, 1.3)], "float32")
+    scale = device.tensor(wanted / seen(whole), "float8_e4m3fn")
+    return {".scale": scale, ".global_scale": whole}, seen(scale.to("cpu").float()) * seen(whole)
+
+
+def stored_numbers(spec: QuantScheme, values: Tensor) -> np.ndarray:
+    """What canonical values stand for, before zeros and scales."""
+    if spec.values == "fp4_e2m1":
+        return _E2M1[seen(values).astype(int)]
+    if spec.codebook:
+        return np.array(spec.codebook)[seen(values).astype(int)]
+    return seen(values.to("cpu").float()) if spec.values == "fp8_e4m3" else seen(values)
 
 
 def scale_shape(scheme: Scheme, rows: int, columns: int) -> tuple[int, ...]:

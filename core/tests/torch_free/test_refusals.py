@@ -46,18 +46,19 @@ def test_every_reason_is_told():
     ]
 
 
-def test_a_scheme_that_is_not_declared_has_a_nearest_one():
+@pytest.mark.parametrize(("activations", "name"), [("plain", "fp8-w8a16"), ("token", "fp8")])
+def test_a_scheme_that_is_not_declared_has_a_nearest_one(activations, name):
     spec = LinearSpec(
         in_features=8, out_features=8, parts=(LinearPart(name="w", offset=0, rows=8),), dtype="bfloat16",
-        scheme=QuantScheme(name="fp8", scales="channel"),
+        scheme=QuantScheme(values="fp8_e4m3", scales="channel", activations=activations),
     )  # fmt: skip
     device = Capabilities(quantization=frozenset({"int8", "int4"}))
-    assert undeclared(spec, device) == ["quantization fp8; int8 is nearest; available: int4, int8"]
+    assert undeclared(spec, device) == [f"quantization {name}; int8 is nearest; available: int4, int8"]
 
 
 def test_an_epilogue_is_of_a_dense_product_and_declared():
     parts = (LinearPart(name="gate", offset=0, rows=8), LinearPart(name="up", offset=8, rows=8))
-    scheme = QuantScheme(name="int8", scales="channel")
+    scheme = QuantScheme(values="int8", scales="channel")
     device = Capabilities(epilogues=frozenset({"silu"}))
     refused = {
         (epilogue, quantized): undeclared(

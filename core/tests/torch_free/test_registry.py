@@ -16,6 +16,7 @@ from anychip.plugin_api import (
     DeviceInfo,
     PlatformManifest,
     ProbeResult,
+    QuantFormatManifest,
     Requirement,
     ShapePolicy,
     hookimpl,
@@ -185,3 +186,45 @@ def test_negotiation_fills_what_is_unset_and_never_overrides_the_user():
     assert (filled.block_size, filled.max_num_seqs) == (128, 4)
     with pytest.raises(ConfigError, match="fills 'blocksize', which is no setting"):
         fill_unset(EngineConfig(), Decision(fill={"blocksize": 128}))
+
+
+def with_formats(name: str, *methods: str) -> Point:
+    class Hooks:
+        @hookimpl
+        def anychip_platforms(self):
+            return [manifest(name)]
+
+        @hookimpl
+        def anychip_quant_formats(self):
+            return [QuantFormatManifest(method=method, format=f"pkg_{name}.reader:Reader") for method in methods]
+
+    return Point(name, Hooks())
+
+
+def test_a_package_brings_containers_of_quantized_checkpoints():
+    found = load_plugins([with_formats("acme", "acme-q3", "acme-q5"), with_formats("other", "other-q")])
+    assert not found.broken
+    assert found.quant_formats == {
+        "acme-q3": "pkg_acme.reader:Reader",
+        "acme-q5": "pkg_acme.reader:Reader",
+        "other-q": "pkg_other.reader:Reader",
+    }
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (
+            [("acme", "q3"), ("other", "q5", "q3")],
+            "pkg_other and pkg_acme both read checkpoints of quantization method 'q3'; remove one",
+        ),
+        ([("acme", "gptq")], "pkg_acme and anychip both read checkpoints of quantization method 'gptq'; rename pkg_"),
+        ([("acme", "q3", "q3")], "pkg_acme and pkg_acme both read checkpoints of quantization method 'q3'; rename"),
+    ],
+)
+def test_two_readers_of_one_method_are_refused_both_named(points, said):
+    found = load_plugins([with_formats(name, *methods) for name, *methods in points])
+    (broken,) = found.broken
+    assert isinstance(broken.error, IncompatiblePlugin) and str(broken.error).startswith(said)
+    assert list(found.platforms) == [name for name, *_ in points[:-1]], "of the later one nothing is kept"
+    assert "q5" not in found.quant_formats

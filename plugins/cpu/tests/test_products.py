@@ -20,13 +20,13 @@ VARIANTS = [*COMPILED, native.REFERENCE]
 
 SCHEMES = {
     "plain": None,
-    "int8": QuantScheme(name="int8", scales="channel"),
-    "int4": QuantScheme(name="int4", scales="group", group_size=32),
-    "int4 with zeros": QuantScheme(name="int4", scales="group", group_size=16, zero_points=True),
-    "fp8 in blocks": QuantScheme(name="fp8", scales="block", group_size=64),
-    "fp8 by token": QuantScheme(name="fp8", scales="channel", activations="token"),
-    "w8a8": QuantScheme(name="int8-w8a8", scales="channel", activations="token"),
-    "w8a8 in groups": QuantScheme(name="int8-w8a8", scales="group", group_size=32, activations="group"),
+    "int8": QuantScheme(values="int8", scales="channel"),
+    "int4": QuantScheme(values="int4", scales="group", group_size=32),
+    "int4 with zeros": QuantScheme(values="int4", scales="group", group_size=16, zero_points="int"),
+    "fp8 in blocks": QuantScheme(values="fp8_e4m3", scales="block", group_size=64),
+    "fp8 by token": QuantScheme(values="fp8_e4m3", scales="channel", activations="token"),
+    "w8a8": QuantScheme(values="int8", scales="channel", activations="token"),
+    "w8a8 in groups": QuantScheme(values="int8", scales="group", group_size=32, activations="group"),
 }
 
 
@@ -35,9 +35,9 @@ def parts_of(scheme, rows, columns):
     if scheme is None:
         return {"": torch.randn(rows, columns)}
     groups = -(-columns // scheme.group_size) if scheme.group_size else 1
-    if scheme.name == "int4":
+    if scheme.values == "int4":
         values = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    elif scheme.name == "fp8":
+    elif scheme.values == "fp8_e4m3":
         values = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     else:
         values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)

@@ -12,7 +12,7 @@ from anychip_triton.moe import TritonMoE
 from anychip_triton.problems import storage
 from anychip_triton.targets import TARGETS
 
-FP8 = QuantScheme(name="fp8", scales="channel", activations="token")
+FP8 = QuantScheme(values="fp8_e4m3", scales="channel", activations="token")
 ALL = torch.arange(256, dtype=torch.int32).to(torch.uint8)
 NEGATIVE_ZERO = 0x80
 

@@ -110,10 +110,10 @@ torch.manual_seed(0)
 launch = JitLauncher(INTERPRETER, shipped_table("interpreter"))
 ops, rows, width, outputs = TritonOps(launch), 3, 96, 32
 for dtype in ("float32", "bfloat16"):
-    for name, scales, activations, group in (
-        ("fp8", "channel", "token", None), ("int8-w8a8", "channel", "token", None), ("fp8", "block", "group", 32),
+    for values, scales, activations, group in (
+        ("fp8_e4m3", "channel", "token", None), ("int8", "channel", "token", None), ("fp8_e4m3", "block", "group", 32),
     ):
-        scheme = QuantScheme(name=name, scales=scales, group_size=group, activations=activations)
+        scheme = QuantScheme(values=values, scales=scales, group_size=group, activations=activations)
         spec = LinearSpec(in_features=width, out_features=outputs, dtype=dtype, scheme=scheme,
                           parts=(LinearPart(name="w", offset=0, rows=outputs),))
         kernel = linear_kernel(spec, storage("cpu"), launch)
@@ -121,7 +121,7 @@ for dtype in ("float32", "bfloat16"):
         bytes_ = torch.randint(0, 100, packed.matrix.values.shape, dtype=torch.uint8)
         packed.matrix.values.view(torch.uint8).copy_(bytes_)
         packed.matrix.scales.copy_(torch.rand(packed.matrix.scales.shape))
-        assert kernel.accepts.scheme == name
+        assert kernel.accepts.scheme == scheme.name
         shapes = ((rows, width), (rows, width), (width,))
         x, residual, weight = (torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes)
         gate_up = torch.randn(rows, 2 * width).to(x.dtype)

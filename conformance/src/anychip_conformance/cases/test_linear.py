@@ -15,7 +15,7 @@ from anychip_conformance.choices import CaseDtype, each_dtype
 from anychip_conformance.device import Device, refuses, seen, unchanged
 from anychip_conformance.oracle.vectorised import Bounded, gated
 from anychip_conformance.oracle.vectorised import linear as product
-from anychip_conformance.products import SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
+from anychip_conformance.products import FORMATS, SCHEMES, Matrix, Scheme, make_matrix, scheme_slack, stream
 
 MANY_ROWS = 150
 """More rows than two chunks of loading."""
@@ -203,6 +203,33 @@ def epilogue(device: Device, case: LinearCase) -> None:
 )
 def quantized(device: Device, case: LinearCase) -> None:
     """Every scheme: scales by tensor, row, group or block at their own places, zero points, rounded activations."""
+    check(device, case)
+
+
+@kind(
+    "linear.formats",
+    profile="quantization",
+    corpus=[
+        LinearCase(tokens=tokens, columns=96, rows=rows, scheme=scheme, dtype=dtype, bias=tokens == 1)  # type: ignore[arg-type]
+        for scheme in FORMATS
+        for tokens, rows in ((1, (32,)), (9, (64, 32)))
+        for dtype in ("any", "narrow")
+    ],
+    drawn=st.builds(
+        LinearCase,
+        tokens=st.sampled_from([1, 2, 8, 33]),
+        columns=st.sampled_from([32, 64, 96, 160]),
+        rows=st.sampled_from([(32,), (64, 32), (96, 32, 32)]),
+        dtype=st.sampled_from(["any", "narrow"]),
+        scheme=st.sampled_from(FORMATS),
+        bias=st.booleans(),
+        seed=st.integers(0, 2**16),
+    ),
+    examples=40,
+)
+def formats(device: Device, case: LinearCase) -> None:
+    """Four-bit floats, powers of two and two-level scales, float zeros, codebooks: weights alone, each where it is
+    declared, and refused where it is not."""
     check(device, case)
 
 

@@ -17,13 +17,15 @@ from anychip_conformance.device import Device, refuses, seen, unchanged
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
 from anychip_conformance.oracle.vectorised import Bounded, Expert
-from anychip_conformance.products import Matrix, Scheme, make_matrix, stream
+from anychip_conformance.products import FORMATS, Matrix, Scheme, make_matrix, stream
 
 MOE_SCHEMES = (
     Scheme(name="int8", scales="channel"),
     Scheme(name="int4", scales="group", group_size=16),
     Scheme(name="int4", scales="group", group_size=16, zero_points=True),
 )
+
+MOE_FORMATS = tuple(scheme for scheme in FORMATS if scheme.name in ("mxfp4", "nvfp4"))
 
 
 class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -293,6 +295,24 @@ def expert_map(device: Device, case: MoECase) -> None:
 )
 def quantized(device: Device, case: MoECase) -> None:
     """Experts of integer weights: each expert's own scales and zeros."""
+    check(device, case)
+
+
+@kind(
+    "moe.formats",
+    profile="quantization",
+    corpus=[
+        MoECase(scheme=scheme, dtype=dtype, hidden=64, intermediate=32, bias=scheme.name == "mxfp4")  # type: ignore[arg-type]
+        for scheme in MOE_FORMATS
+        for dtype in ("any", "narrow")
+    ],
+    drawn=st.builds(
+        MoECase, scheme=st.sampled_from(MOE_FORMATS), hidden=st.just(64), intermediate=st.just(32), **_common
+    ),
+    examples=20,
+)
+def formats(device: Device, case: MoECase) -> None:
+    """Experts of four-bit floats: each expert's own scales, gate's and up's global ones apart."""
     check(device, case)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anychip.quantization.packing import pack, to_awq_order
+from anychip_conformance.equality.four_bit_floats import mx, nv, packed
 from anychip_conformance.equality.tiny_models import make_checkpoint
 
 GROUP = 32
@@ -115,6 +116,25 @@ def _packed8(weight: Tensor) -> tuple[Stored, Tensor]:
     return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}, matrix
 
 
+def _mxfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    held, exponents, matrix = mx(weight)
+    return {"weight_packed": packed(held), "weight_scale": exponents}, matrix
+
+
+def _nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    held, scale, whole, matrix = nv(weight)
+    stored = {"weight": packed(held), "weight_scale": scale, "weight_scale_2": whole, "input_scale": torch.tensor(0.1)}
+    return stored, matrix
+
+
+def _nvfp4_divided(weight: Tensor) -> tuple[Stored, Tensor]:
+    # Where its reciprocal is stored, a power of two is what both forms can say.
+    weight = weight / weight.abs().max() * 6 * 448 * 2.0**-13
+    held, scale, whole, matrix = nv(weight)
+    stored = {"weight_packed": packed(held), "weight_scale": scale, "weight_global_scale": (1 / whole).view(1)}
+    return {**stored, "input_global_scale": torch.tensor([8.0])}, matrix
+
+
 def _rounded(x: Tensor, scale: Tensor, kind: str) -> Tensor:
     scaled = x / scale
     return (scaled.round() if kind == "int8" else scaled.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
@@ -169,6 +189,14 @@ CONTAINERS: dict[str, tuple[Store, Activations, dict[str, Any]]] = {
     "ct-fp8-channel": (_fp8_channel, _by_token("fp8"), _compressed("float", 8, "channel", _DYNAMIC_FP8)),
     "ct-int8": (_int8_channel, _by_token("int8"), _compressed("int", 8, "channel", _DYNAMIC_INT8)),
     "ct-int8-weights": (_packed8, None, _compressed("int", 8, "channel")),
+    "ct-fp8-weights": (_fp8_channel, None, _compressed("float", 8, "channel")),
+    "ct-mxfp4": (_mxfp4, None, _compressed("float", 4, "group", group_size=32)),
+    "ct-nvfp4": (
+        _nvfp4_divided,
+        None,
+        _compressed("float", 4, "tensor_group", {"num_bits": 4, "type": "float", "dynamic": "local"}, group_size=16),
+    ),
+    "modelopt-nvfp4": (_nvfp4, None, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}),
     "ct-int4": (
         lambda weight: _packed(weight, zeros=False),
         None,

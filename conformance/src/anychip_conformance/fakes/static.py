@@ -132,6 +132,8 @@ class StaticPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
         kv_dtypes=frozenset({"float32", "bfloat16"}),
+        # Weights alone: it rounds no activations.
+        quantization=frozenset({"int8", "int4", "fp8-w8a16", "mxfp4"}),
         block_sizes=FunctionalAttention.block_sizes,
         kv_write="functional",
         attention_lse=True,

@@ -144,7 +144,7 @@ class RowAndColumnScalesSwapped(FaultyQuantized):
 
     def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
         scales = matrix.scales.flatten()
-        if matrix.scheme.name != "fp8" or matrix.scheme.scales != "channel" or len(x) < 2:
+        if matrix.scheme.values != "fp8_e4m3" or matrix.scheme.scales != "channel" or len(x) < 2:
             return super().product(x, matrix)
         honest = super().product(x, matrix).float()
         return (honest / scales * scales[torch.arange(len(x)) % len(scales)].unsqueeze(-1)).to(x.dtype)
@@ -177,7 +177,7 @@ class NibblesSwapped(FaultyQuantized):
     """The even column is taken from the high half of an int4 byte."""
 
     def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        if matrix.scheme.name != "int4":
+        if matrix.scheme.values != "int4":
             return super().product(x, matrix)
         values = matrix.values
         matrix.values = (values >> 4) | (values << 4)

@@ -20,6 +20,7 @@ _MODULES = (
     "storage",
     "ops",
     "products",
+    "formats",
     "experts",
     "sampling",
     "ranks",

@@ -13,7 +13,7 @@ from anychip.plugin_api import LinearPart, LinearSpec, QuantScheme, WeightView
 from anychip.types import cdiv
 from anychip.weights.matrix import Matrix, Span, stream
 
-AT_LOAD = QuantScheme(name="int8", scales="channel")
+AT_LOAD = QuantScheme(values="int8", scales="channel")
 """Of heads that are quantized as they are loaded; rows past the vocabulary are made for no other."""
 
 

@@ -99,14 +99,18 @@ class SparseMoE:
             out_features=spec.num_experts,
             bias=router_bias,
         )
-        modules = [f"{name}.experts.{expert}.{part}" for expert in range(spec.num_experts) for part in names]
         # One scheme for gate, up and down: its groups divide the features of both.
+        modules = self.modules(f"{name}.experts", spec.num_experts, names)
         scheme = builder.scheme(modules, gcd(spec.hidden_size, intermediate_size))
         self.spec = replace(spec, scheme=scheme)
         self.kernel = builder.platform.moe(self.spec)
         self.packed = self.kernel.begin()
         self.want_experts(builder, f"{name}.experts", intermediate_size, span, names)
         builder.weights.finishers.append(self._finish)
+
+    def modules(self, name: str, count: int, names: tuple[str, str, str]) -> list[str]:
+        """What a checkpoint calls the matrices of `count` experts."""
+        return [f"{name}.{expert}.{part}" for expert in range(count) for part in names]
 
     def want_experts(
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: tuple[str, str, str]

@@ -1,12 +1,10 @@
 """GPT-OSS: attention sinks, windows on every other layer, clamped SwiGLU experts with biases, stacked in one tensor
-(config.json: GptOssForCausalLM, unquantized weights)."""
+(config.json: GptOssForCausalLM)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-from torch import Tensor
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
@@ -14,9 +12,8 @@ from anychip.layers.mlp import PutExpert, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
 from anychip.plugin_api import AttentionSpec, MoESpec, Rope, WeightView
-from anychip.quantization.format import put_rows
 from anychip.types import DType
-from anychip.weights.matrix import Matrix, Span
+from anychip.weights.matrix import Matrix, MatrixStack, Span, StackPiece
 
 
 class GptOss(Decoder):
@@ -57,40 +54,49 @@ class GptOss(Decoder):
 
 
 class StackedExperts(SparseMoE):
-    """gate_up_proj [num_experts, hidden_size, 2 * intermediate_size] holds gate and up in turns, down_proj
-    [num_experts, intermediate_size, hidden_size]: inputs before outputs, unlike a linear layer's."""
+    """gate_up_proj holds gate and up of every expert in turns, [num_experts, hidden_size, 2 * intermediate_size] where
+    it is plain, and down_proj [num_experts, intermediate_size, hidden_size]."""
+
+    def modules(self, name: str, count: int, names: Sequence[str]) -> list[str]:
+        return [f"{name}.gate_up_proj", f"{name}.down_proj"]
 
     def want_experts(
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: Sequence[str]
     ) -> None:
         count, hidden_size = self.spec.num_experts, self.spec.hidden_size
         hidden, first_rank = Span(0, hidden_size), builder.shard.rank == 0
+        own, wide = Span(2 * span.start, 2 * span.count), 2 * intermediate_size
         halves = (("gate", 0), ("up", 1))
+        wide_shape, tall_shape = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
 
-        def put(expert: int, part: str, rows: Tensor) -> None:
-            down = part == "down"
-            matrix = Matrix(
-                name=f"{name}.{expert}.{part}",
-                shape=(hidden_size, intermediate_size) if down else (intermediate_size, hidden_size),
-                rows=hidden if down else span,
-                columns=span if down else hidden,
-                scheme=self.spec.scheme,
-                put=PutExpert(self, expert, part),
-            )
-            put_rows(matrix, rows)
+        def piece(part: str, rows: slice, shape: tuple[int, int], of: Span, columns: Span) -> StackPiece:
+            matrices = [
+                Matrix(
+                    name=f"{name}.{expert}.{part}",
+                    shape=shape,
+                    rows=of,
+                    columns=columns,
+                    scheme=self.spec.scheme,
+                    put=PutExpert(self, expert, part),
+                )
+                for expert in range(count)
+            ]
+            return StackPiece(rows, matrices)
 
-        def take_gate_up(view: WeightView) -> None:
-            for expert in range(count):
-                both = view.read((expert, expert + 1))[0].T[2 * span.start : 2 * (span.start + span.count)]
-                for part, first in halves:
-                    put(expert, part, both[first::2])
-
-        def take_down(view: WeightView) -> None:
-            for expert in range(count):
-                put(expert, "down", view.read((expert, expert + 1))[0].T)
+        gate_up = tuple(
+            piece(part, slice(own.start + first, own.start + own.count, 2), wide_shape, span, hidden)
+            for part, first in halves
+        )
+        down = piece("down", slice(0, hidden_size), tall_shape, hidden, span)
+        for module, shape, pieces in (
+            ("gate_up_proj", (wide, hidden_size), gate_up),
+            ("down_proj", tall_shape, (down,)),
+        ):
+            stack = MatrixStack(name=f"{name}.{module}", count=count, shape=shape, pieces=pieces)
+            builder.formats.want_stack(builder.weights, stack)
 
         def take_gate_up_bias(view: WeightView) -> None:
-            bias = view.read((0, count), Span(2 * span.start, 2 * span.count).bounds)
+            bias = view.read((0, count), own.bounds)
             for expert in range(count):
                 for part, first in halves:
                     PutExpert(self, expert, part)("bias", bias[expert, first::2])
@@ -101,8 +107,5 @@ class StackedExperts(SparseMoE):
                 # The sum over ranks must hold it once.
                 PutExpert(self, expert, "down")("bias", bias[expert] if first_rank else bias[expert] * 0)
 
-        wide = 2 * intermediate_size
-        builder.weights.want(f"{name}.gate_up_proj", (count, hidden_size, wide), take_gate_up)
-        builder.weights.want(f"{name}.down_proj", (count, intermediate_size, hidden_size), take_down)
         builder.weights.want(f"{name}.gate_up_proj_bias", (count, wide), take_gate_up_bias)
         builder.weights.want(f"{name}.down_proj_bias", (count, hidden_size), take_down_bias)

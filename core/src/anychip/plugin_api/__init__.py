@@ -44,6 +44,7 @@ from anychip.plugin_api.manifest import (
     PolicyManifest,
     ProbeResult,
     ProposerManifest,
+    QuantFormatManifest,
     Requirement,
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
@@ -52,7 +53,7 @@ from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
-from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, SCHEMES, QuantScheme
+from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
 from anychip.plugin_api.step import (
     CompileReport,
     ForwardContext,
@@ -74,7 +75,8 @@ from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
     "API_VERSION", "DRAFTS", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "LOGPROBS", "MASKS", "MAX_BIASES",
-    "MAX_LOGPROBS", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "SCHEMES", "SCORES", "ActFormat", "Activation",
+    "MAX_LOGPROBS", "NAMED", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "SCALES", "SCHEMES", "SCORES", "VALUES",
+    "ActFormat", "Activation",
     "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "CommandManifest",
     "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
     "EagerCall", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "FusedMoE",
@@ -82,8 +84,8 @@ __all__ = [
     "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
     "PartialAttention", "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
     "PluginOptions",
-    "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantScheme", "ReadyOutputs", "Recorder",
-    "ReferenceKernels",
+    "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest", "QuantScheme",
+    "ReadyOutputs", "Recorder", "ReferenceKernels",
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
     "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram",
     "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "hookimpl",

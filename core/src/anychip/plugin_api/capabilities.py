@@ -38,7 +38,8 @@ class Capabilities:
     kv_dtypes: frozenset[DType] = frozenset({"float32", "bfloat16", "float8_e4m3fn", "int8"})
     """Of the KV cache; one byte wide, with the scales that AttentionLayer carries."""
     quantization: frozenset[str] = SCHEMES
-    """Names of QuantScheme that the linear and MoE kernels take; what is not among them is refused at the start."""
+    """Names of QuantSchemes that the linear and MoE kernels take; what is not among them is refused at the start. A
+    name says what happens to activations too: "int8" and "int8-w8a8", "fp8-w8a16" and "fp8" are declared apart."""
     epilogues: frozenset[str] = frozenset()
     """Activations that dense products apply themselves, where asked: LinearSpec.epilogue."""
     sliding_window: bool = True

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PlatformManifest,
         PolicyManifest,
         ProposerManifest,
+        QuantFormatManifest,
     )
 
 GROUP = "anychip"
@@ -55,6 +56,12 @@ class HookSpecs:
     @hookspec
     def anychip_parsers(self) -> Sequence[ParserManifest]:
         """Parsers of tool calls and reasoning beyond core's own."""
+        return ()
+
+    @hookspec
+    def anychip_quant_formats(self) -> Sequence[QuantFormatManifest]:
+        """Containers of quantized checkpoints beyond core's own. A method that core or another package reads is
+        refused."""
         return ()
 
     @hookspec

@@ -105,7 +105,8 @@ class LinearKernel:
         """Copies some of one part's rows of this rank, [rows, in_features], of which the first is row `row` of the
         part. A matrix comes in several calls, each but the last with a multiple of 64 rows, and `tensor` is the
         caller's again afterwards. `part` + ".bias" is the bias [rows]; a quantized part's scales and zeros come whole
-        as ".scale", ".zero" and ".input_scale", in the forms of QuantScheme, after its values or before."""
+        as ".scale", ".global_scale", ".zero" and ".input_scale", in the forms of QuantScheme, after its values or
+        before."""
         raise Unsupported(self.name, ["load is not implemented"])
 
     def finish(self, packed: Packed) -> Packed:

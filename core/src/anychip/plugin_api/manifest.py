@@ -170,6 +170,16 @@ class ProposerManifest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantFormatManifest:
+    """A container of quantized checkpoints: the quantization_config.quant_method that names it in config.json, and the
+    dotted "module:Class" of an anychip.quantization.format.WeightFormat, made from that object and the names of the
+    checkpoint's tensors."""
+
+    method: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommandManifest:
     """A command of the `anychip` program: its name, a line for --help, and the dotted module that has
     add_options(parser) and run(arguments), which returns the exit status."""

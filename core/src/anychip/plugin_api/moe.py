@@ -76,7 +76,7 @@ class FusedMoE:
 
     def load(self, packed: Packed, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
         """Rows of gate and up [intermediate_size, hidden_size] and of down [hidden_size, intermediate_size], or a
-        part's ".bias", ".scale", ".zero" or ".input_scale"."""
+        part's ".bias", ".scale", ".global_scale", ".zero" or ".input_scale"."""
         raise Unsupported(self.name, ["load is not implemented"])
 
     def finish(self, packed: Packed) -> Packed:

@@ -8,9 +8,11 @@ from anychip.plugin_api.attention import AttentionSpec
 from anychip.plugin_api.capabilities import Capabilities
 from anychip.plugin_api.linear import LinearSpec
 from anychip.plugin_api.moe import MoESpec
+from anychip.plugin_api.quantization import NAMED
 
 _BITS = {
-    "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "fp8": 8, "int8": 8, "int8-w8a8": 8, "int4": 4,
+    "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8,
+    **{name: scheme.bits for name, scheme in NAMED.items()},
 }  # fmt: skip
 _LISTED = 12
 

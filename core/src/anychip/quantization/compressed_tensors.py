@@ -1,7 +1,10 @@
-"""compressed-tensors' containers: pack-quantized int4 and int8, int-quantized int8, float-quantized FP8.
+"""compressed-tensors' containers: pack-quantized int4 and int8, int-quantized int8, float-quantized FP8, and
+four-bit floats of both kinds (mxfp4-pack-quantized, nvfp4-pack-quantized).
 
 The format's settings: https://github.com/vllm-project/compressed-tensors. Tensors of a module: weight, or
-weight_packed int32 [out_features, words] with weight_shape; weight_scale; weight_zero_point; input_scale.
+weight_packed int32 [out_features, words] with weight_shape; weight_scale; weight_zero_point; input_scale. Of four-bit
+floats: weight_packed uint8 [out_features, in_features / 2], weight_scale, and for NVFP4 weight_global_scale [1], which
+divides, and input_global_scale.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from anychip.errors import Unsupported
-from anychip.plugin_api import QuantScheme, WeightView
+from anychip.plugin_api import VALUES, QuantScheme, WeightView
 from anychip.quantization.format import Container, column_groups
+from anychip.quantization.fp4 import grouped_fp4, want_exponents, want_pairs, want_two_scales
 from anychip.quantization.gptq import grouped_int4
 from anychip.quantization.packing import unpack
 from anychip.quantization.stored import want_input_scale, want_scales, want_values
@@ -38,16 +42,19 @@ class CompressedTensors(Container):
         return _scheme(module, in_features, group["weights"], group.get("input_activations"))
 
     def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
+        if scheme.values == "fp4_e2m1":
+            _want_fp4(register, matrix, scheme)
+            return
         if f"{matrix.name}.weight_packed" in self.names:
             self._want_packed(register, matrix, scheme)
         else:
-            want_values(register, matrix, "float8_e4m3fn" if scheme.name == "fp8" else "int8")
+            want_values(register, matrix, VALUES[scheme.values].dtype)
         want_scales(register, matrix, scheme, f"{matrix.name}.weight_scale")
         want_input_scale(register, matrix, scheme)
 
     def _want_packed(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         rows, columns = matrix.shape
-        bits = 4 if scheme.name == "int4" else 8
+        bits = scheme.bits
         per_word = 32 // bits
         if scheme.zero_points:
             self._want_zeros(register, matrix, scheme)
@@ -72,6 +79,17 @@ class CompressedTensors(Container):
         register.want(f"{matrix.name}.weight_zero_point", None, take)
 
 
+def _want_fp4(register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
+    name = matrix.name
+    want_pairs(register, matrix, f"{name}.weight_packed")
+    if scheme.scale_format == "e8m0":
+        want_exponents(register, matrix, scheme, f"{name}.weight_scale")
+        return
+    want_two_scales(register, matrix, scheme, f"{name}.weight_scale", f"{name}.weight_global_scale", divides=True)
+    register.want(f"{name}.input_global_scale", None, lambda view: None)
+    register.optional.add(f"{name}.input_global_scale")
+
+
 def _targets(group: Mapping[str, Any], module: str) -> bool:
     for target in group.get("targets", ()):
         if target == "Linear" or target == module:
@@ -93,15 +111,24 @@ def _scheme(module: str, in_features: int, weights: Mapping[str, Any], inputs: M
         return grouped_int4(module, in_features, groups, zero_points=not symmetric)
     if kind == ("int", 8) and symmetric and strategy in ("channel", "tensor", "group"):
         if inputs is None:
-            return QuantScheme(name="int8", scales=strategy, group_size=size if strategy == "group" else None)
+            return QuantScheme(values="int8", scales=strategy, group_size=size if strategy == "group" else None)
         if inputs.get("dynamic") and inputs.get("num_bits") == 8:
-            return QuantScheme(name="int8-w8a8", scales=strategy, activations="token")
+            size = size if strategy == "group" else None
+            return QuantScheme(values="int8", scales=strategy, group_size=size, activations="token")
+    if kind == ("float", 4) and symmetric and strategy in ("tensor_group", "group"):
+        name = "nvfp4" if strategy == "tensor_group" else "mxfp4"
+        return grouped_fp4(name, module, in_features, int(size or 0))
+    block = weights.get("block_structure")
+    side = int(block[0]) if strategy == "block" and block and len(set(block)) == 1 else None
+    if kind == ("float", 8) and symmetric and inputs is None and (side or strategy in ("tensor", "channel")):
+        return QuantScheme(values="fp8_e4m3", scales=strategy, group_size=side)
     if kind == ("float", 8) and symmetric and inputs is not None and inputs.get("num_bits") == 8:
-        block = weights.get("block_structure")
-        if strategy == "block" and block and len(set(block)) == 1:
-            return QuantScheme(name="fp8", scales="block", group_size=int(block[0]), activations="group")
+        if side:
+            return QuantScheme(values="fp8_e4m3", scales="block", group_size=side, activations="group")
         if strategy in ("tensor", "channel"):
-            return QuantScheme(name="fp8", scales=strategy, activations="token" if inputs.get("dynamic") else "static")
+            return QuantScheme(
+                values="fp8_e4m3", scales=strategy, activations="token" if inputs.get("dynamic") else "static"
+            )
     raise Unsupported(
         "compressed-tensors checkpoint",
         [f"{module}: weights {dict(weights)} with input_activations {dict(inputs) if inputs else None}"],

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import Platform, QuantScheme, Unsupported
 from anychip.plugin_api.refusals import among
 from anychip.quantization.format import GROUP_SIZES, PlainFormat, QuantizeAtLoad, WeightFormat
-
-METHODS = {
-    "gptq": "anychip.quantization.gptq:GPTQ",
-    "awq": "anychip.quantization.awq:AWQ",
-    "fp8": "anychip.quantization.fp8:FP8",
-    "compressed-tensors": "anychip.quantization.compressed_tensors:CompressedTensors",
-}
-"""By quantization_config.quant_method: a class made from that object and the names of the checkpoint's tensors."""
+from anychip.registry.blame import calling, imported, package_of
+from anychip.registry.quant_methods import METHODS
 
 AT_LOAD = ("int8", "int4")
 
 
-def weight_format(raw: Mapping[str, Any], asked: str | None, names: Callable[[], frozenset[str]]) -> WeightFormat:
-    """`raw` is config.json, `names` are the checkpoint's tensors. Raises ConfigError for a method that is not known,
-    and where what was asked for is not what the checkpoint holds."""
+def weight_format(
+    raw: Mapping[str, Any],
+    asked: str | None,
+    names: Callable[[], frozenset[str]],
+    contributed: Mapping[str, str] | None = None,
+) -> WeightFormat:
+    """`raw` is config.json, `names` are the checkpoint's tensors, `contributed` maps methods to the dotted classes that
+    packages bring. Raises ConfigError for a method that is not known, and where what was asked for is not what the
+    checkpoint holds."""
     settings = raw.get("quantization_config") or raw.get("compression_config")
     if settings is None:
         if asked is None:
@@ -35,15 +34,17 @@ def weight_format(raw: Mapping[str, Any], asked: str | None, names: Callable[[],
             f"quantization {asked!r}: the checkpoint is not quantized; {' or '.join(AT_LOAD)} quantize it at load"
         )
     method = settings.get("quant_method")
-    if method not in METHODS:
-        raise ConfigError(f"quantization method {method!r} is not supported; supported are {', '.join(METHODS)}")
+    known = {**METHODS, **(contributed or {})}
+    if method not in known:
+        raise ConfigError(f"quantization method {method!r} is not supported; supported are {', '.join(known)}")
     if asked not in (None, method):
         raise ConfigError(f"quantization {asked!r} was asked for, and the checkpoint is {method}; leave it out")
-    module, _, name = METHODS[method].partition(":")
-    try:
-        made: WeightFormat = getattr(import_module(module), name)(settings, names())
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"quantization_config of method {method} cannot be read: {error!r}") from error
+    make, held = imported(known[method]), names()
+    with calling(package_of(known[method]), known[method]):
+        try:
+            made: WeightFormat = make(settings, held)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config of method {method} cannot be read: {error!r}") from error
     return made
 
 
@@ -54,6 +55,7 @@ class CheckedFormat:
         self._inner = inner
         self._platform = platform
         self.want = inner.want
+        self.want_stack = inner.want_stack
 
     def for_router(self) -> WeightFormat:
         return CheckedFormat(self._inner.for_router(), self._platform)

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anychip.errors import CheckpointError, ConfigError
+from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.ops.reference.quantized import quantize_rows
 from anychip.plugin_api import QuantScheme, WeightView
-from anychip.weights.matrix import Matrix, Span, stream
+from anychip.weights.matrix import Matrix, MatrixStack, Span, stream
 from anychip.weights.register import WeightRegister
 
 
@@ -24,6 +24,10 @@ class WeightFormat(Protocol):
 
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         """Asks for the matrix's tensors, and puts what they hold into its kernel in canonical form."""
+        ...
+
+    def want_stack(self, register: WeightRegister, stack: MatrixStack) -> None:
+        """Asks for the tensors in which experts are stacked, likewise."""
         ...
 
     def for_router(self) -> WeightFormat:
@@ -58,6 +62,9 @@ class PlainFormat:
 
         register.want(f"{matrix.name}.weight", matrix.shape, take)
 
+    def want_stack(self, register: WeightRegister, stack: MatrixStack) -> None:
+        want_plain_stack(register, stack)
+
 
 GROUP_SIZES = (128, 64, 32)
 """For int4 at load: the largest of these that divides the input features."""
@@ -78,14 +85,14 @@ class QuantizeAtLoad:
 
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if self.name == "int8":
-            return QuantScheme(name="int8", scales="channel")
+            return QuantScheme(values="int8", scales="channel")
         size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
         if size is None:
             raise ConfigError(
                 f"--quantization int4 groups {', '.join(map(str, GROUP_SIZES))} columns, and none divides the "
                 f"{in_features} input features of {module}; use int8"
             )
-        return QuantScheme(name="int4", scales="group", group_size=size)
+        return QuantScheme(values="int4", scales="group", group_size=size)
 
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         scheme = matrix.scheme
@@ -110,6 +117,9 @@ class QuantizeAtLoad:
         register.want(f"{matrix.name}.weight", matrix.shape, take)
         return None
 
+    def want_stack(self, register: WeightRegister, stack: MatrixStack) -> None:
+        want_plain_stack(register, stack)
+
 
 class Container(ABC):
     """What containers of quantized checkpoints share: tensors' names say which modules are quantized."""
@@ -130,12 +140,36 @@ class Container(ABC):
         else:
             self.want_quantized(register, matrix, matrix.scheme)
 
+    def want_stack(self, register: WeightRegister, stack: MatrixStack) -> None:
+        if stack.scheme is None:
+            self.plain.want_stack(register, stack)
+        else:
+            self.want_quantized_stack(register, stack, stack.scheme)
+
     @abstractmethod
     def scheme(self, module: str, in_features: int) -> QuantScheme | None: ...
 
     @abstractmethod
     def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         """Asks for the tensors of a matrix that the container holds in a scheme."""
+
+    def want_quantized_stack(self, register: WeightRegister, stack: MatrixStack, scheme: QuantScheme) -> None:
+        """Asks for the tensors of stacked experts that the container holds in a scheme. Raises Unsupported where it
+        has none such."""
+        raise Unsupported(type(self).__name__, [f"{stack.name} stacks experts in {scheme.name}"])
+
+
+def want_plain_stack(register: WeightRegister, stack: MatrixStack) -> None:
+    """Tensor `name` [count, inputs, outputs], plain: inputs before outputs, unlike a linear layer's. Quantized at load
+    where the matrices have a scheme."""
+
+    def take(view: WeightView) -> None:
+        for expert in range(stack.count):
+            rows = view.read((expert, expert + 1))[0].T
+            for piece in stack.pieces:
+                put_rows(piece.matrices[expert], rows[piece.rows])
+
+    register.want(stack.name, (stack.count, *reversed(stack.shape)), take)
 
 
 def put_rows(matrix: Matrix, rows: Tensor) -> None:

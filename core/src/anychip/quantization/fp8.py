@@ -24,9 +24,9 @@ class FP8(Container):
         if block and (len(set(block)) != 1 or static):
             raise Unsupported("FP8 checkpoint", [f"blocks of {block} with {config.get('activation_scheme')} scales"])
         if block:
-            self._scheme = QuantScheme(name="fp8", scales="block", group_size=int(block[0]), activations="group")
+            self._scheme = QuantScheme(values="fp8_e4m3", scales="block", group_size=int(block[0]), activations="group")
         else:
-            self._scheme = QuantScheme(name="fp8", scales="tensor", activations="static" if static else "token")
+            self._scheme = QuantScheme(values="fp8_e4m3", scales="tensor", activations="static" if static else "token")
         self.scale_name = "weight_scale_inv" if block else "weight_scale"
         super().__init__(names)
 

@@ -74,4 +74,4 @@ def grouped_int4(module: str, in_features: int, size: int, *, zero_points: bool)
     """Raises ConfigError for a group size that does not divide the input features."""
     if size <= 0 or in_features % size or in_features % 8:
         raise ConfigError(f"{module} has {in_features} input features, which groups of {size} do not divide")
-    return QuantScheme(name="int4", scales="group", group_size=size, zero_points=zero_points)
+    return QuantScheme(values="int4", scales="group", group_size=size, zero_points="int" if zero_points else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -12,9 +12,10 @@ import pluggy
 
 from anychip.errors import AnychipError, IncompatiblePlugin, PluginImportFailed
 from anychip.plugin_api.hooks import GROUP, HookSpecs
-from anychip.plugin_api.manifest import CommandManifest, PlatformManifest
+from anychip.plugin_api.manifest import CommandManifest, PlatformManifest, QuantFormatManifest
 from anychip.plugin_api.version import check_api_version
 from anychip.registry.blame import calling, versioned
+from anychip.registry.quant_methods import METHODS
 
 log = logging.getLogger("anychip.plugins")
 
@@ -24,6 +25,7 @@ HOOKS = (
     "anychip_policies",
     "anychip_proposers",
     "anychip_parsers",
+    "anychip_quant_formats",
     "anychip_commands",
 )
 """Of HookSpecs, in the order in which they are asked."""
@@ -46,6 +48,9 @@ class Plugins:
     policies: dict[str, str] = field(default_factory=dict)
     proposers: dict[str, str] = field(default_factory=dict)
     parsers: dict[str, dict[str, str]] = field(default_factory=lambda: {"tool": {}, "reasoning": {}})
+    quant_formats: dict[str, str] = field(default_factory=dict)
+    quant_format_packages: dict[str, str] = field(default_factory=lambda: dict.fromkeys(METHODS, "anychip"))
+    """By method: who reads it, core's own among them."""
     commands: dict[str, CommandManifest] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
@@ -71,7 +76,8 @@ def _add(found: Plugins, point: EntryPoint, package: str) -> None:
         with calling(package, hook, level=logging.DEBUG):  # a listing has a line for it, not a traceback
             return [item for result in getattr(hooks, hook)() for item in result]
 
-    platforms, models, policies, proposers, parsers, commands = map(contributed, HOOKS)
+    platforms, models, policies, proposers, parsers, formats, commands = map(contributed, HOOKS)
+    readers = _quant_formats(found, formats, package)
     for manifest in platforms:
         check_api_version(manifest.package, manifest.api_version, seam=manifest.seam)
         if manifest.name in found.platforms:
@@ -88,8 +94,25 @@ def _add(found: Plugins, point: EntryPoint, package: str) -> None:
         found.proposers[proposer.name] = proposer.proposer
     for parser in parsers:
         found.parsers[parser.kind][parser.name] = parser.parser
+    found.quant_formats.update(readers)
+    found.quant_format_packages.update(dict.fromkeys(readers, package))
     for command in commands:
         found.commands[command.name] = command
+
+
+def _quant_formats(found: Plugins, formats: Sequence[QuantFormatManifest], package: str) -> dict[str, str]:
+    """By method, the dotted class. Raises IncompatiblePlugin for a method that has a reader: of two, one would read
+    the other's checkpoints wrongly."""
+    readers: dict[str, str] = {}
+    for manifest in formats:
+        other = package if manifest.method in readers else found.quant_format_packages.get(manifest.method)
+        if other is not None:
+            remedy = f"rename {package}'s" if other in ("anychip", package) else "remove one"
+            raise IncompatiblePlugin(
+                f"{package} and {other} both read checkpoints of quantization method {manifest.method!r}; {remedy}"
+            )
+        readers[manifest.method] = manifest.format
+    return readers
 
 
 def _hooks(point: EntryPoint, package: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +53,29 @@ class Matrix:
     columns: Span
     scheme: QuantScheme | None
     put: Put
+
+
+@dataclass(frozen=True, slots=True)
+class StackPiece:
+    """Rows of every stacked matrix: this rank's, those of one matrix of each expert."""
+
+    rows: slice
+    matrices: Sequence[Matrix]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixStack:
+    """Module `name` of a checkpoint holds a matrix of `shape` = (outputs, inputs) for each of `count` experts, in which
+    several of an expert's may lie."""
+
+    name: str
+    count: int
+    shape: tuple[int, int]
+    pieces: tuple[StackPiece, ...]
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        return self.pieces[0].matrices[0].scheme
 
 
 def row_chunks(rows: Span, row_bytes: int) -> Iterator[tuple[int, int]]:

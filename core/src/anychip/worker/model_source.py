@@ -42,7 +42,8 @@ _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 
 class CheckpointSource:
     """`progress` says what the last `build` read, `held_bytes` what the weights of the models built so far take, on the
-    host or, once released, on their program's device. `got_on` hears of every tensor that is read."""
+    host or, once released, on their program's device. `got_on` hears of every tensor that is read. `contributed` are
+    packages' model families by architecture, `quant_formats` their containers by method, both as dotted classes."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class CheckpointSource:
         platform: Platform,
         ops: OpTable,
         contributed: dict[str, str],
+        quant_formats: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         # Rotary tables, and which of a model's rotary factors apply, follow the length that is served.
@@ -64,6 +66,7 @@ class CheckpointSource:
         self.dtype = resolve_dtype(config.dtype, model.dtype, platform)
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
         self.family = find_family(model, config, contributed)
+        self.quant_formats = quant_formats or {}
         self.checkpoint = Checkpoint(Path(model.folder))
         self.got_on: Callable[[str], None] = lambda doing: None
         self.progress = LoadProgress(0, shown=False)
@@ -143,7 +146,10 @@ class CheckpointSource:
         """The model with its weights allocated and not loaded."""
         made_up = self.config.load_format == "dummy"
         inner = weight_format(
-            self.model.raw, self.config.quantization, lambda: frozenset() if made_up else self.checkpoint.names
+            self.model.raw,
+            self.config.quantization,
+            lambda: frozenset() if made_up else self.checkpoint.names,
+            self.quant_formats,
         )
         builder = Builder(
             platform=self.platform,

@@ -56,7 +56,9 @@ def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, pla
     per_host = manifest.topology == "process_per_host"
 
     def prepared_for(model: ModelConfig) -> Preparation:
-        return prepare(spec, model, platform, ops, plugins.models, per_host=per_host)
+        return prepare(
+            spec, model, platform, ops, plugins.models, per_host=per_host, quant_formats=plugins.quant_formats
+        )
 
     whole = prepared_for(load_model_config(spec.config.model))
     shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -78,10 +78,19 @@ def prepare(
     contributed: dict[str, str],
     *,
     per_host: bool,
+    quant_formats: Mapping[str, str] | None = None,
 ) -> Preparation:
-    """`per_host`: one process drives all devices, and its step program shards the model by itself."""
+    """`contributed` and `quant_formats` as CheckpointSource has them. `per_host`: one process drives all devices, and
+    its step program shards the model by itself."""
     config = spec.config
-    source = CheckpointSource(config=config, model=model, platform=platform, ops=ops, contributed=contributed)
+    source = CheckpointSource(
+        config=config,
+        model=model,
+        platform=platform,
+        ops=ops,
+        contributed=contributed,
+        quant_formats=quant_formats,
+    )
     size = len(spec.device_indexes) if per_host else spec.world_size
     backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
     kv = plan_kv(source.attention_specs(size), backend_for, config.block_size)

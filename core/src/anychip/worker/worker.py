@@ -21,7 +21,7 @@ from anychip.plugin_api import (
     edit_state_bytes,
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
-from anychip.registry.plugins import load_plugins
+from anychip.registry.plugins import Plugins, load_plugins
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
@@ -48,14 +48,22 @@ class Worker:
             with explained(self.platform):
                 self.platform.seed(config.seed)
                 self.ops = resolve_platform_ops(self.platform, require_native=config.require_native)
-                self._start(model, plugins.models, manifest.topology == "process_per_host")
+                self._start(model, plugins, manifest.topology == "process_per_host")
         except BaseException:
             with suppress(Exception):  # what kept it from starting is the error to report
                 self.platform.close("start failed")
             raise
 
-    def _start(self, model: ModelConfig, contributed: dict[str, str], per_host: bool) -> None:
-        prepared = prepare(self.spec, model, self.platform, self.ops, contributed, per_host=per_host)
+    def _start(self, model: ModelConfig, plugins: Plugins, per_host: bool) -> None:
+        prepared = prepare(
+            self.spec,
+            model,
+            self.platform,
+            self.ops,
+            plugins.models,
+            per_host=per_host,
+            quant_formats=plugins.quant_formats,
+        )
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
         program = self._step_program(prepared)

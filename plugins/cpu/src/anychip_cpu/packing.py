@@ -15,7 +15,8 @@ PANEL = 32
 _STEP = {"float32": 2, "bfloat16": 2, "int8": 8, "float8_e4m3fn": 2, "int4": 8}
 """Inputs that lie together."""
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
-_STORED = {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+_STORED = {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "float8_e4m3fn", "fp8-w8a16": "float8_e4m3fn"}
+"""By a scheme's name: the form of its values. No other scheme lies in panels."""
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -24,6 +25,8 @@ def round_up(n: int, multiple: int) -> int:
 
 def why_not(scheme: QuantScheme | None, columns: int) -> str:
     """Why panels do not hold a scheme's matrix of so many columns; "" where they do."""
+    if scheme is not None and scheme.name not in _STORED:
+        return f"{scheme.name}: panels hold {', '.join(_STORED)}"
     if scheme is None or scheme.group_size is None or scheme.group_size >= columns or scheme.group_size % 8 == 0:
         return ""
     return f"groups of {scheme.group_size} columns, not a multiple of 8"
@@ -58,7 +61,7 @@ class Panels:
         stored = dtype if scheme is None else _STORED[scheme.name]
         # Bytes times bytes: one scale for a row of activations, and one for an output.
         exact = (
-            scheme is not None and scheme.name == "int8-w8a8" and scheme.activations == "token" and count == 1
+            scheme is not None and scheme.activation_format == "int8" and scheme.activations == "token" and count == 1
             and scheme.group_size is None
         )  # fmt: skip
         nbytes = round_up(columns, _STEP[stored]) * outputs * _BITS[stored] // 8
@@ -91,9 +94,7 @@ class Panels:
         scheme = self.scheme
         rounding, rounding_group = 0, self.columns
         if scheme is not None and scheme.activations != "plain" and self.sums is None:
-            rounding = DTYPES[
-                "int8" if scheme.name == "int8-w8a8" and scheme.activations != "static" else "float8_e4m3fn"
-            ]
+            rounding = DTYPES["int8" if scheme.activation_format == "int8" else "float8_e4m3fn"]
             if scheme.activations == "group" and scheme.group_size:
                 rounding_group = scheme.group_size
         return fields(
@@ -133,7 +134,7 @@ class Panels:
                 self.scales[index][:, at] = values
             else:
                 assert kind == "zero" and self.zero_points is not None, kind
-                self.zero_points[index][:, at] = values - (INT4_ZERO if self.scheme.name == "int4" else 0)
+                self.zero_points[index][:, at] = values - (INT4_ZERO if self.scheme.values == "int4" else 0)
             if self.zeros is not None and self.zero_points is not None:
                 torch.mul(self.zero_points[index], self.scales[index], out=self.zeros[index])
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from anychip.ops.reference import reference_linear
+from anychip.ops.reference import WidenedLinear, WidenedMoE, can_widen, reference_linear
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -120,18 +120,20 @@ class CpuPlatform(Platform):
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
-        if (
-            self.kernels is None
-            or why_not(spec.scheme, spec.hidden_size)
-            or why_not(spec.scheme, spec.intermediate_size)
-        ):
+        if self.kernels is None:
             return GroupedMoE(spec, self)
+        if why_not(spec.scheme, spec.hidden_size) or why_not(spec.scheme, spec.intermediate_size):
+            assert spec.scheme is not None, "panels hold plain weights"
+            return WidenedMoE(spec, self, self.moe) if can_widen(spec.scheme) else GroupedMoE(spec, self)
         return CpuMoE(spec, self, self.kernels, self.isa)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         self.check(spec)
-        if self.kernels is None or why_not(spec.scheme, spec.in_features):
+        if self.kernels is None:
             return reference_linear(spec, self)
+        if why_not(spec.scheme, spec.in_features):
+            assert spec.scheme is not None, "panels hold plain weights"
+            return WidenedLinear(spec, self, self.linear) if can_widen(spec.scheme) else reference_linear(spec, self)
         return CpuLinear(spec, self, self.kernels, self.isa)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.ops.reference import DenseWeights, ReferenceLinear, reference_linear
+from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
 from anychip.ops.reference.linear import QuantizedWeights, ReferenceQuantizedLinear
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import Activation, LinearKernel, LinearSpec, Platform, QuantScheme
@@ -29,6 +29,9 @@ WIDENED_ROWS = {"int4": 8, "int8": 64}
 EPILOGUES: frozenset[str] = frozenset(get_args(Activation))
 """Activations of gate and up that a dense product applies."""
 
+_KINDS = {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "fp8", "fp8-w8a16": "fp8"}
+"""Of a scheme's weights, as kernels name them; no other scheme is theirs."""
+
 _LEAST_BLOCK_K = 16
 _NEGATIVE_ZERO = 0x80
 _ROW_SCALES = {"token": "token", "group": "group", "static": "one"}
@@ -39,13 +42,17 @@ def linear_kernel(spec: LinearSpec, platform: Platform, launch: Launcher, *, for
     if spec.scheme is None:
         return TritonLinear(spec, platform, launch)
     if why_not(spec.scheme):
+        if can_widen(spec.scheme):
+            return WidenedLinear(spec, platform, lambda plain: TritonLinear(plain, platform, launch))
         return reference_linear(spec, platform)
     return TritonQuantizedLinear(spec, platform, launch, formats=formats)
 
 
 def why_not(scheme: QuantScheme) -> str:
     """Why the kernels do not serve a scheme; "" where they do."""
-    least = 2 * _LEAST_BLOCK_K if scheme.name == "int4" else _LEAST_BLOCK_K
+    if scheme.name not in _KINDS:
+        return f"{scheme.name}: the kernels read {', '.join(_KINDS)}"
+    least = 2 * _LEAST_BLOCK_K if scheme.bits == 4 else _LEAST_BLOCK_K
     size = scheme.group_size
     if size is not None and size % least:
         return f"groups of {size}: the kernels take multiples of {least}"
@@ -120,12 +127,11 @@ def weights_problem(scheme: QuantScheme | None) -> dict[str, int]:
     along a row."""
     if scheme is None:
         return {"quantized": 0, "bits": 16, "grouped": 0}
-    bits = 4 if scheme.name == "int4" else 8
-    return {"quantized": 1, "bits": bits, "grouped": int(scheme.group_size is not None)}
+    return {"quantized": 1, "bits": scheme.bits, "grouped": int(scheme.group_size is not None)}
 
 
 def weight_kind(scheme: QuantScheme) -> str:
-    return {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "fp8"}[scheme.name]
+    return _KINDS[scheme.name]
 
 
 def storable(tensor: Tensor, kind: str, target: Target) -> Tensor:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anychip.ops.reference import WidenedMoE, can_widen
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -58,7 +59,9 @@ class TritonPlatform(Platform):
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
         if unserved(spec):
-            return self.reference.moe(spec, self)
+            assert spec.scheme is not None, "the kernels serve plain experts"
+            # The reference reads on the host which experts a step needs: no graph holds that.
+            return WidenedMoE(spec, self, self.moe) if can_widen(spec.scheme) else self.reference.moe(spec, self)
         return TritonMoE(spec, self, self.launch)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:

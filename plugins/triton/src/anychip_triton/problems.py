@@ -178,11 +178,11 @@ def drawing(launch: Launcher, place: str = "meta") -> None:
         ops.sample(logits=logits, all_greedy=greedy, **floats, **integers)
 
 
-INT4 = QuantScheme(name="int4", scales="group", group_size=128, zero_points=True)
-INT8 = QuantScheme(name="int8", scales="channel")
-W8A8 = QuantScheme(name="int8-w8a8", scales="channel", activations="token")
-FP8 = QuantScheme(name="fp8", scales="channel", activations="token")
-FP8_BLOCKS = QuantScheme(name="fp8", scales="block", group_size=128, activations="group")
+INT4 = QuantScheme(values="int4", scales="group", group_size=128, zero_points="int")
+INT8 = QuantScheme(values="int8", scales="channel")
+W8A8 = QuantScheme(values="int8", scales="channel", activations="token")
+FP8 = QuantScheme(values="fp8_e4m3", scales="channel", activations="token")
+FP8_BLOCKS = QuantScheme(values="fp8_e4m3", scales="block", group_size=128, activations="group")
 SCHEMES = (INT4, INT8, W8A8, FP8, FP8_BLOCKS)
 
 _LLAMA = {"heads": 32, "kv_heads": 8, "dim": 128}

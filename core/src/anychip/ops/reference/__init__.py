@@ -22,11 +22,13 @@ from anychip.ops.reference.attention import (
     merge_attention,
     softmax_with_sinks,
 )
+from anychip.ops.reference.canonical import dequantize
 from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
 from anychip.ops.reference.step import Drawn, EditState, draw_tokens, token_scores
+from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
@@ -41,9 +43,9 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "Drawn", "EditState",
     "ExpertWeights", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLinear", "ReferenceMoE",
-    "arena_views", "attend_row", "attend_row_with_lse", "draw_tokens", "functional", "merge_attention", "quantized",
-    "reference_linear", "sampling",
-    "softmax_with_sinks", "token_scores",
+    "WidenedLinear", "WidenedMoE", "arena_views", "attend_row", "attend_row_with_lse", "can_widen", "dequantize",
+    "draw_tokens", "functional", "merge_attention", "quantized", "reference_linear", "sampling", "softmax_with_sinks",
+    "token_scores",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Reference quantization: the arithmetic of plugin_api.QuantScheme, and a matrix kept in it.
+"""Reference quantization: rounding to a plugin_api.QuantScheme, and a matrix kept in one.
 
 Products are taken in float32 of the dequantized weights, so the only error beyond the scheme's own is float32's.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import FP8_MAX, INT4_ZERO, QuantScheme
+from anychip.ops.reference.canonical import dequantize
+from anychip.plugin_api import FP8_MAX, INT4_ZERO, SCALES, VALUES, QuantScheme
 from anychip.plugin_api.memory import DeviceMemory
 from anychip.types import cdiv
 
@@ -23,10 +24,10 @@ def quantize_rows(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Symmetric int8 by channel or int4 by group, rounded to nearest: canonical values and scales of whole rows
     [rows, in_features]."""
     wide = weight.float()
-    if scheme.name == "int8":
+    if scheme.values == "int8":
         scale = wide.abs().amax(dim=1).clamp(min=_TINY) / INT8_MAX
         return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
-    assert scheme.name == "int4" and scheme.group_size is not None
+    assert scheme.values == "int4" and scheme.group_size is not None
     groups = wide.reshape(len(wide), -1, scheme.group_size)
     # The value of greatest magnitude becomes -8, the end of the range that the other side lacks.
     index = groups.abs().argmax(dim=-1, keepdim=True)
@@ -49,53 +50,64 @@ def round_activations(x: Tensor, scheme: QuantScheme, input_scale: Tensor | None
     if scheme.activations == "static":
         assert input_scale is not None
         return to_fp8(wide / input_scale).float() * input_scale
-    most = INT8_MAX if scheme.name == "int8-w8a8" else FP8_MAX
+    most = INT8_MAX if scheme.activation_format == "int8" else FP8_MAX
     size = scheme.group_size if scheme.activations == "group" and scheme.group_size else wide.shape[-1]
     columns = wide.shape[-1]
     padded = torch.nn.functional.pad(wide, (0, -columns % size)).view(len(wide), cdiv(columns, size), size)
     scale = padded.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY) / most
     scaled = padded / scale
-    rounded = scaled.round() if scheme.name == "int8-w8a8" else to_fp8(scaled).float()
+    rounded = scaled.round() if scheme.activation_format == "int8" else to_fp8(scaled).float()
     return (rounded * scale).flatten(1)[:, :columns]
 
 
 @dataclass(slots=True)
 class QuantizedMatrix:
-    """`shape` = (rows, columns) in a scheme. int4 values lie two to a byte, the even column in the low half."""
+    """`shape` = (rows, columns) in a scheme. Values of at most four bits lie two to a byte, the even column in the low
+    half; scales and zeros lie by row, in their canonical dtypes."""
 
     scheme: QuantScheme
     shape: tuple[int, int]
     values: Tensor
-    scales: Tensor  # [rows, groups] float32: one group where the scheme has none
-    zeros: Tensor | None  # [rows, groups] uint8
+    scales: Tensor  # [rows, groups]: one group where the scheme has none
+    zeros: Tensor | None  # [rows, groups]
     input_scale: Tensor | None  # [1]
+    global_scales: Tensor | None = None  # [rows, 1] float32
+    codebook: Tensor | None = None  # [2^bits] float32
 
     @classmethod
     def allocate(cls, shape: tuple[int, int], scheme: QuantScheme, platform: DeviceMemory) -> QuantizedMatrix:
         rows, columns = shape
         groups = cdiv(columns, scheme.group_size) if scheme.group_size else 1
-        kinds = {"int8": "int8", "int8-w8a8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}
-        width = cdiv(columns, 2) if scheme.name == "int4" else columns
+        width = cdiv(columns, 2) if scheme.bits <= 4 else columns
 
         def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
             return platform.empty(shape, dtype, "weights")
 
+        codebook = None
+        if scheme.codebook:
+            codebook = empty((len(scheme.codebook),), "float32").copy_(torch.tensor(scheme.codebook))
+        zero_dtype = "float32" if scheme.zero_points == "float" else "uint8"
         return cls(
             scheme=scheme,
             shape=shape,
-            values=empty((rows, width), kinds[scheme.name]),
-            scales=empty((rows, groups), "float32"),
-            zeros=empty((rows, groups), "uint8") if scheme.zero_points else None,
+            values=empty((rows, width), VALUES[scheme.values].dtype),
+            scales=empty((rows, groups), SCALES[scheme.scale_format].dtype),
+            zeros=empty((rows, groups), zero_dtype) if scheme.zero_points else None,
             input_scale=empty((1,), "float32").zero_() if scheme.activations == "static" else None,
+            global_scales=empty((rows, 1), "float32") if scheme.scale_format == "e4m3" else None,
+            codebook=codebook,
         )
 
     def load(self, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
         """One kind of a part that stands at `offset` and has `rows` rows; `row` as in LinearKernel.load."""
         if kind == "":
             place = slice(offset + row, offset + row + tensor.shape[0])
-            self.values[place].copy_(_paired(tensor) if self.scheme.name == "int4" else tensor)
+            self.values[place].copy_(_paired(tensor) if self.scheme.bits <= 4 else tensor)
         elif kind == "scale":
             self.scales[offset : offset + rows].copy_(self._by_row(tensor, rows))
+        elif kind == "global_scale":
+            assert self.global_scales is not None
+            self.global_scales[offset : offset + rows].copy_(tensor.view(1, 1).expand(rows, -1))
         elif kind == "zero":
             assert self.zeros is not None
             self.zeros[offset : offset + rows].copy_(self._by_row(tensor, rows))
@@ -112,21 +124,18 @@ class QuantizedMatrix:
 
     def dequantize(self) -> Tensor:
         """[rows, columns] float32."""
-        columns = self.shape[1]
-        if self.scheme.name == "int4":
-            halves = torch.stack((self.values & 15, self.values >> 4), dim=-1)
-            wide = halves.flatten(1)[:, :columns].float()
-        else:
-            wide = self.values.float()
-        if self.zeros is not None:
-            wide = wide - self._by_column(self.zeros.float())
-        elif self.scheme.name == "int4":
-            wide = wide - INT4_ZERO
-        return wide * self._by_column(self.scales)
-
-    def _by_column(self, grouped: Tensor) -> Tensor:
-        size = self.scheme.group_size
-        return grouped if size is None else grouped.repeat_interleave(size, dim=1)[:, : self.shape[1]]
+        values = self.values
+        if self.scheme.bits <= 4:
+            halves = torch.stack((values & 15, values >> 4), dim=-1)
+            values = halves.flatten(1)[:, : self.shape[1]]
+        return dequantize(
+            self.scheme,
+            values,
+            self.scales,
+            global_scale=self.global_scales,
+            zero=self.zeros,
+            codebook=self.codebook,
+        )
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b in the activations' dtype."""
