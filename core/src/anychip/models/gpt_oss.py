@@ -13,7 +13,7 @@ from anychip.layers.build import Builder
 from anychip.layers.mlp import PutExpert, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
-from anychip.plugin_api import AttentionSpec, MoESpec, Rope, WeightView
+from anychip.plugin_api import AttentionSpec, MeshShape, MoESpec, Rope, WeightView
 from anychip.quantization.format import put_rows
 from anychip.types import DType
 from anychip.weights.matrix import Matrix, Span
@@ -21,8 +21,10 @@ from anychip.weights.matrix import Matrix, Span
 
 class GptOss(Decoder):
     @classmethod
-    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
-        return [replace(spec, sinks=True) for spec in super().attention_specs(config, size, dtype, kv_dtype)]
+    def attention_specs(
+        cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
+    ) -> list[AttentionSpec]:
+        return [replace(spec, sinks=True) for spec in super().attention_specs(config, shape, dtype, kv_dtype)]
 
     @classmethod
     def layer_types(cls, config: ModelConfig) -> list[str]:
@@ -64,42 +66,43 @@ class StackedExperts(SparseMoE):
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: Sequence[str]
     ) -> None:
         count, hidden_size = self.spec.num_experts, self.spec.hidden_size
-        hidden, first_rank = Span(0, hidden_size), builder.shard.rank == 0
+        hidden, first_rank = Span(0, hidden_size), self.communicator.rank == 0
+        here = list(enumerate(range(*self.held.bounds)))  # (place among those held here, expert)
         halves = (("gate", 0), ("up", 1))
 
-        def put(expert: int, part: str, rows: Tensor) -> None:
+        def put(place: int, part: str, rows: Tensor) -> None:
             down = part == "down"
             matrix = Matrix(
-                name=f"{name}.{expert}.{part}",
+                name=f"{name}.{self.held.start + place}.{part}",
                 shape=(hidden_size, intermediate_size) if down else (intermediate_size, hidden_size),
                 rows=hidden if down else span,
                 columns=span if down else hidden,
                 scheme=self.spec.scheme,
-                put=PutExpert(self, expert, part),
+                put=PutExpert(self, place, part),
             )
             put_rows(matrix, rows)
 
         def take_gate_up(view: WeightView) -> None:
-            for expert in range(count):
+            for place, expert in here:
                 both = view.read((expert, expert + 1))[0].T[2 * span.start : 2 * (span.start + span.count)]
                 for part, first in halves:
-                    put(expert, part, both[first::2])
+                    put(place, part, both[first::2])
 
         def take_down(view: WeightView) -> None:
-            for expert in range(count):
-                put(expert, "down", view.read((expert, expert + 1))[0].T)
+            for place, expert in here:
+                put(place, "down", view.read((expert, expert + 1))[0].T)
 
         def take_gate_up_bias(view: WeightView) -> None:
-            bias = view.read((0, count), Span(2 * span.start, 2 * span.count).bounds)
-            for expert in range(count):
+            bias = view.read(self.held.bounds, span.times(2).bounds)
+            for place in range(self.held.count):
                 for part, first in halves:
-                    PutExpert(self, expert, part)("bias", bias[expert, first::2])
+                    PutExpert(self, place, part)("bias", bias[place, first::2])
 
         def take_down_bias(view: WeightView) -> None:
-            bias = view.read((0, count))
-            for expert in range(count):
+            bias = view.read(self.held.bounds)
+            for place in range(self.held.count):
                 # The sum over ranks must hold it once.
-                PutExpert(self, expert, "down")("bias", bias[expert] if first_rank else bias[expert] * 0)
+                PutExpert(self, place, "down")("bias", bias[place] if first_rank else bias[place] * 0)
 
         wide = 2 * intermediate_size
         builder.weights.want(f"{name}.gate_up_proj", (count, hidden_size, wide), take_gate_up)
