@@ -41,9 +41,7 @@ class MeshShape:
             if getattr(self, name) != 1:
                 reasons.append(f"axis {name} is joined from {', '.join(parts)} and has a size of its own")
             if not parts or len({*parts}) < len(parts) or any(part in self.joined for part in parts):
-                reasons.append(
-                    f"axis {name} is to join {', '.join(parts) or 'none'}: different axes that are not joined"
-                )
+                reasons.append(f"axis {name} joins {', '.join(parts) or 'none'}; expected different axes, none joined")
         if reasons:
             raise Unsupported("mesh", reasons)
 
@@ -60,20 +58,26 @@ class MeshShape:
 
     def coordinates(self, rank: int) -> dict[Axis, int]:
         """Where a rank of the world lies, by axis."""
-        found: dict[Axis, int] = {}
-        for axis in reversed(AXES):
-            rank, found[axis] = divmod(rank, getattr(self, axis))
-        return found
+        return {axis: rank // stride % getattr(self, axis) for axis, stride in self._strides().items()}
+
+    def place(self, axis: Axis, rank: int) -> int:
+        """A rank's place among its peers along an axis."""
+        return self.peers(axis, rank).index(rank)
 
     def peers(self, axis: Axis, rank: int) -> tuple[int, ...]:
         """World ranks that differ from `rank` along an axis alone, `rank` included, in the order of their coordinates;
         along a joined axis in the order of AXES, however it names its parts."""
-        moving, own = self._parts(axis), self.coordinates(rank)
-        return tuple(
-            other
-            for other in range(self.size)
-            if all(place == own[name] for name, place in self.coordinates(other).items() if name not in moving)
-        )
+        strides, own = self._strides(), self.coordinates(rank)
+        moving = [part for part in AXES if part in self._parts(axis)]
+        found = [rank - sum(own[part] * strides[part] for part in moving)]
+        for part in moving:
+            found = [first + step * strides[part] for first in found for step in range(getattr(self, part))]
+        return tuple(found)
+
+    def _strides(self) -> dict[Axis, int]:
+        """By axis, how far apart neighbours along it are in the world."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        return {axis: prod(sizes[place + 1 :]) for place, axis in enumerate(AXES)}
 
     def _parts(self, axis: Axis) -> tuple[Axis, ...]:
         return self.joined.get(_known(axis), (axis,))

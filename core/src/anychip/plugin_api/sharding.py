@@ -67,7 +67,7 @@ class Sharded:
     def share(self, extent: int, shape: MeshShape, rank: int, what: str = "elements") -> Span:
         """Which elements a rank of the world holds."""
         count, size = self.count(extent, shape, what), shape.size_of(self.axis)
-        place = shape.peers(self.axis, rank).index(rank)
+        place = shape.place(self.axis, rank)
         if self.uneven == "repeat" and extent // self.unit < size:
             return Span(place * (extent // self.unit) // size * self.unit, count)
         return Span(place * count, count)
