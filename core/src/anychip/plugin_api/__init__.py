@@ -45,6 +45,7 @@ from anychip.plugin_api.manifest import (
     ProbeResult,
     ProposerManifest,
     Requirement,
+    Topology,
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.mesh import AXES, Axis, Mesh, MeshShape
@@ -91,6 +92,7 @@ __all__ = [
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
     "ShapeKey", "ShapePolicy", "Sharded", "Span", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
     "StepProgram",
-    "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "held", "hookimpl",
+    "StepRules", "Topology", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "held",
+    "hookimpl",
     "op_override", "sampling_features",
 ]  # fmt: skip

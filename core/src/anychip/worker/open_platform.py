@@ -55,7 +55,8 @@ def open_platform(
     if devices.size != len(context.device_indexes):
         raise InvalidOverride(
             f"{manifest.package}: {manifest.platform}.device_mesh is {devices}, {devices.size} in all, and the process "
-            f"was given {len(context.device_indexes)} devices, as topology={manifest.topology!r} says"
+            f"drives {len(context.device_indexes)}; the manifest's topology, or the Decision of negotiate, must "
+            "be that of the runtime that was opened"
         )
     return platform
 
