@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 
 # All of them by name: a test file that is gone must not pass for a test that passed.
 MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation known_bad suite oracle new_plugin diff_numerics fakes))
-SIMULATED := fake-static fake-hostlen fake-spmd
+SIMULATED := fake-static fake-hostlen fake-spmd fake-mesh
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 

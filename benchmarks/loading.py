@@ -29,7 +29,7 @@ def load_once(folder: str, quantization: str | None) -> dict[str, float]:
     from anychip.config import EngineConfig
     from anychip.model_config import load_model_config
     from anychip.ops.table import resolve_ops
-    from anychip.plugin_api import Communicator, GroupSpec, ProbeResult, Shard
+    from anychip.plugin_api import Mesh, ProbeResult
     from anychip.registry.plugins import load_plugins
     from anychip.worker.model_source import CheckpointSource
     from anychip.worker.open_platform import open_platform
@@ -43,7 +43,6 @@ def load_once(folder: str, quantization: str | None) -> dict[str, float]:
         ops=resolve_ops("cpu", platform.ops()),
         contributed={},
     )
-    group = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=1.0)
     models = []
     warm = torch.empty(64 << 20, dtype=torch.uint8)  # torch's own first-use costs are not the loader's
     copy = copy_rate(warm)
@@ -51,9 +50,7 @@ def load_once(folder: str, quantization: str | None) -> dict[str, float]:
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     touch = touch_rate(size)
     began = time.perf_counter()
-    peak = platform.measure(
-        lambda: models.append(source.build(Shard(rank=0, size=1, communicator=Communicator(group))))
-    )
+    peak = platform.measure(lambda: models.append(source.build(Mesh.alone())))
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,

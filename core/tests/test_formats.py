@@ -399,7 +399,9 @@ def test_a_share_of_stacked_experts_is_that_part_of_them(experts, rows, groups, 
     pieces = tuple(
         StackPiece(slice(first + half, last, 2), [matrix(expert, half) for expert in range(experts)]) for half in (0, 1)
     )
-    container.want_stack(register, MatrixStack(name="m", count=experts, shape=(2 * height, width), pieces=pieces))
+    container.want_stack(
+        register, MatrixStack(name="m", count=experts, held=Span(0, experts), shape=(2 * height, width), pieces=pieces)
+    )
     loaded(register, tensors)
     columns = slice(*Span(*groups).times(32).bounds)
     for (expert, half), parts in found.items():

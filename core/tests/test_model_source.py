@@ -10,17 +10,11 @@ from safetensors.torch import load_file
 
 from anychip.config import EngineConfig
 from anychip.model_config import load_model_config
-from anychip.plugin_api import Communicator, GroupSpec, Shard
+from anychip.plugin_api import Mesh, MeshShape
 from anychip.worker.held import held_bytes
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.device import open_device
 from anychip_conformance.equality.tiny_models import make_checkpoint
-
-ALONE = Shard(
-    rank=0,
-    size=1,
-    communicator=Communicator(GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)),
-)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def test_dummy_weights_have_the_same_names(folder):
 
 def test_a_released_model_holds_nothing_and_its_copies_live(folder):
     given = source(folder)
-    model = given.build(ALONE)
+    model = given.build(Mesh.alone())
     held = held_bytes(model)
     assert held == given.held_bytes > 0
     copy = model.embedding.weight.clone()
@@ -62,4 +56,6 @@ def test_a_released_model_holds_nothing_and_its_copies_live(folder):
     assert held_bytes(model) == 0
     assert copy.abs().sum() > 0
     assert given.held_bytes == held, "they lie on the program's device now"
-    assert [spec.head_dim for spec in given.attention_specs(1)] and model.attention, "layouts and backends stay"
+    assert [spec.head_dim for spec in given.attention_specs(MeshShape())] and model.attention, (
+        "layouts and backends stay"
+    )

@@ -84,7 +84,7 @@ def start(tmp_path, monkeypatch):
     """Starts a worker over a platform module's text."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
-    def started(text: str, **more: object) -> Worker:
+    def started(text: str, *, world_size: int = 1, **more: object) -> Worker:
         module = ModuleType("stranger_platform")
         exec(compile(text, "<stranger_platform>", "exec"), module.__dict__)
         monkeypatch.setitem(sys.modules, "stranger_platform", module)
@@ -93,7 +93,7 @@ def start(tmp_path, monkeypatch):
         config = EngineConfig(model=str(tmp_path), load_format="dummy", max_num_seqs=2, max_num_batched_tokens=16)
         return Worker(
             WorkerSpec(
-                config=config, device="stranger", device_indexes=(0,), rank=0, world_size=1, store="",
+                config=config, device="stranger", device_indexes=(0,), rank=0, world_size=world_size, store="",
                 folder=str(tmp_path), probe=msgspec.to_builtins(PROBE),
             )
         )  # fmt: skip
@@ -105,7 +105,7 @@ def start(tmp_path, monkeypatch):
 def test_a_method_of_the_platform_that_raises_is_named(start, method):
     reached = False
     try:
-        worker = start(SOURCE.format(method=method))
+        worker = start(SOURCE.format(method=method), world_size=2 if method == "communicator" else 1)
         step(worker)
         worker.close("tested")
     except PluginFailed as failed:
@@ -118,7 +118,7 @@ def test_a_method_of_the_platform_that_raises_is_named(start, method):
 def test_what_a_platform_makes_is_named_too(start, part):
     text, function = PARTS[part]
     with pytest.raises(PluginFailed, match=rf"^{PACKAGE}: stranger_platform:.*{function}.* raised ZeroDivisionError"):
-        start(SOURCE.format(method="unused") + text)
+        start(SOURCE.format(method="unused") + text, world_size=2 if part == "a communicator" else 1)
 
 
 def step(worker: Worker) -> None:

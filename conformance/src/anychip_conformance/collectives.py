@@ -4,25 +4,27 @@ code rank and place, exact in every dtype, so that a result is right to the bit 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 import numpy as np
 from torch import Tensor
 
-from anychip.plugin_api import Communicator
+from anychip.plugin_api import AXES, Axis, Communicator, Mesh, MeshShape
 from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, bits
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
-                         "all_to_all_v", "broadcast", "send_recv", "barrier", "order", "close_restore"]  # fmt: skip
+                         "all_to_all_v", "broadcast", "send_recv", "barrier", "order", "close_restore",
+                         "mesh"]  # fmt: skip
 
 
 class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`members` are world ranks out of `world`, in group order; ranks that are not members stand by. `size` is the
-    length of the dimension that the collective works on."""
+    length of the dimension that the collective works on. `axes` are the sizes of a mesh of all members, and `joined`
+    what its axis ep is joined from."""
 
     name: CollectiveName
     world: int = 2
@@ -31,6 +33,12 @@ class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     width: int = 3
     dim: int = 0
     dtype: CaseDtype = "any"
+    axes: dict[Axis, int] = {}
+    joined: tuple[Axis, ...] = ()
+
+    @property
+    def mesh(self) -> MeshShape:
+        return MeshShape(**self.axes, joined={"ep": self.joined} if self.joined else {})
 
 
 @dataclass(slots=True)
@@ -38,6 +46,8 @@ class Member:
     device: Device
     comm: Communicator
     case: CollectiveCase
+    mesh: Mesh = field(default_factory=Mesh.alone)
+    """Of a case with axes; it has no `comm`."""
 
     @property
     def rank(self) -> int:
@@ -179,9 +189,35 @@ def close_restore(m: Member) -> bytes:
     return all_reduce(m)
 
 
+def mesh(m: Member) -> bytes:
+    """Collectives along one axis between those along the others, in both orders, as the layers of a model mix them."""
+    own = m.mesh.rank
+    axes: list[Axis] = [*m.case.axes, *(["ep"] if m.case.joined else [])]  # type: ignore[list-item]
+    for step, axis in enumerate([*axes, *reversed(axes)]):
+        comm, peers = m.mesh.axis(axis), along(m.case, axis, own)
+        assert (comm.rank, comm.size) == (peers.index(own), len(peers)), f"axis {axis}: {comm.rank} of {comm.size}"
+        parts = [m.values(rank) + step for rank in peers]
+        gathered = comm.all_gather(m.tensor(m.values(own) + step), dim=0)
+        m.same(f"gathered along {axis}", gathered, np.concatenate(parts))
+        m.same(f"sum along {axis}", comm.all_reduce(m.tensor(m.values(own) + step)), np.asarray(sum(parts)))
+        for root, rank in enumerate(peers):
+            received = comm.broadcast(m.tensor(m.values(own)), root=root)
+            m.same(f"from {root} along {axis}", received, m.values(rank))
+    return b""
+
+
+def along(case: CollectiveCase, axis: Axis, rank: int) -> list[int]:
+    """Ranks of the group along an axis, by numpy: ranks laid out in the order of AXES, the last axis fastest."""
+    layout = np.arange(case.world).reshape([case.axes.get(name, 1) for name in AXES])
+    moving = case.joined if axis == "ep" and case.joined else (axis,)
+    place = np.argwhere(layout == rank)[0]
+    index = tuple(slice(None) if name in moving else int(place[i]) for i, name in enumerate(AXES))
+    return [int(peer) for peer in layout[index].ravel()]
+
+
 CHECKS: dict[str, Callable[[Member], bytes]] = {
     check.__name__: check
     for check in (all_reduce, all_gather, all_gather_v, reduce_scatter, reduce_scatter_v, all_to_all, all_to_all_v,
-                  broadcast, send_recv, barrier, order, close_restore)
+                  broadcast, send_recv, barrier, order, close_restore, mesh)
 }  # fmt: skip
 """Each returns bytes that must be the same at every member."""

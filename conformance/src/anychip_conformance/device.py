@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anychip.config import EngineConfig
 from anychip.errors import DeviceUnavailable, Unsupported
 from anychip.ops.table import OpTable, resolve_platform_ops
 from anychip.plugin_api import Capabilities, LinearPart, LinearSpec, MoESpec, Platform, PlatformManifest, ProbeResult
-from anychip.registry.devices import candidate, choose_named
+from anychip.registry.devices import candidate, choose_named, negotiated, one_process
 from anychip.registry.plugins import load_plugins
 from anychip.types import DType
 from anychip.worker.open_platform import open_platform
@@ -163,9 +164,11 @@ def open_device(name: str, options: Mapping[str, str], index: int = 0) -> Device
     found = choose_named(name, load_plugins())
     manifest = found.manifest
     every = tuple(device.index for device in found.probe.devices)
+    config = EngineConfig(device=name, device_options=dict(options))
+    together = one_process(manifest, negotiated(manifest, config, found.probe))
     platform = open_platform(
         manifest,
-        device_indexes=every if manifest.topology == "process_per_host" else every[index : index + 1],
+        device_indexes=every if together else every[index : index + 1],
         options=manifest.options.parse(manifest.package, options),
         probe=found.probe,
     )

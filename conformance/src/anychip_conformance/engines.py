@@ -154,12 +154,11 @@ def preempt_often(scheduler: Scheduler) -> None:
 def open_worker(device: Device, folder: Path, **settings: Any) -> Worker:
     """One worker in this process, to be driven step by step."""
     config = EngineConfig(model=str(folder), **{"num_kv_blocks": 16, **engine_settings(device), **settings})
-    indexes = tuple(found.index for found in device.probe.devices)
     return Worker(
         WorkerSpec(
             config=config,
             device=device.name,
-            device_indexes=indexes if device.manifest.topology == "process_per_host" else indexes[:1],
+            device_indexes=device.platform.context.device_indexes,
             rank=0,
             world_size=1,
             store="",

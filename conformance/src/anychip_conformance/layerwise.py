@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anychip.config import EngineConfig
 from anychip.model_config import load_model_config
-from anychip.plugin_api import Communicator, ForwardContext, GroupSpec, Shard
+from anychip.plugin_api import ForwardContext, Mesh, MeshShape
 from anychip.types import cdiv
 from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
@@ -77,8 +77,7 @@ def record(task: Recording) -> dict[str, Tensor]:
     source = CheckpointSource(
         config=config, model=load_model_config(task.model), platform=device.platform, ops=device.ops, contributed={}
     )
-    alone = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
-    model: Any = source.build(Shard(rank=0, size=1, communicator=Communicator(alone)))
+    model: Any = source.build(Mesh.alone())
     kept: dict[str, Tensor] = {}
     fed = load_file(task.fed) if task.fed else {}
     if hasattr(model, "layers"):
@@ -92,7 +91,7 @@ def record(task: Recording) -> dict[str, Tensor]:
 
 def _prompt(device: Device, source: CheckpointSource, model: Any, tokens: list[int]) -> tuple[ForwardContext, Any, Any]:
     """One prompt as a whole step: plans by KV group, caches by layer, ids and positions."""
-    kv = plan_kv(source.attention_specs(1), device.platform.attention, None)
+    kv = plan_kv(source.attention_specs(MeshShape()), device.platform.attention, None)
     plans: list[Any] = []
     caches: list[Any] = [None] * len(kv.layer_groups)
     make: Callable[..., Any] = device.platform.allocate

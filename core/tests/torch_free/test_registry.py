@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable, IncompatiblePlugin, PluginImportFailed
-from anychip.launch.build import fill_unset
+from anychip.launch.build import fill_unset, worker_spec
 from anychip.plugin_api import (
     API_VERSION,
     Decision,
     DeviceInfo,
     PlatformManifest,
+    PluginOptions,
     ProbeResult,
     QuantFormatManifest,
     Requirement,
@@ -170,6 +173,29 @@ def test_tensor_parallelism_needs_as_many_devices():
     assert choose_device(EngineConfig(device="x", tensor_parallel_size=2), found).indexes == (0, 1)
     with pytest.raises(DeviceUnavailable, match="tensor_parallel_size 3 needs as many x devices, 2 are there"):
         choose_device(EngineConfig(device="x", tensor_parallel_size=3), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtimes(PluginOptions):
+    runtime: str = "a"
+
+
+def test_one_process_drives_all_devices_if_the_runtime_that_will_be_opened_does(tmp_path):
+    """The manifest's answer is for runtimes that do not differ."""
+
+    def negotiate(config, probe):
+        return Decision(topology="process_per_host" if config.device_options.get("runtime") == "b" else None)
+
+    found = plugins(manifest("x", negotiate=negotiate, options=Runtimes))
+    alone = choose_device(EngineConfig(device="x"), found)
+    assert (alone.indexes, alone.per_host) == ((0,), False)
+    config = EngineConfig(device="x", device_options={"runtime": "b"})
+    together = choose_device(config, found)
+    assert (together.indexes, together.per_host) == ((0, 1), True)
+    spec = worker_spec(config, together, tmp_path, rank=0)
+    assert (spec.device_indexes, spec.world_size) == ((0, 1), 1)
+    with pytest.raises(ConfigError, match="drives its 2 devices from one process; leave tensor_parallel_size at 1"):
+        choose_device(msgspec.structs.replace(config, tensor_parallel_size=2), found)
 
 
 def test_a_platform_that_refuses_a_configuration_says_why():

@@ -24,7 +24,6 @@ from anychip.plugin_api import (
     PlatformManifest,
     PluginOptions,
     ProbeResult,
-    Shard,
 )
 from anychip.worker.model_runner import ModelRunner
 from anychip.worker.preparation import prepare
@@ -126,12 +125,12 @@ def steps(request, tmp_path):
         config=config, device="paper", device_indexes=(0,), rank=0, world_size=1, store="", folder="", probe={}
     )
     ops = resolve_ops("paper", platform.ops(), require_native=False)
-    prepared = prepare(spec, load_model_config(str(tmp_path)), platform, ops, {}, per_host=False)
-    communicator = Communicator(prepared.tp_group(spec))
-    model = prepared.source.build(Shard(rank=0, size=1, communicator=communicator))
+    prepared = prepare(spec, load_model_config(str(tmp_path)), platform, ops, {})
+    mesh = prepared.mesh(spec, Communicator)
+    model = prepared.source.build(mesh)
     program = TorchStepProgram(
         platform=platform, model=model, ops=ops.ops, kv=prepared.kv, limits=prepared.limits,
-        communicators=[communicator],
+        communicators=mesh.opened,
     )  # fmt: skip
     runner = ModelRunner(program, prepared.new_batch(), program.initial_state(64))
     with Traffic():

@@ -127,6 +127,27 @@ def subgroup(device: Device, case: CollectiveCase) -> None:
     check(device, case)
 
 
+_MESHES: tuple[dict[str, Any], ...] = (
+    {"axes": {"dp": 2, "tp": 2}, "joined": ("dp", "tp")},
+    {"axes": {"ep": 2, "tp": 2}},
+    {"axes": {"pp": 2, "tp": 2}},
+    {"axes": {"cp": 4}},
+    {"axes": {"dp": 2, "cp": 2}, "joined": ("cp", "dp")},
+)
+
+
+@kind(
+    "comm.mesh",
+    profile="distributed",
+    corpus=[CollectiveCase(name="mesh", **FOUR, size=size, **mesh) for mesh in _MESHES for size in (1, 7)],  # type: ignore[arg-type]
+    deadline_s=_DEADLINE_S,
+)
+def mesh(device: Device, case: CollectiveCase) -> None:
+    """Groups along the axes of a mesh, in turns: each meets its own ranks, in the order of their coordinates. An axis
+    may be refused, with a reason."""
+    check(device, case)
+
+
 @kind(
     "comm.restore",
     profile="distributed",

@@ -29,7 +29,8 @@ MOE_FORMATS = tuple(scheme for scheme in FORMATS if scheme.name in ("mxfp4", "nv
 
 
 class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`away` experts, the last ones, live on other ranks. `crowded` sends every token to the same experts. `strided`
+    """`away` experts, the last ones, live on other ranks; or `local` experts, the last ones, are all that is loaded
+    here. `crowded` sends every token to the same experts. `strided`
     gives a slice of wider activations."""
 
     tokens: int = 7
@@ -48,6 +49,7 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     router_scale: float = 1.0
     scheme: Scheme | None = None
     away: int = 0
+    local: int = 0
     shared: bool = False
     crowded: bool = False
     guarded: bool = False
@@ -72,7 +74,13 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             router_scale=self.router_scale,
             scheme=None if self.scheme is None else self.scheme.spec,
             invariant=self.invariant,
+            num_local_experts=self.local or None,
         )
+
+    @property
+    def here(self) -> range:
+        """The experts that contribute."""
+        return range(self.experts - self.local, self.experts) if self.local else range(self.experts - self.away)
 
 
 def kernel_for(device: Device, case: MoECase) -> FusedMoE:
@@ -99,6 +107,11 @@ class Loaded:
             here = np.where(np.arange(case.experts) < case.experts - case.away, np.arange(case.experts), -1)
             self.expert_map: Tensor | None = device.tensor(here, "int64")
             self.packed = self.kernel.remap(self.packed, self.expert_map)
+        elif case.local:
+            numbers = np.arange(case.experts)
+            self.expert_map = device.tensor(
+                np.where(numbers >= case.here.start, numbers - case.here.start, -1), "int64"
+            )
         else:
             self.expert_map = None
 
@@ -110,7 +123,10 @@ class Loaded:
         biases: dict[str, Any] = {}
 
         def load(part: str, tensor: Tensor, *, row: int = 0) -> None:
-            self.kernel.load(self.packed, index, part, tensor, row=row)
+            if not case.local:
+                self.kernel.load(self.packed, index, part, tensor, row=row)
+            elif index in case.here:
+                self.kernel.load(self.packed, case.here.index(index), part, tensor, row=row)
 
         for part, (rows, columns) in shapes.items():
             matrices[part] = make_matrix(device, rng, rows, columns, case.dtype, case.scheme)
@@ -132,8 +148,8 @@ class Loaded:
         route = expected_route(case, logits, bias)
         dw = 0.0 if case.scheme is None else 2 * UNIT_ROUNDOFF[case.dtype]
         outputs = {
-            index: oracle.run_expert(seen(x), expert, case.activation, case.dtype, dw=dw)
-            for index, expert in enumerate(self.experts[: case.experts - case.away])
+            index: oracle.run_expert(seen(x), self.experts[index], case.activation, case.dtype, dw=dw)
+            for index in case.here
         }
         expected = oracle.combine(outputs, route.weights, route.ids, route.bound, case.dtype)
         if shared is not None:
@@ -280,6 +296,18 @@ def experts(device: Device, case: MoECase) -> None:
 )
 def expert_map(device: Device, case: MoECase) -> None:
     """Experts of other ranks, -1 in the map, contribute nothing, and do not wrap to the last one held here."""
+    check(device, case)
+
+
+@kind(
+    "moe.local_experts",
+    corpus=[
+        *each_dtype(MoECase(local=4), MoECase(local=1, tokens=12), MoECase(local=3, bias=True)),
+        *[MoECase(local=3, scheme=scheme) for scheme in MOE_SCHEMES],
+    ],
+)
+def local_experts(device: Device, case: MoECase) -> None:
+    """Where only some experts are loaded, each serves its own number, and tokens of others are not touched."""
     check(device, case)
 
 

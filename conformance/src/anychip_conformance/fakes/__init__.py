@@ -52,8 +52,19 @@ SPMD = PlatformManifest(
     topology="process_per_host",
     auto_select=False,
 )
+MESH = PlatformManifest(
+    name="fake-mesh",
+    package="anychip-conformance",
+    api_version=API_VERSION,
+    summary="simulation: four devices driven by one process, experts over two and tensors over two",
+    probe="anychip_conformance.fakes:probe_four",
+    platform="anychip_conformance.fakes.mesh:MeshPlatform",
+    seam="step",
+    topology="process_per_host",
+    auto_select=False,
+)
 
 
 @hookimpl
 def anychip_platforms() -> Sequence[PlatformManifest]:
-    return [STATIC, HOSTLEN, SPMD]
+    return [STATIC, HOSTLEN, SPMD, MESH]

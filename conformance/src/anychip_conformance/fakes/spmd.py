@@ -22,13 +22,14 @@ from anychip.plugin_api import (
     FusedMoE,
     GroupSpec,
     KVPlan,
+    Mesh,
+    MeshShape,
     ModelSource,
     MoESpec,
     Platform,
     ReadyOutputs,
     SamplingInputs,
     Scores,
-    Shard,
     StepInputs,
     StepLimits,
     StepProgram,
@@ -44,6 +45,8 @@ from anychip_conformance.fakes.functional import (
 )
 
 R = TypeVar("R")
+GroupOf = tuple[str, tuple[int, ...]]
+"""An axis, and the ranks of one group along it."""
 
 
 class Meeting:
@@ -108,7 +111,7 @@ class SpmdPlatform(Platform):
         return 2**26
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
-        return SpmdStepProgram(model, kv, limits, num_devices=len(self.context.device_indexes))
+        return SpmdStepProgram(model, kv, limits, self.device_mesh)
 
 
 @dataclass(slots=True)
@@ -128,20 +131,24 @@ class SpmdHidden:
 
 
 class SpmdStepProgram(StepProgram):
-    def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits, *, num_devices: int) -> None:
-        ranks = tuple(range(num_devices))
-        self._meeting = Meeting(num_devices, timeout_s=60.0)
-        self._pool = ThreadPoolExecutor(num_devices, thread_name_prefix="fake-spmd")
-        self._ranks = ranks
+    def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits, shape: MeshShape) -> None:
+        self._meetings: dict[GroupOf, Meeting] = {}
+        self._pool = ThreadPoolExecutor(shape.size, thread_name_prefix="fake-spmd")
+        self._ranks = tuple(range(shape.size))
         self.kv = kv
         self.limits = limits
         self.ops = source.ops
         self.vocab_size = source.vocab_size
-        self.models = []
-        for rank in ranks:
-            spec = GroupSpec(ranks=ranks, rank=rank, purpose="tp", max_message_bytes=0, store="", timeout_s=60.0)
-            communicator = MeetingCommunicator(spec, self._meeting)
-            self.models.append(source.build(Shard(rank=rank, size=num_devices, communicator=communicator)))
+        self.models = [source.build(self.mesh(shape, rank)) for rank in self._ranks]
+
+    def mesh(self, shape: MeshShape, rank: int) -> Mesh:
+        """The mesh as one device sees it."""
+        return Mesh(shape, rank, self.communicator)
+
+    def communicator(self, group: GroupSpec) -> Communicator:
+        """Devices of one group meet, and those of other groups, along this axis or another, elsewhere."""
+        meeting = self._meetings.setdefault((group.purpose, group.ranks), Meeting(group.size, timeout_s=60.0))
+        return MeetingCommunicator(group, meeting)
 
     def initial_state(self, num_blocks: int) -> SpmdState:
         def caches(rank: int) -> list[Tensor]:
@@ -211,7 +218,8 @@ class SpmdStepProgram(StepProgram):
                 with torch.inference_mode():
                     return fn(rank)
             except BaseException:
-                self._meeting.abort()
+                for meeting in self._meetings.values():
+                    meeting.abort()
                 raise
 
         return [future.result() for future in [self._pool.submit(guarded, rank) for rank in self._ranks]]

@@ -24,12 +24,11 @@ from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
     Capabilities,
-    Communicator,
     CompileReport,
     EnteringRow,
     FusedMoE,
-    GroupSpec,
     KVPlan,
+    Mesh,
     ModelSource,
     MoESpec,
     Platform,
@@ -38,7 +37,6 @@ from anychip.plugin_api import (
     Scores,
     ShapeKey,
     ShapePolicy,
-    Shard,
     StepInputs,
     StepLimits,
     StepProgram,
@@ -161,8 +159,7 @@ class StaticPlatform(Platform):
 
 class StaticStepProgram(StepProgram):
     def __init__(self, source: ModelSource, kv: KVPlan, limits: StepLimits) -> None:
-        group = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
-        self.model = source.build(Shard(rank=0, size=1, communicator=Communicator(group)))
+        self.model = source.build(Mesh.alone())
         self.ops = source.ops
         self.vocab_size = source.vocab_size
         self.kv = kv

@@ -1,7 +1,7 @@
 """Honest platforms with one planted fault each: the suite must kill every one, by the case that the fault names.
 
-`fake-faulty --device-opt fault=ID` is such a platform on the torch seam; `fake-faulty-graphs` and `fake-faulty-step`
-take the faults of graphs and of step programs. Without a fault they are honest.
+`fake-faulty --device-opt fault=ID` is such a platform on the torch seam; `fake-faulty-graphs`, `fake-faulty-step` and
+`fake-faulty-mesh` take those of graphs, of step programs and of meshes of devices. Without a fault they are honest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ class FaultyOptions(PluginOptions):
     fault: str = field(default="", metadata={"help": "the id of the fault; none: honest"})
 
 
-def _manifest(name: str, platform: str, summary: str, seam: str = "torch") -> PlatformManifest:
+def _manifest(
+    name: str, platform: str, summary: str, seam: str = "torch", topology: str = "process_per_device"
+) -> PlatformManifest:
     return PlatformManifest(
         name=name,
         package="anychip-conformance",
@@ -27,6 +29,7 @@ def _manifest(name: str, platform: str, summary: str, seam: str = "torch") -> Pl
         platform=f"anychip_conformance.faulty.platform:{platform}",
         options=FaultyOptions,
         seam=seam,  # type: ignore[arg-type]
+        topology=topology,  # type: ignore[arg-type]
         auto_select=False,
     )
 
@@ -38,5 +41,12 @@ def anychip_platforms() -> Sequence[PlatformManifest]:
         _manifest("fake-faulty-graphs", "FaultyGraphsPlatform", "simulation: recorded graphs with one planted fault"),
         _manifest(
             "fake-faulty-step", "FaultyStepPlatform", "simulation: compiled steps with one planted fault", "step"
+        ),
+        _manifest(
+            "fake-faulty-mesh",
+            "FaultyMeshPlatform",
+            "simulation: a mesh of devices with one planted fault",
+            "step",
+            "process_per_host",
         ),
     ]

@@ -79,6 +79,18 @@ class MapWraps(InvariantMoE):
         return super().experts(x, routing, packed, expert_map=wrapped)
 
 
+@fault("moe-local-experts-one-short", "moe", killed_by="moe.local_experts.001")
+class LocalExpertsOneShort(InvariantMoE):
+    """The last expert that is held here is taken for one of another rank."""
+
+    def experts(
+        self, x: Tensor, routing: Routing, packed: ExpertWeights, *, expert_map: Tensor | None = None
+    ) -> Tensor:
+        if expert_map is not None and self.spec.num_local_experts is not None:
+            expert_map = expert_map.masked_fill(expert_map == self.spec.num_held - 1, -1)
+        return super().experts(x, routing, packed, expert_map=expert_map)
+
+
 @fault("moe-map-ignored", "moe", killed_by="moe.expert_map.001")
 class MapIgnored(InvariantMoE):
     """Expert ids are taken for places, whatever the map says."""

@@ -28,6 +28,8 @@ from anychip.plugin_api import (
     op_override,
 )
 from anychip_conformance.fakes.hostlen import HostlenAttention, HostlenPlatform
+from anychip_conformance.fakes.mesh import MeshPlatform
+from anychip_conformance.fakes.spmd import SpmdStepProgram
 from anychip_conformance.fakes.static import StaticPlatform, StaticStepProgram
 from anychip_conformance.faulty import FaultyOptions
 from anychip_conformance.faulty.plain import InvariantMoE, PlainAttention, PlainLinear, plain_communicator
@@ -130,4 +132,18 @@ class FaultyStepPlatform(StaticPlatform):
         faulty = self._fault is not None and self._fault.part == "step"
         cls = self._fault.replacement if faulty and self._fault else StaticStepProgram
         program: StepProgram = cls(model, kv, limits)
+        return program
+
+
+class FaultyMeshPlatform(MeshPlatform):
+    """Faults of programs that divide a model over a mesh of devices."""
+
+    def __init__(self, context: PlatformContext) -> None:
+        super().__init__(context)
+        self._fault = planted(context)
+
+    def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
+        faulty = self._fault is not None and self._fault.part == "mesh"
+        cls = self._fault.replacement if faulty and self._fault else SpmdStepProgram
+        program: StepProgram = cls(model, kv, limits, self.device_mesh)
         return program

@@ -9,7 +9,17 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 Part = Literal[
-    "attention", "linear", "moe", "op", "op of a rank", "communicator", "shapes", "graphs", "hostlen attention", "step"
+    "attention",
+    "linear",
+    "moe",
+    "op",
+    "op of a rank",
+    "communicator",
+    "shapes",
+    "graphs",
+    "hostlen attention",
+    "step",
+    "mesh",
 ]
 P = TypeVar("P")
 
@@ -24,6 +34,8 @@ _MODULES = (
     "experts",
     "sampling",
     "ranks",
+    "axes",
+    "meshes",
     "steps",
     "step_drafts",
     "step_drafts_results",
@@ -48,6 +60,7 @@ class Fault:
             "graphs": "fake-faulty-graphs",
             "hostlen attention": "fake-faulty-graphs",
             "step": "fake-faulty-step",
+            "mesh": "fake-faulty-mesh",
         }.get(self.part, "fake-faulty")
 
     @property

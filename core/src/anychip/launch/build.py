@@ -131,8 +131,7 @@ def fill_unset(config: EngineConfig, decision: Decision) -> EngineConfig:
 
 
 def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path, progress: Progress) -> Executor:
-    per_host = chosen.manifest.topology == "process_per_host"
-    world_size = 1 if per_host else len(chosen.indexes)
+    world_size = 1 if chosen.per_host else len(chosen.indexes)
     specs = [worker_spec(config, chosen, folder, rank) for rank in range(world_size)]
     with calling(chosen.manifest.package, "PlatformManifest.worker_env"):
         environments = [
@@ -163,13 +162,12 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path, pr
 
 def worker_spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int) -> WorkerSpec:
     """What the worker of one rank is told."""
-    per_host = chosen.manifest.topology == "process_per_host"
     return WorkerSpec(
         config=config,
         device=chosen.manifest.name,
-        device_indexes=chosen.indexes if per_host else (chosen.indexes[rank],),
+        device_indexes=chosen.indexes if chosen.per_host else (chosen.indexes[rank],),
         rank=rank,
-        world_size=1 if per_host else len(chosen.indexes),
+        world_size=1 if chosen.per_host else len(chosen.indexes),
         store=f"file://{folder}/store",
         folder=str(folder),
         probe=msgspec.to_builtins(chosen.candidate.probe),

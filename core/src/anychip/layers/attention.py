@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.kv_scales import want_kv_scales
 from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from anychip.layers.norm import RMSNorm
-from anychip.plugin_api import ActFormat, AttentionLayer, AttentionSpec, ForwardContext, QKNorm, Rope, WeightView
-from anychip.weights.matrix import Span
+from anychip.plugin_api import (
+    KV_HEADS,
+    ActFormat,
+    AttentionLayer,
+    AttentionSpec,
+    ForwardContext,
+    Placed,
+    QKNorm,
+    Rope,
+    Sharded,
+    Span,
+    WeightView,
+)
+
+
+def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
+    """How key and value projections lie over the ranks: as the pages that hold what they make."""
+    return tuple(replace(each, dim=0, unit=spec.head_dim) for each in spec.pages if each.dim == KV_HEADS)
 
 
 class Attention:
@@ -35,8 +53,7 @@ class Attention:
         fused_qkv: str | None = None,
     ) -> None:
         dim = spec.head_dim
-        q_heads = builder.split(num_heads, "query heads")
-        heads, kv_heads = q_heads.times(dim), builder.split_heads(num_kv_heads).times(dim)
+        heads, kv_heads = (Sharded(dim=0, unit=dim),), _rows_of_kv_heads(spec)
         q_rows, kv_rows = num_heads * dim, num_kv_heads * dim
         if fused_qkv is None:
             projections = [
@@ -47,16 +64,16 @@ class Attention:
         else:
             fused, rows = f"{name}.{fused_qkv}", q_rows + 2 * kv_rows
             projections = [
-                Projection("q", fused, rows, heads),
-                Projection("k", fused, rows, kv_heads.after(q_rows)),
-                Projection("v", fused, rows, kv_heads.after(q_rows + kv_rows)),
+                Projection("q", fused, q_rows, heads, of=rows),
+                Projection("k", fused, kv_rows, kv_heads, first=q_rows, of=rows),
+                Projection("v", fused, kv_rows, kv_heads, first=q_rows + kv_rows, of=rows),
             ]
         self.qkv = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
         self.output = RowParallelLinear(
             builder,
             name=f"{name}.o_proj",
             in_features=q_rows,
-            span=heads,
+            placed=(Sharded(dim=1, unit=dim),),
             out_features=hidden_size,
             bias=bias if output_bias is None else output_bias,
         )
@@ -65,7 +82,7 @@ class Attention:
         self.backend = builder.platform.attention(spec)
         self.layer = AttentionLayer(index=index, scale=scale, ops=builder.ops)
         if spec.sinks:
-            self.layer.sinks = self._wanted(builder, f"{name}.sinks", num_heads, q_heads)
+            self.layer.sinks = self._wanted(builder, f"{name}.sinks", num_heads, builder.split(num_heads, "sinks"))
         if builder.kv_scales:
             want_kv_scales(builder, name, spec, num_kv_heads, self.layer)
         self.rope = rope

@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anychip.errors import ConfigError
-from anychip.plugin_api import Ops, Platform, QuantScheme, Shard
+from anychip.plugin_api import (
+    KV_HEADS,
+    AttentionSpec,
+    Mesh,
+    Ops,
+    Placed,
+    Platform,
+    QuantScheme,
+    Sharded,
+    Span,
+    held,
+)
 from anychip.quantization.format import WeightFormat
 from anychip.types import DType
-from anychip.weights.matrix import Span
 from anychip.weights.register import WeightRegister
 from anychip.weights.stored import StoredTensors
 
@@ -20,7 +30,7 @@ class Builder:
 
     platform: Platform
     ops: Ops
-    shard: Shard
+    mesh: Mesh
     dtype: DType
     weights: WeightRegister
     formats: WeightFormat
@@ -40,26 +50,18 @@ class Builder:
                 )
         return first
 
-    def split(self, total: int, what: str) -> Span:
-        """This rank's equal share of `total`."""
-        if total % self.shard.size:
-            raise _uneven(total, self.shard.size, what)
-        rows = total // self.shard.size
-        return Span(self.shard.rank * rows, rows)
+    def held(self, extents: Sequence[int], placed: Placed, what: str) -> tuple[Span, ...]:
+        """What this rank holds of a tensor, by dimension."""
+        return held(extents, placed, self.mesh, what)
 
-    def split_heads(self, num_kv_heads: int) -> Span:
-        """This rank's KV heads; with more ranks than heads, neighbours hold the same head."""
-        size, rank = self.shard.size, self.shard.rank
-        if num_kv_heads >= size:
-            return self.split(num_kv_heads, "key-value heads")
-        if size % num_kv_heads:
-            raise _uneven(size, num_kv_heads, "ranks over key-value heads")
-        return Span(rank * num_kv_heads // size, 1)
+    def split(self, total: int, what: str) -> Span:
+        """This rank's equal share of `total` along tp."""
+        return self.held((total,), (Sharded(dim=0),), what)[0]
+
+    def kv_heads(self, spec: AttentionSpec, num_kv_heads: int) -> Span:
+        """This rank's KV heads, as the pages are placed."""
+        return self.held((2, 1, num_kv_heads, spec.head_dim), spec.pages, "key-value heads")[KV_HEADS]
 
 
 def _name(scheme: QuantScheme | None) -> str:
     return "plain values" if scheme is None else f"{scheme.name} by {scheme.scales}"
-
-
-def _uneven(total: int, size: int, what: str) -> ConfigError:
-    return ConfigError(f"{total} {what} do not split evenly {size} ways; choose another tensor_parallel_size")

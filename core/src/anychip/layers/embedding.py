@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from anychip.errors import ConfigError
 from anychip.layers.build import Builder
-from anychip.plugin_api import LinearPart, LinearSpec, QuantScheme, WeightView
-from anychip.types import cdiv
-from anychip.weights.matrix import Matrix, Span, stream
+from anychip.plugin_api import LinearPart, LinearSpec, QuantScheme, Sharded, Span, WeightView
+from anychip.weights.matrix import Matrix, stream
 
 AT_LOAD = QuantScheme(values="int8", scales="channel")
 """Of heads that are quantized as they are loaded; rows past the vocabulary are made for no other."""
 
-
-@dataclass(frozen=True, slots=True)
-class VocabularyShare(Span):
-    """A rank's tokens. Ranks hold equally many rows; the last one's tail may lie past the vocabulary."""
-
-    @classmethod
-    def of(cls, builder: Builder, vocab_size: int) -> VocabularyShare:
-        rows = cdiv(vocab_size, builder.shard.size)
-        return cls(builder.shard.rank * rows, rows)
-
-    def held(self, vocab_size: int) -> Span:
-        """The rows that the checkpoint has."""
-        start = min(self.start, vocab_size)
-        return Span(start, min(self.start + self.count, vocab_size) - start)
+VOCABULARY = (Sharded(dim=0, uneven="pad"),)
+"""Ranks hold equally many rows; the last one's tail may lie past the vocabulary."""
 
 
 class VocabParallelEmbedding:
@@ -38,12 +23,12 @@ class VocabParallelEmbedding:
     def __init__(self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int) -> None:
         self.name = name
         self.ops = builder.ops
-        self.communicator = builder.shard.communicator
-        self.share = VocabularyShare.of(builder, vocab_size)
+        self.communicator = builder.mesh.axis("tp")
+        self.share, _ = builder.held((vocab_size, hidden_size), VOCABULARY, "tokens")
         self.weight = builder.platform.empty((self.share.count, hidden_size), builder.dtype, "weights")
 
         def take(view: WeightView) -> None:
-            held = self.share.held(vocab_size)
+            held = self.share.within(vocab_size)
             self.weight[held.count :].zero_()
             stream(view, held, Span(0, hidden_size), self._copy)
 
@@ -73,19 +58,19 @@ class LMHead:
         tied: VocabParallelEmbedding | None,
     ) -> None:
         self.vocab_size = vocab_size
-        self.communicator = builder.shard.communicator
-        share = VocabularyShare.of(builder, vocab_size)
-        held = share.held(vocab_size)
+        self.communicator = builder.mesh.axis("tp")
+        share, _ = builder.held((vocab_size, hidden_size), VOCABULARY, "tokens")
+        held = share.within(vocab_size)
         if tied is not None and not builder.stored.tie(name, tied.name):
             tied = None
         formats = builder.formats.for_head()
         scheme = formats.scheme(name, hidden_size)
-        if scheme is not None and scheme != AT_LOAD and vocab_size % builder.shard.size:
+        if scheme is not None and scheme != AT_LOAD and vocab_size % self.communicator.size:
             raise ConfigError(
                 f"{name} is stored as {scheme.name} by {scheme.scales}, and its {vocab_size} rows do not split evenly "
-                f"{builder.shard.size} ways; choose another tensor_parallel_size"
+                f"{self.communicator.size} ways; choose another tensor_parallel_size"
             )
-        parts = [LinearPart(name="all", offset=0, rows=held.count)]
+        parts = [LinearPart(name="all", offset=0, rows=held.count, placed=VOCABULARY)]
         if held.count < share.count:
             parts.append(LinearPart(name="tail", offset=held.count, rows=share.count - held.count))
         self.kernel = builder.platform.linear(

@@ -14,7 +14,7 @@ def want_kv_scales(builder: Builder, name: str, spec: AttentionSpec, num_kv_head
     fp8 without them has scale 1, its range being wide enough for what models were seen to produce; int8 without
     them is refused, since no one scale suits every model.
     """
-    heads = builder.split_heads(num_kv_heads)
+    heads = builder.kv_heads(spec, num_kv_heads)
     given: set[str] = set()
 
     def take(which: str, view: WeightView) -> None:

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anychip.layers.build import Builder
-from anychip.plugin_api import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
-from anychip.weights.matrix import Matrix, Span
+from anychip.plugin_api import REPLICATED, ActFormat, LinearKernel, LinearPart, LinearSpec, Placed, Span, WeightView
+from anychip.weights.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A part cut from checkpoint module `name`, whose matrix has `rows` rows: this rank holds `span` of them."""
+    """A part of `rows` rows, cut from the matrix of checkpoint module `name`: from row `first` on, of `of` rows. 0: it
+    is the whole matrix. Of the part, this rank holds what `placed` says."""
 
     part: str
     name: str
     rows: int
-    span: Span
+    placed: Placed = REPLICATED
+    first: int = 0
+    of: int = 0
 
 
 class _PackedLinear:
@@ -74,10 +77,12 @@ class ColumnParallelLinear(_PackedLinear):
         epilogue: str | None = None,
     ) -> None:
         """`epilogue` is taken where the device has it for this product: `has_epilogue` tells."""
-        parts, offset = [], 0
-        for projection in projections:
-            parts.append(LinearPart(name=projection.part, offset=offset, rows=projection.span.count))
-            offset += projection.span.count
+        parts, spans, offset = [], [], 0
+        for each in projections:
+            span, _ = builder.held((each.rows, in_features), each.placed, f"rows of {each.name}")
+            parts.append(LinearPart(name=each.part, offset=offset, rows=span.count, placed=each.placed))
+            spans.append(span.after(each.first))
+            offset += span.count
         scheme = builder.scheme([projection.name for projection in projections], in_features)
         fused = scheme is None and epilogue in builder.platform.capabilities.epilogues
         spec = LinearSpec(
@@ -91,8 +96,8 @@ class ColumnParallelLinear(_PackedLinear):
         )
         super().__init__(builder, spec)
         self.has_epilogue = fused
-        for projection in projections:
-            name, rows, span = projection.name, projection.rows, projection.span
+        for projection, span in zip(projections, spans, strict=True):
+            name, rows = projection.name, projection.of or projection.rows
             builder.formats.want(
                 builder.weights,
                 Matrix(
@@ -120,31 +125,32 @@ class RowParallelLinear(_PackedLinear):
         *,
         name: str,
         in_features: int,
-        span: Span,
+        placed: Placed,
         out_features: int,
         bias: bool = False,
     ) -> None:
+        """`placed` divides the matrix [out_features, in_features] by columns, along tp."""
         scheme = builder.scheme([name], in_features)
-        bias_here = bias and builder.shard.rank == 0  # the sum over ranks must hold it once
+        self.communicator = builder.mesh.axis("tp")
+        bias_here = bias and self.communicator.rank == 0  # the sum over ranks must hold it once
+        rows, columns = builder.held((out_features, in_features), placed, f"columns of {name}")
         spec = LinearSpec(
-            in_features=span.count,
+            in_features=columns.count,
             out_features=out_features,
-            parts=(LinearPart(name="all", offset=0, rows=out_features),),
+            parts=(LinearPart(name="all", offset=0, rows=out_features, placed=placed),),
             dtype=builder.dtype,
             bias=bias_here,
             scheme=scheme,
         )
         super().__init__(builder, spec)
         self.ops = builder.ops
-        self.communicator = builder.shard.communicator
-        rows = Span(0, out_features)
         builder.formats.want(
             builder.weights,
             Matrix(
                 name=name,
                 shape=(out_features, in_features),
                 rows=rows,
-                columns=span,
+                columns=columns,
                 scheme=scheme,
                 put=self.put("all"),
             ),
@@ -162,5 +168,5 @@ class ReplicatedLinear(ColumnParallelLinear):
     """The whole product on every rank: routers, and projections that do not split."""
 
     def __init__(self, builder: Builder, *, name: str, in_features: int, out_features: int, bias: bool = False) -> None:
-        projection = Projection("all", name, out_features, Span(0, out_features))
+        projection = Projection("all", name, out_features)
         super().__init__(builder, in_features=in_features, projections=[projection], bias=bias)

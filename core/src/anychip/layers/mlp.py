@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import gcd
 
+import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
-from anychip.plugin_api import ActFormat, MoESpec
-from anychip.weights.matrix import Matrix, Span
+from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span
+from anychip.weights.matrix import Matrix
+
+EXPERTS, FEATURES = Sharded(dim=0, axis="ep"), Sharded(dim=1)
+"""How experts' matrices [num_experts, intermediate_size, hidden_size] are divided."""
 
 
 class GatedMLP:
@@ -28,17 +32,17 @@ class GatedMLP:
         bias: bool = False,
         fused_gate_up: str | None = None,
     ) -> None:
-        span = builder.split(intermediate_size, "intermediate features")
+        placed = (Sharded(dim=0),)
         if fused_gate_up is None:
             projections = [
-                Projection("gate", f"{name}.gate_proj", intermediate_size, span),
-                Projection("up", f"{name}.up_proj", intermediate_size, span),
+                Projection("gate", f"{name}.gate_proj", intermediate_size, placed),
+                Projection("up", f"{name}.up_proj", intermediate_size, placed),
             ]
         else:
             fused, rows = f"{name}.{fused_gate_up}", 2 * intermediate_size
             projections = [
-                Projection("gate", fused, rows, span),
-                Projection("up", fused, rows, span.after(intermediate_size)),
+                Projection("gate", fused, intermediate_size, placed, of=rows),
+                Projection("up", fused, intermediate_size, placed, first=intermediate_size, of=rows),
             ]
         plain = builder.scheme([f"{name}.down_proj"], intermediate_size) is None
         self.gate_up = ColumnParallelLinear(
@@ -52,7 +56,7 @@ class GatedMLP:
             builder,
             name=f"{name}.down_proj",
             in_features=intermediate_size,
-            span=span,
+            placed=(Sharded(dim=1),),
             out_features=hidden_size,
             bias=bias,
         )
@@ -73,7 +77,8 @@ class GatedMLP:
 
 
 class SparseMoE:
-    """Every rank holds every expert's share of the intermediate features; outputs are summed over ranks.
+    """A rank holds its share of the experts along ep, and of each its share of the intermediate features along tp;
+    outputs are summed over both.
 
     `names` are those of the expert's gate, up and down matrices.
     """
@@ -89,9 +94,11 @@ class SparseMoE:
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         router_bias: bool = False,
     ) -> None:
-        span = builder.split(intermediate_size, "expert features")
+        placed = (EXPERTS, FEATURES)
+        extents = (spec.num_experts, intermediate_size, spec.hidden_size)
+        self.held, span, _ = builder.held(extents, placed, f"experts or their features of {name}")
         assert span.count == spec.intermediate_size
-        self.communicator = builder.shard.communicator
+        self.communicator = builder.mesh.axis("tp")
         self.router = ReplicatedLinear(
             replace(builder, formats=builder.formats.for_router()),
             name=f"{name}.{router}",
@@ -102,7 +109,14 @@ class SparseMoE:
         # One scheme for gate, up and down: its groups divide the features of both.
         modules = self.modules(f"{name}.experts", spec.num_experts, names)
         scheme = builder.scheme(modules, gcd(spec.hidden_size, intermediate_size))
-        self.spec = replace(spec, scheme=scheme)
+        self.spec = replace(spec, scheme=scheme, placed=placed)
+        self.ep: ExpertParallel | None = None
+        self.expert_map: Tensor | None = None
+        if builder.mesh.shape.size_of("ep") > 1:
+            self.spec = replace(self.spec, num_local_experts=self.held.count)
+            self.ep = ExpertParallel(communicator=builder.mesh.axis("ep"), num_local_experts=self.held.count)
+            self.expert_map = self._expert_map(builder)
+            self._leave_out_others(builder, f"{name}.experts")
         self.kernel = builder.platform.moe(self.spec)
         self.packed = self.kernel.begin()
         self.want_experts(builder, f"{name}.experts", intermediate_size, span, names)
@@ -115,11 +129,12 @@ class SparseMoE:
     def want_experts(
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: tuple[str, str, str]
     ) -> None:
-        """Asks for every expert's matrices; a family that stacks experts in one tensor overrides this."""
+        """Asks for the matrices of the experts that this rank holds; a family that stacks experts in one tensor
+        overrides this."""
         spec = self.spec
         hidden = Span(0, spec.hidden_size)
         wide, tall = (intermediate_size, spec.hidden_size), (spec.hidden_size, intermediate_size)
-        for expert in range(spec.num_experts):
+        for place, expert in enumerate(range(*self.held.bounds)):
             for part, module in zip(("gate", "up", "down"), names, strict=True):
                 down = part == "down"
                 builder.formats.want(
@@ -130,9 +145,20 @@ class SparseMoE:
                         rows=hidden if down else span,
                         columns=span if down else hidden,
                         scheme=spec.scheme,
-                        put=PutExpert(self, expert, part),
+                        put=PutExpert(self, place, part),
                     ),
                 )
+
+    def _expert_map(self, builder: Builder) -> Tensor:
+        """[num_experts]: an expert's place among those held here, -1 for one that is elsewhere."""
+        places = torch.full((self.spec.num_experts,), -1)
+        places[slice(*self.held.bounds)] = torch.arange(self.held.count)
+        return builder.platform.empty(tuple(places.shape), "int64", "weights").copy_(places)
+
+    def _leave_out_others(self, builder: Builder, name: str) -> None:
+        """The checkpoint has them, and other ranks ask for them."""
+        here = range(*self.held.bounds)
+        builder.weights.elsewhere += tuple(f"{name}.{e}." for e in range(self.spec.num_experts) if e not in here)
 
     def _finish(self) -> None:
         self.packed = self.kernel.finish(self.packed)
@@ -142,12 +168,13 @@ class SparseMoE:
         return self.router.accepts
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.communicator.all_reduce(self.kernel.apply(x, self.router(x), self.packed))
+        partial = self.kernel.apply(x, self.router(x), self.packed, ep=self.ep, expert_map=self.expert_map)
+        return self.communicator.all_reduce(partial)
 
 
 @dataclass(frozen=True, slots=True)
 class PutExpert:
-    """weights.matrix.Put for one part of an expert."""
+    """weights.matrix.Put for one part of an expert, which is counted among those of this rank."""
 
     layer: SparseMoE
     expert: int

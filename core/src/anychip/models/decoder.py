@@ -17,7 +17,16 @@ from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
-from anychip.plugin_api import Activation, AttentionBackend, AttentionSpec, ForwardContext, Rope
+from anychip.plugin_api import (
+    KV_HEADS,
+    Activation,
+    AttentionBackend,
+    AttentionSpec,
+    ForwardContext,
+    MeshShape,
+    Rope,
+    Sharded,
+)
 from anychip.types import DType
 
 
@@ -82,10 +91,12 @@ class Decoder:
         )
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
-        """By layer, for one of `size` ranks: full attention, or the window if `layer_types` says so."""
+    def attention_specs(
+        cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
+    ) -> list[AttentionSpec]:
+        """By layer, for one rank of a mesh: full attention, or the window if `layer_types` says so."""
         softcap = config.get("attn_logit_softcapping") if cls.attention_softcap else None
-        full = replace(full_attention(config, size, dtype), kv_dtype=kv_dtype, softcap=softcap)
+        full = replace(full_attention(config, shape, dtype), kv_dtype=kv_dtype, softcap=softcap)
         windowed = replace(full, window=cls.window(config))
         return [windowed if kind == "sliding_attention" else full for kind in cls.layer_types(config)]
 
@@ -185,14 +196,19 @@ def given_layer_types(config: ModelConfig) -> list[str] | None:
     return list(kinds)
 
 
-def full_attention(config: ModelConfig, size: int, dtype: DType) -> AttentionSpec:
+PAGES_BY_HEAD = Sharded(dim=KV_HEADS, uneven="repeat")
+"""Ranks share the KV heads; with more ranks than heads, neighbours hold the same head."""
+
+
+def full_attention(config: ModelConfig, shape: MeshShape, dtype: DType) -> AttentionSpec:
     """One rank's share of plain causal attention."""
     return AttentionSpec(
-        num_heads=config.num_heads // size,
-        num_kv_heads=max(1, config.num_kv_heads // size),
+        num_heads=Sharded(dim=0).count(config.num_heads, shape, "attention heads"),
+        num_kv_heads=PAGES_BY_HEAD.count(config.num_kv_heads, shape, "key-value heads"),
         head_dim=config.head_dim,
         dtype=dtype,
         kv_dtype=dtype,
+        pages=(PAGES_BY_HEAD,),
     )
 
 

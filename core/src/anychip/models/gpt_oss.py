@@ -11,15 +11,17 @@ from anychip.layers.build import Builder
 from anychip.layers.mlp import PutExpert, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
-from anychip.plugin_api import AttentionSpec, MoESpec, Rope, WeightView
+from anychip.plugin_api import AttentionSpec, MeshShape, MoESpec, Rope, WeightView
 from anychip.types import DType
 from anychip.weights.matrix import Matrix, MatrixStack, Span, StackPiece
 
 
 class GptOss(Decoder):
     @classmethod
-    def attention_specs(cls, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
-        return [replace(spec, sinks=True) for spec in super().attention_specs(config, size, dtype, kv_dtype)]
+    def attention_specs(
+        cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
+    ) -> list[AttentionSpec]:
+        return [replace(spec, sinks=True) for spec in super().attention_specs(config, shape, dtype, kv_dtype)]
 
     @classmethod
     def layer_types(cls, config: ModelConfig) -> list[str]:
@@ -64,8 +66,8 @@ class StackedExperts(SparseMoE):
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: Sequence[str]
     ) -> None:
         count, hidden_size = self.spec.num_experts, self.spec.hidden_size
-        hidden, first_rank = Span(0, hidden_size), builder.shard.rank == 0
-        own, wide = Span(2 * span.start, 2 * span.count), 2 * intermediate_size
+        hidden, first_rank = Span(0, hidden_size), self.communicator.rank == 0
+        own, wide = span.times(2), 2 * intermediate_size
         halves = (("gate", 0), ("up", 1))
         wide_shape, tall_shape = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
 
@@ -77,9 +79,9 @@ class StackedExperts(SparseMoE):
                     rows=of,
                     columns=columns,
                     scheme=self.spec.scheme,
-                    put=PutExpert(self, expert, part),
+                    put=PutExpert(self, place, part),
                 )
-                for expert in range(count)
+                for place, expert in enumerate(range(*self.held.bounds))
             ]
             return StackPiece(rows, matrices)
 
@@ -92,20 +94,20 @@ class StackedExperts(SparseMoE):
             ("gate_up_proj", (wide, hidden_size), gate_up),
             ("down_proj", tall_shape, (down,)),
         ):
-            stack = MatrixStack(name=f"{name}.{module}", count=count, shape=shape, pieces=pieces)
+            stack = MatrixStack(name=f"{name}.{module}", count=count, held=self.held, shape=shape, pieces=pieces)
             builder.formats.want_stack(builder.weights, stack)
 
         def take_gate_up_bias(view: WeightView) -> None:
-            bias = view.read((0, count), own.bounds)
-            for expert in range(count):
+            bias = view.read(self.held.bounds, own.bounds)
+            for place in range(self.held.count):
                 for part, first in halves:
-                    PutExpert(self, expert, part)("bias", bias[expert, first::2])
+                    PutExpert(self, place, part)("bias", bias[place, first::2])
 
         def take_down_bias(view: WeightView) -> None:
-            bias = view.read((0, count))
-            for expert in range(count):
+            bias = view.read(self.held.bounds)
+            for place in range(self.held.count):
                 # The sum over ranks must hold it once.
-                PutExpert(self, expert, "down")("bias", bias[expert] if first_rank else bias[expert] * 0)
+                PutExpert(self, place, "down")("bias", bias[place] if first_rank else bias[place] * 0)
 
         builder.weights.want(f"{name}.gate_up_proj_bias", (count, wide), take_gate_up_bias)
         builder.weights.want(f"{name}.down_proj_bias", (count, hidden_size), take_down_bias)

@@ -9,7 +9,7 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
-from anychip.plugin_api import AttentionSpec, StepModel
+from anychip.plugin_api import AttentionSpec, MeshShape, StepModel
 from anychip.registry.blame import imported
 from anychip.types import DType
 
@@ -32,8 +32,10 @@ NATIVE = {
 class ModelFamily(Protocol):
     """A class that builds models: models.decoder.Decoder's subclasses, and what plugins bring."""
 
-    def attention_specs(self, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
-        """By layer, for one of `size` ranks."""
+    def attention_specs(
+        self, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
+    ) -> list[AttentionSpec]:
+        """By layer, for one rank of a mesh."""
         ...
 
     def __call__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> StepModel: ...

@@ -13,6 +13,7 @@ from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
 from anychip.model_config import ModelConfig
+from anychip.plugin_api import Sharded
 
 QUERY_NAMES = ("q_proj", "query_key_value", "qkv_proj", "c_attn", "query")
 """Endings of the modules that make queries, in transformers' plans."""
@@ -69,14 +70,13 @@ class ParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.communicator = builder.shard.communicator
-        self.rank, self.size = builder.shard.rank, builder.shard.size
+        self.communicator = builder.mesh.axis("tp")
         self.gather, self.split = gather, split
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
         if self.split:
-            flat = flat.chunk(self.size, dim=-1)[self.rank].contiguous()
+            flat = flat.chunk(self.communicator.size, dim=-1)[self.communicator.rank].contiguous()
         result = self.layer(flat)
         if self.gather:
             result = self.communicator.all_gather(result)
@@ -107,12 +107,12 @@ def parallel_linear(builder: Builder, name: str, module: nn.Linear, style: str) 
     if style == "replicated":
         layer = ReplicatedLinear(builder, name=name, in_features=inputs, out_features=outputs, bias=bias)
     elif style in ("colwise", "colwise_gather_output"):
-        span = builder.split(outputs, f"rows of {name}")
-        projection = Projection("all", name, outputs, span)
+        projection = Projection("all", name, outputs, (Sharded(dim=0),))
         layer = ColumnParallelLinear(builder, in_features=inputs, projections=[projection], bias=bias)
     elif style in ("rowwise", "rowwise_split_input"):
-        span = builder.split(inputs, f"columns of {name}")
-        layer = RowParallelLinear(builder, name=name, in_features=inputs, span=span, out_features=outputs, bias=bias)
+        layer = RowParallelLinear(
+            builder, name=name, in_features=inputs, placed=(Sharded(dim=1),), out_features=outputs, bias=bias
+        )
     else:
         raise Unsupported("transformers' tensor-parallel plan", [f"{name} has style {style!r}"])
     return ParallelLinear(builder, layer, gather=style.endswith("gather_output"), split=style.endswith("split_input"))

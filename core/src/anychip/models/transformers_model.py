@@ -26,7 +26,17 @@ from anychip.layers.kv_scales import want_kv_scales
 from anychip.model_config import ModelConfig
 from anychip.models import transformers_layers as layers
 from anychip.models.transformers_attention import ATTENTION, AttentionBridge
-from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, ForwardContext, WeightView
+from anychip.plugin_api import (
+    KV_HEADS,
+    REPLICATED,
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    ForwardContext,
+    MeshShape,
+    Sharded,
+    WeightView,
+)
 from anychip.types import DType
 
 _MOVING_ROPES = ("dynamic", "longrope")
@@ -43,9 +53,11 @@ class TransformersFamily:
         self.cls = cls
         self.plan = _tensor_parallel_plan(config, cls)
 
-    def attention_specs(self, config: ModelConfig, size: int, dtype: DType, kv_dtype: DType) -> list[AttentionSpec]:
+    def attention_specs(
+        self, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
+    ) -> list[AttentionSpec]:
         """What config.json says; the attention function checks it against what the model's code passes."""
-        share = self._heads_share(size)
+        share = self._heads_share(shape.tp)
         if config.num_kv_heads % share:
             raise ConfigError(
                 f"{config.num_kv_heads} key-value heads do not split over {share} ranks in this model's plan"
@@ -57,6 +69,7 @@ class TransformersFamily:
             dtype=dtype,
             kv_dtype=kv_dtype,
             softcap=getattr(self.hf_config, "attn_logit_softcapping", None),
+            pages=(Sharded(dim=KV_HEADS),) if share > 1 else REPLICATED,
         )
         specs = []
         for kind in self._layer_types(config.num_layers):
@@ -188,7 +201,7 @@ class TransformersModel:
     def _replace_linears(self) -> None:
         for name, module in list(self._modules.items()):
             if type(module) is nn.Linear:
-                style = self._style(name) if self._builder.shard.size > 1 else "replicated"
+                style = self._style(name) if self._builder.mesh.shape.tp > 1 else "replicated"
                 self._replace(name, layers.parallel_linear(self._builder, name, module, style))
 
     def _style(self, name: str) -> str:

@@ -46,14 +46,17 @@ from anychip.plugin_api.manifest import (
     ProposerManifest,
     QuantFormatManifest,
     Requirement,
+    Topology,
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
+from anychip.plugin_api.mesh import AXES, Axis, Mesh, MeshShape
 from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
+from anychip.plugin_api.sharding import KV_HEADS, REPLICATED, Placed, Sharded, Span, held
 from anychip.plugin_api.step import (
     CompileReport,
     ForwardContext,
@@ -62,7 +65,6 @@ from anychip.plugin_api.step import (
     ModelSource,
     ReadyOutputs,
     Scores,
-    Shard,
     StepModel,
     StepOutputs,
     StepProgram,
@@ -74,20 +76,23 @@ from anychip.plugin_api.version import API_VERSION
 from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "DRAFTS", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "LOGPROBS", "MASKS", "MAX_BIASES",
-    "MAX_LOGPROBS", "NAMED", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "SCALES", "SCHEMES", "SCORES", "VALUES",
-    "ActFormat", "Activation",
-    "AttentionBackend", "AttentionLayer", "AttentionSpec", "BatchView", "Capabilities", "CommandManifest",
+    "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "KV_HEADS", "LOGPROBS",
+    "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "NAMED", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "REPLICATED", "SCALES",
+    "SCHEMES", "SCORES", "VALUES", "ActFormat", "Activation",
+    "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "Capabilities", "CommandManifest",
     "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
     "EagerCall", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "FusedMoE",
     "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart",
-    "LinearSpec", "MemoryInfo", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
-    "PartialAttention", "PeakMemory", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
+    "LinearSpec", "MemoryInfo", "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
+    "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext",
+    "PlatformManifest",
     "PluginOptions",
     "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest", "QuantScheme",
     "ReadyOutputs", "Recorder", "ReferenceKernels",
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
-    "ShapeKey", "ShapePolicy", "Shard", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram",
-    "StepRules", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "hookimpl",
+    "ShapeKey", "ShapePolicy", "Sharded", "Span", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
+    "StepProgram",
+    "StepRules", "Topology", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "held",
+    "hookimpl",
     "op_override", "sampling_features",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from anychip.errors import Unsupported
 from anychip.plugin_api.plan import BatchView, Plan, Recorder
+from anychip.plugin_api.sharding import REPLICATED, Placed
 from anychip.types import DType, itemsize
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Cache = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """What one KV group's layers need. Head counts are those of this rank."""
+    """What one KV group's layers need. Head counts are those of this rank: num_kv_heads is what `pages` leaves it."""
 
     num_heads: int
     num_kv_heads: int
@@ -42,6 +43,8 @@ class AttentionSpec:
     kind: Literal["decoder", "encoder", "mla"] = "decoder"
     invariant: bool = False
     """Asks for kernels whose result for a row does not depend on the rest of the batch."""
+    pages: Placed = REPLICATED
+    """How the whole model's pages lie over the ranks, in canonical form [2, block_size, num_kv_heads, head_dim]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
-    """`ranks` are world ranks in group order; `purpose` names the traffic ("tp", "ep", "pp").
+    """`ranks` are world ranks in group order; `purpose` names the axis of the mesh along which they lie.
 
     `store` is where ranks meet: "file:///path" for one host, "tcp://host:port" across hosts.
     """

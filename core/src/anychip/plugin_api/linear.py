@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anychip.errors import Unsupported
 from anychip.plugin_api.memory import DeviceMemory
 from anychip.plugin_api.quantization import QuantScheme
+from anychip.plugin_api.sharding import REPLICATED, Placed
 from anychip.types import DType
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ class ActFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPart:
-    """One checkpoint tensor of a packed projection: its rows stand at `offset` in the packed output."""
+    """One checkpoint tensor of a packed projection: its rows stand at `offset` in the packed output. `placed` says
+    which of the whole matrix's rows and columns these are: for programs that join the ranks' weights to one array."""
 
     name: str
     offset: int
     rows: int
+    placed: Placed = REPLICATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,10 @@ class Requirement:
     optional: bool = False
 
 
+Topology = Literal["process_per_device", "process_per_host"]
+"""How many devices one process drives: one, or all of them (SPMD)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """A platform's answer to a configuration: fills unset fields, refuses, explains. Never overrides the user."""
@@ -59,6 +63,8 @@ class Decision:
     fill: Mapping[str, Any] = field(default_factory=dict)
     refuse: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    topology: Topology | None = None
+    """That of the runtime which will be opened, where a vendor has several; None: the manifest's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +124,9 @@ class PlatformManifest:
     """A device family. Everything named by a dotted string is imported only when it is needed.
 
     `seam` "torch": core runs the model and calls the platform's kernels. "step": the platform's StepProgram
-    runs whole compiled steps. `topology` "process_per_host": one process drives all devices (SPMD).
-    `auto_select` False keeps a platform out of `--device auto`; among the others the highest `priority` with
-    a device wins.
+    runs whole compiled steps. `topology` is what is known before anything is asked: the Decision of `negotiate` may say
+    otherwise, and Platform.device_mesh says what the opened runtime makes of its devices. `auto_select` False keeps a
+    platform out of `--device auto`; among the others the highest `priority` with a device wins.
     """
 
     name: str
@@ -130,7 +136,7 @@ class PlatformManifest:
     probe: str
     platform: str
     seam: Literal["torch", "step"] = "torch"
-    topology: Literal["process_per_device", "process_per_host"] = "process_per_device"
+    topology: Topology = "process_per_device"
     options: type[PluginOptions] = PluginOptions
     requirements: Sequence[Requirement] = ()
     negotiate: Callable[[EngineConfig, ProbeResult], Decision] = accept

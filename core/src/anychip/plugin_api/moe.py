@@ -9,6 +9,7 @@ from anychip.errors import Unsupported
 from anychip.plugin_api.linear import Packed
 from anychip.plugin_api.memory import DeviceMemory
 from anychip.plugin_api.quantization import QuantScheme
+from anychip.plugin_api.sharding import REPLICATED, Placed
 from anychip.types import DType
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ of zero (GPT-OSS)."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoESpec:
-    """`intermediate_size` is this rank's share. Experts are gate and up stacked, an activation, then down."""
+    """`intermediate_size` is this rank's share. Experts are gate and up stacked, an activation, then down. `placed`
+    says how gate, up and the transpose of down, [num_experts, intermediate_size, hidden_size], lie over the ranks."""
 
     num_experts: int
     top_k: int
@@ -44,6 +46,15 @@ class MoESpec:
     router_scale: float = 1.0
     scheme: QuantScheme | None = None
     invariant: bool = False
+    placed: Placed = REPLICATED
+    num_local_experts: int | None = None
+    """Experts that are loaded here, by their place among them; None: all. Routing is over num_experts, and expert_map
+    says which those are."""
+
+    @property
+    def num_held(self) -> int:
+        """Experts whose weights this rank holds."""
+        return self.num_experts if self.num_local_experts is None else self.num_local_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from anychip.plugin_api.graph import GraphCapture, RegionCompiler, ShapePolicy
 from anychip.plugin_api.linear import LinearKernel, LinearSpec
 from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
+from anychip.plugin_api.mesh import MeshShape
 from anychip.plugin_api.moe import FusedMoE, MoESpec
 from anychip.plugin_api.profile import DeviceProfile
 from anychip.plugin_api.refusals import undeclared
@@ -79,6 +80,12 @@ class Platform:
     def default_device(self) -> str:
         """The first device that this process drives."""
         return self.device(self.context.device_indexes[0])
+
+    @property
+    def device_mesh(self) -> MeshShape:
+        """The devices that this process drives, as a mesh: its rank i is the context's device_indexes[i]. A platform
+        says it once it is open, as runtimes of one vendor differ. Where it is one device, ranks are processes."""
+        return MeshShape(tp=len(self.context.device_indexes))
 
     def seed(self, n: int) -> None:
         """Seeds torch's generators; sampling does not use them."""
@@ -156,6 +163,8 @@ class Platform:
         return {}
 
     def communicator(self, group: GroupSpec) -> Communicator:
+        """Collectives between processes along one axis of their mesh, which `group.purpose` names. Raises Unsupported
+        for an axis that the device does not serve; groups of one rank are not asked for."""
         return Communicator(group)
 
     # -- steps --------------------------------------------------------------------------------------------

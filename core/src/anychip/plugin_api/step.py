@@ -19,8 +19,8 @@ import numpy as np
 
 from anychip.errors import Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec
-from anychip.plugin_api.communicator import Communicator
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
+from anychip.plugin_api.mesh import Mesh, MeshShape
 from anychip.plugin_api.step_inputs import EnteringRow, SamplingInputs, StepInputs
 from anychip.types import MAX_BIASES
 
@@ -137,24 +137,15 @@ class StepModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One rank's share of a model, and how it talks with the others."""
-
-    rank: int
-    size: int
-    communicator: Communicator
-
-
 class ModelSource(Protocol):
-    """A checkpoint that can be built for any shard: what step_program is given."""
+    """A checkpoint that can be built for any rank of any mesh: what step_program is given."""
 
     architecture: str
     vocab_size: int
     ops: Ops
 
-    def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
-        """By layer, for one of `size` shards; needs no weights."""
+    def attention_specs(self, shape: MeshShape) -> Sequence[AttentionSpec]:
+        """By layer, for one rank of a mesh; needs no weights."""
         ...
 
     @property
@@ -167,8 +158,9 @@ class ModelSource(Protocol):
         Nothing is built, so nothing is held twice."""
         ...
 
-    def build(self, shard: Shard) -> StepModel:
-        """Builds the shard's layers on the platform and streams its weights."""
+    def build(self, mesh: Mesh) -> StepModel:
+        """Builds the layers of the mesh's rank on the platform and streams its weights. They ask the mesh for the axes
+        that they use."""
         ...
 
     def release(self, model: StepModel) -> int:

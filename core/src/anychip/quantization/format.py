@@ -164,10 +164,10 @@ def want_plain_stack(register: WeightRegister, stack: MatrixStack) -> None:
     where the matrices have a scheme."""
 
     def take(view: WeightView) -> None:
-        for expert in range(stack.count):
+        for place, expert in enumerate(range(*stack.held.bounds)):
             rows = view.read((expert, expert + 1))[0].T
             for piece in stack.pieces:
-                put_rows(piece.matrices[expert], rows[piece.rows])
+                put_rows(piece.matrices[place], rows[piece.rows])
 
     register.want(stack.name, (stack.count, *reversed(stack.shape)), take)
 

@@ -40,18 +40,18 @@ class MXFP4(Container):
 
         def take_blocks(view: WeightView) -> None:
             check(view, (*whole, _GROUP // 2), torch.uint8)
-            for expert in range(stack.count):
+            for place, expert in enumerate(range(*stack.held.bounds)):
                 held = view.read((expert, expert + 1), (0, rows), groups.bounds)[0]
                 values = pairs(held.flatten(1))
                 for piece in stack.pieces:
-                    piece.matrices[expert].put("", values[piece.rows])
+                    piece.matrices[place].put("", values[piece.rows])
 
         def take_scales(view: WeightView) -> None:
             check(view, whole, torch.uint8, torch.float8_e8m0fnu)
-            for expert in range(stack.count):
+            for place, expert in enumerate(range(*stack.held.bounds)):
                 held = exponents(view.read((expert, expert + 1), (0, rows), groups.bounds)[0], view.source)
                 for piece in stack.pieces:
-                    piece.matrices[expert].put("scale", held[piece.rows])
+                    piece.matrices[place].put("scale", held[piece.rows])
 
         register.want(f"{stack.name}_blocks", None, take_blocks)
         register.want(f"{stack.name}_scales", None, take_scales)

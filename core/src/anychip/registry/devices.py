@@ -55,6 +55,11 @@ class ChosenDevice:
     def manifest(self) -> PlatformManifest:
         return self.candidate.manifest
 
+    @property
+    def per_host(self) -> bool:
+        """Whether one process drives all devices."""
+        return one_process(self.manifest, self.decision)
+
 
 def probe(manifest: PlatformManifest) -> ProbeResult:
     """Asks a plugin for its devices. What a probe should not do, raise, becomes a reason."""
@@ -88,13 +93,23 @@ def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
     else:
         chosen, reason = choose_named(name, plugins), "named by --device"
     manifest = chosen.manifest
-    indexes = _indexes(config, chosen, index_text)
-    with calling(manifest.package, "PlatformManifest.negotiate"):
-        decision = manifest.negotiate(config, chosen.probe)
+    decision = negotiated(manifest, config, chosen.probe)
+    indexes = _indexes(config, chosen, index_text, per_host=one_process(manifest, decision))
     if decision.refuse:
         raise ConfigError(f"{manifest.package} refuses this configuration: " + "; ".join(decision.refuse))
     options = parsed_options(manifest, config.device_options)
     return ChosenDevice(candidate=chosen, indexes=indexes, options=options, reason=reason, decision=decision)
+
+
+def negotiated(manifest: PlatformManifest, config: EngineConfig, probe: ProbeResult) -> Decision:
+    """A platform's answer to a configuration. Raises PluginFailed where it raises."""
+    with calling(manifest.package, "PlatformManifest.negotiate"):
+        return manifest.negotiate(config, probe)
+
+
+def one_process(manifest: PlatformManifest, decision: Decision) -> bool:
+    """Whether one process is to drive all of a platform's devices."""
+    return (decision.topology or manifest.topology) == "process_per_host"
 
 
 def parsed_options(manifest: PlatformManifest, given: Mapping[str, str]) -> PluginOptions:
@@ -137,7 +152,7 @@ def choose_named(name: str, plugins: Plugins) -> Candidate:
     return chosen
 
 
-def _indexes(config: EngineConfig, chosen: Candidate, index_text: str) -> tuple[int, ...]:
+def _indexes(config: EngineConfig, chosen: Candidate, index_text: str, *, per_host: bool) -> tuple[int, ...]:
     """Devices in rank order: as many as tensor parallelism wants, from the named one on."""
     manifest = chosen.manifest
     available = [device.index for device in chosen.probe.devices]
@@ -147,7 +162,7 @@ def _indexes(config: EngineConfig, chosen: Candidate, index_text: str) -> tuple[
                 f"device {config.device!r}: {manifest.name} has devices {', '.join(map(str, available))}"
             )
         available = available[available.index(int(index_text)) :]
-    if manifest.topology == "process_per_host":
+    if per_host:
         if config.tensor_parallel_size > 1:
             raise ConfigError(
                 f"{manifest.name} drives its {len(available)} devices from one process; leave tensor_parallel_size at 1"

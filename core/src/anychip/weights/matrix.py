@@ -9,31 +9,13 @@ from typing import Protocol
 from torch import Tensor
 
 from anychip.plugin_api import QuantScheme, WeightView
+from anychip.plugin_api import Span as Span
 
 CHUNK_BYTES = 4 << 20
 """Of a plain matrix, what is read at once: it stays in the processor's cache until the kernel has taken it."""
 
 ROW_MULTIPLE = 64
 """Chunks begin at multiples of this many rows, so that kernels which pack rows together can."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`count` of something, from `start`."""
-
-    start: int
-    count: int
-
-    def times(self, unit: int) -> Span:
-        return Span(self.start * unit, self.count * unit)
-
-    def after(self, offset: int) -> Span:
-        """The same, with `offset` others before it."""
-        return Span(self.start + offset, self.count)
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        return self.start, self.start + self.count
 
 
 class Put(Protocol):
@@ -66,10 +48,11 @@ class StackPiece:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixStack:
     """Module `name` of a checkpoint holds a matrix of `shape` = (outputs, inputs) for each of `count` experts, in which
-    several of an expert's may lie."""
+    several of an expert's may lie. This rank holds the experts `held`: pieces have their matrices, in their order."""
 
     name: str
     count: int
+    held: Span
     shape: tuple[int, int]
     pieces: tuple[StackPiece, ...]
 

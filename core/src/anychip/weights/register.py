@@ -30,6 +30,8 @@ class WeightRegister:
     finishers: list[Callable[[], None]] = field(default_factory=list)
     ignored: tuple[str, ...] = ()
     """Endings of tensor names that a checkpoint may hold and the model does not use."""
+    elsewhere: tuple[str, ...] = ()
+    """Beginnings of names that other ranks want."""
     optional: set[str] = field(default_factory=set)
     """Wanted names that a checkpoint may lack."""
     rename: Callable[[str], str] = str
@@ -68,7 +70,7 @@ def load_weights(register: WeightRegister, views: Iterator[tuple[str, WeightView
         if slot is None:
             if name in register.slots:
                 raise CheckpointError(f"{view.source} is another {name!r}: the checkpoint holds it under two names")
-            if name.endswith(register.ignored):
+            if name.endswith(register.ignored) or name.startswith(register.elsewhere):
                 continue
             raise CheckpointError(f"{view.source} has no place in the model; is config.json from another checkpoint?")
         if slot.shape is not None and view.shape != slot.shape:

@@ -1,4 +1,4 @@
-"""plugin_api.ModelSource over a checkpoint folder: builds any rank's shard of a model."""
+"""plugin_api.ModelSource over a checkpoint folder: builds any rank's share of a model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
+    AXES,
     AttentionSpec,
-    Communicator,
-    GroupSpec,
+    Mesh,
+    MeshShape,
     Platform,
-    Shard,
     StepModel,
     WeightsKey,
     WeightView,
@@ -76,15 +76,15 @@ class CheckpointSource:
     def config_json(self) -> Mapping[str, Any]:
         return self.model.raw
 
-    def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
-        if self.model.num_heads % size:
-            raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {size} ranks")
-        return self.family.attention_specs(self.model, size, self.dtype, self.kv_dtype)
+    def attention_specs(self, shape: MeshShape) -> Sequence[AttentionSpec]:
+        if self.model.num_heads % shape.tp:
+            raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {shape.tp} ranks")
+        return self.family.attention_specs(self.model, shape, self.dtype, self.kv_dtype)
 
-    def build(self, shard: Shard) -> StepModel:
+    def build(self, mesh: Mesh) -> StepModel:
         register = WeightRegister()
         free = self.platform.memory(self.platform.context.device_indexes[0]).free
-        model = self.build_layers(shard, register)
+        model = self.build_layers(mesh, register)
         # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
         check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
@@ -92,7 +92,7 @@ class CheckpointSource:
             views = dummy_views(register, self.dtype, self.platform.pinned)
             load_weights(register, self.progress.track(views), self.model.folder)
         else:
-            self._fill(model, shard, register)
+            self._fill(model, mesh, register)
         register.finish()
         self.held_bytes += held_bytes(model)
         return model
@@ -101,10 +101,9 @@ class CheckpointSource:
         if self.config.load_format != "dummy":
             yield from self.checkpoint.views()
             return
-        alone = GroupSpec(ranks=(0,), rank=0, purpose="tp", max_message_bytes=0, store="", timeout_s=0)
         register = WeightRegister()
         with FakeTensorMode():  # only names and shapes are wanted
-            self.build_layers(Shard(rank=0, size=1, communicator=Communicator(alone)), register)
+            self.build_layers(Mesh.alone(), register)
         yield from dummy_views(register, self.dtype, self.platform.pinned)
 
     def release(self, model: StepModel) -> int:
@@ -115,12 +114,12 @@ class CheckpointSource:
                 storage.resize_(0)
         return freed
 
-    def _fill(self, model: StepModel, shard: Shard, register: WeightRegister) -> None:
+    def _fill(self, model: StepModel, mesh: Mesh, register: WeightRegister) -> None:
         """From what the platform kept of an earlier start, or from the checkpoint."""
         files = [file.path for file in self.checkpoint.files]
         total_bytes = sum(path.stat().st_size for path in files)
-        self.progress = LoadProgress(total_bytes, shown=shard.rank == 0, got_on=self.got_on)
-        key = self._key(shard, files)
+        self.progress = LoadProgress(total_bytes, shown=mesh.rank == 0, got_on=self.got_on)
+        key = self._key(mesh, files)
         weights = held_storages(model)
         total = sum(storage.nbytes() for storage in weights)
         if self.progress.restore(total, lambda: self.platform.restore_weights(key, weights)):
@@ -128,21 +127,21 @@ class CheckpointSource:
         load_weights(register, self.progress.track(self.checkpoint.views()), self.model.folder)
         self.platform.keep_weights(key, weights)
 
-    def _key(self, shard: Shard, files: Sequence[Path]) -> WeightsKey:
+    def _key(self, mesh: Mesh, files: Sequence[Path]) -> WeightsKey:
         form = (
             str(self.checkpoint.folder.resolve()),
             self.dtype,
             self.kv_dtype,
             self.config.quantization,
-            shard.rank,
-            shard.size,
+            mesh.rank,
+            [(axis, mesh.shape.size_of(axis)) for axis in AXES],
         )
         stats = [(path.name, path.stat()) for path in files]
         contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
         name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
         return WeightsKey(name=name, contents=digest)
 
-    def build_layers(self, shard: Shard, register: WeightRegister) -> StepModel:
+    def build_layers(self, mesh: Mesh, register: WeightRegister) -> StepModel:
         """The model with its weights allocated and not loaded."""
         made_up = self.config.load_format == "dummy"
         inner = weight_format(
@@ -154,14 +153,14 @@ class CheckpointSource:
         builder = Builder(
             platform=self.platform,
             ops=self.ops,
-            shard=shard,
+            mesh=mesh,
             dtype=self.dtype,
             weights=register,
             formats=CheckedFormat(inner, self.platform),
             stored=StoredTensors(None if made_up else self.checkpoint, register),
             kv_scales=self.kv_dtype != self.dtype,
         )
-        return self.family(self.model, builder, self.attention_specs(shard.size))
+        return self.family(self.model, builder, self.attention_specs(mesh.shape))
 
 
 def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:

@@ -21,25 +21,25 @@ from anychip.registry.plugins import Plugins
 log = logging.getLogger("anychip.plugins")
 
 
-def open_for(spec: WorkerSpec, plugins: Plugins) -> tuple[PlatformManifest, Platform]:
+def open_for(spec: WorkerSpec, plugins: Plugins) -> Platform:
     """The platform of a worker's device. Raises DeviceUnavailable where its plugin is not installed."""
     manifest = plugins.platforms.get(spec.device)
     if manifest is None:
         raise DeviceUnavailable(f"device {spec.device!r} is not installed in the worker's environment")
-    platform = open_platform(
+    return open_platform(
         manifest,
         device_indexes=spec.device_indexes,
         options=parsed_options(manifest, spec.config.device_options),
         probe=msgspec.convert(spec.probe, ProbeResult),
     )
-    return manifest, platform
 
 
 def open_platform(
     manifest: PlatformManifest, *, device_indexes: Sequence[int], options: PluginOptions, probe: ProbeResult
 ) -> Platform:
-    """Raises PluginImportFailed when the class cannot be loaded, InvalidOverride when it is not a Platform or has a
-    method that cannot be called as core calls it, PluginFailed when it raises as it opens."""
+    """Raises PluginImportFailed when the class cannot be loaded, InvalidOverride when it is not a Platform, has a
+    method that cannot be called as core calls it or a mesh of other devices than it was given, PluginFailed when it
+    raises as it opens."""
     cls = _loaded(manifest)
     context = PlatformContext(
         manifest=manifest,
@@ -51,6 +51,13 @@ def open_platform(
     with calling(manifest.package, manifest.platform):
         platform = cls(context)
         _ = platform.step_rules, platform.capabilities  # properties of a plugin's may raise
+        devices = platform.device_mesh
+    if devices.size != len(context.device_indexes):
+        raise InvalidOverride(
+            f"{manifest.package}: {manifest.platform}.device_mesh is {devices}, {devices.size} in all, and the process "
+            f"drives {len(context.device_indexes)}; the manifest's topology, or the Decision of negotiate, must "
+            "be that of the runtime that was opened"
+        )
     return platform
 
 

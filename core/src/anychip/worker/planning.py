@@ -20,10 +20,9 @@ from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
     Communicator,
+    Mesh,
     PeakMemory,
     Platform,
-    PlatformManifest,
-    Shard,
     WeightView,
     edit_state_bytes,
 )
@@ -43,30 +42,27 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
     """What a worker of this spec would report. Raises what would keep it from starting, as far as that shows without
     its weights."""
     plugins = load_plugins()
-    manifest, platform = open_for(spec, plugins)
+    platform = open_for(spec, plugins)
     try:
         with explained(platform):
-            return _planned(spec, plugins, manifest, platform)
+            return _planned(spec, plugins, platform)
     finally:
         platform.close("planned")
 
 
-def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, platform: Platform) -> WorkerReady:
+def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerReady:
     ops = resolve_platform_ops(platform, require_native=spec.config.require_native)
-    per_host = manifest.topology == "process_per_host"
 
     def prepared_for(model: ModelConfig) -> Preparation:
-        return prepare(
-            spec, model, platform, ops, plugins.models, per_host=per_host, quant_formats=plugins.quant_formats
-        )
+        return prepare(spec, model, platform, ops, plugins.models, plugins.quant_formats)
 
     whole = prepared_for(load_model_config(spec.config.model))
-    shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))
-    weights = _weights(whole, shard) * (whole.num_shards if per_host else 1)
+    mesh = whole.mesh(spec, AbsentRanks)
+    weights = _weights(whole, mesh) * platform.device_mesh.size
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
     notes = list(ops.notes)
-    if manifest.seam == "torch":
-        activations = _activations(prepared_for(_first_layers(whole)), shard)
+    if platform.context.manifest.seam == "torch":
+        activations = _activations(prepared_for(_first_layers(whole)), mesh)
     else:
         activations = PeakMemory(nbytes=0, exact=False)
         notes.append("activations are not counted: the step program says what it needs once it is built")
@@ -94,15 +90,15 @@ class AbsentRanks(Communicator):
         return torch.cat([x] * self.size, dim=dim)
 
 
-def _weights(prepared: Preparation, shard: Shard) -> int:
+def _weights(prepared: Preparation, mesh: Mesh) -> int:
     with FakeTensorMode():
-        return held_bytes(prepared.source.build_layers(shard, WeightRegister()))
+        return held_bytes(prepared.source.build_layers(mesh, WeightRegister()))
 
 
 def _first_layers(prepared: Preparation) -> ModelConfig:
     """The model, cut after the layers among which every kind of attention is found, and not before the fourth: an
     allocator needs a few to settle."""
-    specs = list(prepared.source.attention_specs(prepared.num_shards))
+    specs = list(prepared.source.attention_specs(prepared.mesh_shape))
     count = min(len(specs), max(_LEAST_LAYERS, 1 + max(specs.index(spec) for spec in set(specs))))
     raw = {**prepared.model.raw, "num_hidden_layers": count}
     if raw.get("layer_types"):
@@ -110,9 +106,9 @@ def _first_layers(prepared: Preparation) -> ModelConfig:
     return msgspec.structs.replace(prepared.model, num_layers=count, raw=raw)
 
 
-def _activations(prepared: Preparation, shard: Shard) -> PeakMemory:
+def _activations(prepared: Preparation, mesh: Mesh) -> PeakMemory:
     register = WeightRegister()
-    model = prepared.source.build_layers(shard, register)
+    model = prepared.source.build_layers(mesh, register)
     load_weights(register, _stand_ins(prepared, register), prepared.model.folder)
     register.finish()
     program = TorchStepProgram(
@@ -121,7 +117,7 @@ def _activations(prepared: Preparation, shard: Shard) -> PeakMemory:
         ops=prepared.source.ops,
         kv=prepared.kv,
         limits=prepared.limits,
-        communicators=[shard.communicator],
+        communicators=mesh.opened,
     )
     return measure_largest_step(prepared, program)
 

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from functools import cache
 
 from anychip.config import EngineConfig, WorkerSpec
+from anychip.errors import Unsupported
 from anychip.model_config import ModelConfig
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
+    Communicator,
     GroupSpec,
     KVPlan,
+    Mesh,
+    MeshShape,
     Platform,
     ShapeKey,
     ShapePolicy,
@@ -36,7 +40,8 @@ class Preparation:
     model: ModelConfig
     platform: Platform
     source: CheckpointSource
-    num_shards: int
+    mesh_shape: MeshShape
+    """Of the ranks that share the model."""
     kv: KVPlan
     limits: StepLimits
     policy: ShapePolicy
@@ -57,13 +62,13 @@ class Preparation:
             ring=StagingRing(self.platform, depth=2 * (self.config.max_in_flight + 1)),
         )
 
-    def tp_group(self, spec: WorkerSpec) -> GroupSpec:
-        """The ranks that share the model's layers."""
+    def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
+        """The mesh as a worker's rank sees it, over the collectives that `communicator` opens."""
         widest = max(self.model.hidden_size, self.model.vocab_size)
-        return GroupSpec(
-            ranks=tuple(range(spec.world_size)),
-            rank=spec.rank,
-            purpose="tp",
+        return Mesh(
+            self.mesh_shape,
+            spec.rank,
+            communicator,
             max_message_bytes=4 * self.limits.max_num_tokens * widest,
             store=spec.store,
             timeout_s=spec.config.timeout_s,
@@ -76,12 +81,9 @@ def prepare(
     platform: Platform,
     ops: OpTable,
     contributed: dict[str, str],
-    *,
-    per_host: bool,
     quant_formats: Mapping[str, str] | None = None,
 ) -> Preparation:
-    """`contributed` and `quant_formats` as CheckpointSource has them. `per_host`: one process drives all devices, and
-    its step program shards the model by itself."""
+    """`contributed` and `quant_formats` as CheckpointSource has them."""
     config = spec.config
     source = CheckpointSource(
         config=config,
@@ -91,9 +93,9 @@ def prepare(
         contributed=contributed,
         quant_formats=quant_formats,
     )
-    size = len(spec.device_indexes) if per_host else spec.world_size
+    shape = _mesh_shape(spec, platform)
     backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
-    kv = plan_kv(source.attention_specs(size), backend_for, config.block_size)
+    kv = plan_kv(source.attention_specs(shape), backend_for, config.block_size)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
     check_shape_policy(platform.context.manifest.package, policy.bucket)
@@ -102,13 +104,24 @@ def prepare(
         model=model,
         platform=platform,
         source=source,
-        num_shards=size,
+        mesh_shape=shape,
         kv=kv,
         limits=limits,
         policy=policy,
         keys=_affordable_graphs(platform, policy),
         pieces=policy.pieces(),
     )
+
+
+def _mesh_shape(spec: WorkerSpec, platform: Platform) -> MeshShape:
+    """Of the devices of one process, whose step program divides the model by itself; or of processes, one device each.
+    Raises Unsupported for both at once."""
+    devices = platform.device_mesh
+    if devices.size > 1 and spec.world_size > 1:
+        raise Unsupported(
+            platform.name, [f"{spec.world_size} processes that each drive {devices.size} devices; one of both is 1"]
+        )
+    return devices if devices.size > 1 else MeshShape(tp=spec.world_size)
 
 
 def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:

@@ -16,7 +16,6 @@ from anychip.plugin_api import (
     CompileReport,
     PeakMemory,
     Platform,
-    Shard,
     StepProgram,
     edit_state_bytes,
 )
@@ -43,27 +42,19 @@ class Worker:
         config = spec.config
         model = load_model_config(config.model)
         plugins = load_plugins()
-        manifest, self.platform = open_for(spec, plugins)
+        self.platform = open_for(spec, plugins)
         try:
             with explained(self.platform):
                 self.platform.seed(config.seed)
                 self.ops = resolve_platform_ops(self.platform, require_native=config.require_native)
-                self._start(model, plugins, manifest.topology == "process_per_host")
+                self._start(model, plugins)
         except BaseException:
             with suppress(Exception):  # what kept it from starting is the error to report
                 self.platform.close("start failed")
             raise
 
-    def _start(self, model: ModelConfig, plugins: Plugins, per_host: bool) -> None:
-        prepared = prepare(
-            self.spec,
-            model,
-            self.platform,
-            self.ops,
-            plugins.models,
-            per_host=per_host,
-            quant_formats=plugins.quant_formats,
-        )
+    def _start(self, model: ModelConfig, plugins: Plugins) -> None:
+        prepared = prepare(self.spec, model, self.platform, self.ops, plugins.models, plugins.quant_formats)
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
         program = self._step_program(prepared)
@@ -132,15 +123,15 @@ class Worker:
         return {name: f"{source}: no override" if source == "reference" else source for name, source in served.items()}
 
     def _torch_program(self, prepared: Preparation) -> TorchStepProgram:
-        communicator = self.platform.communicator(prepared.tp_group(self.spec))
-        shard = Shard(rank=self.spec.rank, size=self.spec.world_size, communicator=communicator)
+        mesh = prepared.mesh(self.spec, self.platform.communicator)
+        model = prepared.source.build(mesh)
         return TorchStepProgram(
             platform=self.platform,
-            model=prepared.source.build(shard),
+            model=model,
             ops=self.ops.ops,
             kv=prepared.kv,
             limits=prepared.limits,
-            communicators=[communicator],
+            communicators=mesh.opened,
             pieces=prepared.pieces,
         )
 

@@ -42,21 +42,19 @@ class CpuMoE(ReferenceMoE):
     def begin(self) -> PackedExperts:
         s = self.spec
         wide = 2 * round_up(s.intermediate_size, _HALF)
-        gate_up = Panels.allocate(self._kernels, wide, s.hidden_size, s.dtype, s.scheme, count=s.num_experts)
-        down = Panels.allocate(
-            self._kernels, s.hidden_size, s.intermediate_size, s.dtype, s.scheme, count=s.num_experts
-        )
+        gate_up = Panels.allocate(self._kernels, wide, s.hidden_size, s.dtype, s.scheme, count=s.num_held)
+        down = Panels.allocate(self._kernels, s.hidden_size, s.intermediate_size, s.dtype, s.scheme, count=s.num_held)
         return PackedExperts(
             gate_up,
             down,
-            torch.zeros(s.num_experts, gate_up.outputs) if s.bias else None,
-            torch.zeros(s.num_experts, down.outputs) if s.bias else None,
+            torch.zeros(s.num_held, gate_up.outputs) if s.bias else None,
+            torch.zeros(s.num_held, down.outputs) if s.bias else None,
         )
 
     def finish(self, packed: PackedExperts) -> PackedExperts:
         s, gate_up, down = self.spec, packed.gate_up, packed.down
         packed.described = gate_up.described() + down.described() + fields(
-            s.num_experts, s.hidden_size, s.intermediate_size, gate_up.values.shape[1], down.values.shape[1],
+            s.num_held, s.hidden_size, s.intermediate_size, gate_up.values.shape[1], down.values.shape[1],
             _stride(gate_up.scales), _stride(down.scales),
             0 if packed.gate_up_bias is None else packed.gate_up_bias.data_ptr(),
             0 if packed.down_bias is None else packed.down_bias.data_ptr(),

@@ -65,16 +65,16 @@ class TritonMoE(ReferenceMoE):
         return StackedExperts(
             gate_up=self._stacked(wide),
             down=self._stacked(tall),
-            gate_up_bias=self._empty((s.num_experts, wide[0])) if s.bias else None,
-            down_bias=self._empty((s.num_experts, tall[0])) if s.bias else None,
-            num_experts=s.num_experts,
+            gate_up_bias=self._empty((s.num_held, wide[0])) if s.bias else None,
+            down_bias=self._empty((s.num_held, tall[0])) if s.bias else None,
+            num_experts=s.num_held,
         )
 
     def _stacked(self, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
         spec = self.spec
         if spec.scheme is None:
-            return self._empty((spec.num_experts, *shape))
-        return QuantizedMatrix.allocate((spec.num_experts * shape[0], shape[1]), spec.scheme, self.platform)
+            return self._empty((spec.num_held, *shape))
+        return QuantizedMatrix.allocate((spec.num_held * shape[0], shape[1]), spec.scheme, self.platform)
 
     def load(self, packed: StackedExperts, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:  # type: ignore[override]
         name, _, kind = part.partition(".")

@@ -34,8 +34,8 @@ class ReferenceMoE(FusedMoE):
         return ExpertWeights(
             gate_up=self._matrices(wide),
             down=self._matrices(tall),
-            gate_up_bias=self._empty((s.num_experts, wide[0])) if s.bias else None,
-            down_bias=self._empty((s.num_experts, tall[0])) if s.bias else None,
+            gate_up_bias=self._empty((s.num_held, wide[0])) if s.bias else None,
+            down_bias=self._empty((s.num_held, tall[0])) if s.bias else None,
         )
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
@@ -44,8 +44,8 @@ class ReferenceMoE(FusedMoE):
     def _matrices(self, shape: tuple[int, int]) -> Sequence[Tensor | QuantizedMatrix]:
         scheme = self.spec.scheme
         if scheme is None:
-            return self._empty((self.spec.num_experts, *shape)).unbind()
-        return [QuantizedMatrix.allocate(shape, scheme, self.platform) for _ in range(self.spec.num_experts)]
+            return self._empty((self.spec.num_held, *shape)).unbind()
+        return [QuantizedMatrix.allocate(shape, scheme, self.platform) for _ in range(self.spec.num_held)]
 
     def load(self, packed: ExpertWeights, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
         name, _, kind = part.partition(".")
