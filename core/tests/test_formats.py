@@ -157,6 +157,7 @@ def test_a_matrix_stands_for_its_elements(scheme, rows, columns, seed):
         assert ((plain.double() - exact).abs() <= slack).all()
 
 
+@settings(deadline=None)
 @given(weight=st.lists(st.floats(-1e4, 1e4, width=32), min_size=64, max_size=64), power=st.integers(-20, 20))
 def test_what_is_packed_is_read_back(weight, power):
     """Of what was rounded once, rounding again changes nothing: packing, nibble order and exponents are undone."""
