@@ -148,7 +148,7 @@ class EngineCore:
         waits = launched is None or len(self.in_flight) == self.max_in_flight
         deltas: list[SequenceDelta] = []
         # What restricts the new step's tokens must know every earlier one.
-        needs_all = launched is not None and any(request.processors for request in launched.sampling)
+        needs_all = launched is not None and launched.restricted
         while self.in_flight and self.in_flight[0] is not launched and (needs_all or waits):
             deltas += self._take_in(self.in_flight.popleft())
             waits = False

@@ -102,7 +102,8 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
     masks: dict[int, bytes] = {}
     failed: list[tuple[Request, AnychipError]] = []
     sample = 0
-    for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
+    placed = zip(step.sampling, step.epochs, strict=True) if step.restricted else ()
+    for place, (request, epoch) in enumerate(placed):
         draft = step.drafts[place] if step.drafts else ()
         first, sample = sample, sample + 1 + len(draft)
         if request.epoch != epoch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import count, takewhile
 from math import prod
 from typing import Any
 
@@ -97,8 +98,8 @@ def held_arrays(inputs: type, views: Mapping[str, np.ndarray]) -> dict[str, Any]
     held = dict[str, Any]()
     for attribute, spec in array_specs(inputs).items():
         if spec.by_group:
-            numbered = sum(name.startswith(f"{spec.name}_") for name in views)
-            held[attribute] = tuple(views[f"{spec.name}_{group}"] for group in range(numbered))
+            numbered = (f"{spec.name}_{group}" for group in count())
+            held[attribute] = tuple(views[name] for name in takewhile(views.__contains__, numbered))
         else:
             held[attribute] = views.get(spec.name)
     return held

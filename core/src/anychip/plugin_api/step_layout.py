@@ -56,7 +56,7 @@ def staged_size(step: Layout, sampling: Layout) -> tuple[int, int]:
 
 def array_views(arena: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """The arrays that lie in an arena on the host."""
-    return {name: arena[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape) for name, s in layout.items()}
+    return {name: np.ndarray(s.shape, s.dtype, arena, s.offset) for name, s in layout.items()}
 
 
 def mask_words(vocab_size: int) -> int:

@@ -28,6 +28,8 @@ class ScheduledStep:
     """The rows that sample a token, in the order of the decision's rows."""
     epochs: list[int] = field(default_factory=list)
     """For each request of `sampling`, its epoch at launch."""
+    restricted: bool = False
+    """Whether anything restricts a token of `sampling`."""
     scoring: dict[int, tuple[Request, int]] = field(default_factory=dict)
     """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
     decision: StepDecision = field(init=False)
@@ -91,6 +93,8 @@ class StepDraft:
                 request.num_promised += 1
                 step.sampling.append(request)
                 step.epochs.append(request.epoch)
+                if request.processors:
+                    step.restricted = True
                 if step.drafts is not None:
                     step.drafts.append(drafts.get(row, ()))
         changes = kv.drain_changes()

@@ -59,6 +59,7 @@ class StepRows:
     drafts: np.ndarray  # ids of the drafted tokens, row after row
     scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
     entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
+    draws: Views = field(default_factory=dict)  # what drawing takes, as it was staged with the step
 
     @property
     def has_drafts(self) -> bool:
@@ -221,7 +222,8 @@ class InputBatch:
             self._fill_targets(views["score_targets"], rows)
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
-        self._fill_draws(array_views(staged[draws_at:], draws), draws, rows)
+        rows.draws = array_views(staged[draws_at:], draws)
+        self._fill_draws(rows.draws, draws, rows)
         return step_inputs(
             key,
             staged,
@@ -297,10 +299,10 @@ class InputBatch:
                 views["masks"][position] = np.frombuffer(mask, dtype=np.int32)
         else:
             staged_at = staged_size(step.sections, layout)[0]
-            arena = step.staged[staged_at:]
-            views = array_views(arena, layout)
+            arena, views = step.staged[staged_at:], rows.draws
+        features = tuple(name for name, wanted in asked.items() if wanted)
         return sampling_inputs(
-            replace(key, features=tuple(name for name, wanted in asked.items() if wanted)),
+            key if features == key.features else replace(key, features=features),
             arena,
             layout,
             views,

@@ -207,7 +207,7 @@ class TorchStepProgram(StepProgram):
         if hidden.logits is None or late.num_samples == 0:
             results["token_ids"] = torch.empty(0, dtype=torch.int32)
         else:
-            results |= self._draw(state, hidden, hidden.logits[: late.num_samples], late)
+            results |= self._draw(state, hidden, hidden.logits, late)
         host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
         return state, TorchOutputs(host, self.platform.event())
 
@@ -216,11 +216,15 @@ class TorchStepProgram(StepProgram):
         views = hidden.draws
         if late.staged_at is None:
             views = arena_views(torch.from_numpy(late.arena).to(self.device, non_blocking=True), late.sections)
+        slots = hidden.sample_slots
+        if count < late.key.num_samples:  # most buckets of a graph are full: a slice costs the host a microsecond
+            logits, slots = logits[:count], slots[:count]
+            views = {name: view[:count] for name, view in views.items()}
         drawn = draw_tokens(
             self.ops,
             logits.float(),
-            {name: view[:count] for name, view in views.items()},
-            slots=hidden.sample_slots[:count],
+            views,
+            slots=slots,
             last_ids=state.last_ids,
             edits=state.edits,
             features=late.key.features,
