@@ -14,6 +14,7 @@ from pathlib import Path
 from anychip.config import EngineSpec
 from anychip.engine.engine_loop import EngineLoop
 from anychip.engine.ipc import to_engine_decoder
+from anychip.executor.progress import Progress
 from anychip.messages import (
     Abort,
     AddRequest,
@@ -61,12 +62,15 @@ class FakeChild:
 
 def serve(folder: Path, step_s: float) -> None:
     """Until Shutdown."""
-    loop = EngineLoop(folder)
+    progress = Progress()
+    loop = EngineLoop(folder, progress)
     kv, memory = KVCacheConfig(1000, ()), MemoryPlan(0, 0, 0, 0, 1000, 16_000, 1.0)
     loop.send(EngineReady(WorkerReady(kv, DeviceRules(), memory, "fake:0"), MAX_MODEL_LEN))
+    progress.started()
     left: dict[str, int] = {}
     due = time.perf_counter()
     for step in range(sys.maxsize):
+        progress.turned()
         due = max(due + step_s, time.perf_counter())
         while (wait := due - time.perf_counter()) > 0 or not left:
             if not loop._requests.poll(max(0, int(1000 * wait)) if left else 500):

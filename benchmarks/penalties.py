@@ -121,7 +121,7 @@ def decoding(penalties: dict[str, float]) -> EngineCore:
                 str(index), rng.integers(0, VOCABULARY, PROMPT, dtype=np.int32).tobytes(), sampling, STEPS + 32, (2,)
             )
         )
-    while any(request.num_output == 0 for request in scheduler.requests.values()):
+    while any(one.num_output == 0 for sequences in scheduler.requests.values() for one in sequences.values()):
         core.step()
     return core
 

@@ -1,4 +1,5 @@
-"""Plugin packages made on the spot, as installed ones look to the interpreter."""
+"""Plugin packages made on the spot, as installed ones look to the interpreter; the suite run on them, by its command
+or without it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from anychip_conformance.registry import all_cases
+from anychip_conformance.scorecard import Scorecard
+from anychip_conformance.session import ConformanceRun, Settings
 
 HOOKS = """
 from anychip.plugin_api import API_VERSION, DeviceInfo, PlatformManifest, ProbeResult, hookimpl
@@ -40,8 +47,31 @@ def make_bad(folder: Path, name: str, platform: str) -> None:
 
 def anychip(arguments: list[str], path: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The `anychip` command, with a folder's packages installed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), environment.get("PYTHONPATH")]))
+    environment = {**os.environ, **surroundings(path)}
     command = [sys.executable, "-m", "anychip.entrypoints.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+
+
+def judged(settings: Settings, patch: pytest.MonkeyPatch, path: Path | None = None) -> tuple[Scorecard, bool]:
+    """The scorecard, and whether the run succeeded. The device is judged in a process of its own, as always; only the
+    command's two processes, which take seconds to start, are left out."""
+    with patch.context() as here:
+        for name, value in surroundings(path).items():
+            here.setenv(name, value)
+        if path is not None:
+            here.syspath_prepend(path)
+        run = ConformanceRun(settings)
+        try:
+            outcomes = [run.judged(case) for case in all_cases() if run.selects(case)]
+            succeeded = run.finish(outcomes, run.facts)
+        finally:
+            run.close()
+    assert run.card is not None
+    return run.card, succeeded
+
+
+def surroundings(path: Path | None) -> dict[str, str]:
+    """The environment of processes to which a folder's packages are installed."""
+    before = os.environ.get("PYTHONPATH")
+    search = {} if path is None else {"PYTHONPATH": os.pathsep.join(filter(None, [str(path), before]))}
+    return {"OMP_NUM_THREADS": "1", **search}

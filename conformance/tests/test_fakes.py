@@ -7,11 +7,15 @@ from collections import Counter
 import pytest
 import torch
 
+from anychip import LLM
 from anychip.ops.reference import EditState
+from anychip.plugin_api import sampling_features
 from anychip_conformance.equality.oracle import Answer, judge
+from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import CANNOT, covering, full_product
+from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.hostlen import HostlenGraphs, HostReadInCapture
-from anychip_conformance.fakes.static import CompiledCall, DonatedState, DonatedTwice, Held, UncompiledShape
+from anychip_conformance.fakes.static import DonatedState, DonatedTwice, Held
 
 
 def test_a_compiled_call_refuses_any_other_shape_or_dtype():
@@ -24,8 +28,30 @@ def test_a_compiled_call_refuses_any_other_shape_or_dtype():
 
 
 def test_a_compiled_call_cannot_read_a_value_on_the_host():
+    call = CompiledCall(lambda x: x[: int(x.sum())], (torch.ones(4),))
     with pytest.raises(RuntimeError):
-        CompiledCall(lambda x: x[: int(x.sum())], (torch.ones(4),))
+        call(torch.ones(4))
+
+
+def test_a_compiled_call_computes_with_what_it_is_given_not_with_what_it_was_traced_with():
+    call = CompiledCall(lambda x: x * 2, (torch.zeros(2),))
+    assert [call(torch.full((2,), value)).tolist() for value in (1.0, 3.0)] == [[2.0, 2.0], [6.0, 6.0]]
+
+
+@pytest.mark.parametrize("max_drafts", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_every_program_of_a_warm_up_can_be_traced(max_drafts, tmp_path):
+    """A run traces only those that it calls. The larger steps differ from the smallest in their numbers alone."""
+    make_checkpoint("llama", tmp_path)
+    settings = {"dtype": "float32", "max_model_len": 96, "num_kv_blocks": 16, "skip_tokenizer": True}
+    speculation = {"speculate": "ngram", "max_drafts": max_drafts} if max_drafts else {}
+    with LLM(str(tmp_path), device="fake-static", **settings, **speculation) as llm, torch.inference_mode():
+        program = llm.engine.executor.worker.program
+        smallest = min(key.num_tokens for key in program._steps)
+        calls = [call for key, call in program._steps.items() if key.num_tokens == smallest]
+        calls += [call for (samples, _), call in program._samplers.items() if samples == smallest]
+        assert len(calls) == 2 + len(list(sampling_features(max_drafts)))
+        for call in calls:
+            call.trace()
 
 
 def test_a_donated_state_cannot_be_used_again():

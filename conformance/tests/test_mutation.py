@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from anychip_conformance.case import Case
 from anychip_conformance.device import Device, open_device
 from anychip_conformance.faulty.registry import all_faults, placebos
 from anychip_conformance.registry import all_cases, find_case
 from anychip_conformance.run import run_case
-from anychip_conformance.verdicts import Verdict
+from anychip_conformance.verdicts import Outcome, Verdict
 
 MUST_HAVE = 130
 SAMPLE = 4
@@ -31,13 +32,30 @@ def sampled() -> list[Any]:
     return parameters
 
 
+class Honest:
+    """The faulty platforms without a fault. Each is opened once, and judged once by each case."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, Device] = {}
+        self._outcomes: dict[tuple[str, str], Outcome] = {}
+
+    def outcome(self, device: str, case: Case) -> Outcome:
+        if device not in self._opened:
+            self._opened[device] = open_device(device, {})
+        if (device, case.id) not in self._outcomes:
+            self._outcomes[device, case.id] = run_case(self._opened[device], case)
+        return self._outcomes[device, case.id]
+
+    def close(self) -> None:
+        for device in self._opened.values():
+            device.close()
+
+
 @pytest.fixture(scope="module")
-def honest() -> Iterator[dict[str, Device]]:
-    """The faulty platforms without a fault, each opened once."""
-    opened: dict[str, Device] = {}
-    yield opened
-    for device in opened.values():
-        device.close()
+def honest() -> Iterator[Honest]:
+    platforms = Honest()
+    yield platforms
+    platforms.close()
 
 
 def test_there_are_enough_faults() -> None:
@@ -46,7 +64,7 @@ def test_there_are_enough_faults() -> None:
 
 
 @pytest.mark.parametrize("id", sampled())
-def test_the_fault_is_killed(id: str, honest: dict[str, Device]) -> None:
+def test_the_fault_is_killed(id: str, honest: Honest) -> None:
     fault = all_faults()[id]
     case = find_case(fault.killed_by)
     assert case is not None
@@ -56,9 +74,7 @@ def test_the_fault_is_killed(id: str, honest: dict[str, Device]) -> None:
     finally:
         device.close()
     assert outcome.verdict is Verdict.FAIL, f"{id} ({fault.summary}) survives {case.id}: {outcome.verdict}"
-    if fault.device not in honest:
-        honest[fault.device] = open_device(fault.device, {})
-    sound = run_case(honest[fault.device], case)
+    sound = honest.outcome(fault.device, case)
     assert sound.verdict is Verdict.PASS, f"{case.id} fails without a fault: {sound.message}"
 
 

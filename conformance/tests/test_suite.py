@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packages import anychip, make_bad
+from packages import anychip, judged, make_bad
 
 from anychip.errors import ConfigError
 from anychip.plugin_api import StepProgram
@@ -94,9 +94,8 @@ def test_a_device_that_admits_one_process_is_not_judged_by_several(tmp_path: Pat
 
 
 def test_an_unknown_case_is_refused_with_what_is_near() -> None:
-    done = anychip(["conformance", "--device", "cpu", "--case", "attn.decod"])
-    assert done.returncode != 0
-    assert "attn.decode" in done.stdout + done.stderr
+    with pytest.raises(ConfigError, match=r"did you mean .*attn\.decode"):
+        ConformanceRun(Settings(device="cpu", cases=("attn.decod",)))
 
 
 def test_a_section_is_what_the_profile_has_of_it(tmp_path: Path) -> None:
@@ -124,11 +123,12 @@ def test_an_honest_device_passes_the_quick_profile(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "rocm", "tpu", "ascend"])
-def test_what_a_plugin_says_of_itself_is_judged_without_its_device(device: str, tmp_path: Path) -> None:
-    chosen = ["--case", "isolation.hook_import", "--case", "isolation.probe", "--case", "isolation.platform_import"]
-    done = anychip(["conformance", "--device", device, *chosen, "--case", "op.softcap.001", "--report", str(tmp_path)])
-    assert done.returncode == 1
-    card = scorecard.read(tmp_path / "scorecard.json")
+def test_what_a_plugin_says_of_itself_is_judged_without_its_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("isolation.hook_import", "isolation.probe", "isolation.platform_import")
+    card, succeeded = judged(Settings(device=device, cases=(*own, "op.softcap.001")), monkeypatch)
+    assert not succeeded
     assert [failure.case for failure in card.failures] == ["op.softcap.001"]
     assert "the device does not open" in card.failures[0].message
     assert card.counts["core"]["pass"] == 3 and card.evidence == "unknown"
@@ -200,14 +200,17 @@ def test_computing_on_the_host_is_seen_where_the_device_is_another() -> None:
 WAIVER = '[[waiver]]\ncase = "{case}"\nreason = "{reason}"\nlink = "https://example.com/1"\nexpires = {expires}\n'
 
 
-def test_a_waiver_turns_a_failure_and_never_conforms(tmp_path: Path) -> None:
+def test_a_waiver_turns_a_failure_and_never_conforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "waivers.toml"
     path.write_text(WAIVER.format(case="attn.window.001", reason="driver 3.1", expires="2999-01-01"))
-    fault = ["--device", "fake-faulty", "--device-opt", "fault=attn-window-one-more"]
-    chosen = ["--case", "attn.window.001", "--case", "op.softcap.001"]
-    done = anychip(["conformance", *fault, *chosen, "--waivers", str(path), "--report", str(tmp_path)])
-    card = scorecard.read(tmp_path / "scorecard.json")
-    assert done.returncode == 0 and card.waived == ["attn.window.001"]
+    settings = Settings(
+        device="fake-faulty",
+        options=("fault=attn-window-one-more",),
+        cases=("attn.window.001", "op.softcap.001"),
+        waivers=path,
+    )
+    card, succeeded = judged(settings, monkeypatch)
+    assert succeeded and card.waived == ["attn.window.001"]
     outcomes = [Outcome(case="a", verdict=Verdict.PASS), Outcome(case="b", verdict=Verdict.WAIVED)]
     assert scorecard.conforms(outcomes) is False
 

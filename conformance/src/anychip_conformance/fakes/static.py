@@ -7,15 +7,11 @@ and takes its state by donation. Compilations are counted; after warm_up there m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from anychip.ops.reference import EditState, draw_tokens
 from anychip.plugin_api import (
@@ -44,6 +40,7 @@ from anychip.plugin_api import (
     sampling_features,
 )
 from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
+from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
@@ -58,10 +55,6 @@ _MAX_TOKENS = 64
 _MAX_ROWS = 16
 _SHAPES = ((16, 16), (_MAX_TOKENS, 16))
 """(tokens, rows) of the compiled steps."""
-
-
-class UncompiledShape(RuntimeError):
-    """A step of a shape that was not compiled for."""
 
 
 class DonatedTwice(RuntimeError):
@@ -277,30 +270,3 @@ class StaticStepProgram(StepProgram):
 
 def _tensors_of(edits: EditState) -> list[Tensor]:
     return [edits.counts, edits.bias_ids, edits.biases]
-
-
-class CompiledCall:
-    """A traced graph that takes exactly the shapes and dtypes that it was traced with."""
-
-    def __init__(self, fn: Callable[..., object], example: tuple[object, ...]) -> None:
-        # One mode for the shapes that the tracer notes at every node: it would make a new one each time.
-        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-            self._graph = make_fx(fn)(*example)
-        self._signature = _signature(example)
-
-    def __call__(self, *arguments: object) -> tuple[Any, ...]:
-        given = _signature(arguments)
-        if given != self._signature:
-            wrong = next(pair for pair in zip(given, self._signature, strict=False) if pair[0] != pair[1])
-            raise UncompiledShape(f"compiled for {wrong[1]}, called with {wrong[0]}")
-        result: tuple[Any, ...] = self._graph(*arguments)
-        return result
-
-
-def _signature(arguments: object) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    if isinstance(arguments, Tensor):
-        return [(tuple(arguments.shape), arguments.dtype)]
-    if isinstance(arguments, Mapping):
-        arguments = list(arguments.values())
-    assert isinstance(arguments, list | tuple)
-    return [entry for argument in arguments for entry in _signature(argument)]

@@ -3,6 +3,7 @@ in step_drafts_results."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from anychip.ops.reference.step import Drafts
-from anychip.plugin_api import Ops, SamplingInputs, ShapeKey, StepInputs
+from anychip.plugin_api import Ops, SamplingInputs, StepInputs
 from anychip.types import PADDING_SLOT
+from anychip_conformance.fakes.compiled import CompiledCall
 from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
 from anychip_conformance.faulty.registry import fault
 
@@ -236,14 +238,17 @@ class SeenFault(StaticStepProgram):
     """A fault changes which drafts the edits at a sample see. Other drafts and first samples are given to what counts
     them; what is accepted is not touched."""
 
-    def _compile_sampler(self, key: ShapeKey) -> None:
+    def _compile(self, fn: Callable[..., object], example: tuple[object, ...]) -> CompiledCall:
         counts = Drafts.counts
 
         def seen(drafts: Drafts, ops: Ops, table: torch.Tensor) -> torch.Tensor:
             return counts(self.seen(drafts), ops, table)
 
-        with patch.object(Drafts, "counts", seen):
-            super()._compile_sampler(key)
+        def faulty(*values: object) -> object:
+            with patch.object(Drafts, "counts", seen):
+                return fn(*values)
+
+        return super()._compile(faulty, example)
 
     def seen(self, drafts: Drafts) -> Drafts:
         raise NotImplementedError
