@@ -101,9 +101,11 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
     those rows is known."""
     masks: dict[int, bytes] = {}
     failed: list[tuple[Request, AnychipError]] = []
-    sample = 0
+    if not any(request.processors for request in step.sampling):
+        return LateInputs(step.decision.step_id, masks), failed
+    sample, drafts = 0, step.drafts
     for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
-        draft = step.drafts[place] if step.drafts else ()
+        draft: Sequence[int] = drafts[place] if drafts else ()
         first, sample = sample, sample + 1 + len(draft)
         if request.epoch != epoch:
             continue  # aborted or preempted since: nobody takes its token
