@@ -23,6 +23,9 @@ from anychip.types import NULL_BLOCK, BlockId, cdiv
 
 _ALL_BLOCKS = _ALL_TOKENS = sys.maxsize
 
+_OFFERED_AT_ONCE = 4
+"""Blocks of a running request's output. Nobody asks for an answer's beginning meanwhile; at its end, all is offered."""
+
 
 @dataclass(slots=True)
 class BlockChanges:
@@ -43,11 +46,12 @@ class KVCacheManager:
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
         self._layouts = [(group.block_size, group.window) for group in config.groups]
-        first, is_only = config.groups[0], len(config.groups) == 1
-        self._only_size = first.block_size if is_only and first.window is None else 0  # 0: several, or a window
+        size, window = self._layouts[0]
+        self._only_size = size if window is None and len(self._layouts) == 1 else 0  # 0: several groups, or a window
         self.pool = BlockPool(config.num_blocks)
         self.prefix_caching = prefix_caching
         self.hash_block_size = finest_block_size(config.groups)
+        self.offer_every = self.hash_block_size * _OFFERED_AT_ONCE  # tokens of output
         self._coarsest = max(group.block_size for group in config.groups)
         self.changes = BlockChanges()
         self.weights_version = 0
@@ -128,8 +132,7 @@ class KVCacheManager:
         that a window has passed, when the pool is short. Its first `next_change_at` tokens need no more than
         it has: their blocks are there, and those that are still to be written are nobody else's. A window that passes a
         block meanwhile gives it back when a new one is needed, so a request never holds more for that."""
-        start = request.num_computed
-        end = start + num_tokens
+        start, end = request.num_computed, request.num_computed + num_tokens
         if end <= request.next_change_at:
             return True
         pool, tables, size = self.pool, request.block_ids, self._only_size

@@ -243,7 +243,7 @@ class Scheduler:
         for position, (request, epoch) in step.scoring.items():
             if request.epoch == epoch:
                 request.prompt_logprobs += result.prompt_logprobs.get(position, [])
-        offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
+        offers, offer_every = self.kv.prefix_caching, self.kv.offer_every
         drafting = None if step.drafted is None else self.drafting
         end = 0
         for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
@@ -274,7 +274,7 @@ class Scheduler:
             deltas.append(delta)
             if drafting is not None and request.num_computed >= request.num_prompt + num_output:
                 drafting.rewind(request)
-            full = (request.num_prompt + num_output - 1) % block_size < len(gained)
+            full = (request.num_prompt + num_output - 1) % offer_every < len(gained)
             if offers and (full or num_output == len(gained)):
                 self.kv.offer(request)
             if token in request.stop_ids and num_output >= request.sampling.min_tokens:
