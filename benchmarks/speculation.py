@@ -2,30 +2,41 @@
 
 Two engines of one process take turns with the same requests; what is reported is the median of the rounds' ratios. As
 rounds repeat their requests, drafts come from a request's own text alone (`own-text`) unless another proposer is given.
+`load` is how many processes wanted a core in the last minute: where it is above the number of cores, others disturbed.
+Then `--processor-time` with OMP_NUM_THREADS=1 compares the work that is done, by the process's own time on a core, and
+counts what overlap hides as well.
 The answers are the same where the model computes in float32; in narrower dtypes a near-tie may fall otherwise, and the
 share of equal tokens is reported.
 
     python benchmarks/speculation.py MODEL [--device cpu] [--speculate own-text] [--output FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/speculation.py MODEL --processor-time
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
 
 from anychip import LLM, SamplingParams
 from anychip.bench.report import write
 from anychip.drafts import Drafter
 from anychip.speculation.proposer import PROPOSERS
+from anychip.speculation.speculator import Speculator
 from anychip.speculation.text_index import OwnText
+from anychip.worker import step_costs
 
 
 class OwnTextLookup:
     """Proposer "suffix" without what was answered before."""
 
-    def begin(self, tenant: str) -> Drafter:
+    def begin(self, owner: str) -> Drafter:
         return OwnText(most_places=8)
 
     def end(self, drafter: Drafter) -> None:
@@ -77,6 +88,8 @@ RECORDS = "\n".join(
     f'{{"id": {100 + at}, "name": "{name}", "city": "{city}", "orders": {at * 3 % 7}}}'
     for at, (name, city) in enumerate(PEOPLE.items())
 )
+TOKENS = 160
+"""Of each answer."""
 TOPICS = ("the sea", "an old clock", "a lost key", "the first snow", "a train at night", "bread", "a tower", "rain")
 
 
@@ -91,35 +104,47 @@ def prompts(work: str, count: int) -> list[str]:
     return [f"Write a long story about {TOPICS[at % len(TOPICS)]}, part {at}.\n\n" for at in range(count)]
 
 
-def timed(llm: LLM, texts: list[str], sampling: SamplingParams) -> tuple[float, list[list[int]]]:
-    began = time.perf_counter()
+def timed(
+    llm: LLM, texts: list[str], sampling: SamplingParams, clock: Callable[[], float]
+) -> tuple[float, list[list[int]]]:
+    began = clock()
     outputs = llm.generate(texts, sampling)
-    return time.perf_counter() - began, [list(output.outputs[0].token_ids) for output in outputs]
+    return clock() - began, [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def measure(plain: LLM, drafting: LLM, work: str, streams: int, rounds: int) -> dict[str, object]:
+def measure(
+    plain: LLM, drafting: LLM, work: str, streams: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, object]:
+    """How many times faster the drafting engine is: over whole requests, and over their tokens behind the first ones,
+    which leaves out the prompts. Who goes first changes with each round."""
     greedy = work != "chat"
-    sampling = SamplingParams(temperature=0.0 if greedy else 0.8, seed=1, max_tokens=160, ignore_eos=True)
-    texts, ratios, equal, total = prompts(work, streams), [], 0, 0
+    sampling = SamplingParams(temperature=0.0 if greedy else 0.8, seed=1, max_tokens=TOKENS, ignore_eos=True)
+    first_one = msgspec.structs.replace(sampling, max_tokens=1)
+    texts, whole, behind_first, answers = prompts(work, streams), [], [], {}
     before = drafting.engine.scheduler.stats.speculation
     for number in range(rounds + 1):
-        without_s, one = timed(plain, texts, sampling)
-        with_s, other = timed(drafting, texts, sampling)
-        for a, b in zip(one, other, strict=True):
-            equal += sum(x == y for x, y in zip(a, b, strict=True))
-            total += len(a)
+        seconds = {}
+        for llm in (plain, drafting) if number % 2 else (drafting, plain):
+            first_s, _ = timed(llm, texts, first_one, clock)
+            seconds[llm], answers[llm] = timed(llm, texts, sampling, clock)
+            seconds[llm, "behind"] = seconds[llm] - first_s
         if number:  # the first round warms up
-            ratios.append(without_s / with_s)
+            whole.append(seconds[plain] / seconds[drafting])
+            behind_first.append(seconds[plain, "behind"] / seconds[drafting, "behind"])
     after = drafting.engine.scheduler.stats.speculation
+    pairs = [pair for one, other in zip(*answers.values(), strict=True) for pair in zip(one, other, strict=True)]
     return {
         "work": work,
         "streams": streams,
-        "times_faster": round(statistics.median(ratios), 3),
-        "rounds": [round(ratio, 3) for ratio in ratios],
-        "tokens_a_second": round(streams * 160 / with_s, 1),
+        "times_faster": round(statistics.median(whole), 3),
+        "times_faster_behind_first": round(statistics.median(behind_first), 3),
+        "rounds": [round(ratio, 3) for ratio in whole],
+        "rounds_behind_first": [round(ratio, 3) for ratio in behind_first],
+        "tokens_a_second": round(streams * TOKENS / seconds[drafting], 1),
         "drafted": after.drafted - before.drafted,
         "accepted": after.accepted - before.accepted,
-        "equal_tokens": round(equal / total, 4),
+        "equal_tokens": round(sum(one == other for one, other in pairs) / len(pairs), 4),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
@@ -133,11 +158,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--work", default="edit,extract,chat")
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     settings = {"device": arguments.device, "dtype": arguments.dtype, "max_num_seqs": 32, "max_model_len": 2048,
                 "kv_cache_bytes": 2 << 30, "prefix_caching": False}  # fmt: skip
-    rows = []
+    rows, clock = [], time.perf_counter
+    if arguments.processor_time:
+        clock = time.process_time
+        step_costs.time = SimpleNamespace(perf_counter=clock)
+        Speculator.__init__.__kwdefaults__["clock"] = clock
     with (
         LLM(arguments.model, **settings) as plain,
         LLM(arguments.model, **settings, speculate=arguments.speculate, max_drafts=arguments.max_drafts) as drafting,
@@ -146,7 +176,7 @@ def main() -> None:
         print("milliseconds of a step by tokens:", costs)
         for work in arguments.work.split(","):
             for streams in map(int, arguments.streams.split(",")):
-                rows.append(measure(plain, drafting, work, streams, arguments.rounds))
+                rows.append(measure(plain, drafting, work, streams, arguments.rounds, clock))
                 print(rows[-1])
     if arguments.output is not None:
         settings = vars(arguments) | {"output": "", "model": ""}

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hostile_proposers import HOSTILE, LATE_S, MISBEHAVING, found_by_name  # noqa: F401 - a fixture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from anychip import SamplingParams
+from anychip.drafts import Drafts
 from anychip.engine.outputs import RequestOutput
 from anychip.messages import SpeculationStats
 from anychip.sampling_params import StructuredOutput
@@ -204,13 +206,13 @@ def test_requests_of_every_kind_get_the_tokens_that_they_get_without_drafts(prop
 def test_a_compiled_platform_compiles_nothing_for_drafts_of_any_length(workplace, monkeypatch):
     """Each length from none to the most that there may be, beside prompts, masks, edits and log-probabilities."""
     lengths = set()
-    place_draft = StepDraft.place_draft
+    place_drafts = StepDraft.place_drafts
 
-    def watched(step: StepDraft, row: int, draft: Sequence[int]) -> None:
-        lengths.add(len(draft))
-        place_draft(step, row, draft)
+    def watched(step: StepDraft, rows: Sequence[int], drafts: Drafts, counts: np.ndarray) -> None:
+        lengths.update(counts[counts > 0].tolist())
+        place_drafts(step, rows, drafts, counts)
 
-    monkeypatch.setattr(StepDraft, "place_draft", watched)
+    monkeypatch.setattr(StepDraft, "place_drafts", watched)
     check(DraftedCase(one_of_everything("llama", "fake-static"), "lengths"), workplace)
     assert lengths == set(range(1, MAX_DRAFTS + 1))
 

@@ -24,7 +24,7 @@ class Answers:
         self.told: list[int] = []
         self.rng = random.Random(0)
 
-    def begin(self, tenant: str) -> Answers:
+    def begin(self, owner: str) -> Answers:
         drafter = type(self)()
         drafter.rng = self.rng  # or every sequence would have its misses at the same places
         return drafter

@@ -4,9 +4,12 @@ came of a draft: speculation/ does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 
 class Draft(NamedTuple):
@@ -39,16 +42,29 @@ class Drafter(Protocol):
 
 @dataclass(slots=True)
 class Speculation:
-    """What belongs to one sequence."""
+    """What belongs to one sequence. Without a drafter, what a grammar forces is drafted alone."""
 
-    drafter: Drafter
+    drafter: Drafter | None
     num_told: int = 0
     """Tokens that the drafter was told of."""
     behind: int = 0
     """Of those, the ones that it has not taken in."""
-    rate: float | None = None
-    """How often its drafts were drawn."""
-    evidence: int = 0
-    """Of the draft in flight."""
-    ahead: tuple[int, Draft] = (-1, NO_DRAFT)
-    """The newest draft, and how many tokens the sequence had then."""
+    rate: float = math.nan
+    """How often its drafts were drawn; nan: nobody knows yet."""
+
+
+class Drafts(NamedTuple):
+    """Drafts of several sequences at once."""
+
+    token_ids: np.ndarray  # [sum of counts] int32, one sequence's after the other's
+    counts: np.ndarray  # [num_sequences] how many are whose
+    evidence: np.ndarray  # [num_sequences]
+
+
+class Drafted(NamedTuple):
+    """What is drafted in a step, by the rows that have drafts."""
+
+    speculations: Sequence[Speculation]
+    token_ids: np.ndarray  # [sum of counts] int32
+    counts: np.ndarray  # [num_rows] 1 or more
+    evidence: np.ndarray  # [num_rows]

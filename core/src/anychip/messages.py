@@ -79,7 +79,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[float]
 
 
-class SequenceDelta(msgspec.Struct, array_like=True):
+class SequenceDelta(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one sequence, and its end."""
 
     request_id: str

@@ -33,7 +33,7 @@ class Guesses:
     right: float
     told: list[int] = field(default_factory=list)
 
-    def begin(self, tenant: str) -> Guesses:
+    def begin(self, owner: str) -> Guesses:
         return Guesses(self.rng, self.right)
 
     def end(self, drafter: Guesses) -> None:
@@ -149,6 +149,6 @@ def run(core: EngineCore, messages: list[AddRequest], each=lambda: None) -> dict
     raise AssertionError("the workload did not end")
 
 
-def message(name: str, prompt: list[int], max_output: int, n: int = 1, tenant: str = "", stops=(STOP,)) -> AddRequest:
-    sampling = SamplingParams(max_tokens=max_output, n=n)
-    return AddRequest(name, array("i", prompt).tobytes(), sampling, max_output, stops, tenant=tenant)
+def message(name: str, prompt: list[int], max_output: int, n: int = 1, stops=(STOP,), **more) -> AddRequest:
+    sampling, ids = SamplingParams(max_tokens=max_output, n=n), array("i", prompt).tobytes()
+    return AddRequest(name, ids, sampling, max_output, stops, **more)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anychip.speculation.lengths import Acceptance, StepCosts, choose_lengths, newer_rate
+from anychip.speculation.lengths import Acceptance, StepCosts, choose_lengths, newer_rates
 from anychip.speculation.proposer import make_proposer
 from anychip.speculation.text_index import EarlierOutputs, TextIndex
 
@@ -94,7 +96,8 @@ def test_where_costs_grow_evenly_no_other_lengths_are_better(chances, slope, ove
         gained = rows + sum(sum(each[:count]) for each, count in zip(chances, lengths, strict=True))
         return gained / (costs(rows + sum(lengths)) + overhead)
 
-    lengths, found = choose_lengths(chances, num_rows=rows, num_tokens=rows, costs=costs, overhead_s=overhead)
+    padded = np.array([[*each, *[0.0] * (3 - len(each))] for each in chances])
+    lengths, found = choose_lengths(padded, num_rows=rows, num_tokens=rows, costs=costs, overhead_s=overhead)
     best = max(map(rate, itertools.product(*[range(len(each) + 1) for each in chances])))
     assert found == pytest.approx(rate(lengths)) and found == pytest.approx(best)
 
@@ -102,17 +105,46 @@ def test_where_costs_grow_evenly_no_other_lengths_are_better(chances, slope, ove
 def test_costs_between_and_beyond_what_was_measured():
     costs = StepCosts([(1, 2.0), (4, 5.0), (8, 4.0)])
     assert [costs(n) for n in (1, 2.5, 4, 6, 8)] == [2.0, 3.0, 4.0, 4.0, 4.0], "a larger step is never cheaper"
-    assert StepCosts([(2, 1.0), (4, 3.0)])(8) == 7.0 and StepCosts([(4, 2.0)])(8) == 4.0
+    assert StepCosts([(2, 1.0), (4, 3.0)])(8) == pytest.approx(7.0) and StepCosts([(4, 2.0)])(8) == pytest.approx(4.0)
+    assert costs.each(2, 9).tolist() == pytest.approx([costs(n) for n in range(2, 11)])
+
+
+def several(*values: float) -> np.ndarray:
+    return np.array(values)
 
 
 def test_acceptance_follows_what_was_drawn_and_is_forgotten():
     acceptance, before = Acceptance(), Acceptance().rate(10)
     for _ in range(300):
-        acceptance.add(10, num_drafts=1, num_drawn=0)
+        acceptance.add(several(10), num_drafts=several(1), num_drawn=several(0))
     assert acceptance.rate(10) < 0.1 < before and acceptance.rate(3) == Acceptance().rate(3)
     for _ in range(10):
         acceptance.forget()
     assert acceptance.rate(10) == pytest.approx(before, abs=0.05)
-    assert newer_rate(None, 4, 4) == 1.0 and newer_rate(1.0, 4, 0) == pytest.approx(0.9)
-    chances = acceptance.chances(32, 3, own=None)
+    (chances,) = acceptance.chances(several(32), several(3), own=several(math.nan)).tolist()
     assert chances == sorted(chances, reverse=True) and len(chances) == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 64), st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=20))
+def test_many_sequences_are_judged_at_once_as_one_by_one(judged):
+    rows = np.array([(evidence, count, min(drawn, count)) for evidence, count, drawn in judged])
+    at_once, one_by_one = Acceptance(), Acceptance()
+    at_once.add(*rows.T)
+    own = newer_rates(np.full(len(rows), 0.5), rows[:, 1], rows[:, 2])
+    for place, row in enumerate(rows):
+        one_by_one.add(*row[:, None])
+        rate = 0.5
+        for at in range(min(row[1], row[2] + 1)):
+            rate += 0.1 * ((at < row[2]) - rate)
+        assert own[place] == pytest.approx(rate)
+    for evidence in range(65):
+        assert at_once.rate(evidence) == pytest.approx(one_by_one.rate(evidence), rel=0.02)
+    assert newer_rates(several(math.nan, math.nan, math.nan), several(4, 4, 1), several(4, 2, 0)).tolist() == (
+        pytest.approx([1.0, 0.9, 0.0])
+    )
+    chances = at_once.chances(rows[:, 0], rows[:, 1], np.where(rows[:, 2] > 0, own, np.nan))
+    for place, (evidence, count, drawn) in enumerate(rows.tolist()):
+        rates = [at_once.rate(evidence + at) for at in range(count)]
+        mine = [(rate + own[place]) / 2 if drawn else rate for rate in rates]
+        assert chances[place, :count] == pytest.approx(np.cumprod(mine)) and not chances[place, count:].any()

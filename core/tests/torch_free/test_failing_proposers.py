@@ -8,10 +8,12 @@ from itertools import repeat
 from typing import Any
 
 import pytest
-from drafts_kit import Guesses, alone, engine, message, run, speculating
+from drafts_kit import Guesses, alone, drawn_after, engine, message, run, speculating
 from engine_kit import VOCAB_SIZE
 
 from anychip.drafts import Draft
+from anychip.engine.logits_processors import Restriction
+from anychip.request import Request
 from anychip.speculation.lengths import StepCosts
 
 PROMPTS = {name: [3 + at, 6] for at, name in enumerate("abcdefgh")}
@@ -27,9 +29,9 @@ class Misbehaving(Guesses):
         self.begun = self.asked = 0
         self.drafters: list[Guesses] = []  # of the victims
 
-    def begin(self, tenant: str) -> Guesses:
+    def begin(self, owner: str) -> Guesses:
         place, self.begun = self.begun, self.begun + 1
-        drafter = super().begin(tenant)
+        drafter = super().begin(owner)
         if place in self.victims:
             if self.where == "begin":
                 return self._misbehave()
@@ -70,6 +72,16 @@ def test_a_proposer_that_raises_costs_its_sequence_the_drafts_alone(where, error
     assert f"goes on without drafts: the proposer raised {type(error).__name__}" in caplog.text
 
 
+class Broken:
+    """A number that cannot be read."""
+
+    def __index__(self) -> int:
+        raise KeyError("no number")
+
+    def __repr__(self) -> str:
+        return "Broken"
+
+
 @pytest.mark.parametrize(
     ("where", "answer"),
     [
@@ -88,6 +100,9 @@ def test_a_proposer_that_raises_costs_its_sequence_the_drafts_alone(where, error
         ("draft", Draft([VOCAB_SIZE], 3)),
         ("draft", Draft([2**31], 3)),
         ("draft", Draft([-(2**70)], 3)),
+        ("draft", Draft([Broken()], 3)),
+        ("draft", Draft([5], Broken())),
+        ("catch_up", 2.0),
     ],
     ids=repr,
 )
@@ -156,3 +171,39 @@ def test_calls_that_are_quick_enough_are_never_too_many():
     core, device = answers(Misbehaving("draft", clock.takes(0.9), victims=(0, 1)), "abc", clock=clock)
     assert clock.now > 10 and device.most_drafts > 1
     assert core.scheduler.stats.speculation.failures == 0
+
+
+def test_the_first_failure_alone_is_logged_with_its_traceback(caplog):
+    core, _ = answers(Misbehaving("draft", raising(OSError("none to be had")), victims=(0, 1, 2)), "abcd")
+    lines = [record for record in caplog.records if "goes on without drafts" in record.message]
+    assert [bool(line.exc_info) for line in lines] == [True, False, False]
+    assert lines[2].message.endswith("goes on without drafts: the proposer raised OSError: none to be had (failure 3)")
+    assert core.scheduler.stats.speculation.failures == 3
+
+
+class Forcing(Restriction):
+    """A grammar that leaves no choice about the next two tokens."""
+
+    name = "the grammar"
+
+    def applies(self, position: int) -> bool:
+        return False
+
+    def forced(self, request: Request) -> list[int]:
+        ids = request.token_ids
+        for _ in range(2):
+            ids.append(drawn_after(ids, 0))
+        return ids[-2:]
+
+
+@pytest.mark.parametrize("where", ["extend", "catch_up", "draft"])
+def test_a_sequence_that_lost_its_proposer_keeps_what_its_grammar_forces(where):
+    core, device = engine(speculating(Misbehaving(where, raising(OSError("none to be had")), victims=(0,))))
+    core.add(message("a", PROMPTS["a"], 20, stops=()))
+    (request,) = core.scheduler.sequences("a")
+    request.processors = (Forcing(),)
+    assert run(core, []) == {("a", 0): alone(PROMPTS["a"], 0, 20, stops=())}
+    stats = core.scheduler.stats
+    # Who is forced is not asked, so that what would raise in `draft` is not called.
+    assert stats.speculation.failures == (where != "draft") and device.most_drafts == 2
+    assert stats.speculation.accepted == stats.speculation.drafted >= 12 and stats.steps <= 8

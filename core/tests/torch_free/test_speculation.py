@@ -17,6 +17,7 @@ from anychip.messages import DeviceRules, KVGroup
 from anychip.request import Request
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
+from anychip.speculation import asking
 from anychip.speculation.lengths import StepCosts
 from anychip.speculation.proposer import make_proposer
 from anychip.speculation.speculator import Speculator
@@ -141,14 +142,41 @@ def test_steps_are_not_overlapped_for_drafts_that_do_not_pay():
     assert overlapped == [2] * 24 + [1] and device.most_drafts == 0
 
 
+class Clock:
+    """A millisecond passes whenever somebody looks at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
 def test_idle_time_between_requests_is_no_cost_of_drafts():
-    speculator = speculating(Guesses(random.Random(0), 1.0), costs=StepCosts([(1, 0.01), (64, 0.011)]))
+    clock, costs = Clock(), StepCosts([(1, 0.01), (64, 0.011)])
+    speculator = speculating(Guesses(random.Random(0), 1.0), costs=costs, clock=clock)
     core, device = engine(speculator)
-    run(core, [message("a", [5, 6], 20, stops=())])
-    for name in "bcdefghijk":
-        speculator._taken_in_at -= 60  # the engine had nothing to do for a minute
+    for name in "abcdefghijk":
         run(core, [message(name, [5, 6], 20, stops=())])
+        clock.now += 60  # the engine has nothing to do for a minute
     assert speculator._overhead_s < 0.01 and device.most_drafts == 4
+
+
+def test_host_time_longer_than_a_step_is_a_cost_of_drafts_and_once_is_not_always():
+    """A host that takes three steps' time after each step with drafts; and one that did so once, for a minute."""
+    clock, costs = Clock(), StepCosts([(1, 0.01), (64, 0.011)])
+    speculator = speculating(Guesses(random.Random(0), 1.0), costs=costs, clock=clock)
+    core, _ = engine(speculator)
+    core.add(message("a", [5, 6], 20))
+    for _ in range(200):
+        speculator.taken_in(1, 5, 5)
+        clock.now += 0.03
+        speculator._note_overhead()
+    assert speculator._overhead_s == pytest.approx(0.03, rel=0.1)
+    speculator._taken_in_at = clock.now - 60
+    speculator._note_overhead()
+    assert speculator._overhead_s < 0.05
 
 
 def test_what_drafts_saved_counts_what_their_tokens_cost():
@@ -161,18 +189,48 @@ def test_what_drafts_saved_counts_what_their_tokens_cost():
     assert stats.saved_s == pytest.approx(0.005 * stats.accepted, rel=0.3)
 
 
-def test_one_tenant_never_sees_anothers_text_in_drafts():
-    proposer = make_proposer("suffix", {})
-    speculator = speculating(proposer, max_drafts=6)
-    core, device = engine(speculator)
-    run(core, [message("a", [5, 6, 7, 8], 25, tenant="one")])
+@pytest.mark.parametrize(
+    ("tenant", "salt", "drafts"),
+    [("one", "a", True), ("two", "a", False), ("one", "b", False), ("one", "", False), ("one a", "", False)],
+)
+def test_nobody_sees_the_text_of_another_tenant_or_salt_in_drafts(tenant, salt, drafts):
+    core, device = engine(speculating(make_proposer("suffix", {}), max_drafts=6))
+    prompt = [5, 6, 7, 8]
+    run(core, [message("a", prompt, 25, tenant="one", cache_salt="a")])
     assert device.most_drafts == 0, "nothing in the sequence stood there before"
-    for tenant, drafts in (("two", False), ("one", True)):
-        drafter = proposer.begin(tenant)
-        drafter.extend([5, 6, 7, 8, *alone([5, 6, 7, 8], 0, 25)[:3]])
-        while drafter.catch_up(2):
-            pass
-        assert (drafter.draft(4).evidence > 0) == drafts
+    core.add(message("b", [*prompt, *alone(prompt, 0, 25)[:3]], 4, tenant=tenant, cache_salt=salt))
+    while core.has_work:
+        core.step()
+    assert (device.most_drafts > 0) == drafts
+
+
+def test_the_only_draft_of_a_step_is_worth_waiting_for():
+    """With drafts of one token, the step in flight draws the first token that is guessed, and the draft is the next."""
+    speculator = speculating(Guesses(random.Random(0), 1.0), max_drafts=1, costs=StepCosts([(1, 1.0), (64, 1.1)]))
+    core, device = engine(speculator, max_in_flight=2)
+    run(core, [message("a", [5, 6], 30, stops=())])
+    assert device.most_drafts == 1 and core.scheduler.stats.speculation.accepted > 5
+
+
+def test_a_long_prompt_is_taken_in_by_parts_and_what_was_drawn_at_once(monkeypatch):
+    """However many sequences decode, the prompt gets its part, and however long it is, they get theirs."""
+    monkeypatch.setattr(asking, "_TAKEN_IN", 6)
+    taken: dict[int, list[int]] = {}
+
+    class Watched(Guesses):
+        def begin(self, owner: str) -> Guesses:
+            return Watched(self.rng, self.right)
+
+        def catch_up(self, most: int) -> int:
+            taken.setdefault(id(self), []).append(most)
+            return most
+
+    proposer = Watched(random.Random(0), 1.0)
+    core, _ = engine(speculating(proposer, max_drafts=2), num_blocks=100)
+    run(core, [message(name, [5, 6], 20, stops=()) for name in "abcd"] + [message("long", [7] * 40, 12, stops=())])
+    *short, long = taken.values()
+    assert long[:6] == [6] * 6 and max(long) <= 6
+    assert all(sum(each) >= 18 for each in short), "but for what was drawn last"
 
 
 def test_a_proposer_that_does_not_exist_is_refused_by_name():

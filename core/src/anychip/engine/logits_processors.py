@@ -101,10 +101,10 @@ def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[
     those rows is known."""
     masks: dict[int, bytes] = {}
     failed: list[tuple[Request, AnychipError]] = []
-    sample = 0
+    sample, drafts = 0, step.drafts if step.restricted else ()
     placed = zip(step.sampling, step.epochs, strict=True) if step.restricted else ()
     for place, (request, epoch) in enumerate(placed):
-        draft = step.drafts[place] if step.drafts else ()
+        draft: Sequence[int] = drafts[place] if drafts else ()
         first, sample = sample, sample + 1 + len(draft)
         if request.epoch != epoch:
             continue  # aborted or preempted since: nobody takes its token

@@ -70,7 +70,7 @@ def extend_hashes(request: Request, block_size: int, num_blocks: int | None = No
     """Appends the missing hashes of the request's first `num_blocks` blocks, or of all that are full of known tokens,
     and returns all that there are."""
     hashes = request.block_hashes
-    full = request.num_known // block_size
+    full = (request.num_prompt + len(request.output_token_ids)) // block_size
     if num_blocks is not None:
         full = min(full, num_blocks)
     if len(hashes) < full:
@@ -88,6 +88,8 @@ def extend_hashes(request: Request, block_size: int, num_blocks: int | None = No
 def _tokens(request: Request, start: int, end: int) -> bytes:
     """int32 ids of the known tokens from `start` to `end`."""
     num_prompt = request.num_prompt
+    if start >= num_prompt:  # most calls
+        return array("i", request.output_token_ids[start - num_prompt : end - num_prompt]).tobytes()
     ids = request.prompt[start * _TOKEN_BYTES : end * _TOKEN_BYTES]
     if end > num_prompt:
         ids += array("i", request.output_token_ids[max(0, start - num_prompt) : end - num_prompt]).tobytes()

@@ -21,7 +21,10 @@ from anychip.messages import KVCacheConfig, KVGroup
 from anychip.request import Request
 from anychip.types import NULL_BLOCK, BlockId, cdiv
 
-_ALL_BLOCKS = sys.maxsize
+_ALL_BLOCKS = _ALL_TOKENS = sys.maxsize
+
+_OFFERED_AT_ONCE = 4
+"""Blocks of a running request's output. Nobody asks for an answer's beginning meanwhile; at its end, all is offered."""
 
 
 @dataclass(slots=True)
@@ -42,9 +45,13 @@ class KVCacheManager:
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
+        self._layouts = [(group.block_size, group.window) for group in config.groups]
+        size, window = self._layouts[0]
+        self._only_size = size if window is None and len(self._layouts) == 1 else 0  # 0: several groups, or a window
         self.pool = BlockPool(config.num_blocks)
         self.prefix_caching = prefix_caching
         self.hash_block_size = finest_block_size(config.groups)
+        self.offer_every = self.hash_block_size * _OFFERED_AT_ONCE  # tokens of output
         self._coarsest = max(group.block_size for group in config.groups)
         self.changes = BlockChanges()
         self.weights_version = 0
@@ -128,39 +135,44 @@ class KVCacheManager:
         start, end = request.num_computed, request.num_computed + num_tokens
         if end <= request.next_change_at:
             return True
-        if not self._allocate_groups(request, start, end):
+        pool, tables, size = self.pool, request.block_ids, self._only_size
+        if size and start <= request.next_change_at == len(tables[0]) * size and end <= request.next_change_at + size:
+            if not pool.num_free:  # a block behind those that it has, which are its own: most calls
+                return False
+            self._append(request, 0, 1)
+            request.next_change_at += size
+            return True
+        new, copied = 0, []  # what it takes to copy: group, index in the table
+        for index, (size, window) in enumerate(self._layouts):
+            table = tables[index]
+            if window is not None:
+                self._release_passed(self.groups[index], table, start)
+            have, needed = len(table), -(-end // size)
+            if needed > have:
+                new += needed - have
+            for at in range(start // size, min(needed, have)):
+                if not pool.is_writable(table[at]):
+                    copied.append((index, at))
+        if new + len(copied) > pool.num_free:
             return False
-        request.next_change_at = min([cdiv(end, group.block_size) * group.block_size for group in self.groups])
+        for index, at in copied:
+            self._copy_on_write(request, index, at)
+        change_at = _ALL_TOKENS
+        for index, (size, _) in enumerate(self._layouts):
+            needed = -(-end // size)
+            if needed > len(tables[index]):
+                self._append(request, index, needed - len(tables[index]))
+            change_at = min(change_at, needed * size)
+        request.next_change_at = change_at
         return True
 
-    def _allocate_groups(self, request: Request, start: int, end: int) -> bool:
-        wanted: list[tuple[int, int, int, list[int]]] = []  # group, table length, new blocks, indexes to copy
-        total = 0
-        for index, group in enumerate(self.groups):
-            table = request.block_ids[index]
-            self._release_passed(group, table, start)
-            new = max(0, cdiv(end, group.block_size) - len(table))
-            copied = [
-                at
-                for at in range(start // group.block_size, min(cdiv(end, group.block_size), len(table)))
-                if not self.pool.is_writable(table[at])
-            ]
-            wanted.append((index, len(table), new, copied))
-            total += new + len(copied)
-        if total > self.pool.num_free:
-            return False
-        for index, length, new, copied in wanted:
-            table = request.block_ids[index]
-            for at in copied:
-                self._copy_on_write(request, index, at)
-            if new:
-                blocks = self.pool.allocate(new)
-                table.extend(blocks)
-                self.changes.fresh.extend(blocks)
-                if request.slot is not None:
-                    for at, block in enumerate(blocks, start=length):
-                        self.changes.new_blocks += (request.slot, index, at, block)
-        return True
+    def _append(self, request: Request, index: int, count: int) -> None:
+        table, blocks, slot = request.block_ids[index], self.pool.allocate(count), request.slot
+        if slot is not None:
+            for at, block in enumerate(blocks, start=len(table)):
+                self.changes.new_blocks += (slot, index, at, block)
+        table += blocks
+        self.changes.fresh += blocks
 
     def _copy_on_write(self, request: Request, index: int, at: int) -> None:
         table = request.block_ids[index]
@@ -201,12 +213,12 @@ class KVCacheManager:
             return
         complete = min(request.num_computed, request.num_known)
         hashes: list[bytes] | None = None
-        for index, group in enumerate(self.groups):
-            full, done = complete // group.block_size, request.num_cached_blocks[index]
+        for index, (size, _) in enumerate(self._layouts):
+            full, done = complete // size, request.num_cached_blocks[index]
             if full <= done:
                 continue
             hashes = hashes or extend_hashes(request, self.hash_block_size)
-            ratio = group.block_size // self.hash_block_size
+            ratio = size // self.hash_block_size
             for at in range(done, full):
                 block = request.block_ids[index][at]
                 if block != NULL_BLOCK:

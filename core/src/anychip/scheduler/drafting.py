@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import SpeculationStats
 from anychip.request import Request
@@ -36,21 +38,43 @@ class Drafting:
     def add_to(self, draft: StepDraft, running: Sequence[Request]) -> None:
         """Called when every row has its place."""
         self._speculator.take_in(running)
-        rows = [row for row, count in enumerate(draft.counts) if count == 1 and _may_draft(draft.rows[row])]
+        rows: list[int] = []
+        requests: list[Request] = []
+        most: list[int] = []
+        for row, (request, count) in enumerate(zip(draft.rows, draft.counts, strict=True)):
+            if count == 1 and request.speculation is not None and not request.num_promised:
+                num_output = len(request.output_token_ids)
+                follow = request.max_output - num_output - 1  # its next step draws a token, and these may follow
+                if follow > 0 and request.num_prompt + num_output == request.num_computed + 1:
+                    rows.append(row)
+                    requests.append(request)
+                    most.append(follow)
         if not rows:
             return
-        wanted = [(draft.rows[row], _most_drafts(draft.rows[row])) for row in rows]
-        chosen = self._speculator.choose(wanted, num_rows=len(draft.rows), num_tokens=sum(draft.counts))
-        for row, found in zip(rows, chosen, strict=True):
-            granted = draft.room.grant_drafts(len(found.token_ids)) if found.token_ids else 0
-            if granted and self._kv.allocate(draft.rows[row], 1 + granted):
-                draft.place_draft(row, found.token_ids[:granted])
-                self._speculator.launched(draft.rows[row], found)
+        drafts, lengths = self._speculator.choose(
+            requests, most, num_rows=len(draft.rows), num_tokens=sum(draft.counts)
+        )
+        if lengths.any():
+            granted = draft.room.grant_drafts(lengths)
+            draft.place_drafts(rows, drafts, self._with_blocks(requests, granted))
+
+    def _with_blocks(self, requests: Sequence[Request], lengths: np.ndarray) -> np.ndarray:
+        """The lengths, but 0 where the pool is short."""
+        wanted, allocate = lengths.tolist(), self._kv.allocate
+        for at, (request, length) in enumerate(zip(requests, wanted, strict=True)):
+            if length and request.num_computed + length >= request.next_change_at and not allocate(request, 1 + length):
+                wanted[at] = 0
+        return np.array(wanted)
 
     def waits(self, running: Sequence[Request]) -> bool:
         """Whether the next step is worth more once the step in flight is taken in."""
-        rows = [(request, _most_drafts(request)) for request in running if request.num_promised == 1]
-        return any(most > 0 for _, most in rows) and self._speculator.pays(rows)
+        requests = [each for each in running if each.num_promised == 1 and each.speculation is not None]
+        most = [each.max_output - len(each.output_token_ids) - 1 for each in requests]
+        if not any(follow > 1 for follow in most):
+            return False
+        self._speculator.take_in(running)
+        num_rows = sum(each.num_promised == 1 for each in running)
+        return self._speculator.pays(requests, most, num_rows=num_rows)
 
     def take_rewinds(self) -> bytes:
         """For the workers, as StepDecision has them."""
@@ -64,33 +88,19 @@ class Drafting:
 
     # -- a result in --------------------------------------------------------------------------------------
 
-    def judge(self, request: Request, num_drafts: int, num_gained: int) -> None:
-        """A sequence gained so many tokens, which are known now, by a step in which `num_drafts` were drafted. What was
-        computed for drafts that were not drawn is nothing: the next steps overwrite it."""
-        self._speculator.judged(request, num_drafts, num_gained - 1)
+    def rewind(self, request: Request) -> None:
+        """Not all of a sequence's drafts were drawn, or it ends before. What was computed for the others is nothing:
+        the next steps overwrite it."""
         computed = request.num_known - 1
-        if request.num_computed > computed:
-            request.num_computed = computed
-            assert request.slot is not None
-            self._rewinds[request.slot] = computed
-            self._kv.trim(request)
+        request.num_computed = computed
+        assert request.slot is not None
+        self._rewinds[request.slot] = computed
+        self._kv.trim(request)
 
-    def taken_in(self, step: ScheduledStep, num_gained: int) -> None:
-        """A step with drafts has come back."""
+    def taken_in(self, step: ScheduledStep, num_gained: Sequence[int]) -> None:
+        """A step with drafts has come back: what each of its sampling rows gained."""
+        assert step.drafted is not None
+        gained = np.array(num_gained)
+        self._speculator.judged(step.drafted, gained[np.array(step.num_drafts) > 0] - 1)
         num_tokens = sum(memoryview(step.decision.num_tokens).cast("i"))
-        self._speculator.taken_in(len(step.sampling), num_tokens, num_gained)
-
-
-def _may_draft(request: Request) -> bool:
-    """Its next step draws the token behind its last known one, and nothing is in flight for it."""
-    return (
-        request.speculation is not None
-        and not request.num_promised
-        and request.num_known == request.num_computed + 1
-        and _most_drafts(request) > 0
-    )
-
-
-def _most_drafts(request: Request) -> int:
-    """Tokens that may follow the one that its next step draws."""
-    return 0 if request.speculation is None else request.max_output - request.num_output - 1
+        self._speculator.taken_in(len(gained), num_tokens, int(gained.sum()))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from array import array
 from bisect import insort
 
 from anychip.kv_cache.manager import KVCacheManager
@@ -238,14 +237,14 @@ class Scheduler:
     def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
         """Takes in a step's sampled ids: new tokens for the clients, ends, blocks for the prefix cache."""
         self.kv.pool.retired(result.step_id)
-        tokens = array("i")
-        tokens.frombytes(result.token_ids)
-        num_gained = memoryview(result.num_gained).cast("i") if result.num_gained else None
+        tokens = memoryview(result.token_ids).cast("i").tolist()
+        num_gained = memoryview(result.num_gained).cast("i").tolist() if result.num_gained else None
         deltas: list[SequenceDelta] = []
         for position, (request, epoch) in step.scoring.items():
             if request.epoch == epoch:
                 request.prompt_logprobs += result.prompt_logprobs.get(position, [])
-        offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
+        offers, offer_every = self.kv.prefix_caching, self.kv.offer_every
+        drafting = None if step.drafted is None else self.drafting
         end = 0
         for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
             first, end = end, end + (1 if num_gained is None else num_gained[place])
@@ -258,7 +257,9 @@ class Scheduler:
             output, token = request.output_token_ids, tokens[first]
             gained = [token]
             if num_gained is not None and end > first + 1:
-                gained = _until_end(request, tokens[first:end].tolist())
+                gained = tokens[first:end]
+                if not request.stop_ids.isdisjoint(gained) or len(output) + len(gained) > request.max_output:
+                    gained = _until_end(request, gained)
                 token = gained[-1]
             output += gained
             num_output = len(output)
@@ -272,15 +273,15 @@ class Scheduler:
                 if first in result.logprobs:
                     delta.logprobs = [result.logprobs[at] for at in range(first, first + len(gained))]
                 deltas.append(delta)
-            if step.drafts is not None and self.drafting is not None and step.drafts[place]:
-                self.drafting.judge(request, len(step.drafts[place]), end - first)
-            full = (request.num_prompt + num_output - 1) % block_size < len(gained)
+            if drafting is not None and request.num_computed >= request.num_prompt + num_output:
+                drafting.rewind(request)
+            full = (request.num_prompt + num_output - 1) % offer_every < len(gained)
             if offers and (full or num_output == len(gained)):
                 self.kv.offer(request)
             if reason:
                 self._end(request, reason)
-        if step.drafts is not None and self.drafting is not None:
-            self.drafting.taken_in(step, len(tokens))
+        if drafting is not None:
+            drafting.taken_in(step, num_gained or [1] * len(step.sampling))
         return deltas
 
     def abandon(self, step: ScheduledStep) -> set[RequestId]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+import numpy as np
+
+from anychip.drafts import Drafted, Drafts, Speculation
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import NewRow, StepDecision
 from anychip.request import Request
@@ -22,8 +26,10 @@ class ScheduledStep:
 
     requests: list[Request]
     """The decision's rows."""
-    drafts: list[Sequence[int]] | None
-    """For each request of `sampling`, the tokens drafted behind its last one; None: the step has none."""
+    drafted: Drafted | None = None
+    """What is drafted; None: nothing."""
+    num_drafts: list[int] = field(default_factory=list)
+    """For each request of `sampling`, how many tokens are drafted behind its last one; []: the step has no drafts."""
     sampling: list[Request] = field(default_factory=list)
     """The rows that sample a token, in the order of the decision's rows."""
     epochs: list[int] = field(default_factory=list)
@@ -34,18 +40,27 @@ class ScheduledStep:
     """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
     decision: StepDecision = field(init=False)
 
+    @property
+    def drafts(self) -> list[list[int]]:
+        """For each request of `sampling`, the tokens drafted behind its last one, copied; []: the step has none."""
+        if self.drafted is None:
+            return []
+        token_ids, ends = self.drafted.token_ids.tolist(), accumulate(self.num_drafts)
+        return [token_ids[end - count : end] for end, count in zip(ends, self.num_drafts, strict=True)]
+
 
 class StepDraft:
     """A step while the scheduler fills it. `is_short`: a running request found no blocks, so no other may enter."""
 
-    __slots__ = ("counts", "drafts", "is_short", "new_rows", "room", "rows")
+    __slots__ = ("counts", "drafted", "is_short", "new_rows", "num_drafts", "room", "rows")
 
     def __init__(self, room: StepRoom) -> None:
         self.room = room
         self.rows: list[Request] = []
         self.counts: list[int] = []
         self.new_rows: list[NewRow] = []
-        self.drafts: dict[int, Sequence[int]] = {}  # by row
+        self.num_drafts: list[int] = []  # by row; []: the step has none
+        self.drafted: Drafted | None = None
         self.is_short = False
 
     def place_ones(self) -> None:
@@ -69,25 +84,38 @@ class StepDraft:
         request.enters = False
         self.new_rows.append(_new_row(request))
 
-    def place_draft(self, row: int, draft: Sequence[int]) -> None:
-        """Drafts tokens behind a row's one token; the blocks are there."""
-        self.room.take_drafts(len(draft))
-        self.counts[row] += len(draft)
-        self.drafts[row] = draft
+    def place_drafts(self, rows: Sequence[int], drafts: Drafts, lengths: np.ndarray) -> None:
+        """Behind the one token of each of the rows, the first tokens of its draft, so many. The blocks are there."""
+        token_ids, evidence, left_out = drafts.token_ids, drafts.evidence, drafts.counts - lengths
+        if left_out.any():
+            parts = np.column_stack((lengths, left_out)).ravel()
+            token_ids = token_ids[np.repeat(np.arange(len(parts)) % 2 == 0, parts)]
+        requests, counts, num_drafts = self.rows, self.counts, [0] * len(self.rows)
+        speculations = []
+        for row, length in zip(rows, lengths.tolist(), strict=True):
+            if length:
+                num_drafts[row] = length
+                counts[row] += length
+                speculations.append(requests[row].speculation or Speculation(None))
+        if speculations:
+            some = lengths > 0
+            self.drafted = Drafted(speculations, token_ids, lengths[some], evidence[some])
+            self.num_drafts = num_drafts
+            self.room.take_drafts(self.drafted.counts)
 
     def to_step(
         self, step_id: int, kv: KVCacheManager, *, finished_slots: list[int], rewinds: bytes, zero_new_blocks: bool
     ) -> ScheduledStep:
         """The step as it is launched: from now on its rows count as computed, and the tokens that it draws as
         promised."""
-        rows, counts, drafts = self.rows, self.counts, self.drafts
-        step = ScheduledStep(rows, drafts=[] if drafts else None)
+        rows, counts, drafted, num_drafts = self.rows, self.counts, self.drafted, self.num_drafts
+        step = ScheduledStep(rows, drafted=drafted)
         for row, (request, count) in enumerate(zip(rows, counts, strict=True)):
             if request.sampling.prompt_logprobs is not None and request.scores_prompt:
                 step.scoring[row] = (request, request.epoch)
             computed = request.num_computed + count
             request.num_computed = computed
-            if count > 1:
+            if count > 1 and not (num_drafts and num_drafts[row]):  # of a draft, what is drawn is offered
                 kv.offer(request)  # whoever reads it runs in a later step
             if computed >= request.num_prompt + len(request.output_token_ids) + request.num_promised:
                 request.num_promised += 1
@@ -95,8 +123,8 @@ class StepDraft:
                 step.epochs.append(request.epoch)
                 if request.processors:
                     step.restricted = True
-                if step.drafts is not None:
-                    step.drafts.append(drafts.get(row, ()))
+                if num_drafts:
+                    step.num_drafts.append(num_drafts[row])
         changes = kv.drain_changes()
         step.decision = StepDecision(
             step_id=step_id,
@@ -107,8 +135,8 @@ class StepDraft:
             finished_slots=finished_slots,
             copies=changes.copies,
             zeros=changes.fresh if zero_new_blocks else [],
-            num_drafts=array("i", [len(drafts.get(row, ())) for row in range(len(rows))]).tobytes() if drafts else b"",
-            drafts=array("i", [token for row in sorted(drafts) for token in drafts[row]]).tobytes(),
+            num_drafts=array("i", num_drafts).tobytes(),
+            drafts=b"" if drafted is None else drafted.token_ids.tobytes(),
             rewinds=rewinds,
         )
         return step

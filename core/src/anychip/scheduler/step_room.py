@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+
 from anychip.errors import ConfigError
 from anychip.messages import DeviceRules
 
@@ -59,21 +61,25 @@ class StepRoom:
             return 0
         return granted
 
-    def grant_drafts(self, most: int) -> int:
-        """How many of `most` drafts the row that was taken last, or any of the step's one-token rows, may have. Nothing
+    def grant_drafts(self, wanted: np.ndarray) -> np.ndarray:
+        """How many of the drafts that they want one-token rows may have, [num_rows] both; earlier rows first. Nothing
         is taken yet."""
-        if self.rows != "any" or self.prefills_left <= 0:
-            return 0
-        granted = min(most, self.tokens_left)
+        if self.rows != "any":
+            return np.zeros_like(wanted)
+        if self._padded is None and wanted.sum() <= self.tokens_left and len(wanted) <= self.prefills_left:
+            return wanted
         if self._padded is not None:
-            granted = min(granted, self._padded // self.num_rows - 1)
-        return max(0, granted)
+            wanted = np.minimum(wanted, max(0, self._padded // self.num_rows - 1))
+        before = np.cumsum(wanted) - wanted
+        granted: np.ndarray = np.minimum(wanted, np.maximum(0, self.tokens_left - before))
+        granted[np.cumsum(granted > 0) > self.prefills_left] = 0
+        return granted
 
-    def take_drafts(self, tokens: int) -> None:
-        """A row of one token gets so many more."""
-        self.tokens_left -= tokens
-        self.prefills_left -= 1
-        self._longest = max(self._longest, 1 + tokens)
+    def take_drafts(self, lengths: np.ndarray) -> None:
+        """Rows of one token get so many more, 1 at least; [num_rows]."""
+        self.tokens_left -= int(lengths.sum())
+        self.prefills_left -= len(lengths)
+        self._longest = max(self._longest, 1 + int(lengths.max()))
 
     def take(self, tokens: int, *, prefill: bool) -> None:
         self.tokens_left -= tokens

@@ -12,9 +12,9 @@ from anychip.registry.blame import made_by_name
 class Proposer(Protocol):
     """Makes a drafter for each sequence. One object serves an engine, from one thread."""
 
-    def begin(self, tenant: str) -> Drafter:
-        """A drafter for a new sequence. What sequences of one tenant hold must not show in another's drafts: how fast
-        an answer comes would tell of it."""
+    def begin(self, owner: str) -> Drafter:
+        """A drafter for a new sequence. `owner` stands for its tenant and its salt. What sequences of one owner hold
+        must not show in another's drafts: how fast an answer comes would tell of it."""
         ...
 
     def end(self, drafter: Drafter) -> None:

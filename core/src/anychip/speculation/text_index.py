@@ -59,12 +59,13 @@ class TextIndex:
         """The longest match of another text's last tokens, the newest among equals."""
         if len(tail) < _KEY:
             return NO_MATCH
-        return self._best(self._last.get(_key(*tail[-3:]), 0), tail, most_places)
+        end = self._last.get(_key(tail[-3], tail[-2], tail[-1]), 0)
+        return self._best(end, tail, most_places) if end else NO_MATCH
 
     def find_own(self, *, most_places: int) -> Match:
         """The longest match of this text's own last tokens before its end."""
         before = self._before
-        return self._best(before[-1] if before else 0, self.token_ids, most_places)
+        return self._best(before[-1], self.token_ids, most_places) if before and before[-1] else NO_MATCH
 
     def _best(self, end: int, tail: Sequence[int], most_places: int) -> Match:
         best = NO_MATCH
@@ -127,7 +128,7 @@ class OwnText:
 class PromptLookup:
     """Proposer "ngram": what followed the last three tokens when they last stood in the same sequence."""
 
-    def begin(self, tenant: str) -> Drafter:
+    def begin(self, owner: str) -> Drafter:
         return OwnText(most_places=1)
 
     def end(self, drafter: Drafter) -> None:
@@ -138,17 +139,17 @@ _PLACES = 8
 """Places of a chain that are compared."""
 
 _EARLIER_TOKENS = 65_536
-"""Of a tenant's earlier outputs, in each of two generations: the older is dropped when the newer is full."""
+"""Of an owner's earlier outputs, in each of two generations: the older is dropped when the newer is full."""
 
-_TENANTS = 64
-"""Tenants whose earlier outputs are kept, those served last."""
+_OWNERS = 64
+"""Owners whose earlier outputs are kept, those served last."""
 
 _GAP = (1 << _BITS) - 1
 """Stands between outputs: no token id is so large, so no match reaches over it."""
 
 
 class EarlierOutputs:
-    """What one tenant's sequences said."""
+    """What one owner's sequences said."""
 
     def __init__(self) -> None:
         self.newer, self.older = TextIndex(), TextIndex()
@@ -160,8 +161,10 @@ class EarlierOutputs:
         self.newer.extend([_GAP])
 
     def draft(self, tail: Sequence[int], most: int) -> Draft:
-        found = [(index.find(tail, most_places=_PLACES), index) for index in (self.newer, self.older)]
-        match, index = max(found, key=lambda each: each[0].length)
+        match, index = self.newer.find(tail, most_places=_PLACES), self.newer
+        older = self.older.find(tail, most_places=_PLACES)
+        if older.length > match.length:
+            match, index = older, self.older
         if not match.length:
             return NO_DRAFT
         follows = index.token_ids[match.end : match.end + most].tolist()
@@ -170,7 +173,7 @@ class EarlierOutputs:
 
 
 class SuffixText(OwnText):
-    """Drafter over one sequence, and over what the same tenant's sequences said before."""
+    """Drafter over one sequence, and over what the same owner's sequences said before."""
 
     def __init__(self, earlier: EarlierOutputs) -> None:
         super().__init__(most_places=_PLACES)
@@ -191,21 +194,21 @@ class SuffixText(OwnText):
         own = super().draft(most)
         if own.evidence >= _LONGEST:
             return own
-        earlier = self.earlier.draft(self.index.token_ids[-_LONGEST:], most)
+        earlier = self.earlier.draft(self.index.token_ids, most)
         return earlier if earlier.evidence > own.evidence else own
 
 
 class SuffixLookup:
     """Proposer "suffix": what followed the longest run of last tokens that stood in the same sequence before, or in
-    what the same tenant's sequences said."""
+    what the same owner's sequences said."""
 
     def __init__(self) -> None:
         self._earlier: OrderedDict[str, EarlierOutputs] = OrderedDict()
 
-    def begin(self, tenant: str) -> Drafter:
-        earlier = self._earlier.setdefault(tenant, EarlierOutputs())
-        self._earlier.move_to_end(tenant)
-        if len(self._earlier) > _TENANTS:
+    def begin(self, owner: str) -> Drafter:
+        earlier = self._earlier.setdefault(owner, EarlierOutputs())
+        self._earlier.move_to_end(owner)
+        if len(self._earlier) > _OWNERS:
             self._earlier.popitem(last=False)
         return SuffixText(earlier)
 

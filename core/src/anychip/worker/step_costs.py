@@ -20,16 +20,19 @@ def measure_steps(runner: ModelRunner, limits: StepLimits, kv: KVPlan, pool: int
     blocks. They draw by chance, which takes longer than greedy draws: drafts must pay in either case. Slots and blocks
     that they use are left as those of requests that have ended."""
     width = 1 + limits.max_drafts
-    costs = []
+    decisions = {}
     for tokens in _SIZES:
         rows = [width] * (tokens // width) + ([tokens % width] if tokens % width else [])
         fits = tokens <= limits.max_num_tokens and len(rows) <= limits.max_num_reqs and width <= limits.max_model_len
         if not fits or blocks_taken([width] * len(rows), kv.block_sizes) >= pool:
             break
-        decision = made_up_step(rows, num_drafts=[row - 1 for row in rows], block_sizes=kv.block_sizes, temperature=1.0)
-        seconds = [_timed(runner, decision) for _ in range(1 + _REPEATS)]
-        costs.append((tokens, min(seconds[1:])))  # what disturbs a step makes it longer
-    return tuple(costs)
+        decisions[tokens] = made_up_step(
+            rows, num_drafts=[row - 1 for row in rows], block_sizes=kv.block_sizes, temperature=1.0
+        )
+    # In turn: what disturbs the machine for a while disturbs one repeat of all sizes, and not all repeats of one.
+    rounds = [[_timed(runner, decision) for decision in decisions.values()] for _ in range(1 + _REPEATS)]
+    # What disturbs a step makes it longer.
+    return tuple(zip(decisions, map(min, zip(*rounds[1:], strict=True)), strict=True))
 
 
 def _timed(runner: ModelRunner, decision: StepDecision) -> float:
