@@ -212,14 +212,11 @@ class TorchStepProgram(StepProgram):
         return state, TorchOutputs(host, self.platform.event())
 
     def _draw(self, state: TorchState, hidden: TorchHidden, logits: Tensor, late: SamplingInputs) -> dict[str, Tensor]:
-        count = late.num_samples
-        views = hidden.draws
+        count, slots, views = late.num_samples, hidden.sample_slots, hidden.draws
         if late.staged_at is None:
             views = arena_views(torch.from_numpy(late.arena).to(self.device, non_blocking=True), late.sections)
-        slots = hidden.sample_slots
-        if count < late.key.num_samples:  # most buckets of a graph are full: a slice costs the host a microsecond
-            logits, slots = logits[:count], slots[:count]
-            views = {name: view[:count] for name, view in views.items()}
+        if count < late.key.num_samples:  # where a bucket is full, the host saves a slice of every array
+            logits, slots, views = logits[:count], slots[:count], {name: view[:count] for name, view in views.items()}
         drawn = draw_tokens(
             self.ops,
             logits.float(),
