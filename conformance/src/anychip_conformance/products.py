@@ -49,6 +49,7 @@ SCHEMES = (
     Scheme(name="int8", scales="group", group_size=32),
     Scheme(name="int4", scales="group", group_size=32),
     Scheme(name="int4", scales="group", group_size=16, zero_points=True),
+    Scheme(name="int4", scales="group", group_size=64, zero_points=True),  # groups as wide as kernels like them
     Scheme(name="fp8", scales="tensor", activations="static"),
     Scheme(name="fp8", scales="channel", activations="token"),
     Scheme(name="fp8", scales="block", group_size=32, activations="group"),

@@ -177,7 +177,7 @@ def widened(launch: Launcher, matrix: QuantizedMatrix, dtype: torch.dtype) -> Te
         out=result, w=as_bytes(matrix.values), w_scale=matrix.scales,
         w_zero=matrix.values if matrix.zeros is None else matrix.zeros, columns=columns,
         w_stride=matrix.values.stride(0), w_groups=matrix.scales.shape[1], GROUP=scheme.group_size or 0,
-        W_KIND=weight_kind(scheme), HAS_ZERO=scheme.zero_points, **blocks,
+        W_KIND=weight_kind(scheme), HAS_ZERO=scheme.zero_points is not None, **blocks,
     )  # fmt: skip
     return result
 
@@ -202,7 +202,7 @@ def product_arguments(
         "X_SCALES": _ROW_SCALES.get(activations, "none"),
         "x_groups": 0 if x_scale is None or activations == "static" else x_scale.stride(0),
         "W_KIND": "plain" if scheme is None else weight_kind(scheme),
-        "HAS_ZERO": scheme is not None and scheme.zero_points,
+        "HAS_ZERO": scheme is not None and scheme.zero_points is not None,
         # Matrix units add products of 8-bit floats in fewer bits than float32 has.
         "FP8": "" if dtype == torch.float32 else launch.target.fp8,
     }

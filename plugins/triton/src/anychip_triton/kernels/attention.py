@@ -235,9 +235,10 @@ def paged_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     values = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     position = context + query
-    # Blocks of keys before this one are whole, and every query of the tile sees all of them.
+    # Blocks of keys before this one are whole, and every query of the tile sees all of them. Keys of 8 bits are widened
+    # in so many registers that a second loop has none.
     seen = start
-    if not HAS_WINDOW:
+    if not HAS_WINDOW and BYTES == "":
         seen = tl.maximum(start, tl.minimum(stop, context + first + 1) // BLOCK_N * BLOCK_N)
         for at in range(start, seen, BLOCK_N):
             highest, total, values = _attended(
