@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 
 import msgspec
+import numpy as np
 import pytest
 from drafts_kit import Guesses, alone, engine, message, run, speculating
 from hypothesis import given, settings
@@ -140,6 +141,17 @@ def test_steps_are_not_overlapped_for_drafts_that_do_not_pay():
     core.executor.collect = lambda: (overlapped.append(len(device.pending)), collect())[1]
     run(core, [message("a", [5, 6], 25, stops=())])
     assert overlapped == [2] * 24 + [1] and device.most_drafts == 0
+
+
+@pytest.mark.parametrize(("second", "drafts"), [(0.0199, False), (0.015, True)])
+def test_drafts_that_are_hardly_worth_it_are_not_tried(second, drafts):
+    """Two tokens that are sure take as long as two steps, but for a hair; or much less."""
+    costs = StepCosts([(1, 0.01), (2, second), (64, 62 * second)])
+    speculator = speculating(Guesses(random.Random(0), 1.0), max_drafts=1, costs=costs)
+    speculator.acceptance.chances = lambda evidence, counts, own: (np.arange(1) < counts[:, None]).astype(float)
+    core, device = engine(speculator)
+    run(core, [message("a", [5, 6], 20, stops=())])
+    assert (device.most_drafts > 0) == drafts
 
 
 class Clock:

@@ -75,10 +75,13 @@ class Asking:
         """What may follow the sequences' last known tokens, at most `most` tokens each."""
         forced = {at: ids for at, each in enumerate(requests) if each.processors and (ids := _forced(each, most))}
         ids, counts, evidence = self._answers(requests, most, forced)
+        if not ids:  # most steps of a chat
+            none = np.zeros(len(counts), dtype=np.int32)
+            return Drafts(none[:0], none, none)
         try:
             token_ids = np.frombuffer(array("i", ids), dtype=np.int32)
             numbers = np.frombuffer(array("i", evidence), dtype=np.int32)
-            is_sound = not ids or bool(token_ids.min() >= 0 and token_ids.max() < self._vocab_size)
+            is_sound = bool(token_ids.min() >= 0 and token_ids.max() < self._vocab_size)
         except MISTAKES:
             is_sound = False
         if not is_sound:

@@ -22,6 +22,9 @@ from anychip.speculation.proposer import Proposer
 _FORGET_EVERY = 1024
 """Steps after which what was learned of acceptance counts half."""
 
+_WORTH = 1.03
+"""How many times faster a step with drafts must promise to be: what is chosen for its promise keeps less."""
+
 
 class Speculator:
     """`costs` None: nobody has measured steps, and every draft is tried. `clock` gives seconds."""
@@ -93,13 +96,15 @@ class Speculator:
         drafts = self._asking.drafts(requests, self.max_drafts)
         lengths = np.minimum(drafts.counts, most)
         if self.costs is not None and len(drafts.token_ids):
-            lengths, _ = choose_lengths(
+            lengths, rate = choose_lengths(
                 self._chances(requests, drafts, lengths),
                 num_rows=num_rows,
                 num_tokens=num_tokens,
                 costs=self.costs,
                 overhead_s=self._overhead_s,
             )
+            if rate < _WORTH * num_rows / (self.costs(num_tokens) + self._overhead_s):
+                lengths = np.zeros_like(lengths)
         self._note_overhead()
         return drafts, lengths
 
@@ -124,6 +129,8 @@ class Speculator:
         tokens, of which the step in flight draws the first."""
         self._count_choice()
         drafts = self._asking.drafts(requests, self.max_drafts + 1)
+        if not len(drafts.token_ids):
+            return False
         lengths = np.minimum(drafts.counts, most)
         if not (lengths > 1).any():
             return False
@@ -133,7 +140,7 @@ class Speculator:
         _, rate = choose_lengths(
             chances, num_rows=num_rows, num_tokens=num_rows, costs=self.costs, overhead_s=self._overhead_s
         )
-        return rate > num_rows / self.costs(num_rows)
+        return rate > _WORTH * num_rows / self.costs(num_rows)
 
     def _chances(self, requests: Sequence[Request], drafts: Drafts, lengths: np.ndarray) -> np.ndarray:
         """By request and token, as Acceptance has them."""
