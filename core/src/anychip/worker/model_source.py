@@ -17,7 +17,7 @@ from anychip.model_config import ModelConfig
 from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
-    AttentionSpec,
+    CacheSpec,
     Communicator,
     GroupSpec,
     Platform,
@@ -73,7 +73,7 @@ class CheckpointSource:
     def config_json(self) -> Mapping[str, Any]:
         return self.model.raw
 
-    def attention_specs(self, size: int) -> Sequence[AttentionSpec]:
+    def attention_specs(self, size: int) -> Sequence[CacheSpec]:
         if self.model.num_heads % size:
             raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {size} ranks")
         return self.family.attention_specs(self.model, size, self.dtype, self.kv_dtype)

@@ -72,7 +72,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, pla
     edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
     blocks = count_blocks(whole, activations, graphs, pending=weights + edits)
     return WorkerReady(
-        kv=kv_cache_config(whole.kv, blocks),
+        kv=kv_cache_config(whole.kv, blocks, whole.num_states),
         rules=platform.step_rules.for_device(platform.capabilities),
         memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs, edits=edits),
         device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",

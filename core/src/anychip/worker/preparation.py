@@ -10,8 +10,8 @@ from anychip.config import EngineConfig, WorkerSpec
 from anychip.model_config import ModelConfig
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
-    AttentionBackend,
-    AttentionSpec,
+    CacheBackend,
+    CacheSpec,
     GroupSpec,
     KVPlan,
     Platform,
@@ -26,6 +26,9 @@ from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.staging import StagingRing
 
+_SLOTS_PER_SPARE_STATE = 8
+"""A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
+one meanwhile. Few end in one step; where all spares are taken, the next sequence enters a step later."""
 _GRAPHS_SHARE = 0.1
 """Of the memory that is free before weights are loaded, what graphs may take at most."""
 
@@ -55,7 +58,15 @@ class Preparation:
             vocab_size=self.model.vocab_size,
             policy=self.policy,
             ring=StagingRing(self.platform, depth=2 * (self.config.max_in_flight + 1)),
+            states=bool(self.kv.states),
         )
+
+    @property
+    def num_states(self) -> int:
+        """Blocks of the states' pool: one for each slot, some for sequences that enter before the steps in flight have
+        let go of the last ones, and block 0. 0 for a model without states."""
+        slots = self.limits.max_slots
+        return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) if self.kv.states else 0
 
     def tp_group(self, spec: WorkerSpec) -> GroupSpec:
         """The ranks that share the model's layers."""
@@ -83,7 +94,7 @@ def prepare(
     config = spec.config
     source = CheckpointSource(config=config, model=model, platform=platform, ops=ops, contributed=contributed)
     size = len(spec.device_indexes) if per_host else spec.world_size
-    backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
+    backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
     kv = plan_kv(source.attention_specs(size), backend_for, config.block_size)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
@@ -114,7 +125,8 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         max_model_len=length,
         max_slots=config.resolved_max_num_seqs,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
-        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts else 0,
+        # A state that took in a drafted token cannot give it back.
+        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts and not kv.states else 0,
     )
 
 

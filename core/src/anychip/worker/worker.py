@@ -22,7 +22,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import load_plugins
-from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
@@ -72,7 +72,7 @@ class Worker:
         self._got_on("the KV cache is sized")
         graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
         blocks = count_blocks(prepared, activations, graphs, pending=pending)
-        state = program.initial_state(blocks)
+        state = fresh_state(program, prepared.kv, blocks, prepared.num_states)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
@@ -80,7 +80,8 @@ class Worker:
         memory = memory_plan(
             prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
         )
-        self.ready = self._report(kv_cache_config(prepared.kv, blocks), memory, report, source)
+        kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
+        self.ready = self._report(kv, memory, report, source)
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
