@@ -6,22 +6,17 @@ branch in `kind_of`; the manager treats all alike.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 from anychip.kv_cache.block_pool import BlockPool
 from anychip.messages import CacheGroup, KVGroup, StateGroup
 from anychip.types import NULL_BLOCK, BlockId, cdiv
 
 
-class Growth(NamedTuple):
-    """What a table wants of its pool before some tokens can be computed."""
-
-    new: int
-    """Blocks behind those that it has."""
-    copied: list[int]
-    """Indexes of blocks that are to be written and are somebody else's too."""
+Growth = tuple[int, list[int]]
+"""What a table wants of its pool before some tokens can be computed: so many blocks behind those that it has, and
+copies of those at these indexes, which are to be written and are somebody else's too."""
 
 
 class GroupBlocks:
@@ -29,10 +24,6 @@ class GroupBlocks:
 
     def needed(self, num_tokens: int) -> int:
         """Entries of the table of a sequence of so many tokens."""
-        raise NotImplementedError
-
-    def room(self, num_tokens: int) -> int:
-        """For how many tokens those entries suffice."""
         raise NotImplementedError
 
     def grow(self, pool: BlockPool, table: list[BlockId], start: int, end: int) -> Growth:
@@ -64,14 +55,13 @@ class TokenBlocks(GroupBlocks):
     def needed(self, num_tokens: int) -> int:
         return cdiv(num_tokens, self.block_size)
 
-    def room(self, num_tokens: int) -> int:
-        return cdiv(num_tokens, self.block_size) * self.block_size
-
     def grow(self, pool: BlockPool, table: list[BlockId], start: int, end: int) -> Growth:
         size, held = self.block_size, len(table)
-        wanted = cdiv(end, size)
-        copied = [at for at in range(start // size, min(wanted, held)) if not pool.is_writable(table[at])]
-        return Growth(max(0, wanted - held), copied)
+        first, wanted = start // size, -(-end // size)
+        if first >= held:
+            return wanted - held, []
+        copied = [at for at in range(first, min(wanted, held)) if not pool.is_writable(table[at])]
+        return max(0, wanted - held), copied
 
     def num_full(self, num_tokens: int) -> int:
         return num_tokens // self.block_size
@@ -98,7 +88,8 @@ class WindowBlocks(TokenBlocks):
 
     def grow(self, pool: BlockPool, table: list[BlockId], start: int, end: int) -> Growth:
         """The workers' tables keep the ids of what is given back: the window's mask hides them."""
-        for at in range(min(self.first_visible(start), len(table)) - 1, -1, -1):
+        passed = start - self.window + 1
+        for at in range(min(passed // self.block_size, len(table)) - 1, -1, -1):
             if table[at] == NULL_BLOCK:
                 break
             pool.release([table[at]])
@@ -119,11 +110,8 @@ class StateBlocks(GroupBlocks):
     def needed(self, num_tokens: int) -> int:
         return 1
 
-    def room(self, num_tokens: int) -> int:
-        return sys.maxsize
-
     def grow(self, pool: BlockPool, table: list[BlockId], start: int, end: int) -> Growth:
-        return Growth(1 - len(table), [])
+        return 1 - len(table), []
 
     def num_full(self, num_tokens: int) -> int:
         return 0

@@ -52,9 +52,11 @@ class KVCacheManager:
         self._pools = [self.pool] if self.states is None else [self.pool, self.states]
         tokens = token_groups(config.groups)
         assert tokens == list(config.groups[: len(tokens)]), "groups of tokens come before those of states"
-        self._kinds = [kind_of(group) for group in config.groups]
-        self._of_tokens = [kind for kind in self._kinds if isinstance(kind, TokenBlocks)]
-        self._pool_of = [self.pool] * len(tokens) + self._pools[1:] * (len(config.groups) - len(tokens))
+        kinds = [kind_of(group) for group in config.groups]
+        self._of_tokens = [kind for kind in kinds if isinstance(kind, TokenBlocks)]
+        pools = [self.pool] * len(tokens) + self._pools[1:] * (len(config.groups) - len(tokens))
+        self._groups = list(zip(kinds, pools, strict=True))
+        self._block_sizes = [group.block_size for group in tokens]
         self.shares = len(tokens) == len(config.groups)
         self.prefix_caching = prefix_caching and self.shares
         self.hash_block_size = finest_block_size(tokens)
@@ -82,7 +84,7 @@ class KVCacheManager:
         """Gives a waiting request the blocks that it shares, and room for `num_tokens` more. False, with nothing
         changed, when a pool is short."""
         need = dict.fromkeys(self._pools, 0)
-        for kind, pool, table in zip(self._kinds, self._pool_of, shared.tables, strict=True):
+        for (kind, pool), table in zip(self._groups, shared.tables, strict=True):
             new = kind.needed(shared.num_tokens + num_tokens) - len(table)
             # The block that it shares in part is copied.
             need[pool] += pool.count_free(table) + new + kind.num_partial(shared.num_tokens)
@@ -95,13 +97,13 @@ class KVCacheManager:
 
     def _find_prefix(self, request: Request) -> Shared:
         if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
-            return Shared(0, [[] for _ in self._kinds])
+            return Shared(0, [[] for _ in self._groups])
         return find_prefix(self._of_tokens, self.pool, request, self.hash_block_size)
 
     def _share(self, request: Request, shared: Shared) -> None:
         self.pool.take(chain.from_iterable(shared.tables))
         request.block_ids = shared.tables
-        request.num_cached_blocks = [kind.num_full(shared.num_tokens) for kind in self._kinds]
+        request.num_cached_blocks = [kind.num_full(shared.num_tokens) for kind, _ in self._groups]
         request.num_computed = shared.num_tokens
 
     def adopt(self, moves: Sequence[tuple[Request, Request]]) -> None:
@@ -144,23 +146,26 @@ class KVCacheManager:
             return True
         if not self._allocate_groups(request, start, end):
             return False
-        request.next_change_at = min([kind.room(end) for kind in self._kinds])
+        request.next_change_at = min([-(-end // size) * size for size in self._block_sizes], default=sys.maxsize)
         return True
 
     def _allocate_groups(self, request: Request, start: int, end: int) -> bool:
         growths: list[Growth] = []
-        need = dict.fromkeys(self._pools, 0)
-        for kind, pool, table in zip(self._kinds, self._pool_of, request.block_ids, strict=True):
-            growth = kind.grow(pool, table, start, end)
+        tokens = states = 0
+        for (kind, pool), table in zip(self._groups, request.block_ids, strict=False):
+            growth = new, copied = kind.grow(pool, table, start, end)
             growths.append(growth)
-            need[pool] += growth.new + len(growth.copied)
-        if _exceeds(need):
+            if pool is self.states:
+                states += new
+            else:
+                tokens += new + len(copied)
+        if tokens > self.pool.num_free or (states and self.states is not None and states > self.states.num_free):
             return False
         for index, (new, copied) in enumerate(growths):
-            table, pool = request.block_ids[index], self._pool_of[index]
             for at in copied:
                 self._copy_on_write(request, index, at)
             if new:
+                pool, table = self._groups[index][1], request.block_ids[index]
                 length, blocks = len(table), pool.allocate(new)
                 table.extend(blocks)
                 if pool is self.pool:
@@ -182,7 +187,7 @@ class KVCacheManager:
     def trim(self, request: Request) -> None:
         """Gives back the blocks behind the one that the request's next token needs. The workers' tables keep the old
         ids: no length reaches them."""
-        for kind, pool, table in zip(self._kinds, self._pool_of, request.block_ids, strict=True):
+        for (kind, pool), table in zip(self._groups, request.block_ids, strict=True):
             needed = kind.needed(request.num_computed + 1)
             if len(table) > needed:
                 pool.release(reversed(table[needed:]))
@@ -236,7 +241,7 @@ class KVCacheManager:
 
     def free(self, request: Request) -> None:
         """Releases everything, the sequence's end first, so that shared beginnings are evicted last."""
-        for pool, table in zip(self._pool_of, request.block_ids, strict=False):  # one that waits has no tables
+        for (_, pool), table in zip(self._groups, request.block_ids, strict=False):  # one that waits has no tables
             pool.release(reversed(table))
         request.block_ids = []
         request.next_change_at = 0
@@ -295,7 +300,7 @@ class KVCacheManager:
         all that hold blocks, and `others` hold it. For tests."""
         held = [Counter(others), *(Counter[BlockId]() for _ in self._pools[1:])]
         for request in requests:
-            for pool, table in zip(self._pool_of, request.block_ids, strict=False):
+            for (_, pool), table in zip(self._groups, request.block_ids, strict=False):
                 held[self._pools.index(pool)].update(table)
         for pool, blocks in zip(self._pools, held, strict=True):
             del blocks[NULL_BLOCK]
