@@ -13,7 +13,6 @@ from anychip.kv_cache.block_pool import BlockPool
 from anychip.messages import CacheGroup, KVGroup, StateGroup
 from anychip.types import NULL_BLOCK, BlockId, cdiv
 
-
 Growth = tuple[int, list[int]]
 """What a table wants of its pool before some tokens can be computed: so many blocks behind those that it has, and
 copies of those at these indexes, which are to be written and are somebody else's too."""
