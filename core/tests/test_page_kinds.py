@@ -127,6 +127,11 @@ def test_a_device_without_such_kernels_refuses_by_name(toys, toy):
         LLM(str(toys[toy][0]), skip_tokenizer=True, device="fake-static", dtype="float32", max_model_len=160)
 
 
+def test_what_states_rule_out_is_said_at_the_start(toys):
+    config = EngineConfig(model=str(toys["toy-state"][0]), device="cpu", max_model_len=160, speculate="ngram")
+    assert "a state has no past: no prefix caching and no drafts for this model" in plan_engine(config).worker.notes
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 33])
 def test_both_forms_of_a_gated_sum_agree(length):
     generator = torch.Generator().manual_seed(length)

@@ -62,7 +62,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, pla
     shard = Shard(rank=spec.rank, size=whole.num_shards, communicator=AbsentRanks(whole.tp_group(spec)))
     weights = _weights(whole, shard) * (whole.num_shards if per_host else 1)
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
-    notes = list(ops.notes)
+    notes = [*ops.notes, *whole.notes]
     if manifest.seam == "torch":
         activations = _activations(prepared_for(_first_layers(whole)), shard)
     else:

@@ -68,6 +68,15 @@ class Preparation:
         slots = self.limits.max_slots
         return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) if self.kv.states else 0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model's layers rule out of what was asked for."""
+        asked = {"prefix caching": self.config.prefix_caching, "drafts": self.config.speculate is not None}
+        unused = [name for name, wanted in asked.items() if wanted]
+        return (
+            (f"a state has no past: no {' and no '.join(unused)} for this model",) if self.kv.states and unused else ()
+        )
+
     def tp_group(self, spec: WorkerSpec) -> GroupSpec:
         """The ranks that share the model's layers."""
         widest = max(self.model.hidden_size, self.model.vocab_size)

@@ -26,7 +26,6 @@ from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
-from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.step_costs import measure_steps
@@ -81,7 +80,7 @@ class Worker:
             prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
         )
         kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
-        self.ready = self._report(kv, memory, report, source)
+        self.ready = self._report(kv, memory, report, (*prepared.notes, str(source.progress)))
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
@@ -96,7 +95,7 @@ class Worker:
         return program
 
     def _report(
-        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, source: CheckpointSource
+        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, notes: tuple[str, ...]
     ) -> WorkerReady:
         prepared = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
         return WorkerReady(
@@ -104,7 +103,7 @@ class Worker:
             rules=self.platform.step_rules.for_device(self.platform.capabilities),
             memory=memory,
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
-            notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
+            notes=(*self.ops.notes, *notes, *([prepared] if report.num_programs else [])),
             kernels=self._kernels(),
             capabilities=_declared(self.platform.capabilities),
             step_costs=self._step_costs,
