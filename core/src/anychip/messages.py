@@ -166,28 +166,41 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     graphs: int
     """Bytes reserved for captured graphs."""
     kv_cache: int
-    """Bytes of all KV blocks."""
+    """Bytes of all blocks, of tokens and of states."""
     num_blocks: int
-    """Blocks of the KV cache, block 0 included."""
+    """Blocks of tokens, block 0 included."""
     kv_tokens: int
     """Tokens that the KV cache holds."""
     max_concurrency: float
     """How many requests of the maximum length fit at once."""
+    num_states: int = 0
+    """Blocks of the states' pool, block 0 included; 0: the model keeps no states."""
 
 
-class KVGroup(msgspec.Struct, frozen=True):
-    """Layers that get their blocks together. `window` counts tokens; None keeps every earlier token."""
+class KVGroup(msgspec.Struct, frozen=True, tag="tokens"):
+    """Layers that get their blocks of tokens together. `window` counts tokens; None keeps every earlier token."""
 
     block_size: int
     window: int | None = None
     layers: tuple[int, ...] = ()
 
 
+class StateGroup(msgspec.Struct, frozen=True, tag="state"):
+    """Layers that keep a state of each sequence: one block of the states' pool holds those of all of them."""
+
+    layers: tuple[int, ...] = ()
+
+
+CacheGroup = KVGroup | StateGroup
+
+
 class KVCacheConfig(msgspec.Struct, frozen=True):
-    """`num_blocks` counts block 0, which no request owns."""
+    """`num_blocks` is the size of the tokens' pool, `num_states` that of the states' pool. Both count block 0, which no
+    request owns."""
 
     num_blocks: int
-    groups: tuple[KVGroup, ...]
+    groups: tuple[CacheGroup, ...]
+    num_states: int = 0
 
 
 class DeviceRules(msgspec.Struct, frozen=True):

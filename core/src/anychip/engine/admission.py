@@ -13,7 +13,7 @@ from anychip.engine.logits_processors import make_processors
 from anychip.engine.token_ids import check_token_ids
 from anychip.errors import AnychipError, InvalidRequest, QueueFull, RequestTimeout
 from anychip.kv_cache.hashing import HASH_BYTES, media_marks
-from anychip.kv_cache.manager import blocks_per_request
+from anychip.kv_cache.kinds import blocks_per_request
 from anychip.messages import AddRequest
 from anychip.prefix import PrefixRoot, check_prefix
 from anychip.request import LogitsProcessor, Request
@@ -137,6 +137,12 @@ class Admission:
 
     def _check_beams(self, message: AddRequest) -> None:
         width = message.sampling.beam_width
+        if not self.scheduler.kv.shares:
+            raise InvalidRequest(
+                "beams share what they have computed, and the states of this model's layers cannot be shared; "
+                "ask for n sequences instead",
+                param="beam_width",
+            )
         if width > self.scheduler.max_rows:
             raise InvalidRequest(f"{width} beams; at most {self.scheduler.max_rows} sequences run", param="beam_width")
         if num_candidates(width, len(set(message.stop_ids))) > MAX_LOGPROBS:

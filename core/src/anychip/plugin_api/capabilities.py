@@ -49,6 +49,9 @@ class Capabilities:
     attention_lse: bool = False
     """Whether AttentionSpec.lse is served: attention over some of the keys, to be merged with attention over others."""
     mla: bool = False
+    """Whether LatentSpec is served: attention over one row per token that all heads share."""
+    recurrences: frozenset[str] = frozenset()
+    """Names of RECURRENCES that state layers may have."""
     kv_write: Literal["in_place", "functional"] = "in_place"
     """functional: writing keys and values gives a new cache, and far block ids are not judged."""
     host_lengths: Literal["none", "upper_bound", "exact"] = "none"

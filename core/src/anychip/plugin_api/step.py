@@ -11,18 +11,21 @@ What goes into a step is declared in plugin_api/step_inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from anychip.errors import Unsupported
-from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec
+from anychip.plugin_api.attention import AttentionBackend, AttentionLayer
+from anychip.plugin_api.cache import Cache, CacheBackend
+from anychip.plugin_api.cache_specs import CacheSpec
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
+from anychip.plugin_api.latent import LatentBackend, LatentLayer
 from anychip.plugin_api.mesh import Mesh, MeshShape
+from anychip.plugin_api.state import StateBackend, StateLayer
 from anychip.plugin_api.step_inputs import EnteringRow, SamplingInputs, StepInputs
-from anychip.types import MAX_BIASES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,14 +110,43 @@ class ForwardContext:
             plan = self.plans[group]
             attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
             return attended
+        return self._run(
+            index,
+            lambda cache, plan, out: backend.forward(q, k, v, cache, plan, layer, rope=rope, qk_norm=qk_norm, out=out),
+        )
+
+    def attend_latent(
+        self,
+        backend: LatentBackend,
+        layer: LatentLayer,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        *,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """LatentBackend.forward on a layer's plan and cache."""
+        return self._run(
+            layer.index,
+            lambda cache, plan, out: backend.forward(
+                q_nope, q_rope, latent, k_rope, cache, plan, layer, rope=rope, out=out
+            ),
+        )
+
+    def advance(self, backend: StateBackend, layer: StateLayer, inputs: Mapping[str, Tensor]) -> Tensor:
+        """StateBackend.forward on a layer's plan and cache."""
+        return self._run(layer.index, lambda cache, plan, _: backend.forward(inputs, cache, plan, layer))
+
+    def _run(self, index: int, forward: Callable[[Cache, Any, Tensor | None], tuple[Tensor, Cache]]) -> Tensor:
+        """Calls a layer's forward(cache, plan, out); where a step is captured in pieces, between the pieces."""
+        group, caches = self.layer_groups[index], self.caches
 
         def call(plans: Sequence[Any], out: Tensor | None) -> Tensor:
-            attended, caches[index] = backend.forward(
-                q, k, v, caches[index], plans[group], layer, rope=rope, qk_norm=qk_norm, out=out
-            )
-            return attended
+            result, caches[index] = forward(caches[index], plans[group], out)
+            return result
 
-        return self.run_outside_graph(call)
+        return call(self.plans, None) if self.run_outside_graph is None else self.run_outside_graph(call)
 
 
 class StepModel(Protocol):
@@ -124,8 +156,8 @@ class StepModel(Protocol):
     vocab_size: int
 
     @property
-    def attention(self) -> Sequence[AttentionBackend]:
-        """By layer."""
+    def attention(self) -> Sequence[CacheBackend]:
+        """What keeps each layer's cache, by layer: AttentionBackend, LatentBackend, StateBackend."""
         ...
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -144,8 +176,8 @@ class ModelSource(Protocol):
     vocab_size: int
     ops: Ops
 
-    def attention_specs(self, shape: MeshShape) -> Sequence[AttentionSpec]:
-        """By layer, for one rank of a mesh; needs no weights."""
+    def attention_specs(self, shape: MeshShape) -> Sequence[CacheSpec]:
+        """By layer, for one rank of a mesh; needs no weights. A layer that keeps two caches counts as two."""
         ...
 
     @property
@@ -169,30 +201,6 @@ class ModelSource(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class KVPlan:
-    """The layout that core gave the KV cache: which layers form a group, and which share a buffer of the pool."""
-
-    block_sizes: tuple[int, ...]  # by group
-    layer_groups: tuple[int, ...]  # by layer
-    layer_buffers: tuple[int, ...]  # by layer
-    num_buffers: int
-    """Buffers of the pool: the most layers that a group has."""
-    page_bytes: int
-    """Bytes of one block in one buffer."""
-    specs: tuple[AttentionSpec, ...]  # by group
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block in all buffers."""
-        return self.page_bytes * self.num_buffers
-
-
-def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
-    """Bytes of a program's state that penalties and biases take."""
-    return (max_slots + 1) * 4 * (vocab_size + 2 * MAX_BIASES)
-
-
 class StepProgram:
     """Runs steps. A compiled program compiles nothing after warm_up."""
 
@@ -203,13 +211,14 @@ class StepProgram:
         """Bytes that one step of this key needs beyond weights and KV."""
         return 0
 
-    def initial_state(self, num_blocks: int) -> State:
-        """Fresh state with a KV pool of `num_blocks`; called before warm_up."""
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> State:
+        """Fresh state with a pool of `num_blocks` blocks of tokens, and one of `num_states` where the plan has states,
+        which is else not given; called before warm_up."""
         raise Unsupported("step program", ["initial_state is not implemented"])
 
     def edit(self, state: State, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> State:
-        """Copies blocks (source, destination) in order, then zeroes blocks, in every layer. A block to zero may be
-        a copy's source: it was given up by one request and taken by another in the same step."""
+        """Copies blocks of tokens (source, destination) in order, then zeroes some, in every layer that has them. A
+        block to zero may be a copy's source: it was given up by one request and taken by another in the same step."""
         raise Unsupported("step program", ["edit is not implemented"])
 
     def enter(self, state: State, rows: Sequence[EnteringRow]) -> State:

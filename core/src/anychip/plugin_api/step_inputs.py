@@ -8,8 +8,11 @@ import numpy as np
 
 from anychip.plugin_api.graph import DRAFTS, MASKS, SCORES, ShapeKey
 from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
-from anychip.types import NULL_BLOCK, PADDING_SLOT
+from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
 
+STATES = "states"
+"""Stands among the features that a step's arrays are laid out for, where the model has state layers. It is no feature
+of a ShapeKey: all steps of such a model have it."""
 IN_PROMPT, DRAWN = 1, 2
 """What a token's count holds: IN_PROMPT once where it stands in the prompt, and DRAWN for each time in the output."""
 
@@ -40,6 +43,8 @@ class StepInputs:
     slot_mappings: tuple[np.ndarray, ...] = array(
         "num_tokens", dtype=SLOT_DTYPE, padding=PADDING_SLOT, name="slot_mapping", by_group=True
     )
+    state_blocks: np.ndarray | None = array("num_reqs", padding=NULL_BLOCK, feature=STATES)
+    """Each row's block in the states' pool; None for a model without state layers."""
     score_targets: np.ndarray | None = array("num_tokens", padding=-1, feature=SCORES)
     """The id to score after a token; -1: none."""
     num_rows: int  # unpadded
@@ -109,3 +114,8 @@ class EnteringRow:
         row = np.zeros(vocab_size, dtype=np.int32)
         row[self.token_ids] = self.counts
         return row
+
+
+def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
+    """Bytes of a program's state that penalties and biases take."""
+    return (max_slots + 1) * 4 * (vocab_size + 2 * MAX_BIASES)

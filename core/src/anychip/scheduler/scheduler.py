@@ -45,7 +45,8 @@ class Scheduler:
         self.rules = rules
         self.max_rows = max_num_seqs
         self.max_tokens = max_num_batched_tokens
-        self.drafting = Drafting(kv, speculator) if speculator is not None and rules.takes_drafts else None
+        takes_drafts = rules.takes_drafts and kv.shares  # a state that took in a token cannot give it back
+        self.drafting = Drafting(kv, speculator) if speculator is not None and takes_drafts else None
         self._beams = Beams(kv)
         self.waiting = WaitingQueue(kv, policy, self._beams)
         self.running: list[Request] = []  # by policy key
@@ -158,7 +159,7 @@ class Scheduler:
             self.waiting
             and any(request.is_beam for request in self.running)
             and not any(request.num_promised for request in self.running)
-            and not self.kv.pool.num_deferred
+            and not self.kv.num_deferred
         )
 
     def _grow_running(self, draft: StepDraft) -> None:
@@ -195,7 +196,7 @@ class Scheduler:
         while not self.kv.allocate(request, num_tokens):
             draft.is_short = True
             # Blocks that steps in flight still touch return soon: waiting beats recomputing.
-            if self.kv.pool.num_deferred:
+            if self.kv.num_deferred:
                 return False
             placed = set(draft.rows)
             victim = next(other for other in reversed(self.running) if other not in placed)
@@ -230,14 +231,14 @@ class Scheduler:
             rewinds=b"" if self.drafting is None else self.drafting.take_rewinds(),
             zero_new_blocks=self.rules.zero_new_blocks,
         )
-        self.kv.pool.launched(step_id)
+        self.kv.launched(step_id)
         return step
 
     # -- a result in --------------------------------------------------------------------------------------
 
     def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
         """Takes in a step's sampled ids: new tokens for the clients, ends, blocks for the prefix cache."""
-        self.kv.pool.retired(result.step_id)
+        self.kv.retired(result.step_id)
         tokens = array("i")
         tokens.frombytes(result.token_ids)
         num_gained = memoryview(result.num_gained).cast("i") if result.num_gained else None
@@ -286,7 +287,7 @@ class Scheduler:
     def abandon(self, step: ScheduledStep) -> set[RequestId]:
         """Gives up a step that was not carried out, once every earlier one is taken in. Its requests, which are
         returned, cannot go on. Blocks that it was to fill may be on offer already, so the prefix cache is emptied."""
-        self.kv.pool.retired(step.decision.step_id)
+        self.kv.retired(step.decision.step_id)
         self.kv.pool.forget()
         return {request.request_id for request in step.requests}
 

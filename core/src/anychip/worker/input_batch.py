@@ -81,7 +81,9 @@ class InputBatch:
         vocab_size: int,
         policy: ShapePolicy,
         ring: StagingRing,
+        states: bool = False,
     ) -> None:
+        """`block_sizes` are those of the groups of tokens; `states`: behind them is a group of states."""
         slots = limits.max_slots
         self.limits = limits
         self.block_sizes = tuple(block_sizes)
@@ -95,7 +97,9 @@ class InputBatch:
         self._num_host = np.zeros(slots, dtype=np.int32)  # ids that the host has
         self._num_known = np.zeros(slots, dtype=np.int32)  # ids that the host or the device has
         self._num_computed = np.zeros(slots, dtype=np.int32)
-        self._tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
+        self._token_tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
+        self._states = np.zeros((slots, 1), dtype=np.int32) if states else None
+        self._tables = self._token_tables if self._states is None else [*self._token_tables, self._states]
         self._floats = {name: np.zeros(slots, dtype=np.float32) for name in _FLOATS}
         self._ints = {name: np.zeros(slots, dtype=np.int32) for name in _INTS}
         self._edited = np.zeros(slots, dtype=bool)  # whether penalties or biases change the slot's logits
@@ -193,11 +197,15 @@ class InputBatch:
             num_reqs=num_rows,
             num_samples=max(1, len(rows.sample_rows)),  # no array of a sampling is empty
             max_query_len=max_query,
-            num_pages=max(-(-longest // size) for size in self.block_sizes),
+            num_pages=max([-(-longest // size) for size in self.block_sizes], default=1),  # no array is empty
             features=(SCORES,) if rows.scored.any() else (),
         )
         layout = step_layout(
-            key, num_groups=len(self._tables), slot_dtype=self._slot_dtype, max_slots=self.limits.max_slots
+            key,
+            num_groups=len(self._token_tables),
+            slot_dtype=self._slot_dtype,
+            max_slots=self.limits.max_slots,
+            states=self._states is not None,
         )
         draws = sampling_layout(key.num_samples, 0, drafts=rows.has_drafts)
         draws_at, nbytes = staged_size(layout, draws)
@@ -211,7 +219,9 @@ class InputBatch:
             views["input_ids"][sampled[rows.behind > 0] + 1] = rows.drafts
         views["query_start"][: num_rows + 1] = starts
         views["query_start"][num_rows + 1 :] = num_tokens
-        for group, table in enumerate(self._tables):
+        if self._states is not None:
+            _fill(views, layout, state_blocks=self._states[rows.slots, 0])
+        for group, table in enumerate(self._token_tables):
             target = views[f"block_table_{group}"]
             pages = min(target.shape[1], table.shape[1])
             target[:num_rows, :pages] = table[rows.slots, :pages]
@@ -243,7 +253,7 @@ class InputBatch:
             positions = np.arange(num_tokens, dtype=np.int32) - before
         ids = np.where(positions < self._num_host[token_slots], self._tokens[token_slots, positions], -1)
         _fill(views, layout, input_ids=ids, positions=positions, token_slots=token_slots)
-        for group, (table, size) in enumerate(zip(self._tables, self.block_sizes, strict=True)):
+        for group, (table, size) in enumerate(zip(self._token_tables, self.block_sizes, strict=True)):
             mapping = table[token_slots, positions // size].astype(self._slot_dtype) * size + positions % size
             _fill(views, layout, **{f"slot_mapping_{group}": mapping})
 

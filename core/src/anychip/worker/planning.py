@@ -60,7 +60,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     mesh = whole.mesh(spec, AbsentRanks)
     weights = _weights(whole, mesh) * platform.device_mesh.size
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
-    notes = list(ops.notes)
+    notes = [*ops.notes, *whole.notes]
     if platform.context.manifest.seam == "torch":
         activations = _activations(prepared_for(_first_layers(whole)), mesh)
     else:
@@ -70,7 +70,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
     blocks = count_blocks(whole, activations, graphs, pending=weights + edits)
     return WorkerReady(
-        kv=kv_cache_config(whole.kv, blocks),
+        kv=kv_cache_config(whole.kv, blocks, whole.num_states),
         rules=platform.step_rules.for_device(platform.capabilities),
         memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs, edits=edits),
         device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",

@@ -11,8 +11,8 @@ from anychip.errors import Unsupported
 from anychip.model_config import ModelConfig
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
-    AttentionBackend,
-    AttentionSpec,
+    CacheBackend,
+    CacheSpec,
     Communicator,
     GroupSpec,
     KVPlan,
@@ -30,6 +30,9 @@ from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.staging import StagingRing
 
+_SLOTS_PER_SPARE_STATE = 8
+"""A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
+one meanwhile. Few end in one step; where all spares are taken, the next sequence enters a step later."""
 _GRAPHS_SHARE = 0.1
 """Of the memory that is free before weights are loaded, what graphs may take at most."""
 
@@ -60,6 +63,23 @@ class Preparation:
             vocab_size=self.model.vocab_size,
             policy=self.policy,
             ring=StagingRing(self.platform, depth=2 * (self.config.max_in_flight + 1)),
+            states=bool(self.kv.states),
+        )
+
+    @property
+    def num_states(self) -> int:
+        """Blocks of the states' pool: one for each slot, some for sequences that enter before the steps in flight have
+        let go of the last ones, and block 0. 0 for a model without states."""
+        slots = self.limits.max_slots
+        return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) if self.kv.states else 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model's layers rule out of what was asked for."""
+        asked = {"prefix caching": self.config.prefix_caching, "drafts": self.config.speculate is not None}
+        unused = [name for name, wanted in asked.items() if wanted]
+        return (
+            (f"a state has no past: no {' and no '.join(unused)} for this model",) if self.kv.states and unused else ()
         )
 
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
@@ -94,7 +114,7 @@ def prepare(
         quant_formats=quant_formats,
     )
     shape = _mesh_shape(spec, platform)
-    backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
+    backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
     kv = plan_kv(source.attention_specs(shape), backend_for, config.block_size)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
@@ -136,7 +156,8 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         max_model_len=length,
         max_slots=config.resolved_max_num_seqs,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
-        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts else 0,
+        # A state that took in a drafted token cannot give it back.
+        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts and not kv.states else 0,
     )
 
 

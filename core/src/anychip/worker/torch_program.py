@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,31 +17,29 @@ from anychip.plugin_api import (
     Communicator,
     CompileReport,
     EnteringRow,
-    Event,
     ForwardContext,
     GraphLevel,
-    HostOutputs,
     KVPlan,
     Ops,
+    PagedBackend,
     Platform,
     Recorder,
     RunOutsideGraph,
     SamplingInputs,
-    Scores,
     ShapeKey,
+    StateBackend,
     StepInputs,
     StepLimits,
     StepModel,
     StepOutputs,
     StepProgram,
 )
-from anychip.plugin_api.step_layout import batch_view, blank_step_inputs, sampling_layout, staged_size
+from anychip.plugin_api.step_layout import batch_view, blank_step_inputs, sampling_layout, staged_size, state_view
 from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
+from anychip.worker.torch_outputs import SCORE_NAMES, TorchOutputs
 
 _SCORED_AT_ONCE = 128
 """Prompt tokens whose logits exist at once."""
-
-_SCORE_NAMES = ("scores", "score_ids", "score_tops")
 
 
 @dataclass(slots=True)
@@ -86,16 +85,25 @@ class TorchStepProgram(StepProgram):
         self._pieces = Captured(self._capture_pieces)
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size, self.device)
-        self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
+        states = {layer: backend for layer, backend in enumerate(model.attention) if isinstance(backend, StateBackend)}
+        self._states: dict[int, StateBackend] = states  # by layer, as the next
+        self._paged = {
+            layer: cast(PagedBackend, backend) for layer, backend in enumerate(model.attention) if layer not in states
+        }
+        self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.specs) + len(kv.states))]
 
     # -- preparation --------------------------------------------------------------------------------------
 
-    def initial_state(self, num_blocks: int) -> TorchState:
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> TorchState:
         buffers = [self.platform.allocate(num_blocks * self.kv.page_bytes, "kv") for _ in range(self.kv.num_buffers)]
-        caches: list[object] = []
-        for layer, backend in enumerate(self.model.attention):
+        caches: list[object] = [None] * len(self.model.attention)
+        for layer, backend in self._paged.items():
             size = self.kv.block_sizes[self.kv.layer_groups[layer]]
-            caches.append(backend.make_cache(buffers[self.kv.layer_buffers[layer]], num_blocks, size))
+            caches[layer] = backend.make_cache(buffers[self.kv.layer_buffers[layer]], num_blocks, size)
+        for layer, states in self._states.items():
+            caches[layer] = states.make_cache(
+                self.platform.allocate(num_states * states.state_bytes(), "kv"), num_states
+            )
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
         self._state = TorchState(caches, last_ids, self._edits)
         return self._state
@@ -119,7 +127,7 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
-        for layer, backend in enumerate(self.model.attention):
+        for layer, backend in self._paged.items():
             cache = state.caches[layer]
             # In order: a copy's destination may be a later copy's source, and its source a block to zero.
             for source, destination in copies:
@@ -196,14 +204,18 @@ class TorchStepProgram(StepProgram):
         plans: list[object] = []
         for group, size in enumerate(self.kv.block_sizes):
             batch = batch_view(inputs, fields, group=group, block_size=size, host_lengths=host_lengths)
-            backend = self.model.attention[self._first_layer[group]]
+            backend = self._paged[self._first_layer[group]]
             plan = into[group] if into is not None else None
             plans.append(backend.plan(batch, inputs.key, group=group, into=plan, recorder=recorder))
+        for group in range(len(plans), len(self._first_layer)):
+            states, plan = self._states[self._first_layer[group]], into[group] if into is not None else None
+            view = state_view(inputs, fields)
+            plans.append(states.plan(view, inputs.key, group=group, into=plan, recorder=recorder))
         return plans
 
     @torch.inference_mode()
     def sample(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs) -> tuple[TorchState, StepOutputs]:
-        results = dict(zip(_SCORE_NAMES, hidden.scores, strict=False))
+        results = dict(zip(SCORE_NAMES, hidden.scores, strict=False))
         if hidden.logits is None or late.num_samples == 0:
             results["token_ids"] = torch.empty(0, dtype=torch.int32)
         else:
@@ -240,6 +252,7 @@ class TorchStepProgram(StepProgram):
             num_groups=len(self.kv.block_sizes),
             slot_dtype=self.platform.capabilities.slot_dtype,
             max_slots=self.limits.max_slots,
+            states=bool(self.kv.states),
         )
         staged = torch.from_numpy(inputs.staged).to(self.device).clone()
         return inputs, staged, arena_views(staged, inputs.sections)
@@ -258,7 +271,7 @@ class TorchStepProgram(StepProgram):
         return CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans)
 
     def _capture_pieces(self, num_tokens: int) -> CapturedPieces:
-        pages = max(self.limits.max_pages)
+        pages = max(self.limits.max_pages, default=1)
         key = ShapeKey(num_tokens=num_tokens, num_reqs=1, num_samples=1, max_query_len=0, num_pages=pages)
         inputs, _, fields = self._blank(key)
         plans = self._plans(inputs, fields)
@@ -280,20 +293,3 @@ def _known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
 def _staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
     layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
     return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
-
-
-class TorchOutputs:
-    """plugin_api.StepOutputs: host tensors that are being filled, and the event after which they are."""
-
-    def __init__(self, host: dict[str, Tensor], event: Event) -> None:
-        self._host = host
-        self._event = event
-
-    def fetch(self) -> HostOutputs:
-        self._event.wait()
-        arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
-        scores = None
-        if _SCORE_NAMES[0] in arrays:
-            logprobs, top_ids, top = (arrays.pop(name) for name in _SCORE_NAMES)
-            scores = Scores(logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
-        return HostOutputs(**arrays, scores=scores)

@@ -21,11 +21,10 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import Plugins, load_plugins
-from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
-from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.step_costs import measure_steps
@@ -71,7 +70,7 @@ class Worker:
         self._got_on("the KV cache is sized")
         graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
         blocks = count_blocks(prepared, activations, graphs, pending=pending)
-        state = program.initial_state(blocks)
+        state = fresh_state(program, prepared.kv, blocks, prepared.num_states)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
@@ -79,7 +78,8 @@ class Worker:
         memory = memory_plan(
             prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
         )
-        self.ready = self._report(kv_cache_config(prepared.kv, blocks), memory, report, source)
+        kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
+        self.ready = self._report(kv, memory, report, (*prepared.notes, str(source.progress)))
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
@@ -94,7 +94,7 @@ class Worker:
         return program
 
     def _report(
-        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, source: CheckpointSource
+        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, notes: tuple[str, ...]
     ) -> WorkerReady:
         prepared = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
         return WorkerReady(
@@ -102,7 +102,7 @@ class Worker:
             rules=self.platform.step_rules.for_device(self.platform.capabilities),
             memory=memory,
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
-            notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
+            notes=(*self.ops.notes, *notes, *([prepared] if report.num_programs else [])),
             kernels=self._kernels(),
             capabilities=_declared(self.platform.capabilities),
             step_costs=self._step_costs,
