@@ -63,6 +63,14 @@ class Checkpoint:
         return self._evaluated(ids, dtype, torch.float32)
 
     @torch.inference_mode()
+    def hidden_states(self, ids: list[int], dtype: str) -> list[np.ndarray]:
+        """Of all tokens [num_tokens, hidden_size], from weights as `dtype` holds them, in float32 arithmetic: behind
+        each layer but the last, and behind the final norm."""
+        model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        found = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states
+        return [state[0].numpy() for state in found[1:]]
+
+    @torch.inference_mode()
     def spread(self, ids: list[int], dtype: str) -> float:
         """How far transformers' own evaluation in `dtype` is from its evaluation in float32."""
         if dtype == "float32":

@@ -11,6 +11,7 @@ from anychip.errors import ContextTooLong, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
 from anychip.messages import AddRequest
 from anychip.prefix import MediaSpan, PrefixRoot, check_prefix
+from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
 
@@ -38,6 +39,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the adapter that the request runs with; None: without any."""
     media: tuple[MediaSpan, ...] = ()
     """The prompt's tokens that stand for media, in order; such a prompt is token ids."""
+    extras: PromptExtras | None = None
+    """Whose spans of embeddings are media spans too: `embedded_prompt` makes both."""
 
 
 class InputProcessor:
@@ -74,6 +77,8 @@ class InputProcessor:
         num_prompt = len(ids) // 4
         room = self.max_model_len - num_prompt
         asked = sampling.max_tokens
+        if options.extras is not None and options.extras.pooling is not None:
+            room, asked = room + 1, 1  # nothing is drawn behind the prompt
         if room < 1 or (asked or 1) > room:
             wants = "at least 1" if asked is None else str(asked)
             raise ContextTooLong(
@@ -108,6 +113,7 @@ class InputProcessor:
             weights_version=root.weights_version,
             adapter=root.adapter,
             media=options.media,
+            extras=options.extras,
         )
 
     def _root(self, options: RequestOptions, num_prompt: int) -> PrefixRoot:

@@ -10,6 +10,7 @@ import msgspec
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.engine.engine_core import EngineCore
+from anychip.engine.extras import ServedExtras
 from anychip.engine.grammars import PendingGrammars
 from anychip.errors import ConfigError
 from anychip.executor.inline import InlineExecutor
@@ -60,6 +61,7 @@ def build_engine(
             rules=executor.ready.rules,
             max_num_seqs=config.resolved_max_num_seqs,
             max_num_batched_tokens=config.resolved_max_num_batched_tokens,
+            max_embeddings=config.max_embeddings,
             speculator=None if proposer is None else _speculator(config, model, proposer, executor.ready),
         )
     except BaseException:
@@ -75,6 +77,9 @@ def build_engine(
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         seed=config.seed,
+        served=ServedExtras(
+            pooling=config.pooling, max_embeddings=config.max_embeddings, hidden_size=model.hidden_size
+        ),
         grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )
 

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from anychip.config import EngineConfig
-from anychip.engine.input_processor import InputProcessor, Prompt
+from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.engine.shared_engine import SharedEngine
@@ -23,6 +24,7 @@ from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
+from anychip.prompt_extras import Pooling, PoolingKind, PromptExtras
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
@@ -95,6 +97,24 @@ class LLM:
             pieces[number].append(output)
         return [merge(outputs) for outputs in pieces]
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: PoolingKind = "last", normalize: bool = True
+    ) -> list[np.ndarray]:
+        """A vector [hidden_size], float32, for each prompt, of the final hidden states of its tokens. Raises
+        InvalidRequest where the engine was not started with `pooling`.
+
+        Example:
+            with LLM("path/to/model", pooling=True) as llm:
+                first, second = llm.embed(["a cat", "a dog"], pooling="mean")
+        """
+        options = RequestOptions(extras=PromptExtras(pooling=Pooling(pooling, normalize)))
+        several = _as_list(prompts)
+        vectors: dict[int, np.ndarray] = {}
+        for number, output in self._run(several, [SamplingParams()] * len(several), options):
+            assert output.vector is not None, "a request for a vector ends with one"
+            vectors[number] = np.frombuffer(output.vector, dtype=np.float32)
+        return [vectors[number] for number in range(len(several))]
+
     def default_sampling(self, **settings: Any) -> SamplingParams:
         """What the model's makers recommend, with `settings` in place of some of it."""
         return SamplingParams(**{**self.sampling_defaults, **settings})
@@ -154,12 +174,14 @@ class LLM:
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], options: RequestOptions | None = None
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Outputs as they come, each with its prompt's number."""
         self.inputs.weights_version = self.engine.weights_version
         # Every prompt is checked before the first is accepted.
-        requests = [self.inputs.process("", prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+        requests = [
+            self.inputs.process("", prompt, sampling, options) for prompt, sampling in zip(prompts, params, strict=True)
+        ]
         return self._shared.run(requests)
 
 

@@ -26,7 +26,15 @@ from anychip.layers.kv_scales import want_kv_scales
 from anychip.model_config import ModelConfig
 from anychip.models import transformers_layers as layers
 from anychip.models.transformers_attention import ATTENTION, AttentionBridge
-from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, ForwardContext, WeightView
+from anychip.plugin_api import (
+    FINAL,
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    ForwardContext,
+    ForwardExtras,
+    WeightView,
+)
 from anychip.types import DType
 
 _MOVING_ROPES = ("dynamic", "longrope")
@@ -97,6 +105,7 @@ class TransformersModel:
     ) -> None:
         self.num_layers = config.num_layers
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self._family = family
         self._builder = builder
         builder.weights.ignored += _IGNORED
@@ -124,14 +133,32 @@ class TransformersModel:
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         self.bridge.context = context
+        given: dict[str, Any] = {"input_ids": input_ids.unsqueeze(0)}
+        extras = context.extras
+        if extras is not None and extras.embedding_rows is not None:
+            given = {"inputs_embeds": extras.embedded(self.base.get_input_embeddings()(given["input_ids"])[0])[None]}
         result = self.base(
-            input_ids=input_ids.unsqueeze(0),
+            **given,
             position_ids=positions.unsqueeze(0).long(),
             attention_mask=self._no_mask,
             use_cache=False,
+            **({} if extras is None else {"output_hidden_states": bool(extras.tap_layers)}),
         )
         hidden: Tensor = result.last_hidden_state[0]
+        if extras is not None and extras.tap_layers:
+            self._show(extras, result.hidden_states, hidden)
         return hidden
+
+    def _show(self, extras: ForwardExtras, states: Sequence[Tensor], final: Tensor) -> None:
+        """The library shows what each layer reads, and the last one's output behind the final norm only."""
+        if self.num_layers - 1 in extras.tap_layers:
+            raise Unsupported(
+                f"{type(self.hf).__name__} through transformers",
+                [f"hidden states behind its last layer, {self.num_layers - 1}, before the final norm"],
+            )
+        for layer, state in enumerate(states[1:-1]):
+            extras.seen(layer, state[0])
+        extras.seen(FINAL, final)
 
     def logits(self, hidden: Tensor) -> Tensor:
         # The model's own head, with whatever it scales or caps: its decoder is replaced by these hidden states.

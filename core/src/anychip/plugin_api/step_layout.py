@@ -11,7 +11,7 @@ import numpy as np
 from anychip.plugin_api.graph import DRAFTS, MASKS, ShapeKey
 from anychip.plugin_api.plan import BatchView
 from anychip.plugin_api.step_arrays import ALIGN, Layout, held_arrays, layout_of
-from anychip.plugin_api.step_inputs import SamplingInputs, StepInputs
+from anychip.plugin_api.step_inputs import NUM_AXES, SamplingInputs, StepInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: i
         "num_samples": key.num_samples,
         "num_pages": key.num_pages,
         "max_slots": max_slots,
+        "num_axes": NUM_AXES,
     }
     return layout_of(StepInputs, sizes, features=key.features, num_groups=num_groups, slot_dtype=slot_dtype)
 
@@ -84,6 +85,7 @@ def step_inputs(
     num_samples: int,
     max_query_len: int,
     has_drafts: bool,
+    num_tapped: int = 0,
 ) -> StepInputs:
     """StepInputs over the views of an arena, with which `staged` begins."""
     return StepInputs(
@@ -96,6 +98,7 @@ def step_inputs(
         num_samples=num_samples,
         max_query_len=max_query_len,
         has_drafts=has_drafts,
+        num_tapped=num_tapped,
         **held_arrays(StepInputs, views),
     )
 

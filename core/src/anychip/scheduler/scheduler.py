@@ -38,6 +38,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         speculator: Speculator | None = None,
+        max_embeddings: int = 0,
     ) -> None:
         check_rules(rules, max_num_batched_tokens, max_num_seqs)
         self.kv = kv
@@ -47,7 +48,7 @@ class Scheduler:
         self.max_tokens = max_num_batched_tokens
         self.drafting = Drafting(kv, speculator) if speculator is not None and rules.takes_drafts else None
         self._beams = Beams(kv)
-        self.waiting = WaitingQueue(kv, policy, self._beams)
+        self.waiting = WaitingQueue(kv, policy, self._beams, max_embeddings)
         self.running: list[Request] = []  # by policy key
         self.requests: dict[RequestId, dict[int, Request]] = {}
         """All requests that have not ended, by id and by index of the sequence."""
@@ -68,7 +69,7 @@ class Scheduler:
             known[request.index] = request
             self.policy.arrived(request)
             self.waiting.add(request)
-            if self.drafting is not None:
+            if self.drafting is not None and not request.pools:
                 self.drafting.arrived(request)
 
     def sequences(self, request_id: RequestId) -> list[Request]:
@@ -215,6 +216,7 @@ class Scheduler:
             self.prefix_queries += request.num_prompt
             self.prefix_hits += shared
         request.slot = self._free_slots.pop()
+        self.waiting.free_embeddings -= request.num_embedded
         request.enters = True
         request.fork_of = None
         request.become(RequestStatus.RUNNING)
@@ -245,6 +247,8 @@ class Scheduler:
         for position, (request, epoch) in step.scoring.items():
             if request.epoch == epoch:
                 request.prompt_logprobs += result.prompt_logprobs.get(position, [])
+        if step.pooled:
+            deltas += self._take_vectors(step, result)
         offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
         end = 0
         for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
@@ -282,6 +286,17 @@ class Scheduler:
                 delta.finish_reason = self._end(request, "length")
         if step.drafts is not None and self.drafting is not None:
             self.drafting.taken_in(step, len(tokens))
+        return deltas
+
+    def _take_vectors(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
+        deltas = []
+        for position, (request, epoch) in step.pooled.items():
+            if request.epoch == epoch:
+                delta = SequenceDelta(request.request_id, request.index, [], vector=result.vectors[position])
+                delta.cached_tokens = request.cached_tokens
+                delta.queued_s = request.scheduled_at - request.arrived_at
+                delta.finish_reason = self._end(request, "stop")
+                deltas.append(delta)
         return deltas
 
     def abandon(self, step: ScheduledStep) -> set[RequestId]:
@@ -325,6 +340,7 @@ class Scheduler:
         assert request.slot is not None
         self._free_slots.append(request.slot)
         self._finished_slots.append(request.slot)
+        self.waiting.free_embeddings += request.num_embedded
         if self.drafting is not None:
             self.drafting.forget(request.slot)
         request.slot = None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from anychip.config import EngineConfig, WorkerSpec
+from anychip.errors import ConfigError
 from anychip.model_config import ModelConfig
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
+    FINAL,
+    TAPS,
     AttentionBackend,
     AttentionSpec,
+    GraphLevel,
     GroupSpec,
     KVPlan,
     Platform,
@@ -97,7 +101,7 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        keys=_affordable_graphs(platform, policy),
+        keys=_affordable_graphs(platform, policy, limits),
         pieces=policy.pieces(),
     )
 
@@ -115,11 +119,27 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         max_slots=config.resolved_max_num_seqs,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
         max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts else 0,
+        taps=_checked_taps(config, model),
+        pools=config.pooling,
+        max_embeddings=config.max_embeddings,
     )
 
 
-def _affordable_graphs(platform: Platform, policy: ShapePolicy) -> list[ShapeKey]:
-    """The policy's shapes, as far as graphs of them fit into their share of the free memory."""
+def _checked_taps(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
+    for layer in config.taps:
+        if not FINAL <= layer < model.num_layers:
+            raise ConfigError(
+                f"taps names layer {layer}; the model has 0 to {model.num_layers - 1}, and {FINAL} for the final norm"
+            )
+    return config.taps
+
+
+def _affordable_graphs(platform: Platform, policy: ShapePolicy, limits: StepLimits) -> list[ShapeKey]:
+    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Where there are taps, each
+    shape has a graph with them and one without."""
     free = platform.memory(platform.context.device_indexes[0]).free
+    graphs = platform.graph_capture()
     keys = policy.keys()
-    return list(keys if free is None else platform.graph_capture().affordable(keys, int(free * _GRAPHS_SHARE)))
+    if limits.taps and graphs.level >= GraphLevel.FULL:
+        keys = [replace(key, features=features) for key in keys for features in (key.features, (TAPS,))]
+    return list(keys if free is None else graphs.affordable(keys, int(free * _GRAPHS_SHARE)))

@@ -59,7 +59,7 @@ class Worker:
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
         program = self._step_program(prepared)
-        edits = edit_state_bytes(limits.max_slots, source.vocab_size)
+        edits = edit_state_bytes(limits.max_slots, source.vocab_size) + 4 * limits.max_embeddings * model.hidden_size
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
@@ -70,7 +70,8 @@ class Worker:
             pending = 0
         self.program = program
         self._got_on("the KV cache is sized")
-        graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
+        pieces = [*prepared.pieces] * (2 if limits.taps else 1)
+        graphs = self.platform.graph_capture().reserve(prepared.keys, pieces)
         blocks = count_blocks(prepared, activations, graphs, pending=pending)
         state = program.initial_state(blocks)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")

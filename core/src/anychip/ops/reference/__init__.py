@@ -26,7 +26,14 @@ from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
-from anychip.ops.reference.step import Drawn, EditState, draw_tokens, token_scores
+from anychip.ops.reference.step import (
+    Drawn,
+    EditState,
+    draw_tokens,
+    pooled_sums,
+    token_scores,
+    write_embeddings,
+)
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
@@ -41,9 +48,8 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "Drawn", "EditState",
     "ExpertWeights", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLinear", "ReferenceMoE",
-    "arena_views", "attend_row", "attend_row_with_lse", "draw_tokens", "functional", "merge_attention", "quantized",
-    "reference_linear", "sampling",
-    "softmax_with_sinks", "token_scores",
+    "arena_views", "attend_row", "attend_row_with_lse", "draw_tokens", "functional", "merge_attention", "pooled_sums",
+    "quantized", "reference_linear", "sampling", "softmax_with_sinks", "token_scores", "write_embeddings",
 ]  # fmt: skip
 
 

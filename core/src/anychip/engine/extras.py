@@ -1,0 +1,69 @@
+"""Which requests beyond text in and text out an engine serves, and what it checks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anychip.errors import InvalidRequest
+from anychip.messages import AddRequest
+from anychip.prompt_extras import POOLING_KINDS, PromptExtras
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedExtras:
+    """As the configuration and the model have it."""
+
+    pooling: bool = False
+    max_embeddings: int = 0
+    hidden_size: int = 0
+
+
+NO_EXTRAS = ServedExtras()
+
+
+def check_extras(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:
+    """Raises InvalidRequest for what the engine was not started for, and for sizes that do not fit together."""
+    if extras.pooling is not None:
+        _check_pooling(message, extras, served)
+    if extras.embedded or extras.embeddings:
+        _check_embeddings(message, extras, served)
+    if extras.positions:
+        raise InvalidRequest("the model has no positions by axis", param="positions")
+
+
+def _check_pooling(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:
+    assert extras.pooling is not None
+    if not served.pooling:
+        raise InvalidRequest("the engine serves no vectors; start it with pooling (--pooling)", param="pooling")
+    if extras.pooling.kind not in POOLING_KINDS:
+        raise InvalidRequest(
+            f"pooling is {extras.pooling.kind!r}; known are {', '.join(POOLING_KINDS)}", param="pooling"
+        )
+    sampling = message.sampling
+    for name, asked in (
+        ("n", sampling.num_sequences > 1),
+        ("structured output", sampling.structured is not None),
+        ("prompt_logprobs", sampling.prompt_logprobs is not None),
+    ):
+        if asked:
+            raise InvalidRequest(f"a request for a vector draws no text: leave {name} out", param="pooling")
+
+
+def _check_embeddings(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:
+    count = extras.num_embedded
+    if count > served.max_embeddings:
+        raise InvalidRequest(
+            f"{count} tokens bring embeddings; the engine takes {served.max_embeddings} at most (max_embeddings)",
+            param="embeddings",
+        )
+    nbytes = count * served.hidden_size * _FLOAT_BYTES
+    if len(extras.embeddings) != nbytes:
+        raise InvalidRequest(
+            f"{count} embeddings of {served.hidden_size} float32 numbers are {nbytes} bytes, and "
+            f"{len(extras.embeddings)} came",
+            param="embeddings",
+        )
+    if extras.embedded != tuple((span.start, span.length) for span in message.media):
+        raise InvalidRequest("each span of embeddings is a media span with its digest, in order", param="embeddings")
