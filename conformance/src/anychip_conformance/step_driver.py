@@ -61,7 +61,8 @@ class StepDriver:
         """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
         slot: how many this step computes, its `drafts` among them. `masks` by place among the samples: the token ids
         that may be drawn. `rewinds` by slot: how many of its tokens are computed after all.
-        `edits` and `extras` by slot, of new ones. `scored` slots, when they are new, report their prompt's log-probabilities."""
+        `edits` and `extras` by slot, of new ones. `scored` slots, when they are new, report their prompt's
+        log-probabilities."""
         broken = self._rules.broken_by(list(tokens.values()))
         self._device.limit(broken, not broken)
         self._step += 1

@@ -11,6 +11,9 @@ POOLING_KINDS: tuple[str, ...] = get_args(PoolingKind)
 
 NO_TAPS = 2**31 - 1
 
+NUM_AXES = 3
+"""Axes of rotary positions where a model has any: time, height and width."""
+
 
 class Pooling(msgspec.Struct, frozen=True, array_like=True):
     """A request for one vector: the final hidden state of the prompt's last token, of its first, or the mean over all.

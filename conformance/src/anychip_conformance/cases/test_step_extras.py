@@ -1,8 +1,12 @@
-"""Steps that take or give hidden states: taps, sums for pooled vectors, embeddings in place of tokens'."""
+"""Steps that take or give hidden states, or positions of three axes."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ from anychip.messages import StepResult
 from anychip.plugin_api import FINAL, StepInputs
 from anychip.prompt_extras import Pooling, PromptExtras
 from anychip_conformance.case import Nothing, kind
-from anychip_conformance.cases.test_steps import TEXT, expected
+from anychip_conformance.cases.test_steps import TEXT, expected, most_likely
 from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
 from anychip_conformance.engines import checkpoint
@@ -152,3 +156,128 @@ def pooled(device: Device, case: Nothing) -> None:
         assert tokens_of(again) == [], "a row with a vector drew a token"
 
     driven(device, check, pooling=True)
+
+
+# -- embeddings in place of tokens' -------------------------------------------------------------------------------
+
+_SPANS = ((2, 4), (8, 2))
+"""(start, length) in a prompt as long as TEXT: a part of the prompt ends within the first."""
+
+
+def _embedded(device: Device, ids: list[int]) -> PromptExtras:
+    """The spans' embeddings are those of `ids`."""
+    table = checkpoint(device, "llama").model.get_input_embeddings().weight.detach().float().numpy()
+    places = [at for start, length in _SPANS for at in range(start, start + length)]
+    values = np.ascontiguousarray(table[[ids[at] for at in places]], dtype=np.float32)
+    return PromptExtras(embedded=_SPANS, embeddings=values.tobytes())
+
+
+def _spliced(text: list[int], others: list[int] | int) -> list[int]:
+    """`text` with the spans' tokens out of `others`."""
+    ids = list(text)
+    for start, length in _SPANS:
+        for at in range(start, start + length):
+            ids[at] = others if isinstance(others, int) else others[at]
+    return ids
+
+
+@kind("step.embeddings", deadline_s=_DEADLINE_S)
+def embeddings(device: Device, case: Nothing) -> None:
+    """Embeddings that are a token's own give what the token gives, in one step and in several, beside rows without any;
+    each row has its own, and those of a request that has left are nobody's."""
+
+    def check(driver: StepDriver) -> None:
+        mixed = _spliced(TEXT, _OTHER)
+        hidden = _spliced(TEXT, 3)  # the tokens that stand where embeddings are
+        plain, parts = expected(device, 3), chunks(device, _NUM_TEXT)
+        new = {0: (hidden, [1]), 1: (hidden, [2]), 2: (TEXT, [3])}
+        asked = {0: _embedded(device, TEXT), 1: _embedded(device, _OTHER)}
+        drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        tokens = {2: _NUM_TEXT, 0: parts[0], 1: parts[0]}
+        found = tokens_of(driver.step(new=new, tokens=tokens, extras=asked))
+        for slot, token in zip((2, 0, 1), found, strict=False):
+            drawn[slot].append(token)
+        for count in parts[1:]:
+            for slot, token in zip((1, 2, 0), tokens_of(driver.step(tokens={1: count, 2: 1, 0: count})), strict=True):
+                drawn[slot].append(token)
+        for slot, token in zip((0, 1, 2), tokens_of(driver.step(tokens={0: 1, 1: 1, 2: 1})), strict=True):
+            drawn[slot].append(token)
+        assert drawn[2] == plain[: len(drawn[2])], f"without embeddings: drew {drawn[2]}"
+        assert drawn[0] == plain[:2], f"a text's own embeddings: drew {drawn[0]}, expected {plain[:2]}"
+        wanted = [most_likely(device, mixed, without=set())]
+        wanted.append(most_likely(device, [*mixed, *wanted], without=set()))
+        assert drawn[1] == wanted, f"other embeddings: drew {drawn[1]}, expected {wanted}"
+        # The next owners of the rows of the buffer.
+        again = driver.step(
+            new={1: (hidden, [1]), 4: (hidden, [2])}, tokens={1: _NUM_TEXT, 4: _NUM_TEXT}, finished=[0, 1],
+            extras={1: _embedded(device, TEXT), 4: _embedded(device, _OTHER)},
+        )  # fmt: skip
+        assert tokens_of(again) == [plain[0], wanted[0]], f"the next owners: drew {tokens_of(again)}"
+
+    driven(device, check, max_embeddings=12)
+
+
+# -- positions of three axes --------------------------------------------------------------------------------------
+
+
+def _sections(head_dim: int) -> list[int]:
+    """Of the head_dim / 2 frequencies, by axis."""
+    half = head_dim // 2
+    return [half - 2 * (half // 3), half // 3, half // 3]
+
+
+def _picture() -> np.ndarray:
+    """Positions [3, tokens of TEXT]: text, a grid of two by three, text."""
+    grid = [[2, 2 + at // 3, 2 + at % 3] for at in range(6)]
+    behind = [[5 + at] * 3 for at in range(_NUM_TEXT - 8)]
+    return np.array([[0] * 3, [1] * 3, *grid, *behind], dtype=np.int32).T.copy()
+
+
+@kind("step.axes", deadline_s=_DEADLINE_S)
+def axes(device: Device, case: Nothing) -> None:
+    """Each frequency turns by its axis's position, in prompts and in what is drawn behind them, in one step and in
+    several, beside rows that have one position a token; three equal positions are as good as one."""
+    model, dtype = checkpoint(device, "llama"), widest(device.capabilities)
+    sections, picture = _sections(model.model.config.head_dim), _picture()
+
+    def check(driver: StepDriver) -> None:
+        parts, plain = chunks(device, _NUM_TEXT), expected(device, 2)
+        equal = np.broadcast_to(np.arange(_NUM_TEXT, dtype=np.int32), (3, _NUM_TEXT))
+        new = {slot: (TEXT, [slot + 1]) for slot in range(3)}
+        asked = {0: PromptExtras(positions=picture.tobytes()), 2: PromptExtras(positions=equal.tobytes())}
+        results = [driver.step(new=new, tokens={0: parts[0], 1: _NUM_TEXT, 2: _NUM_TEXT}, extras=asked)]
+        for count in parts[1:]:
+            results.append(driver.step(tokens={1: 1, 0: count}))
+        drawn = tokens_of(results[-1])[-1] if len(parts) > 1 else tokens_of(results[-1])[0]
+        place = 1 if len(parts) > 1 else 0
+        wanted = model.turned_logits(TEXT, dtype, picture, sections)
+        _near_logprobs(results[-1], place, wanted, "behind the picture")
+        behind = driver.step(tokens={2: 1, 0: 1})
+        assert tokens_of(results[0])[-1] == plain[0], "equal positions: another token"
+        assert tokens_of(behind)[0] == plain[1], "equal positions: another second token"
+        following = np.concatenate((picture, np.full((3, 1), picture.max() + 1, dtype=np.int32)), axis=1)
+        wanted = model.turned_logits([*TEXT, drawn], dtype, following, sections)
+        _near_logprobs(behind, 1, wanted, "behind the token that was drawn")
+
+    with tempfile.TemporaryDirectory(prefix="anychip-axes-") as folder:
+        copied = Path(folder) / "model"
+        shutil.copytree(model.path, copied)
+        config = json.loads((copied / "config.json").read_text())
+        config["rope_parameters"] = {**(config.get("rope_parameters") or {}), "mrope_section": sections}
+        (copied / "config.json").write_text(json.dumps(config))
+        driver = StepDriver(device, copied)
+        try:
+            check(driver)
+        finally:
+            driver.close()
+
+
+_NEAR = 0.02
+"""Between log-probabilities: positions that are wrong on one axis move them by more."""
+
+
+def _near_logprobs(result: StepResult, place: int, logits: np.ndarray, what: str) -> None:
+    found = result.logprobs[place]
+    wanted = (logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())[found.top_ids]
+    error = float(np.abs(np.array(found.top) - wanted).max())
+    assert error <= _NEAR, f"{what}: log-probabilities are off by {error:.3f}"

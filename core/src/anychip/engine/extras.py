@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from anychip.errors import InvalidRequest
 from anychip.messages import AddRequest
-from anychip.prompt_extras import POOLING_KINDS, PromptExtras
+from anychip.prompt_extras import NUM_AXES, POOLING_KINDS, PromptExtras
 
-_FLOAT_BYTES = 4
+_FLOAT_BYTES = _INT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,8 @@ class ServedExtras:
     pooling: bool = False
     max_embeddings: int = 0
     hidden_size: int = 0
+    max_position: int = 0
+    """Above every rotary position; 0: positions have no axes."""
 
 
 NO_EXTRAS = ServedExtras()
@@ -30,7 +34,7 @@ def check_extras(message: AddRequest, extras: PromptExtras, served: ServedExtras
     if extras.embedded or extras.embeddings:
         _check_embeddings(message, extras, served)
     if extras.positions:
-        raise InvalidRequest("the model has no positions by axis", param="positions")
+        _check_positions(message, extras, served)
 
 
 def _check_pooling(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:
@@ -65,5 +69,30 @@ def _check_embeddings(message: AddRequest, extras: PromptExtras, served: ServedE
             f"{len(extras.embeddings)} came",
             param="embeddings",
         )
+    if not np.isfinite(np.frombuffer(extras.embeddings, dtype=np.float32)).all():
+        raise InvalidRequest("an embedding holds a number that is not finite", param="embeddings")
     if extras.embedded != tuple((span.start, span.length) for span in message.media):
         raise InvalidRequest("each span of embeddings is a media span with its digest, in order", param="embeddings")
+
+
+def _check_positions(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:
+    if not served.max_position:
+        raise InvalidRequest("the model's rotary positions have no axes", param="positions")
+    nbytes = NUM_AXES * message.num_prompt * _INT_BYTES
+    if len(extras.positions) != nbytes:
+        raise InvalidRequest(
+            f"{NUM_AXES} int32 positions of {message.num_prompt} tokens are {nbytes} bytes, and "
+            f"{len(extras.positions)} came",
+            param="positions",
+        )
+    positions = np.frombuffer(extras.positions, dtype=np.int32)
+    if positions.min() < 0 or positions.max() + message.max_output > served.max_position:
+        raise InvalidRequest(
+            f"positions lie between {positions.min()} and {positions.max()}, and {message.max_output} tokens follow; "
+            f"the model has {served.max_position} positions",
+            param="positions",
+        )
+    plain = message.media[0].start if message.media else message.num_prompt
+    if (positions.reshape(NUM_AXES, -1)[:, :plain] != np.arange(plain)).any():
+        # The prefix cache tells prompts apart by tokens and media: others may share what stands before these.
+        raise InvalidRequest("before the first media span, a token's positions are its place", param="positions")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from anychip.engine.embedded_prompt import EmbeddedPrompt
 from anychip.engine.token_ids import packed
 from anychip.errors import ContextTooLong, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
@@ -15,7 +16,7 @@ from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | EmbeddedPrompt
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     media: tuple[MediaSpan, ...] = ()
     """The prompt's tokens that stand for media, in order; such a prompt is token ids."""
     extras: PromptExtras | None = None
-    """Whose spans of embeddings are media spans too: `embedded_prompt` makes both."""
+    """Whose spans of embeddings are media spans too, with digests: an EmbeddedPrompt brings both."""
 
 
 class InputProcessor:
@@ -71,6 +72,10 @@ class InputProcessor:
         max_tokens exceed the model's length. Takes some 10 ms for a prompt of 100,000 ids, in which other threads run.
         """
         options = options or RequestOptions()
+        if isinstance(prompt, EmbeddedPrompt):
+            media, extras = prompt.media(), prompt.extras(options.extras)
+            options = msgspec.structs.replace(options, media=media, extras=extras)
+            prompt = prompt.token_ids
         ids = packed(self.tokenize(prompt, options.add_special_tokens), self.vocab_size)
         if options.truncate_prompt_tokens is not None:
             ids = ids[-4 * self._kept(options.truncate_prompt_tokens, sampling) :]
@@ -151,7 +156,7 @@ class InputProcessor:
         found = (tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
-    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Sequence[int]:
+    def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool) -> Sequence[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("a text prompt needs the tokenizer, which is off; send token ids", param="prompt")

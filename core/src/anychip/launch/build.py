@@ -21,7 +21,7 @@ from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.child import Child
 from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.messages import WorkerReady
-from anychip.model_config import ModelConfig
+from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api.manifest import Decision, Placement
 from anychip.registry.blame import calling
 from anychip.registry.devices import ChosenDevice, choose_device
@@ -78,7 +78,10 @@ def build_engine(
         max_waiting_tokens=config.max_waiting_tokens,
         seed=config.seed,
         served=ServedExtras(
-            pooling=config.pooling, max_embeddings=config.max_embeddings, hidden_size=model.hidden_size
+            pooling=config.pooling,
+            max_embeddings=config.max_embeddings,
+            hidden_size=model.hidden_size,
+            max_position=max_model_len if "mrope_section" in rope_parameters(model) else 0,
         ),
         grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from anychip.config import EngineConfig
+from anychip.engine.embedded_prompt import EmbeddedPrompt
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
@@ -186,7 +187,7 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | EmbeddedPrompt):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [msgspec.convert(list(prompts), list[int])]

@@ -137,6 +137,8 @@ class TransformersModel:
         extras = context.extras
         if extras is not None and extras.embedding_rows is not None:
             given = {"inputs_embeds": extras.embedded(self.base.get_input_embeddings()(given["input_ids"])[0])[None]}
+        if extras is not None and extras.rope_positions is not None:
+            raise Unsupported(f"{type(self.hf).__name__} through transformers", ["positions by axis"])
         result = self.base(
             **given,
             position_ids=positions.unsqueeze(0).long(),

@@ -8,10 +8,8 @@ import numpy as np
 
 from anychip.plugin_api.graph import DRAFTS, EMBEDDINGS, MASKS, MROPE, POOLED, SCORES, TAPS, ShapeKey
 from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
+from anychip.prompt_extras import NUM_AXES as NUM_AXES
 from anychip.types import NULL_BLOCK, PADDING_SLOT
-
-NUM_AXES = 3
-"""Axes of rotary positions with the feature MROPE: time, height and width."""
 
 IN_PROMPT, DRAWN = 1, 2
 """What a token's count holds: IN_PROMPT once where it stands in the prompt, and DRAWN for each time in the output."""

@@ -8,7 +8,7 @@ from functools import cache
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError
-from anychip.model_config import ModelConfig
+from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
     FINAL,
@@ -122,6 +122,7 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         taps=_checked_taps(config, model),
         pools=config.pooling,
         max_embeddings=config.max_embeddings,
+        mrope="mrope_section" in rope_parameters(model),
     )
 
 
