@@ -24,11 +24,14 @@ from anychip_conformance.faulty.registry import fault
 
 
 class InputsFault(StaticStepProgram):
-    """A fault changes the inputs of a step."""
+    """A fault changes what a step computes with; whoever reads its inputs afterwards sees what they should be."""
 
     def forward(self, state: DonatedState, inputs: StepInputs) -> Any:
+        arena = inputs.arena.copy()
         self.change(inputs)
-        return super().forward(state, inputs)
+        result = super().forward(state, inputs)
+        inputs.arena[:] = arena
+        return result
 
     def change(self, inputs: StepInputs) -> None:
         raise NotImplementedError

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
 from anychip.plugin_api import PeakMemory, StepProgram
+from anychip.prompt_extras import PromptExtras
 from anychip.types import cdiv
 from anychip.worker.largest_steps import largest_drafts, largest_prompts
 from anychip.worker.made_up_step import blocks_taken, made_up_step, run_step
@@ -39,8 +40,15 @@ def _peak(
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
     state = program.edit(program.initial_state(pool), [], range(pool))
     runner = ModelRunner(program, prepared.new_batch(), state)
+    extras = PromptExtras(tap_from=0) if prepared.limits.taps else None
     decision = made_up_step(
-        lengths, num_drafts=[drafts] * len(lengths), block_sizes=sizes, temperature=1.0, top_p=0.9, logprobs=0
+        lengths,
+        num_drafts=[drafts] * len(lengths),
+        block_sizes=sizes,
+        temperature=1.0,
+        top_p=0.9,
+        logprobs=0,
+        extras=extras,
     )
     peak = prepared.platform.measure(lambda: run_step(runner, decision))
     return PeakMemory(nbytes=peak.nbytes * scale_to // sum(lengths), exact=peak.exact)

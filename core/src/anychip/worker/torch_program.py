@@ -33,9 +33,17 @@ from anychip.plugin_api import (
     StepOutputs,
     StepProgram,
 )
-from anychip.plugin_api.step_layout import batch_view, blank_step_inputs, sampling_layout, staged_size
+from anychip.plugin_api.step_layout import batch_view, blank_step_inputs
 from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
-from anychip.worker.torch_state import SCORE_NAMES, TorchHidden, TorchOutputs, TorchState
+from anychip.worker.torch_state import (
+    SCORE_NAMES,
+    TorchHidden,
+    TorchOutputs,
+    TorchState,
+    blank_embeddings,
+    known_ids,
+    staged_draws,
+)
 
 _SCORED_AT_ONCE = 128
 """Prompt tokens whose logits exist at once."""
@@ -69,10 +77,7 @@ class TorchStepProgram(StepProgram):
         self._pieces = Captured(self._capture_pieces)
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size, self.device)
-        self._embeddings: Tensor | None = None
-        if limits.max_embeddings:
-            shape = (limits.max_embeddings, model.hidden_size)
-            self._embeddings = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self._embeddings = blank_embeddings(limits, model.hidden_size, self.device)
         self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
 
     # -- preparation --------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ class TorchStepProgram(StepProgram):
         fields = arena_views(staged, inputs.sections)
         plans = self._plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
-        ids, extras = _known_ids(state, fields), self._extras(state, fields)
+        ids, extras = known_ids(state, fields), state.extras(fields, self.limits)
         hidden, taps = self._in_pieces(ids, fields, plans, extras)
         if hidden is None:
             hidden = self.model.forward(ids, fields["positions"], self._context(state, plans, extras=extras))
@@ -152,7 +157,7 @@ class TorchStepProgram(StepProgram):
         pooled = None
         if inputs.pool_rows is not None:
             pooled = pooled_sums(hidden, fields["pool_rows"], inputs.key.num_reqs)
-        slots, draws = fields["sample_slots"][: inputs.num_samples], _staged_draws(staged, inputs)
+        slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs)
         return state, TorchHidden(self._logits(hidden, rows), slots, draws, scores, pooled, taps)
 
     def taps(self, hidden: TorchHidden) -> Sequence[Tensor]:
@@ -166,9 +171,6 @@ class TorchStepProgram(StepProgram):
         extras: ForwardExtras | None = None,
     ) -> ForwardContext:
         return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph, extras)
-
-    def _extras(self, state: TorchState, fields: Mapping[str, Tensor]) -> ForwardExtras | None:
-        return ForwardExtras.of(fields, tap_layers=self.limits.taps, embeddings=state.embeddings)
 
     def _in_pieces(
         self, ids: Tensor, fields: Mapping[str, Tensor], plans: Sequence[object], extras: ForwardExtras | None
@@ -267,30 +269,28 @@ class TorchStepProgram(StepProgram):
         plans, taps = self._plans(inputs, fields, recorder=recorder), list[Tensor]()
 
         def step() -> Tensor | None:
-            extras = self._extras(self._state, fields)
+            extras = self._state.extras(fields, self.limits)
             context = self._context(self._state, plans, extras=extras)
-            hidden = self.model.forward(_known_ids(self._state, fields), fields["positions"], context)
+            hidden = self.model.forward(known_ids(self._state, fields), fields["positions"], context)
             if extras is not None:
                 taps[:] = extras.tapped()  # the run that counts is the last
             return self._logits(hidden, fields["logits_indices"])
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
-        return CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans, taps)
+        return CapturedStep(handle, staged, fields, staged_draws(staged, inputs), plans, taps)
 
     def _capture_pieces(self, shape: tuple[int, bool]) -> CapturedPieces:
         """Of so many tokens, with taps or without."""
         num_tokens, tapped = shape
-        pages, features = max(self.limits.max_pages), (TAPS,) if tapped else ()
-        key = ShapeKey(
-            num_tokens=num_tokens, num_reqs=1, num_samples=1, max_query_len=0, num_pages=pages, features=features
-        )
+        sizes = {"num_reqs": 1, "num_samples": 1, "max_query_len": 0, "num_pages": max(self.limits.max_pages)}
+        key = ShapeKey(num_tokens=num_tokens, features=(TAPS,) if tapped else (), **sizes)
         inputs, _, fields = self._blank(key)
         plans = self._plans(inputs, fields)
-        ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
+        ids, positions = known_ids(self._state, fields).clone(), fields["positions"].clone()
         taps = list[Tensor]()
 
         def step(run_outside_graph: RunOutsideGraph) -> Tensor:
-            extras = self._extras(self._state, fields)
+            extras = self._state.extras(fields, self.limits)
             hidden = self.model.forward(ids, positions, self._context(self._state, plans, run_outside_graph, extras))
             if extras is not None:
                 taps[:] = extras.tapped()
@@ -298,14 +298,3 @@ class TorchStepProgram(StepProgram):
 
         handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
         return CapturedPieces(handle, ids, positions, fields.get("tap_tokens"), taps)
-
-
-def _known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
-    """Input ids, those that only the device knows among them."""
-    ids = fields["input_ids"]
-    return torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
-
-
-def _staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
-    layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
-    return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)

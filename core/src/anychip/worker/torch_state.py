@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState
-from anychip.plugin_api import Event, HostOutputs, Scores
+from anychip.ops.reference import EditState, arena_views
+from anychip.plugin_api import Event, ForwardExtras, HostOutputs, Scores, StepInputs, StepLimits
+from anychip.plugin_api.step_layout import sampling_layout, staged_size
 
 SCORE_NAMES = ("scores", "score_ids", "score_tops")
 """Of TorchHidden.scores, as they travel to the host."""
@@ -21,6 +23,10 @@ class TorchState:
     edits: EditState
     embeddings: Tensor | None  # [max_embeddings, hidden_size] float32; None where limits have none
 
+    def extras(self, fields: Mapping[str, Tensor], limits: StepLimits) -> ForwardExtras | None:
+        """Of a step with these arrays."""
+        return ForwardExtras.of(fields, tap_layers=limits.taps, embeddings=self.embeddings)
+
 
 @dataclass(slots=True)
 class TorchHidden:
@@ -30,6 +36,23 @@ class TorchHidden:
     scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
     pooled: Tensor | None = None  # [num_reqs, hidden_size]
     taps: Sequence[Tensor] = ()
+
+
+def blank_embeddings(limits: StepLimits, hidden_size: int, device: str) -> Tensor | None:
+    if not limits.max_embeddings:
+        return None
+    return torch.zeros(limits.max_embeddings, hidden_size, dtype=torch.float32, device=device)
+
+
+def known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
+    """Input ids, those that only the device knows among them."""
+    ids = fields["input_ids"]
+    return torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
+
+
+def staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
+    layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
+    return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
 
 
 class TorchOutputs:
