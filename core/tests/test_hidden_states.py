@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip import LLM, SamplingParams
+from anychip.config import EngineConfig
 from anychip.engine.embedded_prompt import EmbeddedPrompt, EmbeddedSpan
+from anychip.engine.input_processor import RequestOptions
 from anychip.errors import ConfigError, InvalidRequest
+from anychip.launch.async_llm import AsyncLLM
 from anychip.layers.rotary import make_rope
 from anychip.model_config import load_model_config
 from anychip.plugin_api import TAPS
@@ -64,7 +68,11 @@ def vectors(model: torch.nn.Module, kind: str) -> list[np.ndarray]:
 # -- vectors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, {"max_num_batched_tokens": 9}, {"tensor_parallel_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"max_num_batched_tokens": 9}, {"tensor_parallel_size": 2}, {"model_impl": "transformers"}],
+    ids=str,
+)
 def test_vectors_are_those_of_transformers_model(folder: Path, model: torch.nn.Module, more: dict[str, int]) -> None:
     with opened(folder, pooling=True, **more) as llm:
         for kind in (*KINDS, *KINDS):  # the second time, prompts are in the prefix cache
@@ -89,6 +97,25 @@ def test_vectors_come_beside_text_whoever_is_preempted(folder: Path, model: torc
         assert llm.engine.scheduler.num_preemptions > 0
     np.testing.assert_allclose(found, vectors(model, "mean"), atol=2e-5)
     assert [pieces[number] for number in range(len(PROMPTS))] == alone
+
+
+def test_a_vector_comes_from_an_engine_in_a_process_of_its_own(folder: Path, model: torch.nn.Module) -> None:
+    async def vector() -> bytes | None:
+        config = EngineConfig(
+            model=str(folder), device="cpu", dtype="float32", skip_tokenizer=True, max_model_len=96, pooling=True
+        )
+        llm = AsyncLLM(config)
+        await llm.start()
+        try:
+            options = RequestOptions(extras=PromptExtras(pooling=Pooling("mean")))
+            (output,) = [each async for each in await llm.accept("a", TEXT, SamplingParams(), options)]
+            assert output.finished
+            return output.vector
+        finally:
+            await llm.close()
+
+    found = np.frombuffer(asyncio.run(vector()) or b"", dtype=np.float32)
+    np.testing.assert_allclose(found, vectors(model, "mean")[0], atol=2e-5)
 
 
 def test_an_engine_without_vectors_says_how_to_start_one(folder: Path, model: torch.nn.Module) -> None:
@@ -138,7 +165,7 @@ def embedded(model: torch.nn.Module, ids: list[int], *spans: tuple[int, int]) ->
     return EmbeddedPrompt(given, [EmbeddedSpan(start, table[ids[start:end]]) for start, end in spans])
 
 
-@pytest.mark.parametrize("more", [{}, {"max_num_batched_tokens": 9}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"max_num_batched_tokens": 9}, {"model_impl": "transformers"}], ids=str)
 def test_a_tokens_own_embedding_gives_what_the_token_gives(
     folder: Path, model: torch.nn.Module, more: dict[str, int]
 ) -> None:
@@ -216,6 +243,21 @@ def test_taps_come_out_of_graphs_that_are_replayed(folder: Path, model: torch.nn
     finally:
         driver.close()
         device.close()
+
+
+def test_taps_are_the_same_through_transformers_own_code(folder: Path, model: torch.nn.Module) -> None:
+    device, shown = open_device("cpu", {}), dict[str, list[np.ndarray]]()
+    for code in ("native", "transformers"):
+        driver = StepDriver(device, folder, taps=(2, -1, 0), model_impl=code)
+        driver.worker.runner.read_taps = lambda inputs, taps, code=code: shown.update(
+            {code: [states[: inputs.num_tapped].float().numpy().copy() for states in taps]}
+        )
+        driver.step(new={0: (TEXT[:20], [1, 2])}, tokens={0: 20}, extras={0: PromptExtras(tap_from=7)})
+        driver.close()
+    device.close()
+    assert [states.shape for states in shown["native"]] == [(13, 64)] * 3
+    for ours, theirs in zip(*shown.values(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_taps_name_layers_that_there_are(folder: Path, model: torch.nn.Module) -> None:

@@ -73,14 +73,16 @@ class Checkpoint:
         return [state[0].numpy() for state in found[1:]]
 
     @torch.inference_mode()
-    def turned_logits(self, ids: list[int], dtype: str, positions: np.ndarray, sections: Sequence[int]) -> np.ndarray:
+    def turned_logits(
+        self, ids: list[int], dtype: str, positions: np.ndarray, sections: Sequence[int], theta: float
+    ) -> np.ndarray:
         """Of the token after `ids` [vocab_size], with rotary positions [3, num_tokens] of which each axis turns so many
-        frequencies; as the definition says, beside the library's own rotary module."""
+        frequencies; as the definition says, in place of the library's own rotary module."""
         model = self.model.to(getattr(torch, dtype)).to(torch.float32)
         rotary = model.model.rotary_emb
         axis_of = np.repeat(np.arange(3), sections)
         places = torch.from_numpy(positions[axis_of].T.astype(np.float32))  # [num_tokens, frequencies]
-        angles = places * rotary.inv_freq.float()
+        angles = places * theta ** (-torch.arange(sum(sections)) / sum(sections))
         turned = torch.cat((angles, angles), dim=-1)[None]
         with patch.object(type(rotary), "forward", lambda *_, **__: (turned.cos(), turned.sin())):
             return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())

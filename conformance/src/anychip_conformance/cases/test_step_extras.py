@@ -207,9 +207,9 @@ def embeddings(device: Device, case: Nothing) -> None:
         wanted = [most_likely(device, mixed, without=set())]
         wanted.append(most_likely(device, [*mixed, *wanted], without=set()))
         assert drawn[1] == wanted, f"other embeddings: drew {drawn[1]}, expected {wanted}"
-        # The next owners of the rows of the buffer.
+        # The rows of the buffer get other owners: the first to enter has what the second of those before had.
         again = driver.step(
-            new={1: (hidden, [1]), 4: (hidden, [2])}, tokens={1: _NUM_TEXT, 4: _NUM_TEXT}, finished=[0, 1],
+            new={4: (hidden, [2]), 1: (hidden, [1])}, tokens={1: _NUM_TEXT, 4: _NUM_TEXT}, finished=[0, 1],
             extras={1: _embedded(device, TEXT), 4: _embedded(device, _OTHER)},
         )  # fmt: skip
         assert tokens_of(again) == [plain[0], wanted[0]], f"the next owners: drew {tokens_of(again)}"
@@ -224,6 +224,10 @@ def _sections(head_dim: int) -> list[int]:
     """Of the head_dim / 2 frequencies, by axis."""
     half = head_dim // 2
     return [half - 2 * (half // 3), half // 3, half // 3]
+
+
+_THETA = 4.0
+"""Of the rotary embedding: every frequency turns far within a few positions."""
 
 
 def _picture() -> np.ndarray:
@@ -241,29 +245,35 @@ def axes(device: Device, case: Nothing) -> None:
     sections, picture = _sections(model.model.config.head_dim), _picture()
 
     def check(driver: StepDriver) -> None:
-        parts, plain = chunks(device, _NUM_TEXT), expected(device, 2)
+        parts = chunks(device, _NUM_TEXT)
         equal = np.broadcast_to(np.arange(_NUM_TEXT, dtype=np.int32), (3, _NUM_TEXT))
         new = {slot: (TEXT, [slot + 1]) for slot in range(3)}
         asked = {0: PromptExtras(positions=picture.tobytes()), 2: PromptExtras(positions=equal.tobytes())}
         results = [driver.step(new=new, tokens={0: parts[0], 1: _NUM_TEXT, 2: _NUM_TEXT}, extras=asked)]
         for count in parts[1:]:
             results.append(driver.step(tokens={1: 1, 0: count}))
-        drawn = tokens_of(results[-1])[-1] if len(parts) > 1 else tokens_of(results[-1])[0]
-        place = 1 if len(parts) > 1 else 0
-        wanted = model.turned_logits(TEXT, dtype, picture, sections)
+        place = len(parts) - 1  # of slot 0 among the last step's samples; in parts, slot 1 draws before it
+        drawn = tokens_of(results[-1])[place]
+        wanted = model.turned_logits(TEXT, dtype, picture, sections, _THETA)
         _near_logprobs(results[-1], place, wanted, "behind the picture")
+        wanted = model.turned_logits(TEXT, dtype, equal, sections, _THETA)
+        for slot, at in ((1, 1 - place), (2, 2 - place)):
+            _near_logprobs(results[0], at, wanted, f"slot {slot}, positions of the text")
+        text = [*TEXT, tokens_of(results[0])[2 - place]]
         behind = driver.step(tokens={2: 1, 0: 1})
-        assert tokens_of(results[0])[-1] == plain[0], "equal positions: another token"
-        assert tokens_of(behind)[0] == plain[1], "equal positions: another second token"
+        wanted = model.turned_logits(
+            text, dtype, np.broadcast_to(np.arange(len(text)), (3, len(text))), sections, _THETA
+        )
+        _near_logprobs(behind, 0, wanted, "behind equal positions")
         following = np.concatenate((picture, np.full((3, 1), picture.max() + 1, dtype=np.int32)), axis=1)
-        wanted = model.turned_logits([*TEXT, drawn], dtype, following, sections)
+        wanted = model.turned_logits([*TEXT, drawn], dtype, following, sections, _THETA)
         _near_logprobs(behind, 1, wanted, "behind the token that was drawn")
 
     with tempfile.TemporaryDirectory(prefix="anychip-axes-") as folder:
         copied = Path(folder) / "model"
         shutil.copytree(model.path, copied)
         config = json.loads((copied / "config.json").read_text())
-        config["rope_parameters"] = {**(config.get("rope_parameters") or {}), "mrope_section": sections}
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": _THETA, "mrope_section": sections}
         (copied / "config.json").write_text(json.dumps(config))
         driver = StepDriver(device, copied)
         try:
