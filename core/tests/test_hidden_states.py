@@ -14,17 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anychip import LLM, SamplingParams
+from anychip import LLM, EmbeddedPrompt, EmbeddedSpan, SamplingParams
 from anychip.config import EngineConfig
-from anychip.engine.embedded_prompt import EmbeddedPrompt, EmbeddedSpan
 from anychip.engine.input_processor import RequestOptions
-from anychip.errors import ConfigError, InvalidRequest
+from anychip.errors import ConfigError, InvalidRequest, Unsupported
 from anychip.launch.async_llm import AsyncLLM
 from anychip.layers.rotary import make_rope
 from anychip.model_config import load_model_config
-from anychip.plugin_api import TAPS
+from anychip.plugin_api import TAPS, StepLimits, StepProgram
 from anychip.prompt_extras import Pooling, PoolingKind, PromptExtras
 from anychip.worker.torch_program import TorchStepProgram
+from anychip.worker.worker import Worker
 from anychip_conformance.device import open_device
 from anychip_conformance.engines import preempt_often
 from anychip_conformance.equality.tiny_models import make_checkpoint
@@ -196,7 +196,7 @@ def test_other_embeddings_are_another_prompt(folder: Path, model: torch.nn.Modul
 
 def test_embeddings_that_cannot_be_are_refused(folder: Path, model: torch.nn.Module) -> None:
     with opened(folder, max_embeddings=8) as llm:
-        with pytest.raises(InvalidRequest, match="20 tokens bring embeddings; the engine takes 8"):
+        with pytest.raises(InvalidRequest, match="20 tokens bring embeddings at once; the engine takes 8"):
             llm.generate([embedded(model, TEXT, (0, 20))], GREEDY)
         with pytest.raises(InvalidRequest, match="float32 numbers"):
             llm.generate([EmbeddedPrompt([1, 2], [EmbeddedSpan(0, np.zeros((1, 5), np.float32))])], GREEDY)
@@ -263,6 +263,13 @@ def test_taps_are_the_same_through_transformers_own_code(folder: Path, model: to
 def test_taps_name_layers_that_there_are(folder: Path, model: torch.nn.Module) -> None:
     with pytest.raises(ConfigError, match="taps names layer 4; the model has 0 to 3, and -1"):
         opened(folder, taps=(0, 4))
+
+
+def test_a_program_that_has_no_taps_is_refused_at_the_start() -> None:
+    sizes = {"max_num_tokens": 1, "max_num_reqs": 1, "max_model_len": 1, "max_slots": 1}
+    Worker._check_features(StepProgram(), StepLimits(**sizes))
+    with pytest.raises(Unsupported, match="taps is not implemented"):
+        Worker._check_features(StepProgram(), StepLimits(**sizes, taps=(0,)))
 
 
 # -- positions of three axes --------------------------------------------------------------------------------------

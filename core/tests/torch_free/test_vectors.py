@@ -100,7 +100,7 @@ SERVED = ServedExtras(pooling=True, max_embeddings=2, hidden_size=4, max_positio
     [
         (PromptExtras(pooling=Pooling()), ServedExtras(), "--pooling"),
         (PromptExtras(pooling=Pooling("best")), SERVED, "known are last, mean, cls"),  # type: ignore[arg-type]
-        (PromptExtras(embedded=((0, 3),), embeddings=bytes(48)), SERVED, "3 tokens bring embeddings"),
+        (PromptExtras(embedded=((0, 3),), embeddings=bytes(48)), SERVED, "3 tokens bring embeddings at once"),
         (PromptExtras(embedded=((1, 2),), embeddings=bytes(31)), SERVED, "32 bytes, and 31 came"),
         (PromptExtras(embedded=((1, 2),), embeddings=b"\0\0\xc0\x7f" * 8), SERVED, "not finite"),
         (PromptExtras(embedded=((0, 2),), embeddings=bytes(32)), SERVED, "media span"),
@@ -115,6 +115,13 @@ def test_what_cannot_be_served_is_refused(extras: PromptExtras, served: ServedEx
     message = AddRequest("a", bytes(12), SamplingParams(), 3, (), media=(SPAN,), extras=extras)
     with pytest.raises(InvalidRequest, match=said):
         check_extras(message, extras, served)
+
+
+def test_beams_need_rows_for_each_of_them() -> None:
+    extras = PromptExtras(embedded=((1, 2),), embeddings=bytes(32))
+    message = AddRequest("a", bytes(12), SamplingParams(beam_width=2), 1, (), media=(SPAN,), extras=extras)
+    with pytest.raises(InvalidRequest, match="4 tokens bring embeddings at once"):
+        check_extras(message, extras, SERVED)
 
 
 @pytest.mark.parametrize("asked", [{"n": 2}, {"prompt_logprobs": 1}, {"beam_width": 2}])

@@ -57,9 +57,11 @@ def _check_pooling(message: AddRequest, extras: PromptExtras, served: ServedExtr
 
 def _check_embeddings(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:
     count = extras.num_embedded
-    if count > served.max_embeddings:
+    at_once = count * max(1, message.sampling.beam_width)  # beams run together, and each has rows of its own
+    if at_once > served.max_embeddings:
         raise InvalidRequest(
-            f"{count} tokens bring embeddings; the engine takes {served.max_embeddings} at most (max_embeddings)",
+            f"{at_once} tokens bring embeddings at once; the engine takes {served.max_embeddings} at most "
+            "(--max-embeddings)",
             param="embeddings",
         )
     nbytes = count * served.hidden_size * _FLOAT_BYTES

@@ -116,7 +116,8 @@ class RunnerResult:
         extras, found = self._rows.extras, dict[int, bytes]()
         if extras is not None:
             for each in extras.pooled:
-                if each.counts and host.pooled is not None:
+                if each.counts:
+                    assert host.pooled is not None, "a step with the feature POOLED gave no sums"
                     each.vector.add(host.pooled[each.row])
                 if each.ends:
                     found[each.row] = each.vector.whole()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 
 from anychip.config import WorkerSpec
-from anychip.errors import InvalidOverride
+from anychip.errors import InvalidOverride, Unsupported
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, StepResult, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_platform_ops
@@ -17,6 +17,7 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     Shard,
+    StepLimits,
     StepProgram,
     edit_state_bytes,
 )
@@ -93,7 +94,21 @@ class Worker:
                 f"{manifest.package}: the manifest says seam={manifest.seam!r}, and Platform.step_program gave "
                 f'{given}; a platform that has one says seam="step", and no other does'
             )
+        if program is not None:
+            self._check_features(program, prepared.limits)
         return program
+
+    @staticmethod
+    def _check_features(program: StepProgram, limits: StepLimits) -> None:
+        """Raises Unsupported where the configuration asks for what the program leaves to StepProgram's defaults."""
+        asked = {"taps": bool(limits.taps), "embed": limits.max_embeddings > 0}
+        missing = [
+            f"{name} is not implemented"
+            for name, wanted in asked.items()
+            if wanted and getattr(type(program), name) is getattr(StepProgram, name)
+        ]
+        if missing:
+            raise Unsupported(type(program).__name__, missing)
 
     def _report(
         self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, source: CheckpointSource
