@@ -25,7 +25,7 @@ from anychip_conformance.equality import HIDDEN_SIZE, NUM_LAYERS
 from anychip_conformance.oracle.streams import stream_bound
 from anychip_conformance.step_driver import StepDriver, tokens_of
 
-_DEADLINE_S = 180.0
+_DEADLINE_S = 240.0
 _NUM_TEXT = len(TEXT)
 _OTHER = list(reversed(TEXT))
 _SPLIT = 5
