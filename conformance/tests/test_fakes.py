@@ -29,7 +29,7 @@ def test_a_compiled_call_cannot_read_a_value_on_the_host():
 
 
 def test_a_donated_state_cannot_be_used_again():
-    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2)))
+    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2), torch.zeros(0, 2)))
     state.take()
     with pytest.raises(DonatedTwice):
         state.take()

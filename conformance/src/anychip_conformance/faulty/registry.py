@@ -32,6 +32,7 @@ _MODULES = (
     "steps",
     "step_drafts",
     "step_drafts_results",
+    "step_extras",
 )
 
 

@@ -82,7 +82,7 @@ class KVCacheManager:
         return True
 
     def _find_prefix(self, request: Request) -> Shared:
-        if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
+        if not self.prefix_caching or request.needs_whole_prompt:
             return Shared(0, [[] for _ in self._groups])
         return find_prefix(self._of_tokens, self.pool, request, self.hash_block_size)
 
@@ -213,7 +213,7 @@ class KVCacheManager:
         """Hash of one of a waiting request's blocks, by index in hash blocks, which it would share if it were on offer;
         None: it would compute it in any case."""
         usable = (request.num_known - 1) // self._coarsest * self._coarsest // self.hash_block_size
-        if at >= usable or request.scores_prompt:
+        if at >= usable or request.needs_whole_prompt:
             return None
         return extend_hashes(request, self.hash_block_size, at + 1)[at]
 

@@ -62,6 +62,11 @@ class LatentLayer:
     k_up: Tensor  # [num_heads, nope_dim, latent_dim]
     v_up: Tensor  # [num_heads, v_dim, latent_dim]
 
+    def turned(self, q_rope: Tensor, k_rope: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Queries [num_tokens, num_heads, rope_dim] and keys [num_tokens, rope_dim] at their positions."""
+        k_turned = self.ops.rotary(x=k_rope.unsqueeze(1), positions=positions, rope=rope).squeeze(1)
+        return self.ops.rotary(x=q_rope, positions=positions, rope=rope), k_turned
+
 
 class LatentBackend(CacheBackend):
     """A subclass writes kv_layout, make_cache, write_rows, attend and CacheBackend's methods; or overrides forward
@@ -106,9 +111,7 @@ class LatentBackend(CacheBackend):
         """Attention output [num_tokens, num_heads, v_dim] and the cache after the write; padded rows are zeros. The
         default rotates, writes rows, then attends."""
         if rope is not None:
-            positions = plan.positions
-            q_rope = layer.ops.rotary(x=q_rope, positions=positions, rope=rope)
-            k_rope = layer.ops.rotary(x=k_rope.unsqueeze(1), positions=positions, rope=rope).squeeze(1)
+            q_rope, k_rope = layer.turned(q_rope, k_rope, plan.positions, rope)
         cache = self.write_rows(latent, k_rope, cache, plan, layer)
         return self.attend(q_nope, q_rope, cache, plan, layer, out=out), cache
 

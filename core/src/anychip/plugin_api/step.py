@@ -6,7 +6,7 @@ comes out, and the old one must not be used again.
 
 The state holds the KV cache, each slot's last sampled id, and what penalties and biases edit logits by: counts
 [max_slots + 1, vocab_size], bias ids and biases [max_slots + 1, MAX_BIASES]. `edit_state_bytes` says how much that is.
-What goes into a step is declared in plugin_api/step_inputs.
+What goes into a step is declared in plugin_api/step_inputs, what comes out of it in plugin_api/step_outputs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from anychip.errors import Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer
 from anychip.plugin_api.cache import Cache, CacheBackend
 from anychip.plugin_api.cache_specs import CacheSpec
+from anychip.plugin_api.forward_extras import ForwardExtras, Turning
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
 from anychip.plugin_api.latent import LatentBackend, LatentLayer
 from anychip.plugin_api.mesh import Mesh, MeshShape
 from anychip.plugin_api.state import StateBackend, StateLayer
-from anychip.plugin_api.step_inputs import EnteringRow, SamplingInputs, StepInputs
+from anychip.plugin_api.step_inputs import EmbeddingRows, EnteringRow, SamplingInputs, StepInputs
+from anychip.plugin_api.step_outputs import StepOutputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,45 +35,6 @@ if TYPE_CHECKING:
 
 State = Any
 Hidden = Any
-
-
-@dataclass(slots=True, kw_only=True)
-class Scores:
-    """Of the step's tokens that had a target, in their order."""
-
-    logprobs: np.ndarray  # [num_scored] of the targets
-    top_ids: np.ndarray  # [num_scored, MAX_LOGPROBS]
-    top_logprobs: np.ndarray
-
-
-@dataclass(slots=True, kw_only=True)
-class HostOutputs:
-    """What a step produced, on the host. Logprobs and scores are present when the features asked for them."""
-
-    token_ids: np.ndarray  # [num_samples]
-    kept: np.ndarray | None = None  # [num_samples] bool, as Ops.accept_drafts gives it; None: every sample is
-    chosen_logprobs: np.ndarray | None = None  # [num_samples]
-    top_ids: np.ndarray | None = None  # [num_samples, MAX_LOGPROBS]
-    top_logprobs: np.ndarray | None = None
-    scores: Scores | None = None
-
-
-class StepOutputs(Protocol):
-    """A step's results on their way to the host."""
-
-    def fetch(self) -> HostOutputs:
-        """Waits for this step, and for no later one."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ReadyOutputs:
-    """StepOutputs that are on the host already."""
-
-    host: HostOutputs
-
-    def fetch(self) -> HostOutputs:
-        return self.host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +53,7 @@ class ForwardContext:
     layer_groups: Sequence[int]  # by layer
     run_outside_graph: RunOutsideGraph | None = None
     """Given while a step is captured in pieces: attention then runs between the pieces."""
+    extras: ForwardExtras | None = None
 
     def attend(
         self,
@@ -106,6 +68,9 @@ class ForwardContext:
     ) -> Tensor:
         """AttentionBackend.forward on a layer's plan and cache."""
         index, group, caches = layer.index, self.layer_groups[layer.index], self.caches
+        if self.extras is not None and (turning := self._turning(rope)) is not None:
+            q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=turning.positions, rope=turning.rope, qk_norm=qk_norm)
+            rope = qk_norm = None
         if self.run_outside_graph is None:
             plan = self.plans[group]
             attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
@@ -127,6 +92,9 @@ class ForwardContext:
         rope: Rope | None = None,
     ) -> Tensor:
         """LatentBackend.forward on a layer's plan and cache."""
+        if (turning := self._turning(rope)) is not None:
+            q_rope, k_rope = layer.turned(q_rope, k_rope, turning.positions, turning.rope)
+            rope = None
         return self._run(
             layer.index,
             lambda cache, plan, out: backend.forward(
@@ -137,6 +105,10 @@ class ForwardContext:
     def advance(self, backend: StateBackend, layer: StateLayer, inputs: Mapping[str, Tensor]) -> Tensor:
         """StateBackend.forward on a layer's plan and cache."""
         return self._run(layer.index, lambda cache, plan, _: backend.forward(inputs, cache, plan, layer))
+
+    def _turning(self, rope: Rope | None) -> Turning | None:
+        """How the step's tokens turn where that is not by their places; None: as BatchView.positions says."""
+        return None if self.extras is None or rope is None else self.extras.turning(rope)
 
     def _run(self, index: int, forward: Callable[[Cache, Any, Tensor | None], tuple[Tensor, Cache]]) -> Tensor:
         """Calls a layer's forward(cache, plan, out); where a step is captured in pieces, between the pieces."""
@@ -154,6 +126,7 @@ class StepModel(Protocol):
 
     num_layers: int
     vocab_size: int
+    hidden_size: int
 
     @property
     def attention(self) -> Sequence[CacheBackend]:
@@ -226,8 +199,19 @@ class StepProgram:
         before the forward pass of the step in which a request with penalties or biases enters its slot, also anew."""
         raise Unsupported("step program", ["enter is not implemented"])
 
+    def embed(self, state: State, rows: Sequence[EmbeddingRows]) -> State:
+        """Writes the buffer of embeddings, before the forward pass of the step in which a request that brings some
+        enters. Earlier steps may still read what they had there."""
+        raise Unsupported("step program", ["embed is not implemented"])
+
     def forward(self, state: State, inputs: StepInputs) -> tuple[State, Hidden]:
         raise Unsupported("step program", ["forward is not implemented"])
+
+    def taps(self, hidden: Hidden) -> Sequence[Tensor]:
+        """Of a step with the feature TAPS: by layer of StepLimits.taps, the hidden states [num_tokens, hidden_size] of
+        inputs.tap_tokens, on the device, in the model's dtype and whole on every rank. They hold until the next step's
+        forward pass."""
+        raise Unsupported("step program", ["taps is not implemented"])
 
     def sample(self, state: State, hidden: Hidden, late: SamplingInputs) -> tuple[State, StepOutputs]:
         """Draws a token for every sample; the one drawn by the last sample of a row that is kept stays in the state as

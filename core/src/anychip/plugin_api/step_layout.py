@@ -12,7 +12,7 @@ from anychip.plugin_api.graph import DRAFTS, MASKS, ShapeKey
 from anychip.plugin_api.plan import BatchView
 from anychip.plugin_api.state import StateView
 from anychip.plugin_api.step_arrays import ALIGN, Layout, held_arrays, layout_of
-from anychip.plugin_api.step_inputs import STATES, SamplingInputs, StepInputs
+from anychip.plugin_api.step_inputs import NUM_AXES, STATES, SamplingInputs, StepInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: i
         "num_samples": key.num_samples,
         "num_pages": key.num_pages,
         "max_slots": max_slots,
+        "num_axes": NUM_AXES,
     }
     features = (*key.features, STATES) if states else key.features
     return layout_of(StepInputs, sizes, features=features, num_groups=num_groups, slot_dtype=slot_dtype)
@@ -88,6 +89,7 @@ def step_inputs(
     num_samples: int,
     max_query_len: int,
     has_drafts: bool,
+    num_tapped: int = 0,
 ) -> StepInputs:
     """StepInputs over the views of an arena, with which `staged` begins."""
     return StepInputs(
@@ -100,6 +102,7 @@ def step_inputs(
         num_samples=num_samples,
         max_query_len=max_query_len,
         has_drafts=has_drafts,
+        num_tapped=num_tapped,
         **held_arrays(StepInputs, views),
     )
 

@@ -38,6 +38,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         speculator: Speculator | None = None,
+        max_embeddings: int = 0,
     ) -> None:
         check_rules(rules, max_num_batched_tokens, max_num_seqs)
         self.kv = kv
@@ -48,7 +49,7 @@ class Scheduler:
         takes_drafts = rules.takes_drafts and kv.shares  # a state that took in a token cannot give it back
         self.drafting = Drafting(kv, speculator) if speculator is not None and takes_drafts else None
         self._beams = Beams(kv)
-        self.waiting = WaitingQueue(kv, policy, self._beams)
+        self.waiting = WaitingQueue(kv, policy, self._beams, max_embeddings)
         self.running: list[Request] = []  # by policy key
         self.requests: dict[RequestId, dict[int, Request]] = {}
         """All requests that have not ended, by id and by index of the sequence."""
@@ -69,7 +70,7 @@ class Scheduler:
             known[request.index] = request
             self.policy.arrived(request)
             self.waiting.add(request)
-            if self.drafting is not None:
+            if self.drafting is not None and not request.pools:
                 self.drafting.arrived(request)
 
     def sequences(self, request_id: RequestId) -> list[Request]:
@@ -216,6 +217,7 @@ class Scheduler:
             self.prefix_queries += request.num_prompt
             self.prefix_hits += shared
         request.slot = self._free_slots.pop()
+        self.waiting.free_embeddings -= request.num_embedded
         request.enters = True
         request.fork_of = None
         request.become(RequestStatus.RUNNING)
@@ -246,6 +248,8 @@ class Scheduler:
         for position, (request, epoch) in step.scoring.items():
             if request.epoch == epoch:
                 request.prompt_logprobs += result.prompt_logprobs.get(position, [])
+        if step.pooled:
+            deltas += self._take_vectors(step, result)
         offers, block_size = self.kv.prefix_caching, self.kv.hash_block_size
         end = 0
         for place, (request, epoch) in enumerate(zip(step.sampling, step.epochs, strict=True)):
@@ -282,6 +286,16 @@ class Scheduler:
                 self._end(request, reason)
         if step.drafts is not None and self.drafting is not None:
             self.drafting.taken_in(step, len(tokens))
+        return deltas
+
+    def _take_vectors(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
+        deltas = []
+        for position, (request, epoch) in step.pooled.items():
+            if request.epoch == epoch:
+                delta = _delta(request, [], "stop")
+                delta.vector = result.vectors[position]
+                deltas.append(delta)
+                self._end(request, "stop")
         return deltas
 
     def abandon(self, step: ScheduledStep) -> set[RequestId]:
@@ -324,6 +338,7 @@ class Scheduler:
         assert request.slot is not None
         self._free_slots.append(request.slot)
         self._finished_slots.append(request.slot)
+        self.waiting.free_embeddings += request.num_embedded
         if self.drafting is not None:
             self.drafting.forget(request.slot)
         request.slot = None

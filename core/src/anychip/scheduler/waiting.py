@@ -23,9 +23,11 @@ class _Blocked(NamedTuple):
 
 
 class WaitingQueue:
-    """`requests` is sorted by policy key; `num_tokens` counts the tokens of their prompts."""
+    """`requests` is sorted by policy key; `num_tokens` counts the tokens of their prompts. `free_embeddings` counts the
+    rows of the workers' buffer of embeddings that no request with a slot has."""
 
-    def __init__(self, kv: KVCacheManager, policy: SchedulingPolicy, beams: Beams) -> None:
+    def __init__(self, kv: KVCacheManager, policy: SchedulingPolicy, beams: Beams, max_embeddings: int = 0) -> None:
+        self.free_embeddings = max_embeddings
         self.requests: list[Request] = []
         self.num_tokens = 0
         self._kv = kv
@@ -57,7 +59,7 @@ class WaitingQueue:
                 continue
             if any(kv.shareable(request, at) in hashes for at, hashes in coming.items()):
                 continue  # this very step computes what the request would compute again: a step later it is shared
-            if self._is_blocked(request):
+            if self._is_blocked(request) or request.num_embedded > self.free_embeddings:
                 break
             shared = kv.find_shared(request)
             behind = request.num_known - shared.num_tokens

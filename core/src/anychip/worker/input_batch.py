@@ -6,7 +6,7 @@ Everything is numpy on the host. Ids that only the device knows are left as -1 i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from anychip.plugin_api import (
     LOGPROBS,
     MASKS,
     NULL_BLOCK,
-    SCORES,
+    EmbeddingRows,
     EnteringRow,
     SamplingInputs,
     ShapePolicy,
@@ -35,7 +35,9 @@ from anychip.plugin_api.step_layout import (
     step_inputs,
     step_layout,
 )
+from anychip.worker.row_extras import RowExtras
 from anychip.worker.staging import StagingRing
+from anychip.worker.step_rows import StepRows
 from anychip.worker.token_counter import TokenCounter
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -43,31 +45,6 @@ _INTS = ("top_k", "seed_low", "seed_high", "sample_index", "num_biases")
 
 
 Views = dict[str, np.ndarray]
-
-
-@dataclass(slots=True)
-class StepRows:
-    """A step's rows on the host, before padding."""
-
-    step_id: int
-    slots: np.ndarray  # [num_rows]
-    counts: np.ndarray  # [num_rows] tokens computed
-    starts: np.ndarray  # [num_rows] position of each row's first token
-    sampling: np.ndarray  # indexes of the rows that sample
-    sample_rows: np.ndarray  # [num_samples] index of each sample's row
-    behind: np.ndarray  # [num_samples] drafted tokens of the row that stand behind the sample's
-    drafts: np.ndarray  # ids of the drafted tokens, row after row
-    scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
-    entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
-
-    @property
-    def has_drafts(self) -> bool:
-        return len(self.drafts) > 0
-
-    @property
-    def sample_slots(self) -> np.ndarray:  # [num_samples]
-        slots: np.ndarray = self.slots[self.sample_rows]
-        return slots
 
 
 class InputBatch:
@@ -107,13 +84,17 @@ class InputBatch:
         self._score_from = np.zeros(slots, dtype=np.int32)
         self._score_until = np.zeros(slots, dtype=np.int32)
         self.score_top = np.zeros(slots, dtype=np.int32)
+        self._extras = RowExtras(limits)
 
     # -- deltas -------------------------------------------------------------------------------------------
 
     def apply(self, decision: StepDecision) -> StepRows:
         """Takes in a decision: afterwards every row stands where the step will leave it."""
         self._num_known[decision.finished_slots] = 0
+        if self._extras:
+            self._extras.leave(decision.finished_slots)
         entering = [edits for row in decision.new_rows if (edits := self._enter(row)) is not None]
+        embeddings = self._enter_extras(decision.new_rows) if decision.new_rows else []
         if decision.rewinds:
             rewound = np.frombuffer(decision.rewinds, dtype=np.int32).reshape(-1, 2)
             self._num_computed[rewound[:, 0]] = rewound[:, 1]
@@ -149,7 +130,22 @@ class InputBatch:
             drafts=np.frombuffer(decision.drafts, dtype=np.int32),
             scored=np.maximum(scored, 0),
             entering=entering,
+            embeddings=embeddings,
+            extras=self._extras.step(slots, starts, counts) if self._extras else None,
         )
+
+    def _enter_extras(self, rows: Sequence[NewRow]) -> list[EmbeddingRows]:
+        """What new rows write into the buffer of embeddings."""
+        found = []
+        for row in rows:
+            if row.extras is None and not self._extras:
+                continue
+            written = self._extras.enter(row)
+            if written is not None:
+                found.append(written)
+            if row.extras is not None and row.extras.pooling is not None:
+                self._num_known[row.slot] += 1  # as if one more were known: what is computed never reaches it
+        return found
 
     def _enter(self, row: NewRow) -> EnteringRow | None:
         """What the device must know of a row that has penalties or biases."""
@@ -198,7 +194,7 @@ class InputBatch:
             num_samples=max(1, len(rows.sample_rows)),  # no array of a sampling is empty
             max_query_len=max_query,
             num_pages=max([-(-longest // size) for size in self.block_sizes], default=1),  # no array is empty
-            features=(SCORES,) if rows.scored.any() else (),
+            features=rows.features,
         )
         layout = step_layout(
             key,
@@ -229,6 +225,8 @@ class InputBatch:
             target[num_rows:] = NULL_BLOCK
         if "score_targets" in views:
             self._fill_targets(views["score_targets"], rows)
+        if rows.extras is not None:
+            rows.extras.fill(views, key.num_reqs)
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
         self._fill_draws(array_views(staged[draws_at:], draws), draws, rows)
@@ -242,6 +240,7 @@ class InputBatch:
             num_samples=len(rows.sample_rows),
             max_query_len=max_query,
             has_drafts=rows.has_drafts,
+            num_tapped=0 if rows.extras is None else rows.extras.num_tapped,
         )
 
     def _fill_tokens(self, views: Views, layout: Layout, rows: StepRows, num_tokens: int) -> None:

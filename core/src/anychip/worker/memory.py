@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
 from anychip.plugin_api import PeakMemory, StepProgram
+from anychip.prompt_extras import PromptExtras
 from anychip.types import cdiv
 from anychip.worker.kv_plan import fresh_state
 from anychip.worker.largest_steps import largest_drafts, largest_prompts
@@ -40,6 +41,7 @@ def _peak(
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
     state = program.edit(fresh_state(program, prepared.kv, pool, 1 + len(lengths)), [], range(pool))
     runner = ModelRunner(program, prepared.new_batch(), state)
+    extras = PromptExtras(tap_from=0) if prepared.limits.taps else None
     decision = made_up_step(
         lengths,
         num_drafts=[drafts] * len(lengths),
@@ -48,6 +50,7 @@ def _peak(
         temperature=1.0,
         top_p=0.9,
         logprobs=0,
+        extras=extras,
     )
     peak = prepared.platform.measure(lambda: run_step(runner, decision))
     return PeakMemory(nbytes=peak.nbytes * scale_to // sum(lengths), exact=peak.exact)
@@ -104,15 +107,14 @@ def _kv_budget(prepared: Preparation, activations: PeakMemory, graphs: int, pend
 
 
 def memory_plan(
-    prepared: Preparation, num_blocks: int, *, weights: int, activations: PeakMemory, graphs: int, edits: int
+    prepared: Preparation, num_blocks: int, *, weights: int, activations: PeakMemory, graphs: int
 ) -> MemoryPlan:
-    """What is printed at the start, and what operators plan with; all in bytes. `edits` is the state of penalties and
-    biases."""
+    """What is printed at the start, and what operators plan with; all in bytes."""
     kv, pages = prepared.kv, sum(prepared.limits.max_pages)
     slots = float(prepared.limits.max_slots)
     return MemoryPlan(
         weights=weights,
-        activations=activations.nbytes + edits,
+        activations=activations.nbytes + prepared.kept_bytes,
         graphs=graphs,
         kv_cache=num_blocks * kv.block_bytes + prepared.num_states * kv.state_bytes,
         num_blocks=num_blocks,

@@ -29,7 +29,14 @@ from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, referenc
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
 from anychip.ops.reference.state import DenseStates, GatedSum, gated_sum_chunked, gated_sum_recurrent, reference_state
-from anychip.ops.reference.step import Drawn, EditState, draw_tokens, token_scores
+from anychip.ops.reference.step import (
+    Drawn,
+    EditState,
+    draw_tokens,
+    pooled_sums,
+    token_scores,
+    write_embeddings,
+)
 from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen
 from anychip.plugin_api import (
     OP_VERSIONS,
@@ -51,8 +58,8 @@ __all__ = [
     "EditState", "ExpertWeights", "GatedSum", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLatent",
     "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views", "attend_row",
     "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "functional", "gated_sum_chunked",
-    "gated_sum_recurrent", "merge_attention", "quantized", "reference_linear", "sampling", "softmax_with_sinks",
-    "token_scores",
+    "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling",
+    "softmax_with_sinks", "token_scores", "write_embeddings",
 ]  # fmt: skip
 
 
