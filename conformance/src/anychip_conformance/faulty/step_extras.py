@@ -10,15 +10,7 @@ from unittest.mock import patch
 import numpy as np
 from torch import Tensor
 
-from anychip.plugin_api import (
-    EmbeddingRows,
-    ForwardExtras,
-    KVPlan,
-    ModelSource,
-    ShapeKey,
-    StepInputs,
-    StepLimits,
-)
+from anychip.plugin_api import EmbeddingRows, ForwardExtras, KVPlan, ModelSource, ShapeKey, StepInputs, StepLimits
 from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
 from anychip_conformance.faulty.registry import fault
 
@@ -203,12 +195,9 @@ class EmbeddingsStay(StaticStepProgram):
         written = self.__dict__.setdefault("_written", set())
         fresh = [[index for index, row in enumerate(each.rows.tolist()) if row not in written] for each in rows]
         written |= {row for each in rows for row in each.rows.tolist()}
+        pairs = zip(rows, fresh, strict=True)
         return super().embed(
-            state,
-            [
-                EmbeddingRows(rows=each.rows[kept], values=each.values[kept])
-                for each, kept in zip(rows, fresh, strict=True)
-            ],
+            state, [EmbeddingRows(rows=each.rows[kept], values=each.values[kept]) for each, kept in pairs]
         )
 
 

@@ -25,7 +25,6 @@ from anychip.plugin_api import (
     PlatformManifest,
     Shard,
     WeightView,
-    edit_state_bytes,
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
@@ -68,8 +67,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, manifest: PlatformManifest, pla
     else:
         activations = PeakMemory(nbytes=0, exact=False)
         notes.append("activations are not counted: the step program says what it needs once it is built")
-    graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
-    edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
+    graphs, edits = whole.graph_bytes, whole.state_bytes
     blocks = count_blocks(whole, activations, graphs, pending=weights + edits)
     return WorkerReady(
         kv=kv_cache_config(whole.kv, blocks),

@@ -22,6 +22,7 @@ from anychip.plugin_api import (
     ShapeKey,
     ShapePolicy,
     StepLimits,
+    edit_state_bytes,
 )
 from anychip.plugin_api.version import check_shape_policy
 from anychip.types import cdiv
@@ -48,6 +49,18 @@ class Preparation:
     """Of graphs."""
     pieces: Sequence[int]
     """Numbers of tokens of steps that are captured in pieces."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a program's state beside the KV cache: penalties and biases, and the buffer of embeddings."""
+        embeddings = 4 * self.limits.max_embeddings * self.model.hidden_size
+        return edit_state_bytes(self.limits.max_slots, self.model.vocab_size) + embeddings
+
+    @property
+    def graph_bytes(self) -> int:
+        """What captures will need. Where there are taps, pieces are captured with them and without."""
+        pieces = [*self.pieces] * (2 if self.limits.taps else 1)
+        return self.platform.graph_capture().reserve(self.keys, pieces)
 
     def new_batch(self) -> InputBatch:
         capabilities = self.platform.capabilities

@@ -19,7 +19,6 @@ from anychip.plugin_api import (
     Shard,
     StepLimits,
     StepProgram,
-    edit_state_bytes,
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import load_plugins
@@ -60,19 +59,18 @@ class Worker:
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
         program = self._step_program(prepared)
-        edits = edit_state_bytes(limits.max_slots, source.vocab_size) + 4 * limits.max_embeddings * model.hidden_size
+        held = prepared.state_bytes
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
-            pending = edits
+            pending = held
         else:
             program = self._torch_program(prepared)
             activations = measure_largest_step(prepared, program)
             pending = 0
         self.program = program
         self._got_on("the KV cache is sized")
-        pieces = [*prepared.pieces] * (2 if limits.taps else 1)
-        graphs = self.platform.graph_capture().reserve(prepared.keys, pieces)
+        graphs = prepared.graph_bytes
         blocks = count_blocks(prepared, activations, graphs, pending=pending)
         state = program.initial_state(blocks)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
@@ -80,7 +78,7 @@ class Worker:
         self.runner = ModelRunner(program, prepared.new_batch(), state)
         self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks) if limits.max_drafts else ()
         memory = memory_plan(
-            prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
+            prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=held
         )
         self.ready = self._report(kv_cache_config(prepared.kv, blocks), memory, report, source)
 
