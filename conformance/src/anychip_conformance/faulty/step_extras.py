@@ -196,7 +196,9 @@ class EmbeddingsStay(StaticStepProgram):
         fresh = [[index for index, row in enumerate(each.rows.tolist()) if row not in written] for each in rows]
         written |= {row for each in rows for row in each.rows.tolist()}
         pairs = zip(rows, fresh, strict=True)
-        return super().embed(state, [EmbeddingRows(rows=each.rows[at], values=each.values[at]) for each, at in pairs])
+        return super().embed(
+            state, [EmbeddingRows(rows=each.rows[kept], values=each.values[kept]) for each, kept in pairs]
+        )
 
 
 @fault("step-embeddings-late", "step", killed_by="step.embeddings.001")
