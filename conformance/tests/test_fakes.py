@@ -55,7 +55,7 @@ def test_every_program_of_a_warm_up_can_be_traced(max_drafts, tmp_path):
 
 
 def test_a_donated_state_cannot_be_used_again():
-    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2)))
+    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2), torch.zeros(0, 2)))
     state.take()
     with pytest.raises(DonatedTwice):
         state.take()

@@ -241,7 +241,7 @@ def test_steps_with_prompts_run_in_pieces_up_to_a_few_tokens(tiny, monkeypatch):
     with LLM(tiny, **settings) as llm:
         in_pieces = told(llm)
         made = llm.engine.executor.worker.program._pieces.made
-        assert sorted(made) == [8, 32] and sum(step.handle.num_replays for step in made.values()) > 0
+        assert sorted(made) == [(8, False), (32, False)] and sum(step.handle.num_replays for step in made.values()) > 0
     monkeypatch.setattr(hostlen, "_PIECE_TOKENS", ())
     with LLM(tiny, **settings) as llm:
         assert not llm.engine.executor.worker.program._pieces.made

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -61,6 +63,29 @@ class Checkpoint:
     def logits(self, ids: list[int], dtype: str) -> np.ndarray:
         """Of the token after `ids`, from weights as `dtype` holds them, in float32 arithmetic."""
         return self._evaluated(ids, dtype, torch.float32)
+
+    @torch.inference_mode()
+    def hidden_states(self, ids: list[int], dtype: str) -> list[np.ndarray]:
+        """Of all tokens [num_tokens, hidden_size], from weights as `dtype` holds them, in float32 arithmetic: behind
+        each layer but the last, and behind the final norm."""
+        model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        found = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states
+        return [state[0].numpy() for state in found[1:]]
+
+    @torch.inference_mode()
+    def turned_logits(
+        self, ids: list[int], dtype: str, positions: np.ndarray, sections: Sequence[int], theta: float
+    ) -> np.ndarray:
+        """Of the token after `ids` [vocab_size], with rotary positions [3, num_tokens] of which each axis turns so many
+        frequencies; as the definition says, in place of the library's own rotary module."""
+        model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        rotary = model.model.rotary_emb
+        axis_of = np.repeat(np.arange(3), sections)
+        places = torch.from_numpy(positions[axis_of].T.astype(np.float32))  # [num_tokens, frequencies]
+        angles = places * theta ** (-torch.arange(sum(sections)) / sum(sections))
+        turned = torch.cat((angles, angles), dim=-1)[None]
+        with patch.object(type(rotary), "forward", lambda *_, **__: (turned.cos(), turned.sin())):
+            return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())
 
     @torch.inference_mode()
     def spread(self, ids: list[int], dtype: str) -> float:

@@ -58,6 +58,7 @@ def declared(caps: Capabilities) -> list[str]:
     names += [f"kv dtype {dtype}" for dtype in sorted(caps.kv_dtypes)]
     names += [f"quantization {scheme}" for scheme in sorted(caps.quantization)]
     names += [f"epilogue {activation}" for activation in sorted(caps.epilogues)]
+    names += [f"recurrence {name}" for name in sorted(caps.recurrences)]
     names += [flag for flag in FLAGS if getattr(caps, flag)]
     if caps.collectives != "none":
         names.append("collectives")

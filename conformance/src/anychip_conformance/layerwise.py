@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anychip.config import EngineConfig
+from anychip.errors import Unsupported
 from anychip.model_config import load_model_config
 from anychip.plugin_api import ForwardContext, Mesh, MeshShape
 from anychip.types import cdiv
@@ -91,7 +92,9 @@ def record(task: Recording) -> dict[str, Tensor]:
 
 def _prompt(device: Device, source: CheckpointSource, model: Any, tokens: list[int]) -> tuple[ForwardContext, Any, Any]:
     """One prompt as a whole step: plans by KV group, caches by layer, ids and positions."""
-    kv = plan_kv(source.attention_specs(MeshShape()), device.platform.attention, None)
+    kv = plan_kv(source.attention_specs(MeshShape()), device.platform.cache_backend, None)
+    if kv.states:
+        raise Unsupported("diff-numerics", ["layers that keep a state are not taken apart yet"])
     plans: list[Any] = []
     caches: list[Any] = [None] * len(kv.layer_groups)
     make: Callable[..., Any] = device.platform.allocate

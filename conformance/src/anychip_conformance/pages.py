@@ -21,11 +21,13 @@ _SECTIONS = {
     "graph": "Graphs",
     "isolation": "Isolation",
     "kv": "KV cache",
+    "latent": "Latent attention",
     "linear": "Matrix products",
     "moe": "Mixture of experts",
     "op": "Ops",
     "sample": "Sampling",
     "shape": "Shapes",
+    "state": "State layers",
     "step": "Steps",
 }
 """By the first part of a case's id."""

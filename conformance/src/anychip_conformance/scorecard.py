@@ -25,7 +25,7 @@ EVIDENCE = {
 
 THROUGH_PROGRAM = frozenset({"step", "e2e"})
 """Sections whose cases run whole steps, and so the step program of a device that has one."""
-THROUGH_FACTORIES = frozenset({"op", "attn", "kv", "linear", "moe", "sample", "graph"})
+THROUGH_FACTORIES = frozenset({"op", "attn", "kv", "latent", "state", "linear", "moe", "sample", "graph"})
 """Sections that ask a platform's factories. On the step seam those are the reference's or the plugin's own ones for
 tracing: what passes there is not said of the compiled program."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from anychip.messages import LateInputs, NewRow, StepDecision, StepResult
+from anychip.prompt_extras import PromptExtras
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
 from anychip_conformance.equality import VOCAB_SIZE
@@ -32,8 +34,9 @@ _NO_EDITS = RowEdits()
 class StepDriver:
     """One KV group. Requests get the blocks they are told, and stay in their slot until `finish`."""
 
-    def __init__(self, device: Device, folder: Path, *, max_drafts: int = 0) -> None:
-        settings = {"speculate": "ngram", "max_drafts": max_drafts} if max_drafts else {}
+    def __init__(self, device: Device, folder: Path, *, max_drafts: int = 0, **settings: Any) -> None:
+        if max_drafts:
+            settings |= {"speculate": "ngram", "max_drafts": max_drafts}
         self.worker = open_worker(device, folder, **settings)
         self._device, self._rules = device, device.platform.step_rules
         self.block_size = self.worker.ready.kv.groups[0].block_size
@@ -53,11 +56,13 @@ class StepDriver:
         scored: set[int] | None = None,
         drafts: dict[int, list[int]] | None = None,
         rewinds: dict[int, int] | None = None,
+        extras: dict[int, PromptExtras] | None = None,
     ) -> StepResult:
         """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
         slot: how many this step computes, its `drafts` among them. `masks` by place among the samples: the token ids
         that may be drawn. `rewinds` by slot: how many of its tokens are computed after all.
-        `edits` by slot, of new ones. `scored` slots, when they are new, report their prompt's log-probabilities."""
+        `edits` and `extras` by slot, of new ones. `scored` slots, when they are new, report their prompt's
+        log-probabilities."""
         broken = self._rules.broken_by(list(tokens.values()))
         self._device.limit(broken, not broken)
         self._step += 1
@@ -69,6 +74,7 @@ class StepDriver:
                 computed=(computed or {}).get(slot, 0),
                 edits=(edits or {}).get(slot, _NO_EDITS),
                 scored=slot in (scored or ()),
+                extras=(extras or {}).get(slot),
             )
             for slot, (ids, blocks) in (new or {}).items()
         ]
@@ -91,7 +97,16 @@ class StepDriver:
         return self.worker.sample(LateInputs(step_id=self._step, masks=packed)).fetch()
 
     @staticmethod
-    def _row(slot: int, ids: list[int], blocks: list[int], *, computed: int, edits: RowEdits, scored: bool) -> NewRow:
+    def _row(
+        slot: int,
+        ids: list[int],
+        blocks: list[int],
+        *,
+        computed: int,
+        edits: RowEdits,
+        scored: bool,
+        extras: PromptExtras | None,
+    ) -> NewRow:
         num_prompt = len(ids) - edits.num_output
         return NewRow(
             slot=slot,
@@ -107,6 +122,7 @@ class StepDriver:
             presence_penalty=edits.presence,
             frequency_penalty=edits.frequency,
             logit_bias=edits.biases,
+            extras=extras,
         )
 
     def close(self) -> None:

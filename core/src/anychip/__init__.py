@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anychip.config import EngineConfig
+    from anychip.engine.embedded_prompt import EmbeddedPrompt, EmbeddedSpan
     from anychip.launch.llm import LLM
     from anychip.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "SamplingParams"]
+__all__ = ["LLM", "EmbeddedPrompt", "EmbeddedSpan", "EngineConfig", "SamplingParams"]
 
 _HOMES = {
     "LLM": "anychip.launch.llm",
+    "EmbeddedPrompt": "anychip.engine.embedded_prompt",
+    "EmbeddedSpan": "anychip.engine.embedded_prompt",
     "EngineConfig": "anychip.config",
     "SamplingParams": "anychip.sampling_params",
 }

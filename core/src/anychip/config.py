@@ -53,6 +53,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What drafts tokens: ngram, suffix, auto or a plugin's; None: nothing does."""
     max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
+    pooling: bool = False
+    """Whether requests for vectors are served beside those for text."""
+    max_embeddings: int = 0
+    """Prompt tokens that may bring embeddings of their own at once, over all requests that run."""
+    taps: tuple[int, ...] = ()
+    """Layers whose hidden states the workers can show: 0 is the first, -1 is behind the final norm."""
     policy: str = "fcfs"
     max_waiting: int = 4096
     max_waiting_tokens: int = 4_000_000
@@ -78,6 +84,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; expected {least} or more")
+        if self.max_embeddings < 0:
+            raise ConfigError(f"max_embeddings is {self.max_embeddings}; expected 0 or more")
         for name in ("timeout_s", "start_timeout_s", "step_timeout_s"):
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:

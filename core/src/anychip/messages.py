@@ -13,6 +13,7 @@ import msgspec
 
 from anychip.errors import Fault
 from anychip.prefix import MediaSpan
+from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
 from anychip.types import FinishReason
 
@@ -47,6 +48,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     whole: bool = False
     """Nobody reads its tokens as they come: each sequence is told of once, when it ends, with all of them. Not for
     requests with log-probabilities, stop strings or beams."""
+    extras: PromptExtras | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -94,6 +96,8 @@ class SequenceDelta(msgspec.Struct, array_like=True, gc=False):
     """With the first token: how long the request waited until it was first scheduled."""
     error: tuple[str, str] | None = None
     """Class name and message of what refused the request."""
+    vector: bytes | None = None
+    """float32 [hidden_size], of a request with PromptExtras.pooling, which it ends."""
 
 
 class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
@@ -166,28 +170,41 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     graphs: int
     """Bytes reserved for captured graphs."""
     kv_cache: int
-    """Bytes of all KV blocks."""
+    """Bytes of all blocks, of tokens and of states."""
     num_blocks: int
-    """Blocks of the KV cache, block 0 included."""
+    """Blocks of tokens, block 0 included."""
     kv_tokens: int
     """Tokens that the KV cache holds."""
     max_concurrency: float
     """How many requests of the maximum length fit at once."""
+    num_states: int = 0
+    """Blocks of the states' pool, block 0 included; 0: the model keeps no states."""
 
 
-class KVGroup(msgspec.Struct, frozen=True):
-    """Layers that get their blocks together. `window` counts tokens; None keeps every earlier token."""
+class KVGroup(msgspec.Struct, frozen=True, tag="tokens"):
+    """Layers that get their blocks of tokens together. `window` counts tokens; None keeps every earlier token."""
 
     block_size: int
     window: int | None = None
     layers: tuple[int, ...] = ()
 
 
+class StateGroup(msgspec.Struct, frozen=True, tag="state"):
+    """Layers that keep a state of each sequence: one block of the states' pool holds those of all of them."""
+
+    layers: tuple[int, ...] = ()
+
+
+CacheGroup = KVGroup | StateGroup
+
+
 class KVCacheConfig(msgspec.Struct, frozen=True):
-    """`num_blocks` counts block 0, which no request owns."""
+    """`num_blocks` is the size of the tokens' pool, `num_states` that of the states' pool. Both count block 0, which no
+    request owns."""
 
     num_blocks: int
-    groups: tuple[KVGroup, ...]
+    groups: tuple[CacheGroup, ...]
+    num_states: int = 0
 
 
 class DeviceRules(msgspec.Struct, frozen=True):
@@ -283,6 +300,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     """By token id. The workers count the row's tokens themselves."""
+    extras: PromptExtras | None = None
 
 
 class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -331,6 +349,9 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     """By position among the decision's rows: of the prompt tokens that follow those computed, in order."""
     num_gained: bytes = b""
+    vectors: dict[int, bytes] = {}
+    """By position among the decision's rows: float32 [hidden_size], of rows whose prompt was computed and that ask for
+    a vector. Such rows sample nothing."""
 
 
 ToEngine = AddRequest | Abort | Shutdown

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from anychip.drafts import Speculation
 from anychip.messages import TokenLogprobs
 from anychip.prefix import PLAIN_ROOT, PrefixRoot
+from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
@@ -71,7 +72,7 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline", "enters", "epoch",
+        "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline", "enters", "epoch", "extras",
         "finish_reason", "fork_of", "index", "is_beam", "max_output", "media_marks", "next_change_at",
         "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids",
         "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id", "sampling",
@@ -100,6 +101,7 @@ class Request:
         arrived_at: float | None = None,
         deadline: float = math.inf,
         whole: bool = False,
+        extras: PromptExtras | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -119,6 +121,7 @@ class Request:
         self.tenant = tenant
         self.deadline = deadline  # on the monotonic clock
         self.whole = whole  # its tokens are told of when it ends, and not before
+        self.extras = extras
         self.is_beam = sampling.beam_width > 0
         self.num_logprobs = num_logprobs  # how many of the likeliest tokens are reported with each; -1: none
 
@@ -163,6 +166,21 @@ class Request:
             and self.index == 0
             and len(self.prompt_logprobs) < self.num_prompt - 1
         )
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it wants to know of tokens that others may have computed: it shares no prefix."""
+        return self.scores_prompt or (self.extras is not None and self.extras.needs_whole_prompt)
+
+    @property
+    def pools(self) -> bool:
+        """Whether it ends with a vector, and draws nothing."""
+        return self.extras is not None and self.extras.pooling is not None
+
+    @property
+    def num_embedded(self) -> int:
+        """Rows of the buffer of embeddings that it takes while it has a slot."""
+        return 0 if self.extras is None else self.extras.num_embedded
 
     def become(self, status: RequestStatus) -> None:
         """Moves along the transition table."""

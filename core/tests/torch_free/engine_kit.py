@@ -9,11 +9,13 @@ from anychip.engine.engine_core import EngineCore
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import (
     AddRequest,
+    CacheGroup,
     DeviceRules,
     KVCacheConfig,
     KVGroup,
     LateInputs,
     MemoryPlan,
+    StateGroup,
     StepDecision,
     StepResult,
     WorkerReady,
@@ -32,7 +34,8 @@ TOKEN = 7
 def make_scheduler(
     *,
     num_blocks: int = 64,
-    groups: tuple[KVGroup, ...] = (KVGroup(block_size=4),),
+    groups: tuple[CacheGroup, ...] = (KVGroup(block_size=4),),
+    num_states: int | None = None,
     max_num_seqs: int = 8,
     budget: int = 64,
     prefix_caching: bool = True,
@@ -40,8 +43,10 @@ def make_scheduler(
     policy: SchedulingPolicy | None = None,
     speculator: Speculator | None = None,
 ) -> Scheduler:
+    if num_states is None:  # with block 0, and one to spare
+        num_states = max_num_seqs + 2 if any(isinstance(group, StateGroup) for group in groups) else 0
     return Scheduler(
-        kv=KVCacheManager(KVCacheConfig(num_blocks, groups), prefix_caching=prefix_caching),
+        kv=KVCacheManager(KVCacheConfig(num_blocks, groups, num_states), prefix_caching=prefix_caching),
         policy=policy or SchedulingPolicy(),
         rules=rules or DeviceRules(),
         max_num_seqs=max_num_seqs,
@@ -125,7 +130,8 @@ class FakeExecutor:
 
 
 def make_core(scheduler: Scheduler, *, max_in_flight: int = 1, seed: int = 0, **executor: object) -> EngineCore:
-    kv = KVCacheConfig(scheduler.kv.pool.num_blocks, scheduler.kv.groups)
+    num_states = 0 if scheduler.kv.states is None else scheduler.kv.states.num_blocks
+    kv = KVCacheConfig(scheduler.kv.pool.num_blocks, scheduler.kv.groups, num_states)
     fake = FakeExecutor(kv, **executor)  # type: ignore[arg-type]
     schedule = scheduler.schedule
 

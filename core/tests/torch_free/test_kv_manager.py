@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine_kit import answer, counts, make_request, make_scheduler, run_to_end
 
-from anychip.kv_cache.manager import blocks_per_request
+from anychip.kv_cache.kinds import blocks_per_request
 from anychip.messages import KVGroup
 from anychip.prefix import PrefixRoot
 from anychip.types import NULL_BLOCK

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anychip.errors import ConfigError, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
-from anychip.messages import DeviceRules, KVGroup
+from anychip.messages import DeviceRules, KVGroup, StateGroup
 from anychip.prefix import PrefixRoot
 from anychip.request import RequestStatus
 from anychip.scheduler.policy import FairPolicy, PriorityPolicy, SchedulingPolicy
@@ -26,7 +26,14 @@ RULES = st.builds(
     max_padded_tokens=st.one_of(st.none(), st.integers(0, 40)),
 )
 GROUPS = st.sampled_from(
-    [(KVGroup(4),), (KVGroup(4), KVGroup(4, window=6)), (KVGroup(8), KVGroup(4, window=5)), (KVGroup(4, window=5),)]
+    [
+        (KVGroup(4),),
+        (KVGroup(4), KVGroup(4, window=6)),
+        (KVGroup(8), KVGroup(4, window=5)),
+        (KVGroup(4, window=5),),
+        (KVGroup(4), StateGroup()),
+        (StateGroup(),),
+    ]
 )
 REQUESTS = st.lists(
     st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=8

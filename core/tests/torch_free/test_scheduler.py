@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.errors import ConfigError
-from anychip.messages import DeviceRules, KVGroup, StepResult
+from anychip.messages import DeviceRules, KVGroup, StateGroup, StepResult
 from anychip.request import RequestStatus
 from anychip.scheduler.policy import PriorityPolicy, make_policy
 
@@ -202,6 +202,9 @@ GROUPS = st.sampled_from(
         (KVGroup(block_size=4),),
         (KVGroup(block_size=4), KVGroup(block_size=4, window=6)),
         (KVGroup(block_size=8), KVGroup(block_size=4, window=5)),
+        (KVGroup(block_size=4), StateGroup()),
+        (KVGroup(block_size=4, window=6), StateGroup()),
+        (StateGroup(),),
     ]
 )
 
@@ -248,7 +251,10 @@ def test_after_any_workload_free_blocks_are_all_blocks(actions, groups, caching,
             scheduler.preempt(scheduler.running[values[0] % len(scheduler.running)])
         elif action == "transfer begins" and scheduler.running:
             request = scheduler.running[values[0] % len(scheduler.running)]
-            held = [block for table in request.block_ids for block in table if block]
+            tokens = [
+                table for group, table in zip(groups, request.block_ids, strict=True) if isinstance(group, KVGroup)
+            ]
+            held = [block for table in tokens for block in table if block]
             for block in held:
                 scheduler.kv.pool.take([block])
             transfers.append(held)
@@ -262,4 +268,6 @@ def test_after_any_workload_free_blocks_are_all_blocks(actions, groups, caching,
     run_to_end(scheduler, limit=5000)
     assert all(request.status is RequestStatus.FINISHED for request in requests)
     assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
+    scheduler.kv.check_integrity(requests)
+    assert scheduler.kv.states is None or scheduler.kv.states.num_free == scheduler.kv.states.num_usable
     assert sorted(scheduler._free_slots) == list(range(4))

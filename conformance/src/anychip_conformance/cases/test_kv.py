@@ -73,6 +73,24 @@ def export_import(device: Device, case: AttentionCase) -> None:
     pool.holds("blocks after the import", expected)
 
 
+@kind("kv.canonical", corpus=[*CASES, *BYTE_CASES])
+def canonical(device: Device, case: AttentionCase) -> None:
+    """What leaves by name has the shape and the dtype that the spec's canonical form says, and comes back from it."""
+    pool, arrays = Pool(device, case), {array.name: array for array in case.spec.canonical(1)}
+    moved = pool.backend.export_arrays(pool.cache, [5, 2, 7])
+    assert moved.keys() == arrays.keys(), (
+        f"exported arrays are {sorted(moved)}, the canonical form has {sorted(arrays)}"
+    )
+    for array in case.spec.canonical(pool.size):
+        found = moved[array.name]
+        assert tuple(found.shape) == (3, *array.shape), f"{array.name} has shape {tuple(found.shape)}"
+        assert str(found.dtype) == f"torch.{array.dtype}", f"{array.name} is {found.dtype}, not {array.dtype}"
+    pool.cache = pool.backend.import_arrays(pool.cache, [1, 5, 3], {name: x.clone() for name, x in moved.items()})
+    expected = pool.content.clone()
+    expected[[1, 5, 3]] = pool.content[[5, 2, 7]]
+    pool.holds("blocks after the import", expected)
+
+
 @kind("kv.copy_blocks", corpus=[*CASES, *BYTE_CASES])
 def copy_blocks(device: Device, case: AttentionCase) -> None:
     """Destinations become their sources, and nothing else changes."""

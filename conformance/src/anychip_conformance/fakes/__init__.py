@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anychip.plugin_api import API_VERSION, DeviceInfo, PlatformManifest, ProbeResult, hookimpl
+from anychip.plugin_api import API_VERSION, DeviceInfo, ModelManifest, PlatformManifest, ProbeResult, hookimpl
+from anychip_conformance.toys import MODEL as TOY
 
 NUM_SPMD_DEVICES = 4
 
@@ -68,3 +69,8 @@ MESH = PlatformManifest(
 @hookimpl
 def anychip_platforms() -> Sequence[PlatformManifest]:
     return [STATIC, HOSTLEN, SPMD, MESH]
+
+
+@hookimpl
+def anychip_models() -> Sequence[ModelManifest]:
+    return [TOY]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from anychip.ops.reference import (
     ExpertWeights,
     ReferenceMoE,
     arena_views,
+    pooled_sums,
     softmax_with_sinks,
 )
 from anychip.plugin_api import (
@@ -23,6 +25,7 @@ from anychip.plugin_api import (
     AttentionLayer,
     BatchView,
     ForwardContext,
+    ForwardExtras,
     HostOutputs,
     KVPlan,
     Ops,
@@ -171,11 +174,38 @@ def edited(backend: AttentionBackend, cache: Tensor, copies: Sequence[tuple[int,
     return backend.zero_blocks(cache, zeros) if zeros else cache
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a forward pass gives, padding included."""
+
+    caches: list[Tensor]  # by layer
+    logits: Tensor  # [num_samples, vocab_size]
+    scores: tuple[Tensor, ...] = ()  # by token, of which those with a target count; () in a step without SCORES
+    pooled: Tensor | None = None  # [num_reqs, hidden_size]
+    taps: tuple[Tensor, ...] = ()  # by layer of StepLimits.taps, [num_tokens, hidden_size]
+
+    def flat(self) -> tuple[object, ...]:
+        """For programs that can return tensors, and lists of them, only."""
+        return self.caches, self.logits, list(self.scores), [] if self.pooled is None else [self.pooled], [*self.taps]
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> Passed:
+        caches, logits, scores, pooled, taps = flat
+        return cls(caches, logits, tuple(scores), pooled[0] if pooled else None, tuple(taps))
+
+
 def forward_body(
-    model: StepModel, ops: Ops, kv: KVPlan, caches: Sequence[Tensor], last_ids: Tensor, fields: Mapping[str, Tensor]
-) -> tuple[list[Tensor], Tensor, *tuple[Tensor, ...]]:
-    """One forward pass: the new caches by layer, logits for every row, padded ones included, and where targets are
-    given the scores of every token, of which those with a target count."""
+    model: StepModel,
+    ops: Ops,
+    kv: KVPlan,
+    caches: Sequence[Tensor],
+    last_ids: Tensor,
+    fields: Mapping[str, Tensor],
+    *,
+    tap_layers: Sequence[int] = (),
+    embeddings: Tensor | None = None,
+) -> Passed:
+    """One forward pass. `embeddings`: the buffer of embeddings, where the program has one."""
     ids = fields["input_ids"]
     ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
     plans = [
@@ -188,14 +218,18 @@ def forward_body(
         )
         for group in range(len(kv.block_sizes))
     ]
-    context = ForwardContext(plans, list(caches), kv.layer_groups)
+    extras = ForwardExtras.of(fields, tap_layers=tap_layers, embeddings=embeddings)
+    context = ForwardContext(plans, list(caches), kv.layer_groups, extras=extras)
     hidden = model.forward(ids, fields["positions"], context)
     logits = model.logits(hidden[fields["logits_indices"]])
-    if "score_targets" not in fields:
-        return context.caches, logits
-    targets = fields["score_targets"].clamp(min=0)
-    scores = ops.logprobs(logits=model.logits(hidden).float(), token_ids=targets, num_top=MAX_LOGPROBS)
-    return context.caches, logits, *scores
+    scores: tuple[Tensor, ...] = ()
+    if "score_targets" in fields:
+        targets = fields["score_targets"].clamp(min=0)
+        scores = ops.logprobs(logits=model.logits(hidden).float(), token_ids=targets, num_top=MAX_LOGPROBS)
+    pooled = None
+    if "pool_rows" in fields:
+        pooled = pooled_sums(hidden, fields["pool_rows"], len(fields["seq_lens"]))
+    return Passed(context.caches, logits, scores, pooled, () if extras is None else tuple(extras.tapped()))
 
 
 def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Scores | None:
@@ -206,7 +240,9 @@ def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Score
     return Scores(logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
 
 
-def outputs(drawn: Mapping[str, Tensor], num_samples: int, scores: Scores | None = None) -> ReadyOutputs:
+def outputs(
+    drawn: Mapping[str, Tensor], num_samples: int, scores: Scores | None = None, pooled: Tensor | None = None
+) -> ReadyOutputs:
     """Of the samples that are no padding."""
     host = {name: value[:num_samples].numpy() for name, value in drawn.items()}
-    return ReadyOutputs(HostOutputs(**host, scores=scores))
+    return ReadyOutputs(HostOutputs(**host, scores=scores, pooled=None if pooled is None else pooled.numpy()))

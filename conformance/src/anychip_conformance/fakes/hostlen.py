@@ -4,7 +4,7 @@ writes, and whose graphs freeze host arguments unless they are renewed before ea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -342,7 +342,7 @@ class HostlenShapes(ShapePolicy):
         if max_query_len == 1:
             for key in self._keys:
                 if num_reqs <= key.num_reqs:
-                    return key
+                    return replace(key, features=features)  # of which the runs with none, and with taps, have graphs
         return super().bucket(
             num_tokens=next((count for count in self._pieces if count >= num_tokens), num_tokens),
             num_reqs=num_reqs,

@@ -6,18 +6,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import Drawn, EditState, draw_tokens
+from anychip.ops.reference import Drawn, EditState, draw_tokens, write_embeddings
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
     Capabilities,
     Communicator,
+    EmbeddingRows,
     EnteringRow,
     FusedMoE,
     GroupSpec,
@@ -37,6 +38,7 @@ from anychip.plugin_api import (
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
+    Passed,
     chosen_scores,
     edited,
     forward_body,
@@ -116,11 +118,12 @@ class SpmdPlatform(Platform):
 
 @dataclass(slots=True)
 class SpmdState:
-    """By device, then by layer; last ids and edits are replicated."""
+    """By device, then by layer; last ids, edits and embeddings are replicated."""
 
     caches: list[list[Tensor]]
     last_ids: list[Tensor]
     edits: list[EditState]
+    embeddings: list[Tensor]
 
 
 @dataclass(slots=True)
@@ -128,6 +131,7 @@ class SpmdHidden:
     logits: list[Tensor]
     slots: Tensor
     scores: Scores | None
+    passed: Passed  # the first device's
 
 
 class SpmdStepProgram(StepProgram):
@@ -166,6 +170,7 @@ class SpmdStepProgram(StepProgram):
             [caches(rank) for rank in self._ranks],
             [last_ids.clone() for _ in self._ranks],
             [EditState.blank(self.limits.max_slots, self.vocab_size) for _ in self._ranks],
+            [torch.zeros(self.limits.max_embeddings, self.models[0].hidden_size) for _ in self._ranks],
         )
 
     def edit(self, state: SpmdState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> SpmdState:
@@ -180,16 +185,27 @@ class SpmdStepProgram(StepProgram):
         self._on_every_device(lambda rank: state.edits[rank].enter(rows))
         return state
 
+    def embed(self, state: SpmdState, rows: Sequence[EmbeddingRows]) -> SpmdState:
+        self._on_every_device(lambda rank: write_embeddings(state.embeddings[rank], rows))
+        return state
+
+    def taps(self, hidden: SpmdHidden) -> Sequence[Tensor]:
+        return hidden.passed.taps
+
     def forward(self, state: SpmdState, inputs: StepInputs) -> tuple[SpmdState, SpmdHidden]:
         fields = tensors(inputs.arena, inputs.sections)
 
-        def one(rank: int) -> tuple[list[Tensor], Tensor, *tuple[Tensor, ...]]:
-            return forward_body(self.models[rank], self.ops, self.kv, state.caches[rank], state.last_ids[rank], fields)
+        def one(rank: int) -> Passed:
+            return forward_body(
+                self.models[rank], self.ops, self.kv, state.caches[rank], state.last_ids[rank], fields,
+                tap_layers=self.limits.taps, embeddings=state.embeddings[rank],
+            )  # fmt: skip
 
         results = self._on_every_device(one)
-        caches, logits = [result[0] for result in results], [result[1] for result in results]
-        scores = chosen_scores(results[0][2:], inputs.score_targets)
-        return SpmdState(caches, state.last_ids, state.edits), SpmdHidden(logits, fields["sample_slots"], scores)
+        scores = chosen_scores(results[0].scores, inputs.score_targets)
+        logits = [result.logits for result in results]
+        state = replace(state, caches=[result.caches for result in results])
+        return state, SpmdHidden(logits, fields["sample_slots"], scores, results[0])
 
     def sample(self, state: SpmdState, hidden: SpmdHidden, late: SamplingInputs) -> tuple[SpmdState, ReadyOutputs]:
         fields = tensors(late.arena, late.sections)
@@ -209,8 +225,8 @@ class SpmdStepProgram(StepProgram):
         drawn = self._on_every_device(one)
         for edits, mine in zip(state.edits, drawn, strict=True):
             edits.counts = mine.counts
-        state = SpmdState(state.caches, [mine.last_ids for mine in drawn], state.edits)
-        return state, outputs(drawn[0].outputs(), late.num_samples, hidden.scores)
+        state = replace(state, last_ids=[mine.last_ids for mine in drawn])
+        return state, outputs(drawn[0].outputs(), late.num_samples, hidden.scores, hidden.passed.pooled)
 
     def _on_every_device(self, fn: Callable[[int], R]) -> list[R]:
         def guarded(rank: int) -> R:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, draw_tokens
+from anychip.ops.reference import EditState, draw_tokens, write_embeddings
 from anychip.plugin_api import (
     DRAFTS,
-    SCORES,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
     CompileReport,
+    EmbeddingRows,
     EnteringRow,
     FusedMoE,
     KVPlan,
@@ -37,6 +37,7 @@ from anychip.plugin_api import (
     StepLimits,
     StepProgram,
     StepRules,
+    forward_features,
     sampling_features,
 )
 from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
@@ -44,6 +45,7 @@ from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
+    Passed,
     chosen_scores,
     edited,
     forward_body,
@@ -66,6 +68,7 @@ class Held:
     caches: list[Tensor]  # by layer
     last_ids: Tensor  # [max_slots + 1]
     edits: EditState
+    embeddings: Tensor  # [max_embeddings, hidden_size]
 
 
 class DonatedState:
@@ -86,6 +89,8 @@ class StaticHidden:
     logits: Tensor
     slots: Tensor
     scores: Scores | None
+    pooled: Tensor | None = None
+    taps: tuple[Tensor, ...] = ()
 
 
 class StaticShapes(ShapePolicy):
@@ -164,7 +169,9 @@ class StaticStepProgram(StepProgram):
     def initial_state(self, num_blocks: int) -> DonatedState:
         self._num_blocks = num_blocks
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
-        return DonatedState(Held(self._new_caches(), last_ids, EditState.blank(self.limits.max_slots, self.vocab_size)))
+        edits = EditState.blank(self.limits.max_slots, self.vocab_size)
+        embeddings = torch.zeros(self.limits.max_embeddings, self.model.hidden_size)
+        return DonatedState(Held(self._new_caches(), last_ids, edits, embeddings))
 
     def _new_caches(self) -> list[Tensor]:
         # Functional caches cannot share a buffer between groups: each layer has its own.
@@ -178,8 +185,8 @@ class StaticStepProgram(StepProgram):
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
         start = time.perf_counter()
         for key in keys:
-            self._compile_step(key)
-            self._compile_step(replace(key, features=(SCORES,)))
+            for features in forward_features(self.limits):
+                self._compile_step(replace(key, features=features))
             for features in sampling_features(self.limits.max_drafts):
                 # Only with drafts are there more samples than rows.
                 wanted = DRAFTS in features or key.num_samples <= key.num_reqs
@@ -195,11 +202,15 @@ class StaticStepProgram(StepProgram):
         fields = tensors(blank.arena, blank.sections)
         names = list(fields)
 
-        def step(caches: list[Tensor], last_ids: Tensor, *values: Tensor) -> tuple[object, ...]:
-            return forward_body(self.model, self.ops, self.kv, caches, last_ids, dict(zip(names, values, strict=True)))
+        def step(caches: list[Tensor], last_ids: Tensor, embeddings: Tensor, *values: Tensor) -> tuple[object, ...]:
+            given = dict(zip(names, values, strict=True))
+            return forward_body(
+                self.model, self.ops, self.kv, caches, last_ids, given,
+                tap_layers=self.limits.taps, embeddings=embeddings,
+            ).flat()  # fmt: skip
 
         held = self.initial_state(self._num_blocks).take()
-        self._steps[key] = self._compile(step, (held.caches, held.last_ids, *fields.values()))
+        self._steps[key] = self._compile(step, (held.caches, held.last_ids, held.embeddings, *fields.values()))
 
     @torch.inference_mode()
     def _compile_sampler(self, key: ShapeKey) -> None:
@@ -244,15 +255,25 @@ class StaticStepProgram(StepProgram):
         return DonatedState(held)
 
     @torch.inference_mode()
+    def embed(self, state: DonatedState, rows: Sequence[EmbeddingRows]) -> DonatedState:
+        held = state.take()
+        write_embeddings(held.embeddings, rows)
+        return DonatedState(held)
+
+    def taps(self, hidden: StaticHidden) -> Sequence[Tensor]:
+        return hidden.taps
+
+    @torch.inference_mode()
     def forward(self, state: DonatedState, inputs: StepInputs) -> tuple[DonatedState, StaticHidden]:
         step = self._steps.get(inputs.key)
         if step is None:
             raise UncompiledShape(f"no compiled step for {inputs.key}")
         held = state.take()
         fields = tensors(inputs.arena, inputs.sections)
-        caches, logits, *scores = step(held.caches, held.last_ids, *fields.values())
-        hidden = StaticHidden(logits, fields["sample_slots"], chosen_scores(scores, inputs.score_targets))
-        return DonatedState(replace(held, caches=caches)), hidden
+        passed = Passed.of(step(held.caches, held.last_ids, held.embeddings, *fields.values()))
+        scores = chosen_scores(passed.scores, inputs.score_targets)
+        hidden = StaticHidden(passed.logits, fields["sample_slots"], scores, passed.pooled, passed.taps)
+        return DonatedState(replace(held, caches=passed.caches)), hidden
 
     @torch.inference_mode()
     def sample(
@@ -265,7 +286,7 @@ class StaticStepProgram(StepProgram):
         fields, edits = tensors(late.arena, late.sections), _tensors_of(held.edits)
         last_ids, counts, drawn = draw(held.last_ids, edits, hidden.logits.float(), hidden.slots, *fields.values())
         held = replace(held, last_ids=last_ids, edits=replace(held.edits, counts=counts))
-        return DonatedState(held), outputs(drawn, late.num_samples, hidden.scores)
+        return DonatedState(held), outputs(drawn, late.num_samples, hidden.scores, hidden.pooled)
 
 
 def _tensors_of(edits: EditState) -> list[Tensor]:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from anychip.errors import ConfigError
+from anychip.ops.reference import ReferenceLatent
 from anychip.plugin_api import (
+    RECURRENCES,
     Activation,
     AttentionBackend,
     AttentionSpec,
@@ -16,6 +18,8 @@ from anychip.plugin_api import (
     GraphCapture,
     GroupSpec,
     KVPlan,
+    LatentBackend,
+    LatentSpec,
     LinearKernel,
     LinearSpec,
     ModelSource,
@@ -23,6 +27,8 @@ from anychip.plugin_api import (
     Platform,
     PlatformContext,
     ShapePolicy,
+    StateBackend,
+    StateSpec,
     StepLimits,
     StepProgram,
     op_override,
@@ -34,6 +40,7 @@ from anychip_conformance.fakes.static import StaticPlatform, StaticStepProgram
 from anychip_conformance.faulty import FaultyOptions
 from anychip_conformance.faulty.plain import InvariantMoE, PlainAttention, PlainLinear, plain_communicator
 from anychip_conformance.faulty.registry import Fault, all_faults, find
+from anychip_conformance.faulty.states import PlainStates
 
 
 def planted(context: PlatformContext) -> Fault | None:
@@ -56,6 +63,8 @@ class FaultyPlatform(Platform):
         collectives="runtime",
         batch_invariant=True,
         attention_lse=True,
+        mla=True,
+        recurrences=frozenset(RECURRENCES),
         epilogues=frozenset(get_args(Activation)),
     )
 
@@ -72,6 +81,16 @@ class FaultyPlatform(Platform):
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         backend: AttentionBackend = self._part("attention", PlainAttention)(spec)
+        return backend
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        self.check(spec)
+        backend: LatentBackend = self._part("latent", ReferenceLatent)(spec)
+        return backend
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        backend: StateBackend = self._part("state", PlainStates)(spec)
         return backend
 
     def linear(self, spec: LinearSpec) -> LinearKernel:

@@ -9,18 +9,9 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 Part = Literal[
-    "attention",
-    "linear",
-    "moe",
-    "op",
-    "op of a rank",
-    "communicator",
-    "shapes",
-    "graphs",
-    "hostlen attention",
-    "step",
-    "mesh",
-]
+    "attention", "latent", "state", "linear", "moe", "op", "op of a rank", "communicator", "shapes", "graphs",
+    "hostlen attention", "step", "mesh",
+]  # fmt: skip
 P = TypeVar("P")
 
 _MODULES = (
@@ -28,6 +19,8 @@ _MODULES = (
     "log_sums",
     "addressing",
     "storage",
+    "latents",
+    "states",
     "ops",
     "products",
     "formats",
@@ -39,6 +32,7 @@ _MODULES = (
     "steps",
     "step_drafts",
     "step_drafts_results",
+    "step_extras",
 )
 
 

@@ -178,7 +178,7 @@ class LastIdsByRow(StaticStepProgram):
 
     def sample(self, state: DonatedState, hidden: StaticHidden, late: SamplingInputs) -> Any:
         rows = torch.arange(len(hidden.slots), dtype=hidden.slots.dtype)
-        return super().sample(state, StaticHidden(hidden.logits, rows, hidden.scores), late)
+        return super().sample(state, replace(hidden, slots=rows), late)
 
 
 @fault("step-last-ids-late", "step", killed_by="step.promised_ids.001")
@@ -334,7 +334,7 @@ class MasksLogprobs(StaticStepProgram):
         if late.masks is not None:
             masks = torch.from_numpy(late.masks.copy())
             masked = self.ops.apply_token_masks(logits=hidden.logits.float(), masks=masks[: len(hidden.logits)])
-            hidden = StaticHidden(masked, hidden.slots, hidden.scores)
+            hidden = replace(hidden, logits=masked)
         return super().sample(state, hidden, late)
 
 

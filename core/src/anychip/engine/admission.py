@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from anychip.engine.extras import NO_EXTRAS, ServedExtras, check_extras
 from anychip.engine.grammars import PendingGrammars
 from anychip.engine.logits_processors import make_processors
 from anychip.engine.token_ids import check_token_ids
 from anychip.errors import AnychipError, InvalidRequest, QueueFull, RequestTimeout
 from anychip.kv_cache.hashing import HASH_BYTES, media_marks
-from anychip.kv_cache.manager import blocks_per_request
+from anychip.kv_cache.kinds import blocks_per_request
 from anychip.messages import AddRequest
 from anychip.prefix import PrefixRoot, check_prefix
 from anychip.request import LogitsProcessor, Request
@@ -39,6 +40,7 @@ class Admission:
         max_waiting_tokens: int,
         seed: int,
         grammars: PendingGrammars | None = None,
+        served: ServedExtras = NO_EXTRAS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -46,6 +48,7 @@ class Admission:
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
         self.grammars = grammars
+        self.served = served
         self._clock = clock
         self._seeds = random.Random(seed)
         self._arrivals = 0
@@ -117,6 +120,8 @@ class Admission:
             )
         check_token_ids(message.prompt, self.vocab_size)
         check_prefix(message.adapter, message.media, num_prompt)
+        if message.extras is not None:
+            check_extras(message, message.extras, self.served)
         self._check_blocks(message)
         if message.sampling.beam_width:
             self._check_beams(message)
@@ -124,7 +129,8 @@ class Admission:
     def _check_blocks(self, message: AddRequest) -> None:
         """A request that does not fit the cache alone would wait for ever."""
         width, kv = message.sampling.beam_width, self.scheduler.kv
-        length = message.num_prompt + message.max_output
+        pools = message.extras is not None and message.extras.pooling is not None
+        length = message.num_prompt + (0 if pools else message.max_output)
         blocks = max(1, width) * blocks_per_request(kv.groups, length, self.scheduler.max_tokens)
         if blocks > kv.pool.num_usable:
             raise InvalidRequest(
@@ -137,6 +143,12 @@ class Admission:
 
     def _check_beams(self, message: AddRequest) -> None:
         width = message.sampling.beam_width
+        if not self.scheduler.kv.shares:
+            raise InvalidRequest(
+                "beams share what they have computed, and the states of this model's layers cannot be shared; "
+                "ask for n sequences instead",
+                param="beam_width",
+            )
         if width > self.scheduler.max_rows:
             raise InvalidRequest(f"{width} beams; at most {self.scheduler.max_rows} sequences run", param="beam_width")
         if num_candidates(width, len(set(message.stop_ids))) > MAX_LOGPROBS:
@@ -177,6 +189,7 @@ class Admission:
                 arrived_at=arrived_at,
                 deadline=_deadline(message, arrived_at),
                 whole=message.whole,
+                extras=message.extras,
             )
             sequences.append(request)
         self.scheduler.add(*sequences)

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 
 from anychip.engine.admission import Admission, Refused
+from anychip.engine.extras import NO_EXTRAS, ServedExtras
 from anychip.engine.grammars import PendingGrammars
 from anychip.engine.logits_processors import late_inputs
 from anychip.errors import DeviceFault, StepFailed
@@ -37,6 +38,7 @@ class EngineCore:
         max_waiting_tokens: int,
         seed: int,
         grammars: PendingGrammars | None = None,
+        served: ServedExtras = NO_EXTRAS,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -50,6 +52,7 @@ class EngineCore:
             max_waiting_tokens=max_waiting_tokens,
             seed=seed,
             grammars=grammars,
+            served=served,
         )
         self.in_flight: deque[ScheduledStep] = deque()
         self._unreported: list[SequenceDelta] = []

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from anychip.engine.embedded_prompt import EmbeddedPrompt
 from anychip.engine.token_ids import packed
 from anychip.errors import ContextTooLong, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
 from anychip.messages import AddRequest
 from anychip.prefix import MediaSpan, PrefixRoot, check_prefix
+from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | EmbeddedPrompt
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +42,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The prompt's tokens that stand for media, in order; such a prompt is token ids."""
     whole: bool = False
     """Its outputs are not read as they come: where nothing needs them earlier, a sequence's are one, at its end."""
+    extras: PromptExtras | None = None
+    """Whose spans of embeddings are media spans too, with digests: an EmbeddedPrompt brings both."""
 
 
 class InputProcessor:
@@ -70,12 +74,18 @@ class InputProcessor:
         max_tokens exceed the model's length. Takes some 10 ms for a prompt of 100,000 ids, in which other threads run.
         """
         options = options or RequestOptions()
+        if isinstance(prompt, EmbeddedPrompt):
+            media, extras = prompt.media(), prompt.extras(options.extras)
+            options = msgspec.structs.replace(options, media=media, extras=extras)
+            prompt = prompt.token_ids
         ids = packed(self.tokenize(prompt, options.add_special_tokens), self.vocab_size)
         if options.truncate_prompt_tokens is not None:
             ids = ids[-4 * self._kept(options.truncate_prompt_tokens, sampling) :]
         num_prompt = len(ids) // 4
         room = self.max_model_len - num_prompt
         asked = sampling.max_tokens
+        if options.extras is not None and options.extras.pooling is not None:
+            room, asked = room + 1, 1  # nothing is drawn behind the prompt
         if room < 1 or (asked or 1) > room:
             wants = "at least 1" if asked is None else str(asked)
             raise ContextTooLong(
@@ -112,6 +122,7 @@ class InputProcessor:
             media=options.media,
             # Stop strings are looked for, and log-probabilities are reported, token by token; beams end together.
             whole=options.whole and not sampling.stop and sampling.logprobs is None and not sampling.beam_width,
+            extras=options.extras,
         )
 
     def _root(self, options: RequestOptions, num_prompt: int) -> PrefixRoot:
@@ -149,7 +160,7 @@ class InputProcessor:
         found = (tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
-    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Sequence[int]:
+    def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool) -> Sequence[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("a text prompt needs the tokenizer, which is off; send token ids", param="prompt")

@@ -120,6 +120,7 @@ class OutputProcessor:
             prompt_logprobs=delta.prompt_logprobs,
             queued_s=delta.queued_s,
             finished=finished,
+            vector=delta.vector,
         ), output.finish_reason is not None and delta.finish_reason is None
 
 

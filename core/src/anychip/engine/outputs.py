@@ -35,6 +35,8 @@ class RequestOutput:
     queued_s: float | None = None
     """With the first output: how long the request waited in the engine."""
     finished: bool = False
+    vector: bytes | None = None
+    """float32 [hidden_size], of a request for one; its one output has no tokens."""
 
 
 class Pieces:

@@ -166,3 +166,11 @@ class BlockPool:
         for block in blocks:
             (free if key_of[block] is None else with_key)[block] = None
         self.num_returned += len(blocks)
+
+
+def exceeds(need: dict[BlockPool, int]) -> bool:
+    """Whether some pool has fewer free blocks than it needs."""
+    for pool, count in need.items():  # noqa: SIM110  # a generator costs more than what it looks at
+        if count > pool.num_free:
+            return True
+    return False

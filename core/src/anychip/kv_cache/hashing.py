@@ -19,6 +19,7 @@ from anychip.request import Request
 
 HASH_BYTES = 32
 _TOKEN_BYTES = 4
+_USUAL_BLOCK = 16
 _BLOCKS_AT_A_TIME = 256
 """A thread that hashes a long prompt lets others run after so many blocks, some 0.2 ms."""
 _ROOT = Struct("<?QQQ")
@@ -29,8 +30,8 @@ block's hash is over can be read in one way only."""
 
 
 def finest_block_size(groups: Sequence[KVGroup]) -> int:
-    """Tokens under one hash: the smallest block of any group."""
-    return min(group.block_size for group in groups)
+    """Tokens under one hash: the smallest block of any group; without groups, as many as if there was one."""
+    return min((group.block_size for group in groups), default=_USUAL_BLOCK)
 
 
 def root_hash(root: PrefixRoot) -> bytes:

@@ -1,7 +1,8 @@
-"""Keeps every request's block tables: prefix hits, growth, windows, copy-on-write, forks.
+"""Keeps every request's block tables: prefix hits, growth, windows, states, copy-on-write, forks.
 
-Layers with one spec form a group; groups have a table each and share the pool. Does not choose victims: when
-blocks are short it says so and the scheduler decides.
+Layers with one spec form a group; groups have a table each. Groups of tokens share a pool, and states have their own.
+What is peculiar to a kind of group is in kv_cache/kinds. Does not choose victims: when blocks are short it says so and
+the scheduler decides.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 import msgspec
 
-from anychip.kv_cache.block_pool import BlockPool
+from anychip.kv_cache.block_pool import BlockPool, exceeds
+from anychip.kv_cache.changes import BlockChanges
 from anychip.kv_cache.hashing import extend_hashes, finest_block_size
-from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, first_visible, prefix_key
-from anychip.messages import KVCacheConfig, KVGroup
+from anychip.kv_cache.kinds import Growth, TokenBlocks, kind_of, token_groups
+from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, prefix_key
+from anychip.messages import KVCacheConfig
 from anychip.request import Request
-from anychip.types import NULL_BLOCK, BlockId, cdiv
+from anychip.types import NULL_BLOCK, BlockId
 
 _ALL_BLOCKS = _ALL_TOKENS = sys.maxsize
 
@@ -27,35 +29,33 @@ _OFFERED_AT_ONCE = 4
 """Blocks of a running request's output. Nobody asks for an answer's beginning meanwhile; at its end, all is offered."""
 
 
-@dataclass(slots=True)
-class BlockChanges:
-    """Changes of the block tables that the workers must know, collected until the step is sent."""
-
-    new_blocks: list[int] = field(default_factory=list)
-    """Entries of the block tables, four numbers each: slot, group, index in the table, block id. Flat, so that one pass
-    encodes them as int32 [num_changes, 4]."""
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """Block ids (source, destination), in the order of copying."""
-    fresh: list[int] = field(default_factory=list)
-    """Ids of the blocks handed out, for devices that must zero them."""
-
-
 class KVCacheManager:
-    """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share."""
+    """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share. Where
+    a group keeps states, whose past is gone, nothing is shared: there is no prefix caching, and `shares` is False."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
-        self._layouts = [(group.block_size, group.window) for group in config.groups]
-        size, window = self._layouts[0]
-        self._only_size = size if window is None and len(self._layouts) == 1 else 0  # 0: several groups, or a window
         self.pool = BlockPool(config.num_blocks)
-        self.prefix_caching = prefix_caching
-        self.hash_block_size = finest_block_size(config.groups)
+        """Of the groups of tokens."""
+        self.states = BlockPool(config.num_states) if config.num_states else None
+        self._pools = [self.pool] if self.states is None else [self.pool, self.states]
+        tokens = token_groups(config.groups)
+        assert tokens == list(config.groups[: len(tokens)]), "groups of tokens come before those of states"
+        kinds = [kind_of(group) for group in config.groups]
+        self._of_tokens = [kind for kind in kinds if isinstance(kind, TokenBlocks)]
+        pools = [self.pool] * len(tokens) + self._pools[1:] * (len(config.groups) - len(tokens))
+        self._groups = list(zip(kinds, pools, strict=True))
+        self._block_sizes = [group.block_size for group in tokens]
+        alone = len(kinds) == 1 and len(tokens) == 1 and tokens[0].window is None
+        self._only_size = tokens[0].block_size if alone else 0  # 0: several groups, a window, or states
+        self.shares = len(tokens) == len(config.groups)
+        self.prefix_caching = prefix_caching and self.shares
+        self.hash_block_size = finest_block_size(tokens)
         self.offer_every = self.hash_block_size * _OFFERED_AT_ONCE  # tokens of output
-        self._coarsest = max(group.block_size for group in config.groups)
+        self._coarsest = max((group.block_size for group in tokens), default=self.hash_block_size)
         self.changes = BlockChanges()
         self.weights_version = 0
-        for group in config.groups:
+        for group in tokens:
             assert group.block_size % self.hash_block_size == 0, "block sizes divide each other"
 
     # -- admission ----------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class KVCacheManager:
         parent = request.fork_of
         if parent is None or parent.prefix_root != request.prefix_root:  # other weights computed the parent's prompt
             return self._find_prefix(request)
-        fork = find_fork(self.groups, parent)
+        fork = find_fork(self._of_tokens, parent) if self.shares else None
         if fork is None:
             return self._find_prefix(request)
         parent.next_change_at = 0  # its last block may be shared from now on
@@ -74,12 +74,13 @@ class KVCacheManager:
 
     def enter(self, request: Request, shared: Shared, num_tokens: int) -> bool:
         """Gives a waiting request the blocks that it shares, and room for `num_tokens` more. False, with nothing
-        changed, when the pool is short."""
-        need = self.pool.count_free(chain.from_iterable(shared.tables))
-        for group, table in zip(self.groups, shared.tables, strict=True):
-            need += cdiv(shared.num_tokens + num_tokens, group.block_size) - len(table)
-            need += shared.num_tokens % group.block_size > 0  # the block that it shares in part is copied
-        if need > self.pool.num_free:
+        changed, when a pool is short."""
+        need = dict.fromkeys(self._pools, 0)
+        for (kind, pool), table in zip(self._groups, shared.tables, strict=True):
+            new = kind.needed(shared.num_tokens + num_tokens) - len(table)
+            # The block that it shares in part is copied.
+            need[pool] += pool.count_free(table) + new + kind.num_partial(shared.num_tokens)
+        if exceeds(need):
             return False
         self._share(request, shared)
         has_room = self.allocate(request, num_tokens)
@@ -87,14 +88,14 @@ class KVCacheManager:
         return True
 
     def _find_prefix(self, request: Request) -> Shared:
-        if not self.prefix_caching or request.scores_prompt:  # a token is scored when it is computed
-            return Shared(0, [[] for _ in self.groups])
-        return find_prefix(self.groups, self.pool, request, self.hash_block_size)
+        if not self.prefix_caching or request.needs_whole_prompt:
+            return Shared(0, [[] for _ in self._groups])
+        return find_prefix(self._of_tokens, self.pool, request, self.hash_block_size)
 
     def _share(self, request: Request, shared: Shared) -> None:
         self.pool.take(chain.from_iterable(shared.tables))
         request.block_ids = shared.tables
-        request.num_cached_blocks = [shared.num_tokens // group.block_size for group in self.groups]
+        request.num_cached_blocks = [kind.num_full(shared.num_tokens) for kind, _ in self._groups]
         request.num_computed = shared.num_tokens
 
     def adopt(self, moves: Sequence[tuple[Request, Request]]) -> None:
@@ -142,37 +143,39 @@ class KVCacheManager:
             self._append(request, 0, 1)
             request.next_change_at += size
             return True
-        new, copied = 0, []  # what it takes to copy: group, index in the table
-        for index, (size, window) in enumerate(self._layouts):
-            table = tables[index]
-            if window is not None:
-                self._release_passed(self.groups[index], table, start)
-            have, needed = len(table), -(-end // size)
-            if needed > have:
-                new += needed - have
-            for at in range(start // size, min(needed, have)):
-                if not pool.is_writable(table[at]):
-                    copied.append((index, at))
-        if new + len(copied) > pool.num_free:
+        if not self._allocate_groups(request, start, end):
             return False
-        for index, at in copied:
-            self._copy_on_write(request, index, at)
-        change_at = _ALL_TOKENS
-        for index, (size, _) in enumerate(self._layouts):
-            needed = -(-end // size)
-            if needed > len(tables[index]):
-                self._append(request, index, needed - len(tables[index]))
-            change_at = min(change_at, needed * size)
-        request.next_change_at = change_at
+        request.next_change_at = min([-(-end // size) * size for size in self._block_sizes], default=_ALL_TOKENS)
+        return True
+
+    def _allocate_groups(self, request: Request, start: int, end: int) -> bool:
+        growths: list[Growth] = []
+        tokens = states = 0
+        for (kind, pool), table in zip(self._groups, request.block_ids, strict=False):
+            growth = new, copied = kind.grow(pool, table, start, end)
+            growths.append(growth)
+            if pool is self.states:
+                states += new
+            else:
+                tokens += new + len(copied)
+        if tokens > self.pool.num_free or (states and self.states is not None and states > self.states.num_free):
+            return False
+        for index, (new, copied) in enumerate(growths):
+            for at in copied:
+                self._copy_on_write(request, index, at)
+            if new:
+                self._append(request, index, new)
         return True
 
     def _append(self, request: Request, index: int, count: int) -> None:
-        table, blocks, slot = request.block_ids[index], self.pool.allocate(count), request.slot
+        pool, table, slot = self._groups[index][1], request.block_ids[index], request.slot
+        blocks = pool.allocate(count)
         if slot is not None:
             for at, block in enumerate(blocks, start=len(table)):
                 self.changes.new_blocks += (slot, index, at, block)
         table += blocks
-        self.changes.fresh += blocks
+        if pool is self.pool:
+            self.changes.fresh += blocks
 
     def _copy_on_write(self, request: Request, index: int, at: int) -> None:
         table = request.block_ids[index]
@@ -183,24 +186,13 @@ class KVCacheManager:
         if request.slot is not None:
             self.changes.new_blocks += (request.slot, index, at, copy)
 
-    def _release_passed(self, group: KVGroup, table: list[BlockId], start: int) -> None:
-        """Gives back the blocks that no later token of the request sees. The workers' tables keep the old ids:
-        the window's mask hides them."""
-        if group.window is None:
-            return
-        for at in range(min(first_visible(group, start), len(table)) - 1, -1, -1):
-            if table[at] == NULL_BLOCK:
-                break
-            self.pool.release([table[at]])
-            table[at] = NULL_BLOCK
-
     def trim(self, request: Request) -> None:
         """Gives back the blocks behind the one that the request's next token needs. The workers' tables keep the old
         ids: no length reaches them."""
-        for group, table in zip(self.groups, request.block_ids, strict=True):
-            needed = request.num_computed // group.block_size + 1
+        for (kind, pool), table in zip(self._groups, request.block_ids, strict=True):
+            needed = kind.needed(request.num_computed + 1)
             if len(table) > needed:
-                self.pool.release(reversed(table[needed:]))
+                pool.release(reversed(table[needed:]))
                 del table[needed:]
                 request.next_change_at = 0
 
@@ -213,7 +205,8 @@ class KVCacheManager:
             return
         complete = min(request.num_computed, request.num_known)
         hashes: list[bytes] | None = None
-        for index, (size, _) in enumerate(self._layouts):
+        for index, group in enumerate(self._of_tokens):
+            size = group.block_size
             full, done = complete // size, request.num_cached_blocks[index]
             if full <= done:
                 continue
@@ -237,13 +230,13 @@ class KVCacheManager:
         """Hash of one of a waiting request's blocks, by index in hash blocks, which it would share if it were on offer;
         None: it would compute it in any case."""
         usable = (request.num_known - 1) // self._coarsest * self._coarsest // self.hash_block_size
-        if at >= usable or request.scores_prompt:
+        if at >= usable or request.needs_whole_prompt:
             return None
         return extend_hashes(request, self.hash_block_size, at + 1)[at]
 
     def missing(self, request: Request, shared: int) -> bytes | None:
         """Key of what would have to be offered for a request to share more than `shared` tokens; None: nothing."""
-        ratio = self.groups[0].block_size // self.hash_block_size
+        ratio = self._of_tokens[0].block_size // self.hash_block_size if self._of_tokens else 1
         at = (shared // self.hash_block_size // ratio + 1) * ratio - 1
         if not self.prefix_caching or at >= (request.num_known - 1) // self.hash_block_size:
             return None
@@ -251,8 +244,8 @@ class KVCacheManager:
 
     def free(self, request: Request) -> None:
         """Releases everything, the sequence's end first, so that shared beginnings are evicted last."""
-        for table in request.block_ids:
-            self.pool.release(reversed(table))
+        for (_, pool), table in zip(self._groups, request.block_ids, strict=False):  # one that waits has no tables
+            pool.release(reversed(table))
         request.block_ids = []
         request.next_change_at = 0
         if request.prefix_root.weights_version != self.weights_version:
@@ -276,6 +269,28 @@ class KVCacheManager:
         request.prefix_root = msgspec.structs.replace(request.prefix_root, weights_version=self.weights_version)
         request.block_hashes = []
 
+    # -- the pools ----------------------------------------------------------------------------------------
+
+    @property
+    def num_deferred(self) -> int:
+        """Blocks of any pool that only steps in flight keep from being handed out."""
+        return sum([pool.num_deferred for pool in self._pools])
+
+    @property
+    def num_returned(self) -> int:
+        """Grows whenever a block of any pool becomes free."""
+        return sum([pool.num_returned for pool in self._pools])
+
+    def launched(self, step_id: int) -> None:
+        """BlockPool.launched, of every pool."""
+        for pool in self._pools:
+            pool.launched(step_id)
+
+    def retired(self, step_id: int) -> None:
+        """BlockPool.retired, of every pool."""
+        for pool in self._pools:
+            pool.retired(step_id)
+
     # -- to the workers -----------------------------------------------------------------------------------
 
     def drain_changes(self) -> BlockChanges:
@@ -286,15 +301,10 @@ class KVCacheManager:
     def check_integrity(self, requests: Iterable[Request], others: Iterable[BlockId] = ()) -> None:
         """Raises AssertionError unless every block is free or held, and counted as often as `requests`, which are
         all that hold blocks, and `others` hold it. For tests."""
-        tables = [table for request in requests for table in request.block_ids]
-        held = Counter(block for table in [*tables, others] for block in table if block != NULL_BLOCK)
-        self.pool.check_integrity(held)
-
-
-def blocks_per_request(groups: tuple[KVGroup, ...], length: int, max_step_tokens: int) -> int:
-    """Most blocks that one request of `length` tokens holds at once, over all groups."""
-    total = 0
-    for group in groups:
-        kept = length if group.window is None else min(length, group.window + max_step_tokens + group.block_size)
-        total += cdiv(kept, group.block_size)
-    return total
+        held = [Counter(others), *(Counter[BlockId]() for _ in self._pools[1:])]
+        for request in requests:
+            for (_, pool), table in zip(self._groups, request.block_ids, strict=False):
+                held[self._pools.index(pool)].update(table)
+        for pool, blocks in zip(self._pools, held, strict=True):
+            del blocks[NULL_BLOCK]
+            pool.check_integrity(blocks)

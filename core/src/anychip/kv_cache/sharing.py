@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from anychip.kv_cache.block_pool import BlockPool
 from anychip.kv_cache.hashing import extend_hashes
-from anychip.messages import KVGroup
+from anychip.kv_cache.kinds import TokenBlocks
 from anychip.request import Request
-from anychip.types import NULL_BLOCK, BlockId, cdiv
+from anychip.types import NULL_BLOCK, BlockId
 
 
 class Shared(NamedTuple):
@@ -25,12 +25,7 @@ def prefix_key(group: int, block_hash: bytes) -> bytes:
     return block_hash if group == 0 else block_hash + bytes([group])
 
 
-def first_visible(group: KVGroup, position: int) -> int:
-    """Index of the first block that a token at `position` still sees."""
-    return 0 if group.window is None else max(0, position - group.window + 1) // group.block_size
-
-
-def find_fork(groups: Sequence[KVGroup], parent: Request) -> Shared | None:
+def find_fork(groups: Sequence[TokenBlocks], parent: Request) -> Shared | None:
     """The parent's prompt, all but its last token, which the child computes to sample from. None where it is not
     computed yet, or the parent's window has moved past its end."""
     shared = parent.num_prompt - 1
@@ -38,14 +33,14 @@ def find_fork(groups: Sequence[KVGroup], parent: Request) -> Shared | None:
         return None
     tables = []
     for group, held in zip(groups, parent.block_ids, strict=True):
-        first, last = first_visible(group, shared), cdiv(shared, group.block_size)
+        first, last = group.first_visible(shared), group.needed(shared)
         if len(held) < last or NULL_BLOCK in held[first:last]:
             return None
         tables.append([NULL_BLOCK] * first + held[first:last])
     return Shared(shared, tables)
 
 
-def find_prefix(groups: Sequence[KVGroup], pool: BlockPool, request: Request, hash_block_size: int) -> Shared:
+def find_prefix(groups: Sequence[TokenBlocks], pool: BlockPool, request: Request, hash_block_size: int) -> Shared:
     """The longest prefix that every group can offer, at least one token short of what is known."""
     length = (request.num_known - 1) // hash_block_size * hash_block_size
     tables: list[list[BlockId]] = []
@@ -63,11 +58,11 @@ def find_prefix(groups: Sequence[KVGroup], pool: BlockPool, request: Request, ha
 
 
 def _offered(
-    index: int, group: KVGroup, pool: BlockPool, request: Request, hash_block_size: int, limit: int
+    index: int, group: TokenBlocks, pool: BlockPool, request: Request, hash_block_size: int, limit: int
 ) -> list[BlockId]:
     """The blocks of the longest prefix up to `limit` tokens that one group can offer. A windowed group needs only the
     blocks that the next token still sees."""
-    hashes, ratio, window = request.block_hashes, group.block_size // hash_block_size, group.window
+    hashes, ratio, whole = request.block_hashes, group.block_size // hash_block_size, group.whole
     table: list[BlockId] = []
     best = run = 0
     for block in range(limit // group.block_size):
@@ -76,14 +71,14 @@ def _offered(
             extend_hashes(request, hash_block_size, at + 1)
         found = pool.find(hashes[at] if index == 0 else prefix_key(index, hashes[at]))
         if found is None:
-            if window is None:
+            if whole:
                 break
             run = 0
             table.append(NULL_BLOCK)
             continue
         table.append(found)
         run += 1
-        if window is None or run >= block + 1 - first_visible(group, (block + 1) * group.block_size):
+        if whole or run >= block + 1 - group.first_visible((block + 1) * group.block_size):
             best = block + 1
-    first = first_visible(group, best * group.block_size)
+    first = group.first_visible(best * group.block_size)
     return [NULL_BLOCK] * first + table[first:best]

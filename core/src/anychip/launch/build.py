@@ -10,6 +10,7 @@ import msgspec
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.engine.engine_core import EngineCore
+from anychip.engine.extras import ServedExtras
 from anychip.engine.grammars import PendingGrammars
 from anychip.errors import ConfigError
 from anychip.executor.inline import InlineExecutor
@@ -20,7 +21,7 @@ from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.child import Child
 from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.messages import WorkerReady
-from anychip.model_config import ModelConfig
+from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api.manifest import Decision, Placement
 from anychip.registry.blame import calling
 from anychip.registry.devices import ChosenDevice, choose_device
@@ -60,6 +61,7 @@ def build_engine(
             rules=executor.ready.rules,
             max_num_seqs=config.resolved_max_num_seqs,
             max_num_batched_tokens=config.resolved_max_num_batched_tokens,
+            max_embeddings=config.max_embeddings,
             speculator=None if proposer is None else _speculator(config, model, proposer, executor.ready),
         )
     except BaseException:
@@ -75,6 +77,12 @@ def build_engine(
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
         seed=config.seed,
+        served=ServedExtras(
+            pooling=config.pooling,
+            max_embeddings=config.max_embeddings,
+            hidden_size=model.hidden_size,
+            max_position=max_model_len if "mrope_section" in rope_parameters(model) else 0,
+        ),
         grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from anychip.errors import KVCacheTooSmall
-from anychip.kv_cache.manager import blocks_per_request
+from anychip.kv_cache.kinds import blocks_per_request, token_groups
 from anychip.messages import KVCacheConfig, WorkerReady
 from anychip.types import cdiv
 
@@ -22,8 +24,9 @@ def check_fits(ready: WorkerReady, max_model_len: int, max_step_tokens: int) -> 
 
 
 def longest_that_fits(kv: KVCacheConfig, max_step_tokens: int) -> int:
-    """The longest request, in tokens, whose blocks the cache holds."""
-    low, high = 0, max(group.block_size for group in kv.groups) * kv.num_blocks
+    """The longest request, in tokens, whose blocks the cache holds. A state holds any number of them."""
+    sizes = [group.block_size for group in token_groups(kv.groups)]
+    low, high = 0, max(sizes) * kv.num_blocks if sizes else sys.maxsize
     while low < high:
         middle = (low + high + 1) // 2
         if blocks_per_request(kv.groups, middle, max_step_tokens) <= kv.num_blocks - 1:

@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from anychip.config import EngineConfig
+from anychip.engine.embedded_prompt import EmbeddedPrompt
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
@@ -23,6 +25,7 @@ from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
 from anychip.messages import WorkerReady
 from anychip.model_config import load_model_config
+from anychip.prompt_extras import Pooling, PoolingKind, PromptExtras
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
 from anychip.tokenizer.tokenizer import Tokenizer
@@ -97,6 +100,24 @@ class LLM:
             pieces[number].append(output)
         return [merge(outputs) for outputs in pieces]
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: PoolingKind = "last", normalize: bool = True
+    ) -> list[np.ndarray]:
+        """A vector [hidden_size], float32, for each prompt, of the final hidden states of its tokens. Raises
+        InvalidRequest where the engine was not started with `pooling`.
+
+        Example:
+            with LLM("path/to/model", pooling=True) as llm:
+                first, second = llm.embed(["a cat", "a dog"], pooling="mean")
+        """
+        options = RequestOptions(extras=PromptExtras(pooling=Pooling(pooling, normalize)))
+        several = _as_list(prompts)
+        vectors: dict[int, np.ndarray] = {}
+        for number, output in self._run(several, [SamplingParams()] * len(several), options):
+            assert output.vector is not None, "a request for a vector ends with one"
+            vectors[number] = np.frombuffer(output.vector, dtype=np.float32)
+        return [vectors[number] for number in range(len(several))]
+
     def default_sampling(self, **settings: Any) -> SamplingParams:
         """What the model's makers recommend, with `settings` in place of some of it."""
         return SamplingParams(**{**self.sampling_defaults, **settings})
@@ -168,7 +189,7 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | EmbeddedPrompt):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [msgspec.convert(list(prompts), list[int])]

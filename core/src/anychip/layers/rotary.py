@@ -1,7 +1,8 @@
 """Rotary tables from a checkpoint's settings.
 
 Sources: Su et al., "RoFormer", 2021 (the embedding); Meta's Llama 3.1 model card and transformers' documentation of
-`rope_type: llama3` (the frequency-dependent scaling); Peng et al., "YaRN", 2023; Ding et al., "LongRoPE", 2024.
+`rope_type: llama3` (the frequency-dependent scaling) and of Qwen2-VL and Qwen3-VL (`mrope_section`: positions of three
+axes); Peng et al., "YaRN", 2023; Ding et al., "LongRoPE", 2024.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from anychip.errors import CheckpointError, Unsupported
 from anychip.model_config import ModelConfig
-from anychip.plugin_api import Rope
+from anychip.plugin_api import NUM_AXES, Rope
 
 Parameters = dict[str, Any]
 
@@ -30,9 +31,32 @@ def make_rope(config: ModelConfig, parameters: Parameters, device: str, *, parti
     except KeyError as missing:
         raise CheckpointError(f"the rotary settings of {config.folder}/config.json have no {missing}") from missing
     angles = torch.outer(torch.arange(config.max_positions).float(), frequencies)
+    axes = _axes(config, parameters, rotary_dim // 2)
     return Rope(
-        cos=(angles.cos() * amplitude).to(device), sin=(angles.sin() * amplitude).to(device), rotary_dim=rotary_dim
+        cos=(angles.cos() * amplitude).to(device),
+        sin=(angles.sin() * amplitude).to(device),
+        rotary_dim=rotary_dim,
+        axes=None if axes is None else axes.to(device),
     )
+
+
+def _axes(config: ModelConfig, parameters: Parameters, count: int) -> Tensor | None:
+    """The axis by which each of `count` frequencies turns, where config.json has `mrope_section`: those of an axis
+    stand together, or, interleaved, take turns as far as its section reaches. None: positions have one axis."""
+    sections = parameters.get("mrope_section")
+    if sections is None:
+        return None
+    if len(sections) != NUM_AXES or sum(sections) != count:
+        raise CheckpointError(
+            f"mrope_section of {config.folder}/config.json is {sections}; expected {NUM_AXES} sections of {count} "
+            "frequencies together"
+        )
+    if not parameters.get("mrope_interleaved", False):
+        return torch.repeat_interleave(torch.arange(NUM_AXES), torch.tensor(sections))
+    axes = torch.zeros(count, dtype=torch.int64)
+    for axis in range(1, NUM_AXES):
+        axes[axis : NUM_AXES * sections[axis] : NUM_AXES] = axis
+    return axes
 
 
 def _rotated_share(config: ModelConfig, parameters: Parameters, partial: bool) -> float:
@@ -47,7 +71,8 @@ def _rotated_share(config: ModelConfig, parameters: Parameters, partial: bool) -
 
 
 def _kind(parameters: Parameters) -> str:
-    return str(parameters.get("rope_type") or parameters.get("type") or "default")
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    return "default" if kind == "mrope" else kind  # what its positions are, not how its frequencies are scaled
 
 
 def _scaled(

@@ -18,6 +18,7 @@ from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api import (
+    FINAL,
     KV_HEADS,
     Activation,
     AttentionBackend,
@@ -66,6 +67,7 @@ class Decoder:
         self.ops = builder.ops
         self.vocab_size = config.vocab_size
         self.num_layers = config.num_layers
+        self.hidden_size = config.hidden_size
         builder.weights.ignored += ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
         self.embedding = VocabParallelEmbedding(
             builder, name="model.embed_tokens", vocab_size=config.vocab_size, hidden_size=config.hidden_size
@@ -164,10 +166,18 @@ class Decoder:
         hidden = self.embedding(input_ids)  # [num_tokens, hidden_size]
         if self.embedding_scale is not None:
             hidden = hidden * self.embedding_scale
+        extras = context.extras
+        if extras is not None:
+            hidden = extras.embedded(hidden)
         residual: Tensor | None = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden, residual = layer(hidden, residual, context)
-        return self.norm.with_residual(hidden, residual)[0]
+            if extras is not None:
+                extras.seen(index, hidden, residual)
+        final = self.norm.with_residual(hidden, residual)[0]
+        if extras is not None:
+            extras.seen(FINAL, final)
+        return final
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
-from anychip.plugin_api import AttentionSpec, MeshShape, StepModel
+from anychip.plugin_api import CacheSpec, MeshShape, StepModel
 from anychip.registry.blame import imported
 from anychip.types import DType
 
@@ -34,11 +34,11 @@ class ModelFamily(Protocol):
 
     def attention_specs(
         self, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
-    ) -> list[AttentionSpec]:
-        """By layer, for one rank of a mesh."""
+    ) -> Sequence[CacheSpec]:
+        """By layer, for one rank of a mesh. A layer that keeps two caches counts as two."""
         ...
 
-    def __call__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> StepModel: ...
+    def __call__(self, config: ModelConfig, builder: Builder, specs: Sequence[Any]) -> StepModel: ...
 
 
 def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[str, str]) -> ModelFamily:

@@ -26,6 +26,7 @@ from anychip.layers.kv_scales import want_kv_scales
 from anychip.model_config import ModelConfig
 from anychip.models import transformers_layers as layers
 from anychip.models.transformers_attention import ATTENTION, AttentionBridge
+from anychip.models.transformers_extras import arguments, show
 from anychip.plugin_api import (
     KV_HEADS,
     REPLICATED,
@@ -110,6 +111,7 @@ class TransformersModel:
     ) -> None:
         self.num_layers = config.num_layers
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self._family = family
         self._builder = builder
         builder.weights.ignored += _IGNORED
@@ -137,13 +139,16 @@ class TransformersModel:
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         self.bridge.context = context
+        extras = context.extras
         result = self.base(
-            input_ids=input_ids.unsqueeze(0),
+            **arguments(self.base, input_ids, extras),
             position_ids=positions.unsqueeze(0).long(),
             attention_mask=self._no_mask,
             use_cache=False,
         )
         hidden: Tensor = result.last_hidden_state[0]
+        if extras is not None and extras.tap_layers:
+            show(self.base, extras, result.hidden_states, hidden, last=self.num_layers - 1)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,14 +13,22 @@ from anychip.plugin_api.attention import (
     PartialAttention,
     dense_page_bytes,
 )
+from anychip.plugin_api.cache import CacheBackend, CanonicalArray, plain_bytes
+from anychip.plugin_api.cache_plan import KVPlan
+from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec, PagedBackend, PagedSpec
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.forward_extras import FINAL, ForwardExtras, Turning
 from anychip.plugin_api.graph import (
     DRAFTS,
     EDITS,
+    EMBEDDINGS,
     LOGPROBS,
     MASKS,
+    MROPE,
+    POOLED,
     SCORES,
+    TAPS,
     EagerCall,
     GraphCapture,
     PlannedCall,
@@ -28,9 +36,11 @@ from anychip.plugin_api.graph import (
     RunOutsideGraph,
     ShapeKey,
     ShapePolicy,
+    forward_features,
     sampling_features,
 )
 from anychip.plugin_api.hooks import hookimpl
+from anychip.plugin_api.latent import LatentBackend, LatentLayer, LatentSpec, latent_page_bytes
 from anychip.plugin_api.linear import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
 from anychip.plugin_api.manifest import (
     CommandManifest,
@@ -57,42 +67,46 @@ from anychip.plugin_api.platform import Event, Platform, PlatformContext, Refere
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
 from anychip.plugin_api.sharding import KV_HEADS, REPLICATED, Placed, Sharded, Span, held
+from anychip.plugin_api.state import RECURRENCES, StateBackend, StateLayer, StateSpec, StateView
 from anychip.plugin_api.step import (
     CompileReport,
     ForwardContext,
-    HostOutputs,
-    KVPlan,
     ModelSource,
-    ReadyOutputs,
-    Scores,
     StepModel,
-    StepOutputs,
     StepProgram,
-    edit_state_bytes,
 )
 from anychip.plugin_api.step_arrays import Section
-from anychip.plugin_api.step_inputs import DRAWN, IN_PROMPT, EnteringRow, SamplingInputs, StepInputs
+from anychip.plugin_api.step_inputs import (
+    DRAWN,
+    IN_PROMPT,
+    NUM_AXES,
+    EmbeddingRows,
+    EnteringRow,
+    SamplingInputs,
+    StepInputs,
+    edit_state_bytes,
+)
+from anychip.plugin_api.step_outputs import HostOutputs, ReadyOutputs, Scores, StepOutputs
 from anychip.plugin_api.version import API_VERSION
 from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "FP8_MAX", "INT4_ZERO", "IN_PROMPT", "KV_HEADS", "LOGPROBS",
-    "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "NAMED", "NULL_BLOCK", "OP_VERSIONS", "PADDING_SLOT", "REPLICATED", "SCALES",
-    "SCHEMES", "SCORES", "VALUES", "ActFormat", "Activation",
-    "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "Capabilities", "CommandManifest",
-    "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
-    "EagerCall", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "FusedMoE",
-    "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "KVLayout", "KVPlan", "LinearKernel", "LinearPart",
-    "LinearSpec", "MemoryInfo", "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "ParserManifest",
-    "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext",
-    "PlatformManifest",
-    "PluginOptions",
-    "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest", "QuantScheme",
-    "ReadyOutputs", "Recorder", "ReferenceKernels",
-    "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
-    "ShapeKey", "ShapePolicy", "Sharded", "Span", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
-    "StepProgram",
-    "StepRules", "Topology", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "held",
-    "hookimpl",
-    "op_override", "sampling_features",
+    "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "EMBEDDINGS", "FINAL", "FP8_MAX", "INT4_ZERO", "IN_PROMPT",
+    "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MROPE", "NAMED", "NULL_BLOCK", "NUM_AXES",
+    "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES", "SCORES", "TAPS",
+    "VALUES", "ActFormat", "Activation", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView",
+    "CacheBackend", "CacheSpec", "CanonicalArray", "Capabilities", "CommandManifest", "Communicator", "CompileReport",
+    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows", "EncoderSpec",
+    "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE",
+    "GraphCapture", "GraphLevel", "GroupSpec", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan", "LatentBackend",
+    "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "Mesh", "MeshShape",
+    "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest", "PartialAttention",
+    "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
+    "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest",
+    "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
+    "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey", "ShapePolicy", "Sharded", "Span",
+    "StateBackend", "StateLayer", "StateSpec", "StateView", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
+    "StepProgram", "StepRules", "Topology", "Turning", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes",
+    "edit_state_bytes", "forward_features", "held", "hookimpl", "latent_page_bytes", "op_override", "plain_bytes",
+    "sampling_features",
 ]  # fmt: skip

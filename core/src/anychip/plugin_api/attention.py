@@ -5,23 +5,21 @@ Dimension names are those of docs/glossary.md. A backend owns its cache's layout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from anychip.errors import Unsupported
+from anychip.plugin_api.cache import Cache, CacheBackend, CanonicalArray, plain_bytes, stored_dtype
 from anychip.plugin_api.plan import BatchView, Plan, Recorder
 from anychip.plugin_api.sharding import REPLICATED, Placed
-from anychip.types import DType, itemsize
+from anychip.types import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from anychip.plugin_api.graph import ShapeKey
     from anychip.plugin_api.ops import Ops, QKNorm, Rope
-
-Cache = Any
-"""A backend's KV storage for one layer: opaque to core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +38,17 @@ class AttentionSpec:
     sinks: bool = False
     lse: bool = False
     """Asks for forward_with_lse too: layers whose keys are attended to in parts, which are merged."""
-    kind: Literal["decoder", "encoder", "mla"] = "decoder"
+    kind: ClassVar[str] = "decoder"
+    """For plugins of 0.1, which ask: other kinds are specs of their own now."""
     invariant: bool = False
     """Asks for kernels whose result for a row does not depend on the rest of the batch."""
     pages: Placed = REPLICATED
     """How the whole model's pages lie over the ranks, in canonical form [2, block_size, num_kv_heads, head_dim]."""
+
+    def canonical(self, block_size: int) -> tuple[CanonicalArray, ...]:
+        """Keys, then values."""
+        shape = (2, block_size, self.num_kv_heads, self.head_dim)
+        return (CanonicalArray("kv", shape, stored_dtype(self.kv_dtype)),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +67,7 @@ class KVLayout:
 
 def dense_page_bytes(spec: AttentionSpec) -> Callable[[int], int]:
     """Page size of the plain layout: keys and values of every token, nothing else."""
-    per_token = 2 * spec.num_kv_heads * spec.head_dim * itemsize(spec.kv_dtype)
-    return lambda block_size: per_token * block_size
+    return lambda block_size: plain_bytes(spec, block_size)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,11 +102,9 @@ class PartialAttention:
     lse: Tensor  # [num_tokens, num_heads] float32
 
 
-class AttentionBackend:
+class AttentionBackend(CacheBackend):
     """A subclass writes kv_layout, make_cache, plan, write_kv, attend, copy_blocks and zero_blocks; or
     overrides forward whole, when its kernel fuses them or its cache is functional."""
-
-    name = "unnamed"
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
@@ -229,17 +230,15 @@ class AttentionBackend:
         """As attend, with the log-sum-exp."""
         raise Unsupported(self.name, ["attend_with_lse is not implemented"])
 
-    def copy_blocks(self, cache: Cache, src: Sequence[int], dst: Sequence[int]) -> Cache:
-        """Block dst[i] becomes a copy of block src[i]."""
-        raise Unsupported(self.name, ["copy_blocks is not implemented"])
+    def export_arrays(self, cache: Cache, ids: Sequence[int]) -> dict[str, Tensor]:
+        return {"kv": self.export_blocks(cache, ids)}
 
-    def zero_blocks(self, cache: Cache, ids: Sequence[int]) -> Cache:
-        """Fills blocks with zeros."""
-        raise Unsupported(self.name, ["zero_blocks is not implemented"])
+    def import_arrays(self, cache: Cache, ids: Sequence[int], arrays: Mapping[str, Tensor]) -> Cache:
+        return self.import_blocks(cache, ids, arrays["kv"])
 
     def export_blocks(self, cache: Cache, ids: Sequence[int]) -> Tensor:
-        """Blocks in canonical form [len(ids), 2, block_size, num_kv_heads, head_dim]: keys, then values, in the cache's
-        dtype; as uint8 where that is one byte wide."""
+        """The array kv of the canonical form, [len(ids), 2, block_size, num_kv_heads, head_dim]: keys, then values, in
+        the cache's dtype; as uint8 where that is one byte wide."""
         raise Unsupported(self.name, ["export_blocks is not implemented"])
 
     def import_blocks(self, cache: Cache, ids: Sequence[int], data: Tensor) -> Cache:

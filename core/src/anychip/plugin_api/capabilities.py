@@ -49,6 +49,9 @@ class Capabilities:
     attention_lse: bool = False
     """Whether AttentionSpec.lse is served: attention over some of the keys, to be merged with attention over others."""
     mla: bool = False
+    """Whether LatentSpec is served: attention over one row per token that all heads share."""
+    recurrences: frozenset[str] = frozenset()
+    """Names of RECURRENCES that state layers may have."""
     kv_write: Literal["in_place", "functional"] = "in_place"
     """functional: writing keys and values gives a new cache, and far block ids are not judged."""
     host_lengths: Literal["none", "upper_bound", "exact"] = "none"
@@ -136,3 +139,12 @@ class StepLimits:
     """Most tokens that are drafted behind a row's last one: a row has one sample more at most. 0: none ever are."""
     max_pages: tuple[int, ...] = field(default=())
     """By KV group: blocks of the longest request."""
+    taps: tuple[int, ...] = ()
+    """Layers behind which a step with the feature TAPS shows hidden states: 0 is the first, and -1 stands for the final
+    norm. (): no step ever does."""
+    pools: bool = False
+    """Whether steps may have the feature POOLED."""
+    max_embeddings: int = 0
+    """Rows of the buffer of embeddings. 0: no step has the feature EMBEDDINGS."""
+    mrope: bool = False
+    """Whether steps may have the feature MROPE: the model's rotary embedding has sections."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anychip.errors import Unsupported
-from anychip.plugin_api.capabilities import GraphLevel
+from anychip.plugin_api.capabilities import GraphLevel, StepLimits
 from anychip.plugin_api.plan import Plan, Recorder
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 SCORES = "scores"
 """Feature of a forward pass: some of its tokens ask for the log-probability of the token that follows them."""
+
+TAPS, POOLED, EMBEDDINGS, MROPE = "taps", "pooled", "embeddings", "mrope"
+"""More features of a forward pass: hidden states of some tokens behind some layers are wanted, the sum of final hidden
+states by row, some tokens take rows of the buffer of embeddings, rotary positions have three axes."""
 
 LOGPROBS, MASKS, EDITS, DRAFTS = "logprobs", "masks", "edits", "drafts"
 """Features of a sampling: some of its samples ask for log-probabilities, have a mask, have penalties or biases, are
@@ -33,6 +37,19 @@ def sampling_features(max_drafts: int = 0) -> list[tuple[str, ...]]:
         for masks in ("", MASKS)
         for edits in ("", EDITS)
     ]
+
+
+def forward_features(limits: StepLimits) -> list[tuple[str, ...]]:
+    """Every combination that a forward pass may need under these limits, in the order that ShapeKey.features has: what
+    a device that compiles ahead must prepare for each shape."""
+    possible = {
+        SCORES: True, TAPS: bool(limits.taps), POOLED: limits.pools, EMBEDDINGS: limits.max_embeddings > 0,
+        MROPE: limits.mrope,
+    }  # fmt: skip
+    found: list[tuple[str, ...]] = [()]
+    for feature in (feature for feature, may_be in possible.items() if may_be):
+        found += [(*others, feature) for others in found]
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

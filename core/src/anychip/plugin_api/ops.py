@@ -63,6 +63,9 @@ class Rope:
     rotary_dim: int
     interleaved: bool = False
     """False: halves are rotated (neox); True: neighbours are (gpt-j)."""
+    axes: Tensor | None = None
+    """Where positions have axes (M-RoPE): the axis that each frequency turns by, [rotary_dim / 2] int64. Steps whose
+    positions differ between axes turn by a table of their own (ForwardExtras.turning), with any device's ops."""
 
 
 @dataclass(slots=True, kw_only=True)

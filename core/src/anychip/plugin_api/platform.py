@@ -10,13 +10,17 @@ import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 from anychip.errors import DeviceFault, Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
+from anychip.plugin_api.cache import CacheBackend
+from anychip.plugin_api.cache_plan import KVPlan
+from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec
 from anychip.plugin_api.capabilities import Capabilities, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.graph import GraphCapture, RegionCompiler, ShapePolicy
+from anychip.plugin_api.latent import LatentBackend, LatentSpec
 from anychip.plugin_api.linear import LinearKernel, LinearSpec
 from anychip.plugin_api.manifest import PlatformManifest, PluginOptions, ProbeResult
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
@@ -24,7 +28,8 @@ from anychip.plugin_api.mesh import MeshShape
 from anychip.plugin_api.moe import FusedMoE, MoESpec
 from anychip.plugin_api.profile import DeviceProfile
 from anychip.plugin_api.refusals import undeclared
-from anychip.plugin_api.step import KVPlan, ModelSource, StepProgram
+from anychip.plugin_api.state import StateBackend, StateSpec
+from anychip.plugin_api.step import ModelSource, StepProgram
 
 if TYPE_CHECKING:
     from torch import Tensor, UntypedStorage
@@ -35,6 +40,8 @@ class ReferenceKernels(Protocol):
     that this package needs no torch."""
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend: ...
+    def latent(self, spec: LatentSpec) -> LatentBackend: ...
+    def state(self, spec: StateSpec) -> StateBackend: ...
     def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel: ...
     def moe(self, spec: MoESpec, platform: Platform) -> FusedMoE: ...
     def empty(self, shape: Sequence[int], dtype: str, device: str, *, pinned: bool = False) -> Tensor: ...
@@ -141,7 +148,7 @@ class Platform:
 
     # -- kernels: factories raise Unsupported with every reason, hot calls never do ------------------------
 
-    def check(self, spec: AttentionSpec | LinearSpec | MoESpec) -> None:
+    def check(self, spec: CacheSpec | LinearSpec | MoESpec) -> None:
         """Raises Unsupported for what the capabilities do not declare. Factories that are overridden call it first."""
         if reasons := undeclared(spec, self.capabilities):
             raise Unsupported(self.name, [f"does not serve {reason}" for reason in reasons])
@@ -149,6 +156,28 @@ class Platform:
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return self.reference.attention(spec)
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        self.check(spec)
+        return self.reference.latent(spec)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        return self.reference.state(spec)
+
+    def cache_backend(self, spec: CacheSpec) -> CacheBackend:
+        """The backend of any kind of layer, from the factory of its kind."""
+        match spec:
+            case AttentionSpec():
+                return self.attention(spec)
+            case LatentSpec():
+                return self.latent(spec)
+            case StateSpec():
+                return self.state(spec)
+            case IndexSpec() | EncoderSpec():
+                raise Unsupported(self.name, [f"has no kernels for layers of {type(spec).__name__}"])
+            case _:
+                assert_never(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from anychip.plugin_api.attention import AttentionSpec
+from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec
 from anychip.plugin_api.capabilities import Capabilities
+from anychip.plugin_api.latent import LatentSpec
 from anychip.plugin_api.linear import LinearSpec
 from anychip.plugin_api.moe import MoESpec
 from anychip.plugin_api.quantization import NAMED
+from anychip.plugin_api.state import StateSpec
 
 _BITS = {
     "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8,
@@ -17,13 +20,20 @@ _BITS = {
 _LISTED = 12
 
 
-def undeclared(spec: AttentionSpec | LinearSpec | MoESpec, capabilities: Capabilities) -> list[str]:
+def undeclared(spec: CacheSpec | LinearSpec | MoESpec, capabilities: Capabilities) -> list[str]:
     """Every reason; empty where the device declares all that the spec asks for."""
     reasons = []
     if spec.dtype not in capabilities.dtypes:
         reasons.append(f"dtype {spec.dtype}; {among(spec.dtype, capabilities.dtypes)}")
     if isinstance(spec, AttentionSpec):
         reasons += _attention(spec, capabilities)
+    elif isinstance(spec, LatentSpec):
+        reasons += _latent(spec, capabilities)
+    elif isinstance(spec, StateSpec):
+        if spec.recurrence not in capabilities.recurrences:
+            reasons.append(f"state layers of the recurrence {spec.recurrence}")
+    elif isinstance(spec, IndexSpec | EncoderSpec):
+        return reasons
     elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
         reasons.append(f"quantization {spec.scheme.name}; {among(spec.scheme.name, capabilities.quantization)}")
     if isinstance(spec, LinearSpec) and spec.epilogue is not None:
@@ -51,6 +61,15 @@ def among(wanted: str | int, there: Collection[str] | Collection[int]) -> str:
     return f"{min(ordered, key=distance)} is nearest; available: {listed}"
 
 
+def _latent(spec: LatentSpec, capabilities: Capabilities) -> list[str]:
+    reasons = [] if capabilities.mla else ["latent attention (MLA)"]
+    if spec.kv_dtype not in capabilities.kv_dtypes:
+        reasons.append(f"a cache of {spec.kv_dtype}; {among(spec.kv_dtype, capabilities.kv_dtypes)}")
+    if spec.window is not None and not capabilities.sliding_window:
+        reasons.append("sliding windows")
+    return reasons
+
+
 def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:
     reasons = []
     if spec.kv_dtype not in capabilities.kv_dtypes:
@@ -63,7 +82,6 @@ def _attention(spec: AttentionSpec, capabilities: Capabilities) -> list[str]:
         ("ALiBi", spec.alibi, capabilities.alibi),
         ("sinks", spec.sinks, capabilities.sinks),
         ("the log-sum-exp of attention", spec.lse, capabilities.attention_lse),
-        ("MLA", spec.kind == "mla", capabilities.mla),
     ):
         if wanted and not declared:
             reasons.append(name)

@@ -1,7 +1,7 @@
 """How tensors lie over the ranks of a mesh, and the one place that makes a rank's slices of that.
 
 A tensor is whole on every rank, or some of its dimensions are divided, each along one axis. Specs say so: a weight's
-parts in LinearSpec and MoESpec, the KV cache's pages in AttentionSpec.
+parts in LinearSpec and MoESpec, the KV cache's pages in every PagedSpec.
 """
 
 from __future__ import annotations

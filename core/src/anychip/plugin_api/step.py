@@ -6,23 +6,26 @@ comes out, and the old one must not be used again.
 
 The state holds the KV cache, each slot's last sampled id, and what penalties and biases edit logits by: counts
 [max_slots + 1, vocab_size], bias ids and biases [max_slots + 1, MAX_BIASES]. `edit_state_bytes` says how much that is.
-What goes into a step is declared in plugin_api/step_inputs.
+What goes into a step is declared in plugin_api/step_inputs, what comes out of it in plugin_api/step_outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from anychip.errors import Unsupported
-from anychip.plugin_api.attention import AttentionBackend, AttentionLayer, AttentionSpec
+from anychip.plugin_api.attention import AttentionBackend, AttentionLayer
+from anychip.plugin_api.cache import Cache, CacheBackend
+from anychip.plugin_api.cache_specs import CacheSpec
+from anychip.plugin_api.forward_extras import ForwardExtras, Turning
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
+from anychip.plugin_api.latent import LatentBackend, LatentLayer
 from anychip.plugin_api.mesh import Mesh, MeshShape
-from anychip.plugin_api.step_inputs import EnteringRow, SamplingInputs, StepInputs
-from anychip.types import MAX_BIASES
+from anychip.plugin_api.state import StateBackend, StateLayer
+from anychip.plugin_api.step_inputs import EmbeddingRows, EnteringRow, SamplingInputs, StepInputs
+from anychip.plugin_api.step_outputs import StepOutputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,45 +35,6 @@ if TYPE_CHECKING:
 
 State = Any
 Hidden = Any
-
-
-@dataclass(slots=True, kw_only=True)
-class Scores:
-    """Of the step's tokens that had a target, in their order."""
-
-    logprobs: np.ndarray  # [num_scored] of the targets
-    top_ids: np.ndarray  # [num_scored, MAX_LOGPROBS]
-    top_logprobs: np.ndarray
-
-
-@dataclass(slots=True, kw_only=True)
-class HostOutputs:
-    """What a step produced, on the host. Logprobs and scores are present when the features asked for them."""
-
-    token_ids: np.ndarray  # [num_samples]
-    kept: np.ndarray | None = None  # [num_samples] bool, as Ops.accept_drafts gives it; None: every sample is
-    chosen_logprobs: np.ndarray | None = None  # [num_samples]
-    top_ids: np.ndarray | None = None  # [num_samples, MAX_LOGPROBS]
-    top_logprobs: np.ndarray | None = None
-    scores: Scores | None = None
-
-
-class StepOutputs(Protocol):
-    """A step's results on their way to the host."""
-
-    def fetch(self) -> HostOutputs:
-        """Waits for this step, and for no later one."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ReadyOutputs:
-    """StepOutputs that are on the host already."""
-
-    host: HostOutputs
-
-    def fetch(self) -> HostOutputs:
-        return self.host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +53,7 @@ class ForwardContext:
     layer_groups: Sequence[int]  # by layer
     run_outside_graph: RunOutsideGraph | None = None
     """Given while a step is captured in pieces: attention then runs between the pieces."""
+    extras: ForwardExtras | None = None
 
     def attend(
         self,
@@ -103,18 +68,57 @@ class ForwardContext:
     ) -> Tensor:
         """AttentionBackend.forward on a layer's plan and cache."""
         index, group, caches = layer.index, self.layer_groups[layer.index], self.caches
+        if self.extras is not None and (turning := self._turning(rope)) is not None:
+            q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=turning.positions, rope=turning.rope, qk_norm=qk_norm)
+            rope = qk_norm = None
         if self.run_outside_graph is None:
             plan = self.plans[group]
             attended, caches[index] = backend.forward(q, k, v, caches[index], plan, layer, rope=rope, qk_norm=qk_norm)
             return attended
+        return self._run(
+            index,
+            lambda cache, plan, out: backend.forward(q, k, v, cache, plan, layer, rope=rope, qk_norm=qk_norm, out=out),
+        )
+
+    def attend_latent(
+        self,
+        backend: LatentBackend,
+        layer: LatentLayer,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        *,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """LatentBackend.forward on a layer's plan and cache."""
+        if (turning := self._turning(rope)) is not None:
+            q_rope, k_rope = layer.turned(q_rope, k_rope, turning.positions, turning.rope)
+            rope = None
+        return self._run(
+            layer.index,
+            lambda cache, plan, out: backend.forward(
+                q_nope, q_rope, latent, k_rope, cache, plan, layer, rope=rope, out=out
+            ),
+        )
+
+    def advance(self, backend: StateBackend, layer: StateLayer, inputs: Mapping[str, Tensor]) -> Tensor:
+        """StateBackend.forward on a layer's plan and cache."""
+        return self._run(layer.index, lambda cache, plan, _: backend.forward(inputs, cache, plan, layer))
+
+    def _turning(self, rope: Rope | None) -> Turning | None:
+        """How the step's tokens turn where that is not by their places; None: as BatchView.positions says."""
+        return None if self.extras is None or rope is None else self.extras.turning(rope)
+
+    def _run(self, index: int, forward: Callable[[Cache, Any, Tensor | None], tuple[Tensor, Cache]]) -> Tensor:
+        """Calls a layer's forward(cache, plan, out); where a step is captured in pieces, between the pieces."""
+        group, caches = self.layer_groups[index], self.caches
 
         def call(plans: Sequence[Any], out: Tensor | None) -> Tensor:
-            attended, caches[index] = backend.forward(
-                q, k, v, caches[index], plans[group], layer, rope=rope, qk_norm=qk_norm, out=out
-            )
-            return attended
+            result, caches[index] = forward(caches[index], plans[group], out)
+            return result
 
-        return self.run_outside_graph(call)
+        return call(self.plans, None) if self.run_outside_graph is None else self.run_outside_graph(call)
 
 
 class StepModel(Protocol):
@@ -122,10 +126,11 @@ class StepModel(Protocol):
 
     num_layers: int
     vocab_size: int
+    hidden_size: int
 
     @property
-    def attention(self) -> Sequence[AttentionBackend]:
-        """By layer."""
+    def attention(self) -> Sequence[CacheBackend]:
+        """What keeps each layer's cache, by layer: AttentionBackend, LatentBackend, StateBackend."""
         ...
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -144,8 +149,8 @@ class ModelSource(Protocol):
     vocab_size: int
     ops: Ops
 
-    def attention_specs(self, shape: MeshShape) -> Sequence[AttentionSpec]:
-        """By layer, for one rank of a mesh; needs no weights."""
+    def attention_specs(self, shape: MeshShape) -> Sequence[CacheSpec]:
+        """By layer, for one rank of a mesh; needs no weights. A layer that keeps two caches counts as two."""
         ...
 
     @property
@@ -169,30 +174,6 @@ class ModelSource(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class KVPlan:
-    """The layout that core gave the KV cache: which layers form a group, and which share a buffer of the pool."""
-
-    block_sizes: tuple[int, ...]  # by group
-    layer_groups: tuple[int, ...]  # by layer
-    layer_buffers: tuple[int, ...]  # by layer
-    num_buffers: int
-    """Buffers of the pool: the most layers that a group has."""
-    page_bytes: int
-    """Bytes of one block in one buffer."""
-    specs: tuple[AttentionSpec, ...]  # by group
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block in all buffers."""
-        return self.page_bytes * self.num_buffers
-
-
-def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
-    """Bytes of a program's state that penalties and biases take."""
-    return (max_slots + 1) * 4 * (vocab_size + 2 * MAX_BIASES)
-
-
 class StepProgram:
     """Runs steps. A compiled program compiles nothing after warm_up."""
 
@@ -203,13 +184,14 @@ class StepProgram:
         """Bytes that one step of this key needs beyond weights and KV."""
         return 0
 
-    def initial_state(self, num_blocks: int) -> State:
-        """Fresh state with a KV pool of `num_blocks`; called before warm_up."""
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> State:
+        """Fresh state with a pool of `num_blocks` blocks of tokens, and one of `num_states` where the plan has states,
+        which is else not given; called before warm_up."""
         raise Unsupported("step program", ["initial_state is not implemented"])
 
     def edit(self, state: State, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> State:
-        """Copies blocks (source, destination) in order, then zeroes blocks, in every layer. A block to zero may be
-        a copy's source: it was given up by one request and taken by another in the same step."""
+        """Copies blocks of tokens (source, destination) in order, then zeroes some, in every layer that has them. A
+        block to zero may be a copy's source: it was given up by one request and taken by another in the same step."""
         raise Unsupported("step program", ["edit is not implemented"])
 
     def enter(self, state: State, rows: Sequence[EnteringRow]) -> State:
@@ -217,8 +199,19 @@ class StepProgram:
         before the forward pass of the step in which a request with penalties or biases enters its slot, also anew."""
         raise Unsupported("step program", ["enter is not implemented"])
 
+    def embed(self, state: State, rows: Sequence[EmbeddingRows]) -> State:
+        """Writes the buffer of embeddings, before the forward pass of the step in which a request that brings some
+        enters. Earlier steps may still read what they had there."""
+        raise Unsupported("step program", ["embed is not implemented"])
+
     def forward(self, state: State, inputs: StepInputs) -> tuple[State, Hidden]:
         raise Unsupported("step program", ["forward is not implemented"])
+
+    def taps(self, hidden: Hidden) -> Sequence[Tensor]:
+        """Of a step with the feature TAPS: by layer of StepLimits.taps, the hidden states [num_tokens, hidden_size] of
+        inputs.tap_tokens, on the device, in the model's dtype and whole on every rank. They hold until the next step's
+        forward pass."""
+        raise Unsupported("step program", ["taps is not implemented"])
 
     def sample(self, state: State, hidden: Hidden, late: SamplingInputs) -> tuple[State, StepOutputs]:
         """Draws a token for every sample; the one drawn by the last sample of a row that is kept stays in the state as

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anychip.plugin_api.graph import DRAFTS, MASKS, SCORES, ShapeKey
+from anychip.plugin_api.graph import DRAFTS, EMBEDDINGS, MASKS, MROPE, POOLED, SCORES, TAPS, ShapeKey
 from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
-from anychip.types import NULL_BLOCK, PADDING_SLOT
+from anychip.prompt_extras import NUM_AXES as NUM_AXES
+from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
 
+STATES = "states"
+"""Stands among the features that a step's arrays are laid out for, where the model has state layers. It is no feature
+of a ShapeKey: all steps of such a model have it."""
 IN_PROMPT, DRAWN = 1, 2
 """What a token's count holds: IN_PROMPT once where it stands in the prompt, and DRAWN for each time in the output."""
 
@@ -40,12 +44,24 @@ class StepInputs:
     slot_mappings: tuple[np.ndarray, ...] = array(
         "num_tokens", dtype=SLOT_DTYPE, padding=PADDING_SLOT, name="slot_mapping", by_group=True
     )
+    state_blocks: np.ndarray | None = array("num_reqs", padding=NULL_BLOCK, feature=STATES)
+    """Each row's block in the states' pool; None for a model without state layers."""
     score_targets: np.ndarray | None = array("num_tokens", padding=-1, feature=SCORES)
     """The id to score after a token; -1: none."""
+    tap_tokens: np.ndarray | None = array("num_tokens", feature=TAPS)
+    """The tokens whose hidden states are wanted behind each layer of StepLimits.taps, num_tapped of them."""
+    pool_rows: np.ndarray | None = array("num_tokens", padding="num_reqs", feature=POOLED)
+    """The row to whose sum a token's final hidden state is added; key.num_reqs: to none."""
+    embedding_rows: np.ndarray | None = array("num_tokens", padding=-1, feature=EMBEDDINGS)
+    """The row of the buffer of embeddings that the first layer reads at a token; -1: the token's own embedding."""
+    rope_positions: np.ndarray | None = array("num_axes", "num_tokens", feature=MROPE)
+    """By axis, what the rotary embedding turns by in place of `positions`, which stay the tokens' places in their
+    sequences."""
     num_rows: int  # unpadded
     num_tokens: int
     num_samples: int
     max_query_len: int
+    num_tapped: int = 0
     has_drafts: bool
     """Whether the SamplingInputs that are staged with the step hold drafts."""
 
@@ -92,6 +108,15 @@ class SamplingInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRows:
+    """Rows of the buffer of embeddings [max_embeddings, hidden_size] and what they hold from now on:
+    StepProgram.embed takes them."""
+
+    rows: np.ndarray  # [num_rows] int32, each once
+    values: np.ndarray  # [num_rows, hidden_size] float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnteringRow:
     """What a slot's logits are edited by from now on, in place of what the slot held: StepProgram.enter takes it.
 
@@ -109,3 +134,8 @@ class EnteringRow:
         row = np.zeros(vocab_size, dtype=np.int32)
         row[self.token_ids] = self.counts
         return row
+
+
+def edit_state_bytes(max_slots: int, vocab_size: int) -> int:
+    """Bytes of a program's state that penalties and biases take."""
+    return (max_slots + 1) * 4 * (vocab_size + 2 * MAX_BIASES)

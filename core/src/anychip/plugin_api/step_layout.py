@@ -10,8 +10,9 @@ import numpy as np
 
 from anychip.plugin_api.graph import DRAFTS, MASKS, ShapeKey
 from anychip.plugin_api.plan import BatchView
+from anychip.plugin_api.state import StateView
 from anychip.plugin_api.step_arrays import ALIGN, Layout, held_arrays, layout_of
-from anychip.plugin_api.step_inputs import SamplingInputs, StepInputs
+from anychip.plugin_api.step_inputs import NUM_AXES, STATES, SamplingInputs, StepInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +22,8 @@ _REMEMBERED = 1024
 
 
 @lru_cache(_REMEMBERED)
-def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> Layout:
-    """The arrays of StepInputs, by name."""
+def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int, states: bool = False) -> Layout:
+    """The arrays of StepInputs, by name. `num_groups` are those of tokens; `states`: the model has state layers."""
     sizes = {
         "num_tokens": key.num_tokens,
         "num_reqs": key.num_reqs,
@@ -30,8 +31,10 @@ def step_layout(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: i
         "num_samples": key.num_samples,
         "num_pages": key.num_pages,
         "max_slots": max_slots,
+        "num_axes": NUM_AXES,
     }
-    return layout_of(StepInputs, sizes, features=key.features, num_groups=num_groups, slot_dtype=slot_dtype)
+    features = (*key.features, STATES) if states else key.features
+    return layout_of(StepInputs, sizes, features=features, num_groups=num_groups, slot_dtype=slot_dtype)
 
 
 @lru_cache(_REMEMBERED)
@@ -64,9 +67,11 @@ def mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-def blank_step_inputs(key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int) -> StepInputs:
+def blank_step_inputs(
+    key: ShapeKey, *, num_groups: int, slot_dtype: str, max_slots: int, states: bool = False
+) -> StepInputs:
     """A step of this shape whose every row and token is padding."""
-    layout = step_layout(key, num_groups=num_groups, slot_dtype=slot_dtype, max_slots=max_slots)
+    layout = step_layout(key, num_groups=num_groups, slot_dtype=slot_dtype, max_slots=max_slots, states=states)
     staged = np.zeros(staged_size(layout, sampling_layout(key.num_samples, 0))[1], dtype=np.uint8)
     views = _blank(staged, layout)
     sizes = {"num_rows": 0, "num_tokens": 0, "num_samples": 0, "max_query_len": 0}
@@ -84,6 +89,7 @@ def step_inputs(
     num_samples: int,
     max_query_len: int,
     has_drafts: bool,
+    num_tapped: int = 0,
 ) -> StepInputs:
     """StepInputs over the views of an arena, with which `staged` begins."""
     return StepInputs(
@@ -96,6 +102,7 @@ def step_inputs(
         num_samples=num_samples,
         max_query_len=max_query_len,
         has_drafts=has_drafts,
+        num_tapped=num_tapped,
         **held_arrays(StepInputs, views),
     )
 
@@ -125,6 +132,19 @@ def batch_view(
         host_seq_lens=None if host_lengths == "none" else inputs.seq_lens[:num_rows],
         host_exact=exact,
         host_slot_mapping=inputs.slot_mappings[group][: inputs.num_tokens] if exact else None,
+    )
+
+
+def state_view(inputs: StepInputs, fields: Mapping[str, Tensor]) -> StateView:
+    """A step as state layers see it: `fields` are the step's arrays on the device."""
+    return StateView(
+        query_start=fields["query_start"],
+        seq_lens=fields["seq_lens"],
+        state_blocks=fields["state_blocks"],
+        num_reqs=inputs.key.num_reqs,
+        num_tokens=inputs.key.num_tokens,
+        max_query_len=inputs.max_query_len,
+        host_query_lens=np.diff(inputs.query_start[: inputs.num_rows + 1]),
     )
 
 

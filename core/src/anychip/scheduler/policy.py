@@ -78,7 +78,7 @@ class PredictivePolicy(SchedulingPolicy):
         request.rank = request.arrived_at + self.PATIENCE_S * (output + request.num_prompt / 8)
 
     def ended(self, request: Request) -> None:
-        if request.finish_reason == "abort":
+        if request.finish_reason == "abort" or request.pools:
             return
         before = self._lengths.pop(request.tenant, float(request.num_output))
         self._lengths[request.tenant] = before + self._NEWEST * (request.num_output - before)

@@ -37,6 +37,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         speculator: Speculator | None = None,
+        max_embeddings: int = 0,
     ) -> None:
         check_rules(rules, max_num_batched_tokens, max_num_seqs)
         self.kv = kv
@@ -44,9 +45,10 @@ class Scheduler:
         self.rules = rules
         self.max_rows = max_num_seqs
         self.max_tokens = max_num_batched_tokens
-        self.drafting = Drafting(kv, speculator) if speculator is not None and rules.takes_drafts else None
+        takes_drafts = rules.takes_drafts and kv.shares  # a state that took in a token cannot give it back
+        self.drafting = Drafting(kv, speculator) if speculator is not None and takes_drafts else None
         self._beams = Beams(kv)
-        self.waiting = WaitingQueue(kv, policy, self._beams)
+        self.waiting = WaitingQueue(kv, policy, self._beams, max_embeddings)
         self.running: list[Request] = []  # by policy key
         self.requests: dict[RequestId, dict[int, Request]] = {}
         """All requests that have not ended, by id and by index of the sequence."""
@@ -67,7 +69,7 @@ class Scheduler:
             known[request.index] = request
             self.policy.arrived(request)
             self.waiting.add(request)
-            if self.drafting is not None:
+            if self.drafting is not None and not request.pools:
                 self.drafting.arrived(request)
 
     def sequences(self, request_id: RequestId) -> list[Request]:
@@ -157,7 +159,7 @@ class Scheduler:
             self.waiting
             and any(request.is_beam for request in self.running)
             and not any(request.num_promised for request in self.running)
-            and not self.kv.pool.num_deferred
+            and not self.kv.num_deferred
         )
 
     def _grow_running(self, draft: StepDraft) -> None:
@@ -194,7 +196,7 @@ class Scheduler:
         while not self.kv.allocate(request, num_tokens):
             draft.is_short = True
             # Blocks that steps in flight still touch return soon: waiting beats recomputing.
-            if self.kv.pool.num_deferred:
+            if self.kv.num_deferred:
                 return False
             placed = set(draft.rows)
             victim = next(other for other in reversed(self.running) if other not in placed)
@@ -214,6 +216,7 @@ class Scheduler:
             self.prefix_queries += request.num_prompt
             self.prefix_hits += shared
         request.slot = self._free_slots.pop()
+        self.waiting.free_embeddings -= request.num_embedded
         request.enters = True
         request.fork_of = None
         request.become(RequestStatus.RUNNING)
@@ -229,20 +232,22 @@ class Scheduler:
             rewinds=b"" if self.drafting is None else self.drafting.take_rewinds(),
             zero_new_blocks=self.rules.zero_new_blocks,
         )
-        self.kv.pool.launched(step_id)
+        self.kv.launched(step_id)
         return step
 
     # -- a result in --------------------------------------------------------------------------------------
 
     def update(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
         """Takes in a step's sampled ids: new tokens for the clients, ends, blocks for the prefix cache."""
-        self.kv.pool.retired(result.step_id)
+        self.kv.retired(result.step_id)
         tokens = memoryview(result.token_ids).cast("i").tolist()
         num_gained = memoryview(result.num_gained).cast("i").tolist() if result.num_gained else None
         deltas: list[SequenceDelta] = []
         for position, (request, epoch) in step.scoring.items():
             if request.epoch == epoch:
                 request.prompt_logprobs += result.prompt_logprobs.get(position, [])
+        if step.pooled:
+            deltas += self._take_vectors(step, result)
         offers, offer_every = self.kv.prefix_caching, self.kv.offer_every
         drafting = None if step.drafted is None else self.drafting
         end = 0
@@ -284,10 +289,20 @@ class Scheduler:
             drafting.taken_in(step, num_gained or [1] * len(step.sampling))
         return deltas
 
+    def _take_vectors(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:
+        deltas = []
+        for position, (request, epoch) in step.pooled.items():
+            if request.epoch == epoch:
+                delta = _delta(request, [], "stop")
+                delta.vector = result.vectors[position]
+                deltas.append(delta)
+                self._end(request, "stop")
+        return deltas
+
     def abandon(self, step: ScheduledStep) -> set[RequestId]:
         """Gives up a step that was not carried out, once every earlier one is taken in. Its requests, which are
         returned, cannot go on. Blocks that it was to fill may be on offer already, so the prefix cache is emptied."""
-        self.kv.pool.retired(step.decision.step_id)
+        self.kv.retired(step.decision.step_id)
         self.kv.pool.forget()
         return {request.request_id for request in step.requests}
 
@@ -324,6 +339,7 @@ class Scheduler:
         assert request.slot is not None
         self._free_slots.append(request.slot)
         self._finished_slots.append(request.slot)
+        self.waiting.free_embeddings += request.num_embedded
         if self.drafting is not None:
             self.drafting.forget(request.slot)
         request.slot = None

@@ -38,6 +38,8 @@ class ScheduledStep:
     """Whether anything restricts a token of `sampling`."""
     scoring: dict[int, tuple[Request, int]] = field(default_factory=dict)
     """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
+    pooled: dict[int, tuple[Request, int]] = field(default_factory=dict)
+    """The same of requests that the step brings their vectors."""
     decision: StepDecision = field(init=False)
 
     @property
@@ -118,6 +120,9 @@ class StepDraft:
             if count > 1 and not (num_drafts and num_drafts[row]):  # of a draft, what is drawn is offered
                 kv.offer(request)  # whoever reads it runs in a later step
             if computed >= request.num_prompt + len(request.output_token_ids) + request.num_promised:
+                if request.extras is not None and request.pools:
+                    step.pooled[row] = (request, request.epoch)
+                    continue
                 request.num_promised += 1
                 step.sampling.append(request)
                 step.epochs.append(request.epoch)
@@ -166,4 +171,5 @@ def _new_row(request: Request) -> NewRow:
         presence_penalty=edits.presence_penalty,
         frequency_penalty=edits.frequency_penalty,
         logit_bias=dict(edits.logit_bias),
+        extras=request.extras,
     )

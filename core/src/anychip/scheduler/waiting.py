@@ -23,9 +23,11 @@ class _Blocked(NamedTuple):
 
 
 class WaitingQueue:
-    """`requests` is sorted by policy key; `num_tokens` counts the tokens of their prompts."""
+    """`requests` is sorted by policy key; `num_tokens` counts the tokens of their prompts. `free_embeddings` counts the
+    rows of the workers' buffer of embeddings that no request with a slot has."""
 
-    def __init__(self, kv: KVCacheManager, policy: SchedulingPolicy, beams: Beams) -> None:
+    def __init__(self, kv: KVCacheManager, policy: SchedulingPolicy, beams: Beams, max_embeddings: int = 0) -> None:
+        self.free_embeddings = max_embeddings
         self.requests: list[Request] = []
         self.num_tokens = 0
         self._kv = kv
@@ -53,11 +55,11 @@ class WaitingQueue:
         for request in self.requests:
             if len(admitted) == num_slots or room.is_full:
                 break
-            if _waits_for_parent(request) or (request.is_beam and self._beams.waits(request)):
+            if (kv.shares and _waits_for_parent(request)) or (request.is_beam and self._beams.waits(request)):
                 continue
             if any(kv.shareable(request, at) in hashes for at, hashes in coming.items()):
                 continue  # this very step computes what the request would compute again: a step later it is shared
-            if self._is_blocked(request):
+            if self._is_blocked(request) or request.num_embedded > self.free_embeddings:
                 break
             shared = kv.find_shared(request)
             behind = request.num_known - shared.num_tokens
@@ -67,7 +69,7 @@ class WaitingQueue:
             if granted <= 0:
                 break
             if not kv.enter(request, shared, granted):
-                self._blocked = _Blocked(request, kv.pool.num_returned, kv.missing(request, shared.num_tokens))
+                self._blocked = _Blocked(request, kv.num_returned, kv.missing(request, shared.num_tokens))
                 break
             enter(request, shared.num_tokens)
             self._note_coming(coming, request, granted)
@@ -81,8 +83,8 @@ class WaitingQueue:
         """Whether the pool was short for a request, and nothing has changed that could help."""
         if self._blocked is None or self._blocked.request is not request:
             return False
-        missing, pool = self._blocked.missing, self._kv.pool
-        return self._blocked.num_returned == pool.num_returned and (missing is None or pool.find(missing) is None)
+        missing, kv = self._blocked.missing, self._kv
+        return self._blocked.num_returned == kv.num_returned and (missing is None or kv.pool.find(missing) is None)
 
     def _coming(self, draft: StepDraft) -> dict[int, set[bytes]]:
         """By index, the hash of the first block that each prefill of the step makes full: who would compute that block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,6 +19,7 @@ class CapturedStep:
     fields: Mapping[str, Tensor]  # views of `staged`, as the next are
     draws: Mapping[str, Tensor]
     plans: list[object]
+    taps: Sequence[Tensor]  # of `handle`'s output, which replays rewrite
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class CapturedPieces:
     handle: object
     ids: Tensor  # [num_tokens]
     positions: Tensor
+    tap_tokens: Tensor | None  # [num_tokens]
+    taps: Sequence[Tensor]
 
 
 class Captured(Generic[K, V]):

@@ -6,7 +6,7 @@ Everything is numpy on the host. Ids that only the device knows are left as -1 i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from anychip.plugin_api import (
     LOGPROBS,
     MASKS,
     NULL_BLOCK,
-    SCORES,
+    EmbeddingRows,
     EnteringRow,
     SamplingInputs,
     ShapePolicy,
@@ -35,40 +35,13 @@ from anychip.plugin_api.step_layout import (
     step_inputs,
     step_layout,
 )
+from anychip.worker.row_extras import RowExtras, Views
 from anychip.worker.staging import StagingRing
+from anychip.worker.step_rows import StepRows
 from anychip.worker.token_counter import TokenCounter
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTS = ("top_k", "seed_low", "seed_high", "sample_index", "num_biases")
-
-
-Views = dict[str, np.ndarray]
-
-
-@dataclass(slots=True)
-class StepRows:
-    """A step's rows on the host, before padding."""
-
-    step_id: int
-    slots: np.ndarray  # [num_rows]
-    counts: np.ndarray  # [num_rows] tokens computed
-    starts: np.ndarray  # [num_rows] position of each row's first token
-    sampling: np.ndarray  # indexes of the rows that sample
-    sample_rows: np.ndarray  # [num_samples] index of each sample's row
-    behind: np.ndarray  # [num_samples] drafted tokens of the row that stand behind the sample's
-    drafts: np.ndarray  # ids of the drafted tokens, row after row
-    scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
-    entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
-    draws: Views = field(default_factory=dict)  # what drawing takes, as it was staged with the step
-
-    @property
-    def has_drafts(self) -> bool:
-        return len(self.drafts) > 0
-
-    @property
-    def sample_slots(self) -> np.ndarray:  # [num_samples]
-        slots: np.ndarray = self.slots[self.sample_rows]
-        return slots
 
 
 class InputBatch:
@@ -82,7 +55,9 @@ class InputBatch:
         vocab_size: int,
         policy: ShapePolicy,
         ring: StagingRing,
+        states: bool = False,
     ) -> None:
+        """`block_sizes` are those of the groups of tokens; `states`: behind them is a group of states."""
         slots = limits.max_slots
         self.limits = limits
         self.block_sizes = tuple(block_sizes)
@@ -96,7 +71,9 @@ class InputBatch:
         self._num_host = np.zeros(slots, dtype=np.int32)  # ids that the host has
         self._num_known = np.zeros(slots, dtype=np.int32)  # ids that the host or the device has
         self._num_computed = np.zeros(slots, dtype=np.int32)
-        self._tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
+        self._token_tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
+        self._states = np.zeros((slots, 1), dtype=np.int32) if states else None
+        self._tables = self._token_tables if self._states is None else [*self._token_tables, self._states]
         self._floats = {name: np.zeros(slots, dtype=np.float32) for name in _FLOATS}
         self._ints = {name: np.zeros(slots, dtype=np.int32) for name in _INTS}
         self._edited = np.zeros(slots, dtype=bool)  # whether penalties or biases change the slot's logits
@@ -104,13 +81,17 @@ class InputBatch:
         self._score_from = np.zeros(slots, dtype=np.int32)
         self._score_until = np.zeros(slots, dtype=np.int32)
         self.score_top = np.zeros(slots, dtype=np.int32)
+        self._extras = RowExtras(limits)
 
     # -- deltas -------------------------------------------------------------------------------------------
 
     def apply(self, decision: StepDecision) -> StepRows:
         """Takes in a decision: afterwards every row stands where the step will leave it."""
         self._num_known[decision.finished_slots] = 0
+        if self._extras:
+            self._extras.leave(decision.finished_slots)
         entering = [edits for row in decision.new_rows if (edits := self._enter(row)) is not None]
+        embeddings = self._enter_extras(decision.new_rows) if decision.new_rows else []
         if decision.rewinds:
             rewound = np.frombuffer(decision.rewinds, dtype=np.int32).reshape(-1, 2)
             self._num_computed[rewound[:, 0]] = rewound[:, 1]
@@ -146,7 +127,22 @@ class InputBatch:
             drafts=np.frombuffer(decision.drafts, dtype=np.int32),
             scored=np.maximum(scored, 0),
             entering=entering,
+            embeddings=embeddings,
+            extras=self._extras.step(slots, starts, counts) if self._extras else None,
         )
+
+    def _enter_extras(self, rows: Sequence[NewRow]) -> list[EmbeddingRows]:
+        """What new rows write into the buffer of embeddings."""
+        found = []
+        for row in rows:
+            if row.extras is None and not self._extras:
+                continue
+            written = self._extras.enter(row)
+            if written is not None:
+                found.append(written)
+            if row.extras is not None and row.extras.pooling is not None:
+                self._num_known[row.slot] += 1  # as if one more were known: what is computed never reaches it
+        return found
 
     def _enter(self, row: NewRow) -> EnteringRow | None:
         """What the device must know of a row that has penalties or biases."""
@@ -194,11 +190,15 @@ class InputBatch:
             num_reqs=num_rows,
             num_samples=max(1, len(rows.sample_rows)),  # no array of a sampling is empty
             max_query_len=max_query,
-            num_pages=max(-(-longest // size) for size in self.block_sizes),
-            features=(SCORES,) if rows.scored.any() else (),
+            num_pages=max([-(-longest // size) for size in self.block_sizes], default=1),  # no array is empty
+            features=rows.features,
         )
         layout = step_layout(
-            key, num_groups=len(self._tables), slot_dtype=self._slot_dtype, max_slots=self.limits.max_slots
+            key,
+            num_groups=len(self._token_tables),
+            slot_dtype=self._slot_dtype,
+            max_slots=self.limits.max_slots,
+            states=self._states is not None,
         )
         draws = sampling_layout(key.num_samples, 0, drafts=rows.has_drafts)
         draws_at, nbytes = staged_size(layout, draws)
@@ -212,7 +212,9 @@ class InputBatch:
             views["input_ids"][sampled[rows.behind > 0] + 1] = rows.drafts
         views["query_start"][: num_rows + 1] = starts
         views["query_start"][num_rows + 1 :] = num_tokens
-        for group, table in enumerate(self._tables):
+        if self._states is not None:
+            _fill(views, layout, state_blocks=self._states[rows.slots, 0])
+        for group, table in enumerate(self._token_tables):
             target = views[f"block_table_{group}"]
             pages = min(target.shape[1], table.shape[1])
             target[:num_rows, :pages] = table[rows.slots, :pages]
@@ -220,6 +222,8 @@ class InputBatch:
             target[num_rows:] = NULL_BLOCK
         if "score_targets" in views:
             self._fill_targets(views["score_targets"], rows)
+        if rows.extras is not None:
+            rows.extras.fill(views, key.num_reqs)
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
         rows.draws = array_views(staged[draws_at:], draws)
@@ -234,6 +238,7 @@ class InputBatch:
             num_samples=len(rows.sample_rows),
             max_query_len=max_query,
             has_drafts=rows.has_drafts,
+            num_tapped=0 if rows.extras is None else rows.extras.num_tapped,
         )
 
     def _fill_tokens(self, views: Views, layout: Layout, rows: StepRows, num_tokens: int) -> None:
@@ -245,7 +250,7 @@ class InputBatch:
             positions = np.arange(num_tokens, dtype=np.int32) - before
         ids = np.where(positions < self._num_host[token_slots], self._tokens[token_slots, positions], -1)
         _fill(views, layout, input_ids=ids, positions=positions, token_slots=token_slots)
-        for group, (table, size) in enumerate(zip(self._tables, self.block_sizes, strict=True)):
+        for group, (table, size) in enumerate(zip(self._token_tables, self.block_sizes, strict=True)):
             mapping = table[token_slots, positions // size].astype(self._slot_dtype) * size + positions % size
             _fill(views, layout, **{f"slot_mapping_{group}": mapping})
 

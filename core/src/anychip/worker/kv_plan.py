@@ -1,12 +1,23 @@
-"""Lays out the KV cache: groups layers by what they need, picks block sizes whose pages match."""
+"""Lays out the cache: groups layers by what they keep, picks block sizes whose pages match, gives states their pool."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from anychip.errors import ConfigError, Unsupported
-from anychip.messages import KVCacheConfig, KVGroup
-from anychip.plugin_api import AttentionBackend, AttentionSpec, KVPlan
+from anychip.messages import CacheGroup, KVCacheConfig, KVGroup, StateGroup
+from anychip.plugin_api import (
+    CacheBackend,
+    CacheSpec,
+    EncoderSpec,
+    KVPlan,
+    PagedBackend,
+    PagedSpec,
+    StateBackend,
+    StateSpec,
+    StepProgram,
+)
 from anychip.plugin_api.refusals import among
 from anychip.types import cdiv
 
@@ -17,47 +28,67 @@ _TYPICAL_TOKENS = 4096
 """Of the request whose unused memory is counted: a layer without a window holds all of them, others their window."""
 
 
-def plan_kv(
-    specs: Sequence[AttentionSpec],
-    backend_for: Callable[[AttentionSpec], AttentionBackend],
-    block_size: int | None,
-) -> KVPlan:
-    """`specs` by layer. Layers of one spec form groups of at most `num_buffers` layers; a group's n-th layer lies in
-    the pool's n-th buffer, so a block id means the same bytes in every group and belongs to one at a time.
+BackendFor = Callable[[CacheSpec], CacheBackend]
+NO_GROUP = -1
+"""Of a layer that keeps nothing."""
+
+
+def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int | None) -> KVPlan:
+    """`specs` by layer. Layers of one spec that keep something by token form groups of at most `num_buffers` layers; a
+    group's n-th layer lies in the pool's n-th buffer, so a block id means the same bytes in every group and belongs to
+    one at a time. State layers have a buffer each, in a pool of their own.
 
     Raises ConfigError for a block size that the backend lacks, Unsupported for layers whose pages cannot match, and
-    for a model without attention.
+    for a model whose layers keep nothing.
     """
-    if not specs:
-        raise Unsupported(
-            "KV cache", ["the model has no attention layer, and requests are scheduled by their KV blocks"]
-        )
-    by_spec: dict[AttentionSpec, list[int]] = {}
+    by_spec: dict[PagedSpec, list[int]] = {}
+    states: dict[StateSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
-        by_spec.setdefault(spec, []).append(layer)
-    sizes = _block_sizes(list(by_spec), backend_for, block_size)
-    num_buffers = _group_size({spec: len(layers) for spec, layers in by_spec.items()})
-    layer_groups, layer_buffers = [0] * len(specs), [0] * len(specs)
+        match spec:
+            case EncoderSpec():
+                backend_for(spec)  # refuses it, where the device lacks it
+            case StateSpec():
+                states.setdefault(spec, []).append(layer)
+            case _:
+                by_spec.setdefault(spec, []).append(layer)
+    if not by_spec and not states:
+        raise Unsupported(
+            "KV cache", ["the model has no layer that keeps a cache, and requests are scheduled by their blocks"]
+        )
+    layer_groups, layer_buffers = [NO_GROUP] * len(specs), [0] * len(specs)
     group_sizes: list[int] = []
-    group_specs: list[AttentionSpec] = []
-    for spec, layers in by_spec.items():
+    group_specs: list[PagedSpec] = []
+    sizes = _block_sizes(list(by_spec), backend_for, block_size) if by_spec else {}
+    num_buffers = _group_size({spec: len(layers) for spec, layers in by_spec.items()}) if by_spec else 0
+    for paged, layers in by_spec.items():
         for start in range(0, len(layers), num_buffers):
             for buffer, layer in enumerate(layers[start : start + num_buffers]):
                 layer_groups[layer], layer_buffers[layer] = len(group_sizes), buffer
-            group_sizes.append(sizes[spec])
-            group_specs.append(spec)
-    first = group_specs[0]
+            group_sizes.append(sizes[paged])
+            group_specs.append(paged)
+    state_bytes = num_states = 0
+    for group, (state, layers) in enumerate(states.items(), start=len(group_specs)):
+        for layer in layers:
+            layer_groups[layer], layer_buffers[layer] = group, num_states
+            num_states += 1
+        state_bytes += len(layers) * cast(StateBackend, backend_for(state)).state_bytes()
     return KVPlan(
         block_sizes=tuple(group_sizes),
         layer_groups=tuple(layer_groups),
         layer_buffers=tuple(layer_buffers),
         num_buffers=num_buffers,
-        page_bytes=backend_for(first).kv_layout().page_bytes(sizes[first]),
+        page_bytes=_paged(backend_for, group_specs[0]).kv_layout().page_bytes(group_sizes[0]) if group_specs else 0,
         specs=tuple(group_specs),
+        states=tuple(states),
+        state_bytes=state_bytes,
     )
 
 
-def _group_size(counts: dict[AttentionSpec, int]) -> int:
+def _paged(backend_for: BackendFor, spec: PagedSpec) -> PagedBackend:
+    return cast(PagedBackend, backend_for(spec))
+
+
+def _group_size(counts: dict[PagedSpec, int]) -> int:
     """How many layers a group has, by what the last group of each spec leaves unused and by how many groups there are;
     of equally good sizes the larger one."""
     held = {spec: min(spec.window or _TYPICAL_TOKENS, _TYPICAL_TOKENS) for spec in counts}
@@ -71,12 +102,8 @@ def _group_size(counts: dict[AttentionSpec, int]) -> int:
     return min(range(max(counts.values()), 0, -1), key=cost)
 
 
-def _block_sizes(
-    specs: Sequence[AttentionSpec],
-    backend_for: Callable[[AttentionSpec], AttentionBackend],
-    asked: int | None,
-) -> dict[AttentionSpec, int]:
-    layouts = [backend_for(spec).kv_layout() for spec in specs]
+def _block_sizes(specs: Sequence[PagedSpec], backend_for: BackendFor, asked: int | None) -> dict[PagedSpec, int]:
+    layouts = [_paged(backend_for, spec).kv_layout() for spec in specs]
     first = layouts[0]
     if asked is not None and asked not in first.block_sizes:
         raise ConfigError(
@@ -91,16 +118,22 @@ def _block_sizes(
     raise Unsupported("KV cache", ["no block sizes give all layer groups pages of the same bytes"])
 
 
-def kv_cache_config(plan: KVPlan, num_blocks: int) -> KVCacheConfig:
-    """The torch-free form, for the engine."""
-    return KVCacheConfig(
-        num_blocks=num_blocks,
-        groups=tuple(
-            KVGroup(
-                block_size=size,
-                window=spec.window,
-                layers=tuple(layer for layer, g in enumerate(plan.layer_groups) if g == index),
-            )
-            for index, (size, spec) in enumerate(zip(plan.block_sizes, plan.specs, strict=True))
-        ),
-    )
+def kv_cache_config(plan: KVPlan, num_blocks: int, num_states: int) -> KVCacheConfig:
+    """The torch-free form, for the engine. All state layers are one group of it: a sequence has one block in them."""
+    num_groups = len(plan.specs) + len(plan.states)
+    layers_of = [
+        tuple(layer for layer, held_in in enumerate(plan.layer_groups) if held_in == group)
+        for group in range(num_groups)
+    ]
+    groups: list[CacheGroup] = [
+        KVGroup(block_size=size, window=spec.window, layers=layers)
+        for size, spec, layers in zip(plan.block_sizes, plan.specs, layers_of, strict=False)
+    ]
+    if plan.states:
+        groups.append(StateGroup(tuple(sorted(sum(layers_of[len(plan.specs) :], ())))))
+    return KVCacheConfig(num_blocks=num_blocks, groups=tuple(groups), num_states=num_states)
+
+
+def fresh_state(program: StepProgram, plan: KVPlan, num_blocks: int, num_states: int) -> Any:
+    """A program's first state. One that serves no states need not know of them."""
+    return program.initial_state(num_blocks, num_states) if plan.states else program.initial_state(num_blocks)

@@ -18,16 +18,24 @@ def blocks_taken(widths: Sequence[int], block_sizes: Sequence[int]) -> int:
 
 
 def made_up_step(
-    widths: Sequence[int], *, num_drafts: Sequence[int], block_sizes: Sequence[int], **sampling: Any
+    widths: Sequence[int],
+    *,
+    num_drafts: Sequence[int],
+    block_sizes: Sequence[int],
+    states: bool = False,
+    **sampling: Any,
 ) -> StepDecision:
     """A row enters each slot from the first on, with so many tokens, of which the last `num_drafts` are drafted; the
-    others are its prompt. Blocks are handed out from 1 on. `sampling` are fields of NewRow, the same for all."""
+    others are its prompt. Blocks are handed out from 1 on, and where the model has `states` one block of each row's.
+    `sampling` are fields of NewRow, the same for all."""
     next_block, rows = 1, []
     for slot, (width, drafts) in enumerate(zip(widths, num_drafts, strict=True)):
         tables = []
         for size in block_sizes:
             tables.append(list(range(next_block, next_block + cdiv(width, size))))
             next_block += cdiv(width, size)
+        if states:
+            tables.append([slot + 1])
         known = width - drafts
         rows.append(NewRow(slot, bytes(4 * known), num_prompt=known, num_computed=0, block_ids=tables, **sampling))
     return StepDecision(

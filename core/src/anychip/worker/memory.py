@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
 from anychip.plugin_api import PeakMemory, StepProgram
+from anychip.prompt_extras import PromptExtras
 from anychip.types import cdiv
+from anychip.worker.kv_plan import fresh_state
 from anychip.worker.largest_steps import largest_drafts, largest_prompts
 from anychip.worker.made_up_step import blocks_taken, made_up_step, run_step
 from anychip.worker.model_runner import ModelRunner
@@ -37,23 +39,32 @@ def _peak(
     sizes = prepared.kv.block_sizes
     pool = 1 + blocks_taken(lengths, sizes)
     # Written to before the measurement: the pool's pages are the KV cache's, not the step's.
-    state = program.edit(program.initial_state(pool), [], range(pool))
+    state = program.edit(fresh_state(program, prepared.kv, pool, 1 + len(lengths)), [], range(pool))
     runner = ModelRunner(program, prepared.new_batch(), state)
+    extras = PromptExtras(tap_from=0) if prepared.limits.taps else None
     decision = made_up_step(
-        lengths, num_drafts=[drafts] * len(lengths), block_sizes=sizes, temperature=1.0, top_p=0.9, logprobs=0
+        lengths,
+        num_drafts=[drafts] * len(lengths),
+        block_sizes=sizes,
+        states=bool(prepared.kv.states),
+        temperature=1.0,
+        top_p=0.9,
+        logprobs=0,
+        extras=extras,
     )
     peak = prepared.platform.measure(lambda: run_step(runner, decision))
     return PeakMemory(nbytes=peak.nbytes * scale_to // sum(lengths), exact=peak.exact)
 
 
 def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *, pending: int = 0) -> int:
-    """How many blocks the KV pool gets, block 0 included. `graphs` are the bytes that captures need; `pending` bytes
-    are still free and will be taken by something else.
+    """How many blocks the pool of tokens gets, block 0 included: what the states leave of the KV cache's bytes.
+    `graphs` are the bytes that captures need; `pending` bytes are still free and will be taken by something else.
 
     Raises ConfigError when nothing says how large the pool may be, KVCacheTooSmall when not even one block fits.
     """
     config, kv, limits = prepared.config, prepared.kv, prepared.limits
-    if config.num_kv_blocks is not None:
+    states = prepared.num_states * kv.state_bytes
+    if config.num_kv_blocks is not None and kv.block_sizes:
         count = config.num_kv_blocks
     else:
         nbytes = config.kv_cache_bytes
@@ -61,9 +72,16 @@ def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *,
             nbytes = _kv_budget(prepared, activations, graphs, pending)
         if nbytes is None:
             raise ConfigError("the device does not say how much memory is free; give --kv-cache-bytes")
+        if states > nbytes:
+            raise KVCacheTooSmall(
+                f"the states of {limits.max_slots} sequences take {states} bytes, and the KV cache has {nbytes}; lower "
+                "--max-num-seqs, or raise --kv-cache-bytes or --memory-fraction"
+            )
+        if not kv.block_sizes:
+            return 1
         # More than every slot filled to the model's length can hold is never used.
         useful = 1 + config.resolved_max_num_seqs * sum(cdiv(limits.max_model_len, size) for size in kv.block_sizes)
-        count = min(nbytes // kv.block_bytes, useful)
+        count = min((nbytes - states) // kv.block_bytes, useful)
     max_slots = prepared.platform.capabilities.max_slots
     if max_slots is not None:
         count = min(count, max_slots // max(kv.block_sizes))
@@ -89,17 +107,18 @@ def _kv_budget(prepared: Preparation, activations: PeakMemory, graphs: int, pend
 
 
 def memory_plan(
-    prepared: Preparation, num_blocks: int, *, weights: int, activations: PeakMemory, graphs: int, edits: int
+    prepared: Preparation, num_blocks: int, *, weights: int, activations: PeakMemory, graphs: int
 ) -> MemoryPlan:
-    """What is printed at the start, and what operators plan with; all in bytes. `edits` is the state of penalties and
-    biases."""
-    kv = prepared.kv
+    """What is printed at the start, and what operators plan with; all in bytes."""
+    kv, pages = prepared.kv, sum(prepared.limits.max_pages)
+    slots = float(prepared.limits.max_slots)
     return MemoryPlan(
         weights=weights,
-        activations=activations.nbytes + edits,
+        activations=activations.nbytes + prepared.kept_bytes,
         graphs=graphs,
-        kv_cache=num_blocks * kv.block_bytes,
+        kv_cache=num_blocks * kv.block_bytes + prepared.num_states * kv.state_bytes,
         num_blocks=num_blocks,
-        kv_tokens=(num_blocks - 1) * min(kv.block_sizes) // len(kv.block_sizes),
-        max_concurrency=(num_blocks - 1) / sum(prepared.limits.max_pages),
+        kv_tokens=(num_blocks - 1) * min(kv.block_sizes, default=0) // max(1, len(kv.block_sizes)),
+        max_concurrency=(num_blocks - 1) / pages if pages else slots,
+        num_states=prepared.num_states,
     )

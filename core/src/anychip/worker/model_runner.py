@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anychip.messages import LateInputs, StepDecision, StepResult, TokenLogprobs
 from anychip.plugin_api import HostOutputs, Scores, StepInputs, StepOutputs, StepProgram
-from anychip.worker.input_batch import InputBatch, StepRows
+from anychip.worker.input_batch import InputBatch
+from anychip.worker.step_rows import StepRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+TapReader = Callable[[StepInputs, Sequence["Tensor"]], None]
+"""Takes a step and, by layer of StepLimits.taps, the hidden states [num_tokens, hidden_size] of its tap_tokens, of
+which the first num_tapped count. They are the device's, and hold until the next step."""
 
 
 class ModelRunner:
@@ -19,6 +29,8 @@ class ModelRunner:
         self.batch = batch
         self._state = state
         self._launched: tuple[StepRows, StepInputs, object] | None = None
+        self.read_taps: TapReader = lambda inputs, taps: None
+        """Is shown each step's taps: a proposer that reads the model's hidden states, for one."""
 
     def launch(self, decision: StepDecision) -> None:
         """Applies the deltas and starts the forward pass."""
@@ -28,8 +40,12 @@ class ModelRunner:
             self._state = self.program.edit(self._state, decision.copies, decision.zeros)
         if rows.entering:
             self._state = self.program.enter(self._state, rows.entering)
+        if rows.embeddings:
+            self._state = self.program.embed(self._state, rows.embeddings)
         inputs = self.batch.step_inputs(rows)
         self._state, hidden = self.program.forward(self._state, inputs)
+        if inputs.num_tapped:
+            self.read_taps(inputs, self.program.taps(hidden))
         self.batch.ring.used()
         self._launched = (rows, inputs, hidden)
 
@@ -65,7 +81,11 @@ class RunnerResult:
         ids = np.ascontiguousarray(host.token_ids, dtype=np.int32)
         if host.kept is None:
             return StepResult(
-                self._rows.step_id, ids.tobytes(), self._logprobs(host, range(len(ids))), self._scores(host.scores)
+                self._rows.step_id,
+                ids.tobytes(),
+                self._logprobs(host, range(len(ids))),
+                self._scores(host.scores),
+                vectors=self._vectors(host),
             )
         kept = np.flatnonzero(host.kept)
         sampling = self._rows.sampling
@@ -77,6 +97,7 @@ class RunnerResult:
             self._logprobs(host, kept.tolist()),
             self._scores(host.scores),
             num_gained.tobytes(),
+            self._vectors(host),
         )
 
     def _logprobs(self, host: HostOutputs, kept: Sequence[int]) -> dict[int, TokenLogprobs]:
@@ -89,6 +110,18 @@ class RunnerResult:
             for place, sample in enumerate(kept)
             if wanted[sample] >= 0
         }
+
+    def _vectors(self, host: HostOutputs) -> dict[int, bytes]:
+        """Of the rows whose prompt this step has finished."""
+        extras, found = self._rows.extras, dict[int, bytes]()
+        if extras is not None:
+            for each in extras.pooled:
+                if each.counts:
+                    assert host.pooled is not None, "a step with the feature POOLED gave no sums"
+                    each.vector.add(host.pooled[each.row])
+                if each.ends:
+                    found[each.row] = each.vector.whole()
+        return found
 
     def _scores(self, scores: Scores | None) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}

@@ -18,7 +18,7 @@ from anychip.models.registry import find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
     AXES,
-    AttentionSpec,
+    CacheSpec,
     Mesh,
     MeshShape,
     Platform,
@@ -76,7 +76,7 @@ class CheckpointSource:
     def config_json(self) -> Mapping[str, Any]:
         return self.model.raw
 
-    def attention_specs(self, shape: MeshShape) -> Sequence[AttentionSpec]:
+    def attention_specs(self, shape: MeshShape) -> Sequence[CacheSpec]:
         if self.model.num_heads % shape.tp:
             raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {shape.tp} ranks")
         return self.family.attention_specs(self.model, shape, self.dtype, self.kv_dtype)

@@ -24,7 +24,6 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     WeightView,
-    edit_state_bytes,
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
@@ -60,19 +59,18 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     mesh = whole.mesh(spec, AbsentRanks)
     weights = _weights(whole, mesh) * platform.device_mesh.size
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
-    notes = list(ops.notes)
+    notes = [*ops.notes, *whole.notes]
     if platform.context.manifest.seam == "torch":
         activations = _activations(prepared_for(_first_layers(whole)), mesh)
     else:
         activations = PeakMemory(nbytes=0, exact=False)
         notes.append("activations are not counted: the step program says what it needs once it is built")
-    graphs = platform.graph_capture().reserve(whole.keys, whole.pieces)
-    edits = edit_state_bytes(whole.limits.max_slots, whole.model.vocab_size)
-    blocks = count_blocks(whole, activations, graphs, pending=weights + edits)
+    graphs = whole.graph_bytes
+    blocks = count_blocks(whole, activations, graphs, pending=weights + whole.kept_bytes)
     return WorkerReady(
-        kv=kv_cache_config(whole.kv, blocks),
+        kv=kv_cache_config(whole.kv, blocks, whole.num_states),
         rules=platform.step_rules.for_device(platform.capabilities),
-        memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs, edits=edits),
+        memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs),
         device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
         notes=tuple(notes),
     )

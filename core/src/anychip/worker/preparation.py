@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from anychip.config import EngineConfig, WorkerSpec
-from anychip.errors import Unsupported
-from anychip.model_config import ModelConfig
+from anychip.errors import ConfigError, Unsupported
+from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
-    AttentionBackend,
-    AttentionSpec,
+    FINAL,
+    TAPS,
+    CacheBackend,
+    CacheSpec,
     Communicator,
+    GraphLevel,
     GroupSpec,
     KVPlan,
     Mesh,
@@ -22,6 +25,7 @@ from anychip.plugin_api import (
     ShapeKey,
     ShapePolicy,
     StepLimits,
+    edit_state_bytes,
 )
 from anychip.plugin_api.version import check_shape_policy
 from anychip.types import cdiv
@@ -30,6 +34,9 @@ from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.staging import StagingRing
 
+_SLOTS_PER_SPARE_STATE = 8
+"""A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
+one meanwhile. Few end in one step; where all spares are taken, the next sequence enters a step later."""
 _GRAPHS_SHARE = 0.1
 """Of the memory that is free before weights are loaded, what graphs may take at most."""
 
@@ -60,6 +67,36 @@ class Preparation:
             vocab_size=self.model.vocab_size,
             policy=self.policy,
             ring=StagingRing(self.platform, depth=2 * (self.config.max_in_flight + 1)),
+            states=bool(self.kv.states),
+        )
+
+    @property
+    def num_states(self) -> int:
+        """Blocks of the states' pool: one for each slot, some for sequences that enter before the steps in flight have
+        let go of the last ones, and block 0. 0 for a model without states."""
+        slots = self.limits.max_slots
+        return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) if self.kv.states else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what a program's state holds beside the caches: what logits are edited by, and embeddings."""
+        limits, model = self.limits, self.model
+        embeddings = 4 * limits.max_embeddings * model.hidden_size
+        return edit_state_bytes(limits.max_slots, model.vocab_size) + embeddings
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the platform sets aside for graphs. With taps, pieces are captured twice."""
+        pieces = [*self.pieces] * (2 if self.limits.taps else 1)
+        return self.platform.graph_capture().reserve(self.keys, pieces)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model's layers rule out of what was asked for."""
+        asked = {"prefix caching": self.config.prefix_caching, "drafts": self.config.speculate is not None}
+        unused = [name for name, wanted in asked.items() if wanted]
+        return (
+            (f"a state has no past: no {' and no '.join(unused)} for this model",) if self.kv.states and unused else ()
         )
 
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
@@ -94,7 +131,7 @@ def prepare(
         quant_formats=quant_formats,
     )
     shape = _mesh_shape(spec, platform)
-    backend_for: Callable[[AttentionSpec], AttentionBackend] = cache(platform.attention)
+    backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
     kv = plan_kv(source.attention_specs(shape), backend_for, config.block_size)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
@@ -108,7 +145,7 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        keys=_affordable_graphs(platform, policy),
+        keys=_affordable_graphs(platform, policy, limits),
         pieces=policy.pieces(),
     )
 
@@ -136,12 +173,30 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         max_model_len=length,
         max_slots=config.resolved_max_num_seqs,
         max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
-        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts else 0,
+        # A state that took in a drafted token cannot give it back.
+        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts and not kv.states else 0,
+        taps=_checked_taps(config, model),
+        pools=config.pooling,
+        max_embeddings=config.max_embeddings,
+        mrope="mrope_section" in rope_parameters(model),
     )
 
 
-def _affordable_graphs(platform: Platform, policy: ShapePolicy) -> list[ShapeKey]:
-    """The policy's shapes, as far as graphs of them fit into their share of the free memory."""
+def _checked_taps(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
+    for layer in config.taps:
+        if not FINAL <= layer < model.num_layers:
+            raise ConfigError(
+                f"taps names layer {layer}; the model has 0 to {model.num_layers - 1}, and {FINAL} for the final norm"
+            )
+    return config.taps
+
+
+def _affordable_graphs(platform: Platform, policy: ShapePolicy, limits: StepLimits) -> list[ShapeKey]:
+    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Where there are taps, each
+    shape has a graph with them and one without."""
     free = platform.memory(platform.context.device_indexes[0]).free
+    graphs = platform.graph_capture()
     keys = policy.keys()
-    return list(keys if free is None else platform.graph_capture().affordable(keys, int(free * _GRAPHS_SHARE)))
+    if limits.taps and graphs.level >= GraphLevel.FULL:
+        keys = [replace(key, features=features) for key in keys for features in (key.features, (TAPS,))]
+    return list(keys if free is None else graphs.affordable(keys, int(free * _GRAPHS_SHARE)))

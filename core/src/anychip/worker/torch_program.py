@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, arena_views, draw_tokens
+from anychip.ops.reference import EditState, arena_views, draw_tokens, pooled_sums, write_embeddings
 from anychip.plugin_api import (
     MAX_LOGPROBS,
+    TAPS,
     Communicator,
     CompileReport,
+    EmbeddingRows,
     EnteringRow,
-    Event,
     ForwardContext,
+    ForwardExtras,
     GraphLevel,
-    HostOutputs,
     KVPlan,
     Ops,
     Platform,
     Recorder,
     RunOutsideGraph,
     SamplingInputs,
-    Scores,
     ShapeKey,
     StepInputs,
     StepLimits,
@@ -34,28 +33,21 @@ from anychip.plugin_api import (
     StepOutputs,
     StepProgram,
 )
-from anychip.plugin_api.step_layout import batch_view, blank_step_inputs, sampling_layout, staged_size
+from anychip.plugin_api.step_layout import blank_step_inputs
 from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
+from anychip.worker.torch_caches import LayerCaches
+from anychip.worker.torch_state import (
+    SCORE_NAMES,
+    TorchHidden,
+    TorchOutputs,
+    TorchState,
+    blank_embeddings,
+    known_ids,
+    staged_draws,
+)
 
 _SCORED_AT_ONCE = 128
 """Prompt tokens whose logits exist at once."""
-
-_SCORE_NAMES = ("scores", "score_ids", "score_tops")
-
-
-@dataclass(slots=True)
-class TorchState:
-    caches: list[object]  # by layer
-    last_ids: Tensor  # [max_slots + 1] int32; the extra one takes what padded rows sample
-    edits: EditState
-
-
-@dataclass(slots=True)
-class TorchHidden:
-    logits: Tensor | None  # [num_samples, vocab_size]; None when no row samples
-    sample_slots: Tensor  # [num_samples]
-    draws: Mapping[str, Tensor]  # the arrays of SamplingInputs that were staged with the step
-    scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
 
 
 class TorchStepProgram(StepProgram):
@@ -86,18 +78,14 @@ class TorchStepProgram(StepProgram):
         self._pieces = Captured(self._capture_pieces)
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size, self.device)
-        self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.block_sizes))]
+        self._embeddings = blank_embeddings(limits, model.hidden_size, self.device)
+        self._caches = LayerCaches(platform, model.attention, kv)
 
     # -- preparation --------------------------------------------------------------------------------------
 
-    def initial_state(self, num_blocks: int) -> TorchState:
-        buffers = [self.platform.allocate(num_blocks * self.kv.page_bytes, "kv") for _ in range(self.kv.num_buffers)]
-        caches: list[object] = []
-        for layer, backend in enumerate(self.model.attention):
-            size = self.kv.block_sizes[self.kv.layer_groups[layer]]
-            caches.append(backend.make_cache(buffers[self.kv.layer_buffers[layer]], num_blocks, size))
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> TorchState:
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
-        self._state = TorchState(caches, last_ids, self._edits)
+        self._state = TorchState(self._caches.make(num_blocks, num_states), last_ids, self._edits, self._embeddings)
         return self._state
 
     @torch.inference_mode()
@@ -107,7 +95,8 @@ class TorchStepProgram(StepProgram):
         works."""
         start = time.perf_counter()
         keys = sorted(keys, key=lambda k: -k.num_tokens) if self.graphs.level >= GraphLevel.FULL else ()
-        pieces = sorted(self.pieces, reverse=True) if self.graphs.level >= GraphLevel.PIECEWISE else ()
+        counts = sorted(self.pieces, reverse=True) if self.graphs.level >= GraphLevel.PIECEWISE else ()
+        pieces = [(count, tapped) for count in counts for tapped in ((False, True) if self.limits.taps else (False,))]
         if self.graphs.lazy:
             self._steps.later(keys[:-1])
             self._pieces.later(pieces[:-1])
@@ -119,19 +108,18 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
-        for layer, backend in enumerate(self.model.attention):
-            cache = state.caches[layer]
-            # In order: a copy's destination may be a later copy's source, and its source a block to zero.
-            for source, destination in copies:
-                cache = backend.copy_blocks(cache, [source], [destination])
-            if zeros:
-                cache = backend.zero_blocks(cache, zeros)
-            state.caches[layer] = cache
+        self._caches.edit(state.caches, copies, zeros)
         return state
 
     @torch.inference_mode()
     def enter(self, state: TorchState, rows: Sequence[EnteringRow]) -> TorchState:
         state.edits.enter(rows)
+        return state
+
+    @torch.inference_mode()
+    def embed(self, state: TorchState, rows: Sequence[EmbeddingRows]) -> TorchState:
+        assert state.embeddings is not None, "StepLimits.max_embeddings is 0"
+        write_embeddings(state.embeddings, rows)
         return state
 
     # -- a step -------------------------------------------------------------------------------------------
@@ -141,34 +129,52 @@ class TorchStepProgram(StepProgram):
         captured = self._steps.get(inputs.key)
         if captured is not None:
             captured.staged.copy_(torch.from_numpy(inputs.staged), non_blocking=True)
-            plans = self._plans(inputs, captured.fields, into=captured.plans)
+            plans = self._caches.plans(inputs, captured.fields, into=captured.plans)
             logits = self.graphs.run(captured.handle, plans)
-            return state, TorchHidden(logits, captured.fields["sample_slots"], captured.draws)
+            slots = captured.fields["sample_slots"]
+            return state, TorchHidden(logits, slots, captured.draws, taps=captured.taps)
         staged = torch.from_numpy(inputs.staged).to(self.device, non_blocking=True)
         fields = arena_views(staged, inputs.sections)
-        plans = self._plans(inputs, fields)
+        plans = self._caches.plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
-        hidden = self._in_pieces(state, fields, plans)
+        ids, extras = known_ids(state, fields), state.extras(fields, self.limits)
+        hidden, taps = self._in_pieces(ids, fields, plans, extras)
         if hidden is None:
-            hidden = self.model.forward(_known_ids(state, fields), fields["positions"], self._context(state, plans))
+            hidden = self.model.forward(ids, fields["positions"], self._context(state, plans, extras=extras))
+            taps = () if extras is None else extras.tapped()
         scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
-        slots = fields["sample_slots"][: inputs.num_samples]
-        return state, TorchHidden(self._logits(hidden, rows), slots, _staged_draws(staged, inputs), scores)
+        pooled = None
+        if inputs.pool_rows is not None:
+            pooled = pooled_sums(hidden, fields["pool_rows"], inputs.key.num_reqs)
+        slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs)
+        return state, TorchHidden(self._logits(hidden, rows), slots, draws, scores, pooled, taps)
+
+    def taps(self, hidden: TorchHidden) -> Sequence[Tensor]:
+        return hidden.taps
 
     def _context(
-        self, state: TorchState, plans: Sequence[object], run_outside_graph: RunOutsideGraph | None = None
+        self,
+        state: TorchState,
+        plans: Sequence[object],
+        run_outside_graph: RunOutsideGraph | None = None,
+        extras: ForwardExtras | None = None,
     ) -> ForwardContext:
-        return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph)
+        return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph, extras)
 
-    def _in_pieces(self, state: TorchState, fields: Mapping[str, Tensor], plans: Sequence[object]) -> Tensor | None:
-        """None where no pieces are captured for so many tokens."""
-        pieces = self._pieces.get(len(fields["input_ids"]))
+    def _in_pieces(
+        self, ids: Tensor, fields: Mapping[str, Tensor], plans: Sequence[object], extras: ForwardExtras | None
+    ) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """Hidden states and taps; None where no pieces are captured for such a step."""
+        pieces = None
+        if extras is None or (extras.embedding_rows is None and extras.rope_positions is None):
+            pieces = self._pieces.get((len(ids), extras is not None))
         if pieces is None:
-            return None
-        pieces.ids.copy_(_known_ids(state, fields))
+            return None, ()
+        pieces.ids.copy_(ids)
         pieces.positions.copy_(fields["positions"])
-        hidden: Tensor = self.graphs.run_pieces(pieces.handle, plans)
-        return hidden
+        if pieces.tap_tokens is not None:
+            pieces.tap_tokens.copy_(fields["tap_tokens"])
+        return self.graphs.run_pieces(pieces.handle, plans), pieces.taps
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
         return self.model.logits(hidden[rows]) if len(rows) else None
@@ -184,26 +190,11 @@ class TorchStepProgram(StepProgram):
             parts.append(self.ops.logprobs(logits=logits, token_ids=wanted, num_top=MAX_LOGPROBS))
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
-    def _plans(
-        self,
-        inputs: StepInputs,
-        fields: Mapping[str, Tensor],
-        *,
-        into: Sequence[object] | None = None,
-        recorder: Recorder | None = None,
-    ) -> list[object]:
-        host_lengths = self.platform.capabilities.host_lengths
-        plans: list[object] = []
-        for group, size in enumerate(self.kv.block_sizes):
-            batch = batch_view(inputs, fields, group=group, block_size=size, host_lengths=host_lengths)
-            backend = self.model.attention[self._first_layer[group]]
-            plan = into[group] if into is not None else None
-            plans.append(backend.plan(batch, inputs.key, group=group, into=plan, recorder=recorder))
-        return plans
-
     @torch.inference_mode()
     def sample(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs) -> tuple[TorchState, StepOutputs]:
-        results = dict(zip(_SCORE_NAMES, hidden.scores, strict=False))
+        results = dict(zip(SCORE_NAMES, hidden.scores, strict=False))
+        if hidden.pooled is not None:
+            results["pooled"] = hidden.pooled
         if hidden.logits is None or late.num_samples == 0:
             results["token_ids"] = torch.empty(0, dtype=torch.int32)
         else:
@@ -241,6 +232,7 @@ class TorchStepProgram(StepProgram):
             num_groups=len(self.kv.block_sizes),
             slot_dtype=self.platform.capabilities.slot_dtype,
             max_slots=self.limits.max_slots,
+            states=bool(self.kv.states),
         )
         staged = torch.from_numpy(inputs.staged).to(self.device).clone()
         return inputs, staged, arena_views(staged, inputs.sections)
@@ -248,53 +240,36 @@ class TorchStepProgram(StepProgram):
     def _capture(self, key: ShapeKey) -> CapturedStep:
         inputs, staged, fields = self._blank(key)
         recorder = Recorder()
-        plans = self._plans(inputs, fields, recorder=recorder)
+        plans, taps = self._caches.plans(inputs, fields, recorder=recorder), list[Tensor]()
 
         def step() -> Tensor | None:
-            context = self._context(self._state, plans)
-            hidden = self.model.forward(_known_ids(self._state, fields), fields["positions"], context)
+            extras = self._state.extras(fields, self.limits)
+            context = self._context(self._state, plans, extras=extras)
+            hidden = self.model.forward(known_ids(self._state, fields), fields["positions"], context)
+            if extras is not None:
+                taps[:] = extras.tapped()  # the run that counts is the last
             return self._logits(hidden, fields["logits_indices"])
 
         handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
-        return CapturedStep(handle, staged, fields, _staged_draws(staged, inputs), plans)
+        return CapturedStep(handle, staged, fields, staged_draws(staged, inputs), plans, taps)
 
-    def _capture_pieces(self, num_tokens: int) -> CapturedPieces:
-        pages = max(self.limits.max_pages)
-        key = ShapeKey(num_tokens=num_tokens, num_reqs=1, num_samples=1, max_query_len=0, num_pages=pages)
+    def _capture_pieces(self, shape: tuple[int, bool]) -> CapturedPieces:
+        """Of so many tokens, with taps or without."""
+        num_tokens, tapped = shape
+        pages = max(self.limits.max_pages, default=1)
+        sizes = {"num_reqs": 1, "num_samples": 1, "max_query_len": 0, "num_pages": pages}
+        key = ShapeKey(num_tokens=num_tokens, features=(TAPS,) if tapped else (), **sizes)
         inputs, _, fields = self._blank(key)
-        plans = self._plans(inputs, fields)
-        ids, positions = _known_ids(self._state, fields).clone(), fields["positions"].clone()
+        plans = self._caches.plans(inputs, fields)
+        ids, positions = known_ids(self._state, fields).clone(), fields["positions"].clone()
+        taps = list[Tensor]()
 
         def step(run_outside_graph: RunOutsideGraph) -> Tensor:
-            return self.model.forward(ids, positions, self._context(self._state, plans, run_outside_graph))
+            extras = self._state.extras(fields, self.limits)
+            hidden = self.model.forward(ids, positions, self._context(self._state, plans, run_outside_graph, extras))
+            if extras is not None:
+                taps[:] = extras.tapped()
+            return hidden
 
         handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
-        return CapturedPieces(handle, ids, positions)
-
-
-def _known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
-    """Input ids, those that only the device knows among them."""
-    ids = fields["input_ids"]
-    return torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
-
-
-def _staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
-    layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
-    return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
-
-
-class TorchOutputs:
-    """plugin_api.StepOutputs: host tensors that are being filled, and the event after which they are."""
-
-    def __init__(self, host: dict[str, Tensor], event: Event) -> None:
-        self._host = host
-        self._event = event
-
-    def fetch(self) -> HostOutputs:
-        self._event.wait()
-        arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
-        scores = None
-        if _SCORE_NAMES[0] in arrays:
-            logprobs, top_ids, top = (arrays.pop(name) for name in _SCORE_NAMES)
-            scores = Scores(logprobs=logprobs, top_ids=top_ids, top_logprobs=top)
-        return HostOutputs(**arrays, scores=scores)
+        return CapturedPieces(handle, ids, positions, fields.get("tap_tokens"), taps)

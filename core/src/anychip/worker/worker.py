@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 
 from anychip.config import WorkerSpec
-from anychip.errors import InvalidOverride
+from anychip.errors import InvalidOverride, Unsupported
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, StepResult, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_platform_ops
@@ -16,16 +16,15 @@ from anychip.plugin_api import (
     CompileReport,
     PeakMemory,
     Platform,
+    StepLimits,
     StepProgram,
-    edit_state_bytes,
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import Plugins, load_plugins
-from anychip.worker.kv_plan import kv_cache_config
+from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
-from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.step_costs import measure_steps
@@ -58,28 +57,26 @@ class Worker:
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
         program = self._step_program(prepared)
-        edits = edit_state_bytes(limits.max_slots, source.vocab_size)
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
-            pending = edits
+            pending = prepared.kept_bytes
         else:
             program = self._torch_program(prepared)
             activations = measure_largest_step(prepared, program)
             pending = 0
         self.program = program
         self._got_on("the KV cache is sized")
-        graphs = self.platform.graph_capture().reserve(prepared.keys, prepared.pieces)
+        graphs = prepared.graph_bytes
         blocks = count_blocks(prepared, activations, graphs, pending=pending)
-        state = program.initial_state(blocks)
+        state = fresh_state(program, prepared.kv, blocks, prepared.num_states)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
         self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks) if limits.max_drafts else ()
-        memory = memory_plan(
-            prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs, edits=edits
-        )
-        self.ready = self._report(kv_cache_config(prepared.kv, blocks), memory, report, source)
+        memory = memory_plan(prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs)
+        kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
+        self.ready = self._report(kv, memory, report, (*prepared.notes, str(source.progress)))
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
@@ -91,10 +88,24 @@ class Worker:
                 f"{manifest.package}: the manifest says seam={manifest.seam!r}, and Platform.step_program gave "
                 f'{given}; a platform that has one says seam="step", and no other does'
             )
+        if program is not None:
+            self._check_features(program, prepared.limits)
         return program
 
+    @staticmethod
+    def _check_features(program: StepProgram, limits: StepLimits) -> None:
+        """Raises Unsupported where the configuration asks for what the program leaves to StepProgram's defaults."""
+        asked = {"taps": bool(limits.taps), "embed": limits.max_embeddings > 0}
+        missing = [
+            f"{name} is not implemented"
+            for name, wanted in asked.items()
+            if wanted and getattr(type(program), name) is getattr(StepProgram, name)
+        ]
+        if missing:
+            raise Unsupported(type(program).__name__, missing)
+
     def _report(
-        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, source: CheckpointSource
+        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, notes: tuple[str, ...]
     ) -> WorkerReady:
         prepared = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
         return WorkerReady(
@@ -102,7 +113,7 @@ class Worker:
             rules=self.platform.step_rules.for_device(self.platform.capabilities),
             memory=memory,
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
-            notes=(*self.ops.notes, str(source.progress), *([prepared] if report.num_programs else [])),
+            notes=(*self.ops.notes, *notes, *([prepared] if report.num_programs else [])),
             kernels=self._kernels(),
             capabilities=_declared(self.platform.capabilities),
             step_costs=self._step_costs,

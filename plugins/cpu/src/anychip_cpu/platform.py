@@ -54,6 +54,8 @@ class CpuPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
+        mla=True,  # both by the reference
+        recurrences=frozenset({"gated_sum"}),
     )
     profiled_tokens = 64
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
+    TAPS,
     Communicator,
     EagerCall,
     GraphCapture,
@@ -23,6 +24,9 @@ from anychip.plugin_api import (
     ShapePolicy,
     StepLimits,
 )
+
+_CAPTURED = ((), (TAPS,))
+"""Features of decode steps that have graphs."""
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _PAGES_STEP = 8
@@ -74,10 +78,10 @@ class DecodeShapes(ShapePolicy):
         num_pages: int,
         features: tuple[str, ...],
     ) -> ShapeKey:
-        if max_query_len == 1 and not features:
+        if max_query_len == 1 and features in _CAPTURED:
             for key in self._keys:
                 if num_reqs <= key.num_reqs and num_pages <= key.num_pages:
-                    return key
+                    return replace(key, features=features) if features else key
         tokens = next((count for count in self._pieces if count >= num_tokens), num_tokens)
         return super().bucket(
             num_tokens=tokens,

@@ -61,6 +61,8 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     schedule.add_argument("--policy", default=unset, help="fcfs, priority, fair, predictive, or a plugin's")
     schedule.add_argument("--speculate", default=unset, help="what drafts tokens: ngram, suffix, auto, or a plugin's")
     schedule.add_argument("--max-drafts", type=int, default=unset, help="tokens drafted behind a sequence in one step")
+    schedule.add_argument("--pooling", action="store_true", default=unset, help="serve vectors of prompts as well")
+    schedule.add_argument("--max-embeddings", type=parse_count, default=unset, help="tokens that may bring embeddings")
     schedule.add_argument("--no-overlap", dest="overlap", action="store_false", default=unset)
     schedule.add_argument("--seed", type=int, default=unset)
     schedule.add_argument("--step-timeout-s", type=float, default=unset, help="a step that takes longer is a hang")

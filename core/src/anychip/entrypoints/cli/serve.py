@@ -78,10 +78,11 @@ def announce(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float) -> No
 
 def memory_lines(memory: MemoryPlan, max_model_len: int) -> list[str]:
     """The memory plan, as people read it."""
+    states = f"{memory.num_states - 1} states, " if memory.num_states else ""
     return [
         f"weights {size(memory.weights)}, activations {size(memory.activations)}, graphs {size(memory.graphs)}",
         f"KV cache {size(memory.kv_cache)}: {memory.num_blocks - 1} blocks, {memory.kv_tokens} tokens, "
-        f"{memory.max_concurrency:.1f} requests of {max_model_len} tokens at once",
+        f"{states}{memory.max_concurrency:.1f} requests of {max_model_len} tokens at once",
     ]
 
 

@@ -24,28 +24,42 @@ from anychip.ops.reference.attention import (
 )
 from anychip.ops.reference.canonical import dequantize
 from anychip.ops.reference.composite import CompositeOps
+from anychip.ops.reference.latent import ReferenceLatent
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
-from anychip.ops.reference.step import Drawn, EditState, draw_tokens, token_scores
+from anychip.ops.reference.state import DenseStates, GatedSum, gated_sum_chunked, gated_sum_recurrent, reference_state
+from anychip.ops.reference.step import (
+    Drawn,
+    EditState,
+    draw_tokens,
+    pooled_sums,
+    token_scores,
+    write_embeddings,
+)
 from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
     AttentionSpec,
     FusedMoE,
+    LatentBackend,
+    LatentSpec,
     LinearKernel,
     LinearSpec,
+    StateBackend,
+    StateSpec,
 )
 from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 
 __all__ = [
-    "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseWeights", "Drawn", "EditState",
-    "ExpertWeights", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLinear", "ReferenceMoE",
-    "WidenedLinear", "WidenedMoE", "arena_views", "attend_row", "attend_row_with_lse", "can_widen", "dequantize",
-    "draw_tokens", "functional", "merge_attention", "quantized", "reference_linear", "sampling", "softmax_with_sinks",
-    "token_scores",
+    "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights", "Drawn",
+    "EditState", "ExpertWeights", "GatedSum", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLatent",
+    "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views", "attend_row",
+    "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "functional", "gated_sum_chunked",
+    "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling",
+    "softmax_with_sinks", "token_scores", "write_embeddings",
 ]  # fmt: skip
 
 
@@ -54,6 +68,12 @@ class _ReferenceKernels:
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         return ReferenceAttention(spec)
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        return ReferenceLatent(spec)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        return reference_state(spec)
 
     def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel:
         return reference_linear(spec, platform)

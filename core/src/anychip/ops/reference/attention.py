@@ -34,8 +34,6 @@ class DenseCacheAttention(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec) -> None:
         reasons = []
-        if spec.kind != "decoder":
-            reasons.append(f"attention of kind {spec.kind} is not implemented")
         if spec.kv_dtype not in (spec.dtype, *_BYTE_RANGES):
             reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
         if reasons:

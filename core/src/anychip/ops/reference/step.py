@@ -1,4 +1,5 @@
-"""What a step program needs around the model: how its sampling draws, what it edits logits by, and its scores."""
+"""What a step program needs around the model: how its sampling draws, what it edits logits by, its scores, sums for
+pooled vectors and the buffer of embeddings."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from anychip.plugin_api.graph import DRAFTS, EDITS, LOGPROBS
 from anychip.plugin_api.ops import Ops
-from anychip.plugin_api.step import Scores, StepModel
-from anychip.plugin_api.step_inputs import EnteringRow
+from anychip.plugin_api.step import StepModel
+from anychip.plugin_api.step_inputs import EmbeddingRows, EnteringRow
+from anychip.plugin_api.step_outputs import Scores
 from anychip.types import MAX_BIASES, MAX_LOGPROBS
 
 
@@ -132,6 +134,19 @@ def _adjusted(
             slots = torch.arange(len(slots), dtype=slots.dtype, device=slots.device)
         logits = ops.edit_logits(logits=logits, slots=slots, **tables, **by_sample)
     return ops.apply_token_masks(logits=logits, masks=fields.pop("masks")) if "masks" in fields else logits
+
+
+def pooled_sums(hidden: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, hidden_size] float32: for each row the sum of the hidden states that StepInputs.pool_rows gives it."""
+    sums = hidden.new_zeros(num_rows + 1, hidden.shape[-1], dtype=torch.float32)  # one more for those of no row
+    return sums.index_add(0, rows.long(), hidden.float())[:-1]
+
+
+def write_embeddings(buffer: Tensor, entering: Sequence[EmbeddingRows]) -> None:
+    """StepProgram.embed in place: buffer [max_embeddings, hidden_size] float32."""
+    for each in entering:
+        rows = torch.from_numpy(each.rows.astype("int64")).to(buffer.device)
+        buffer.index_copy_(0, rows, torch.from_numpy(each.values.copy()).to(buffer.device))
 
 
 def token_scores(ops: Ops, model: StepModel, hidden: Tensor, targets: Tensor | None) -> Scores | None:

@@ -1,0 +1,44 @@
+"""A step's rows on the host, as the worker's batch works them out of a decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from anychip.plugin_api import SCORES, EmbeddingRows, EnteringRow
+from anychip.worker.row_extras import StepExtras, Views
+
+
+@dataclass(slots=True)
+class StepRows:
+    """A step's rows on the host, before padding."""
+
+    step_id: int
+    slots: np.ndarray  # [num_rows]
+    counts: np.ndarray  # [num_rows] tokens computed
+    starts: np.ndarray  # [num_rows] position of each row's first token
+    sampling: np.ndarray  # indexes of the rows that sample
+    sample_rows: np.ndarray  # [num_samples] index of each sample's row
+    behind: np.ndarray  # [num_samples] drafted tokens of the row that stand behind the sample's
+    drafts: np.ndarray  # ids of the drafted tokens, row after row
+    scored: np.ndarray  # [num_rows] tokens of each row that ask for the log-probability of the next prompt token
+    entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
+    embeddings: list[EmbeddingRows] = field(default_factory=list)  # of new rows
+    extras: StepExtras | None = None
+    draws: Views = field(default_factory=dict)  # what drawing takes, as it was staged with the step
+
+    @property
+    def has_drafts(self) -> bool:
+        return len(self.drafts) > 0
+
+    @property
+    def sample_slots(self) -> np.ndarray:  # [num_samples]
+        slots: np.ndarray = self.slots[self.sample_rows]
+        return slots
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Of the forward pass, in ShapeKey's order."""
+        scored = (SCORES,) if self.scored.any() else ()
+        return scored if self.extras is None else scored + self.extras.features
