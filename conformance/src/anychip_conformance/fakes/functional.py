@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from anychip.plugin_api import (
     StepModel,
 )
 from anychip.plugin_api.plan import Plan
+from anychip_conformance.fakes.functional_states import functional_state_plan
 
 
 @dataclass(slots=True)
@@ -178,7 +180,7 @@ def forward_body(
     given the scores of every token, of which those with a target count."""
     ids = fields["input_ids"]
     ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
-    plans = [
+    plans: list[Any] = [
         functional_plan(
             fields["positions"],
             fields[f"slot_mapping_{group}"],
@@ -188,6 +190,9 @@ def forward_body(
         )
         for group in range(len(kv.block_sizes))
     ]
+    if kv.states:
+        rows = fields["query_start"], fields["seq_lens"], fields["state_blocks"]
+        plans += [functional_state_plan(*rows, len(ids))] * len(kv.states)
     context = ForwardContext(plans, list(caches), kv.layer_groups)
     hidden = model.forward(ids, fields["positions"], context)
     logits = model.logits(hidden[fields["logits_indices"]])

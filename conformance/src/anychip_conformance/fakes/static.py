@@ -39,6 +39,8 @@ from anychip.plugin_api import (
     ShapeKey,
     ShapePolicy,
     Shard,
+    StateBackend,
+    StateSpec,
     StepInputs,
     StepLimits,
     StepProgram,
@@ -55,6 +57,7 @@ from anychip_conformance.fakes.functional import (
     outputs,
     tensors,
 )
+from anychip_conformance.fakes.functional_states import FunctionalStates
 
 _MAX_TOKENS = 64
 _MAX_ROWS = 16
@@ -136,12 +139,17 @@ class StaticPlatform(Platform):
         kv_write="functional",
         attention_lse=True,
         stale_kv="must_be_finite",
+        recurrences=frozenset({"gated_sum"}),
     )
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return FunctionalAttention(spec)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        return FunctionalStates(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
@@ -169,8 +177,8 @@ class StaticStepProgram(StepProgram):
         self._steps: dict[ShapeKey, CompiledCall] = {}
         self._samplers: dict[tuple[int, tuple[str, ...]], CompiledCall] = {}
 
-    def initial_state(self, num_blocks: int) -> DonatedState:
-        self._num_blocks = num_blocks
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> DonatedState:
+        self._num_blocks, self._num_states = num_blocks, num_states
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
         return DonatedState(Held(self._new_caches(), last_ids, EditState.blank(self.limits.max_slots, self.vocab_size)))
 
@@ -178,6 +186,10 @@ class StaticStepProgram(StepProgram):
         # Functional caches cannot share a buffer between groups: each layer has its own.
         caches = []
         for layer, backend in enumerate(self.model.attention):
+            if isinstance(backend, StateBackend):
+                raw = torch.zeros(self._num_states * backend.state_bytes(), dtype=torch.uint8)
+                caches.append(backend.make_cache(raw, self._num_states))
+                continue
             size = self.kv.block_sizes[self.kv.layer_groups[layer]]
             raw = torch.zeros(self._num_blocks * self.kv.page_bytes, dtype=torch.uint8)
             caches.append(backend.make_cache(raw, self._num_blocks, size))
@@ -198,7 +210,11 @@ class StaticStepProgram(StepProgram):
     @torch.inference_mode()
     def _compile_step(self, key: ShapeKey) -> None:
         blank = blank_step_inputs(
-            key, num_groups=len(self.kv.block_sizes), slot_dtype="int64", max_slots=self.limits.max_slots
+            key,
+            num_groups=len(self.kv.block_sizes),
+            slot_dtype="int64",
+            max_slots=self.limits.max_slots,
+            states=bool(self.kv.states),
         )
         fields = tensors(blank.arena, blank.sections)
         names = list(fields)
@@ -206,7 +222,7 @@ class StaticStepProgram(StepProgram):
         def step(caches: list[Tensor], last_ids: Tensor, *values: Tensor) -> tuple[object, ...]:
             return forward_body(self.model, self.ops, self.kv, caches, last_ids, dict(zip(names, values, strict=True)))
 
-        held = self.initial_state(self._num_blocks).take()
+        held = self.initial_state(self._num_blocks, self._num_states).take()
         self._steps[key] = self._compile(step, (held.caches, held.last_ids, *fields.values()))
 
     @torch.inference_mode()
@@ -242,7 +258,8 @@ class StaticStepProgram(StepProgram):
     def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
         held = state.take()
         for layer, backend in enumerate(self.model.attention):
-            held.caches[layer] = edited(backend, held.caches[layer], copies, zeros)
+            if not isinstance(backend, StateBackend):  # only blocks of tokens are copied and cleared
+                held.caches[layer] = edited(backend, held.caches[layer], copies, zeros)
         return DonatedState(held)
 
     @torch.inference_mode()
