@@ -124,7 +124,7 @@ def test_the_budget_is_divided_between_tokens_and_states(toys):
 def test_a_device_without_such_kernels_refuses_by_name(toys, toy):
     reason = {"toy-state": "the recurrence gated_sum", "toy-latent": "latent attention"}[toy]
     with pytest.raises((Unsupported, ConfigError), match=reason):
-        LLM(str(toys[toy][0]), skip_tokenizer=True, device="fake-static", dtype="float32", max_model_len=160)
+        LLM(str(toys[toy][0]), skip_tokenizer=True, device="fake-hostlen", dtype="float32", max_model_len=160)
 
 
 def test_what_states_rule_out_is_said_at_the_start(toys):

@@ -39,6 +39,7 @@ from anychip.plugin_api import (
     StepModel,
 )
 from anychip.plugin_api.plan import Plan
+from anychip_conformance.fakes.functional_states import functional_state_plan
 
 
 @dataclass(slots=True)
@@ -208,7 +209,7 @@ def forward_body(
     """One forward pass. `embeddings`: the buffer of embeddings, where the program has one."""
     ids = fields["input_ids"]
     ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
-    plans = [
+    plans: list[Any] = [
         functional_plan(
             fields["positions"],
             fields[f"slot_mapping_{group}"],
@@ -218,6 +219,9 @@ def forward_body(
         )
         for group in range(len(kv.block_sizes))
     ]
+    if kv.states:
+        rows = fields["query_start"], fields["seq_lens"], fields["state_blocks"]
+        plans += [functional_state_plan(*rows, len(ids))] * len(kv.states)
     extras = ForwardExtras.of(fields, tap_layers=tap_layers, embeddings=embeddings)
     context = ForwardContext(plans, list(caches), kv.layer_groups, extras=extras)
     hidden = model.forward(ids, fields["positions"], context)

@@ -33,6 +33,8 @@ from anychip.plugin_api import (
     Scores,
     ShapeKey,
     ShapePolicy,
+    StateBackend,
+    StateSpec,
     StepInputs,
     StepLimits,
     StepProgram,
@@ -52,6 +54,7 @@ from anychip_conformance.fakes.functional import (
     outputs,
     tensors,
 )
+from anychip_conformance.fakes.functional_states import FunctionalStates
 
 _MAX_TOKENS = 64
 _MAX_ROWS = 16
@@ -134,12 +137,17 @@ class StaticPlatform(Platform):
         kv_write="functional",
         attention_lse=True,
         stale_kv="must_be_finite",
+        recurrences=frozenset({"gated_sum"}),
     )
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return FunctionalAttention(spec)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        return FunctionalStates(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
@@ -166,8 +174,8 @@ class StaticStepProgram(StepProgram):
         self._steps: dict[ShapeKey, CompiledCall] = {}
         self._samplers: dict[tuple[int, tuple[str, ...]], CompiledCall] = {}
 
-    def initial_state(self, num_blocks: int) -> DonatedState:
-        self._num_blocks = num_blocks
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> DonatedState:
+        self._num_blocks, self._num_states = num_blocks, num_states
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
         edits = EditState.blank(self.limits.max_slots, self.vocab_size)
         embeddings = torch.zeros(self.limits.max_embeddings, self.model.hidden_size)
@@ -177,6 +185,10 @@ class StaticStepProgram(StepProgram):
         # Functional caches cannot share a buffer between groups: each layer has its own.
         caches = []
         for layer, backend in enumerate(self.model.attention):
+            if isinstance(backend, StateBackend):
+                raw = torch.zeros(self._num_states * backend.state_bytes(), dtype=torch.uint8)
+                caches.append(backend.make_cache(raw, self._num_states))
+                continue
             size = self.kv.block_sizes[self.kv.layer_groups[layer]]
             raw = torch.zeros(self._num_blocks * self.kv.page_bytes, dtype=torch.uint8)
             caches.append(backend.make_cache(raw, self._num_blocks, size))
@@ -197,7 +209,11 @@ class StaticStepProgram(StepProgram):
     @torch.inference_mode()
     def _compile_step(self, key: ShapeKey) -> None:
         blank = blank_step_inputs(
-            key, num_groups=len(self.kv.block_sizes), slot_dtype="int64", max_slots=self.limits.max_slots
+            key,
+            num_groups=len(self.kv.block_sizes),
+            slot_dtype="int64",
+            max_slots=self.limits.max_slots,
+            states=bool(self.kv.states),
         )
         fields = tensors(blank.arena, blank.sections)
         names = list(fields)
@@ -209,7 +225,7 @@ class StaticStepProgram(StepProgram):
                 tap_layers=self.limits.taps, embeddings=embeddings,
             ).flat()  # fmt: skip
 
-        held = self.initial_state(self._num_blocks).take()
+        held = self.initial_state(self._num_blocks, self._num_states).take()
         self._steps[key] = self._compile(step, (held.caches, held.last_ids, held.embeddings, *fields.values()))
 
     @torch.inference_mode()
@@ -245,7 +261,8 @@ class StaticStepProgram(StepProgram):
     def edit(self, state: DonatedState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> DonatedState:
         held = state.take()
         for layer, backend in enumerate(self.model.attention):
-            held.caches[layer] = edited(backend, held.caches[layer], copies, zeros)
+            if not isinstance(backend, StateBackend):  # only blocks of tokens are copied and cleared
+                held.caches[layer] = edited(backend, held.caches[layer], copies, zeros)
         return DonatedState(held)
 
     @torch.inference_mode()
