@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from served_kit import ScriptedLLM, with_client
 
 from anychip.entrypoints.http import long_json
-from anychip.entrypoints.http.long_json import JsonResponse, LongList, encoded, listed
+from anychip.entrypoints.http.long_json import GrowingList, JsonResponse, LongList, encoded, listed
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
@@ -39,14 +39,39 @@ def test_a_long_list_is_the_same_json_as_a_short_one(entries, other, piece_s):
     assert json.loads(b"".join(encoded(content))) == {"a": entries, "other": other, "b": [entries]}
 
 
+@given(
+    st.lists(st.lists(VALUES, max_size=20), max_size=8), st.sampled_from([0.0, 1.0]), st.sampled_from([0, 30, 2**16])
+)
+@settings(max_examples=60, deadline=None)
+def test_a_list_that_grew_is_what_its_parts_are_together(parts, piece_s, piece_bytes):
+    before = long_json._PIECE_S, long_json._PIECE_BYTES
+    long_json._PIECE_S, long_json._PIECE_BYTES = piece_s, piece_bytes
+    grown, seen = GrowingList(), []
+
+    async def run() -> None:
+        for part in parts:
+            await grown.extend(iter(part))
+            seen.append(grown.so_far())
+
+    try:
+        asyncio.run(run())
+    finally:
+        long_json._PIECE_S, long_json._PIECE_BYTES = before
+    for number, so_far in enumerate(seen, start=1):  # what was taken on the way does not grow
+        assert json.loads(b"".join(encoded(so_far))) == [entry for part in parts[:number] for entry in part]
+
+
 PROMPT = {"prompt": list(range(256)) * 8, "max_tokens": 1}
 MESSAGE = {"messages": [{"role": "user", "content": "x" * 2000}], "max_tokens": 1}
+ASKED = {"input": "x" * 2000}
 LONG = [
     ("/v1/completions", PROMPT | {"prompt_logprobs": 20}, False),
     ("/v1/completions", PROMPT | {"echo": True, "logprobs": 20}, False),
     ("/v1/completions", PROMPT | {"echo": True, "logprobs": 20, "stream": True}, True),
     ("/v1/chat/completions", MESSAGE | {"prompt_logprobs": 20}, False),
     ("/v1/chat/completions", MESSAGE | {"logprobs": True, "top_logprobs": 20}, False),
+    ("/v1/responses", ASKED | {"include": ["message.output_text.logprobs"], "top_logprobs": 20}, False),
+    ("/v1/responses", ASKED | {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "stream": True}, True),
     ("/tokenize", {"prompt": "x" * 50_000, "return_token_strs": True}, False),
 ]  # fmt: skip
 
@@ -66,14 +91,14 @@ def test_others_have_their_turn_while_a_long_answer_is_made(path, body, stream):
     few, _ = with_client(llm, lambda client: ask_short(client, path, body))
     turns, text = with_client(llm, ask)
     assert turns > few + 10
-    parts = [line.removeprefix("data: ") for line in text.split("\n\n") if line] if stream else [text]
+    parts = [part.rpartition("data: ")[2] for part in text.split("\n\n") if part] if stream else [text]
     assert all(part == "[DONE]" or json.loads(part) for part in parts)
 
 
 async def ask_short(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> tuple[int, str]:
     """The same with nothing long in it."""
     turns = 0
-    plain = {name: body[name] for name in ("prompt", "messages", "max_tokens") if name in body}
+    plain = {name: body[name] for name in ("prompt", "messages", "input", "max_tokens") if name in body}
     if path == "/tokenize":
         plain = {"prompt": "x"}
     answered = asyncio.create_task(client.post(path, json=plain))

@@ -50,14 +50,17 @@ async def respond(answer: Answer, request: Request, *, stream: bool) -> Response
 
 def sse(content: Any, event: str | None = None) -> bytes:
     """One server-sent event."""
-    head = b"" if event is None else b"event: " + event.encode() + b"\n"
-    return head + b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return _head(event) + msgspec.json.encode(content) + b"\n\n"
 
 
-def long_sse(content: Any) -> list[bytes]:
+def long_sse(content: Any, event: str | None = None) -> list[bytes]:
     """One server-sent event that may hold LongLists, in pieces."""
     first, *rest = encoded(content)
-    return [b"data: " + first, *rest, b"\n\n"] if rest else [b"data: " + first + b"\n\n"]
+    return [_head(event) + first, *rest, b"\n\n"] if rest else [_head(event) + first + b"\n\n"]
+
+
+def _head(event: str | None) -> bytes:
+    return b"data: " if event is None else b"event: " + event.encode() + b"\ndata: "
 
 
 async def _streamed(answer: Answer, request: Request) -> Response:

@@ -21,6 +21,9 @@ FEW = 32
 _PIECE_S = 0.001
 """Of work, after which others have their turn."""
 
+_PIECE_BYTES = 2**16
+"""Up to which a piece takes in what comes later."""
+
 
 class LongList:
     """A list as JSON, in pieces. No dataclass: msgspec would write that as an object, and not ask `encoded` for it."""
@@ -31,24 +34,48 @@ class LongList:
         self.pieces = pieces
 
 
+class GrowingList:
+    """A list that gets its entries bit by bit, and is JSON from the first on."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    async def extend(self, entries: Iterable[Any]) -> None:
+        """`entries` are made as they are asked for."""
+        texts: list[bytes] = []
+        grows = bool(self._pieces) and len(self._pieces[-1]) < _PIECE_BYTES
+        began = time.perf_counter()
+        for entry in entries:
+            # At once, so that no objects pile up: the garbage collector would look at all there are, time and again.
+            texts.append(msgspec.json.encode(entry))
+            if time.perf_counter() - began > _PIECE_S:
+                self._add(texts, grows=grows)
+                texts.clear()
+                grows = False
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+        if texts:
+            self._add(texts, grows=grows)
+
+    def _add(self, texts: list[bytes], *, grows: bool) -> None:
+        """To the last piece, or as one of its own."""
+        text = (b"," if self._pieces else b"[") + b",".join(texts)
+        if grows:
+            self._pieces[-1] += text
+        else:
+            self._pieces.append(text)
+
+    def so_far(self) -> list[Any] | LongList:
+        return LongList([*self._pieces, b"]"]) if self._pieces else []
+
+
 async def listed(entries: Iterable[T], length: int) -> list[T] | LongList:
     """The `length` entries, which are made as they are asked for."""
     if length <= FEW:
         return list(entries)
-    pieces: list[bytes] = []
-    texts: list[bytes] = []
-    began = time.perf_counter()
-    for entry in entries:
-        # At once, so that no objects pile up: the garbage collector would look at all there are, time and again.
-        texts.append(msgspec.json.encode(entry))
-        if time.perf_counter() - began > _PIECE_S:
-            pieces.append((b"," if pieces else b"[") + b",".join(texts))
-            texts.clear()
-            await asyncio.sleep(0)
-            began = time.perf_counter()
-    if texts:
-        pieces.append((b"," if pieces else b"[") + b",".join(texts))
-    return LongList([*pieces, b"]"])
+    made = GrowingList()
+    await made.extend(entries)
+    return made.so_far()
 
 
 def encoded(content: Any) -> list[bytes]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from anychip.chat.events import Content, Event, Reasoning, ToolArguments, ToolStart
 from anychip.engine.outputs import RequestOutput
+from anychip.entrypoints.http.long_json import GrowingList
 from anychip.entrypoints.openai.chat_protocol import arguments_object
 from anychip.entrypoints.openai.stateful.protocol import ResponsesBody
 
@@ -24,7 +25,8 @@ class ResponseBuilder:
         self._number = 0
         self._open: Json | None = None
         self._text = ""
-        self.logprobs: list[Json] = []
+        self.logprobs = GrowingList()
+        """An entry for each token so far, where they were asked for."""
         self._fields = {
             "id": self.response_id,
             "object": "response",
@@ -137,7 +139,7 @@ class ResponseBuilder:
             )
         else:
             item["content"] = [self._part()]
-            more: Json = {"logprobs": self.logprobs} if item["type"] == "message" else {}
+            more: Json = {"logprobs": self.logprobs.so_far()} if item["type"] == "message" else {}
             yield self._item_event(f"response.{self._text_kind()}.done", content_index=0, text=self._text, **more)
             yield self._item_event("response.content_part.done", content_index=0, part=self._part())
         item["status"] = status
@@ -148,7 +150,7 @@ class ResponseBuilder:
         assert self._open is not None
         if self._open["type"] == "reasoning":
             return {"type": "reasoning_text", "text": self._text}
-        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self.logprobs}
+        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self.logprobs.so_far()}
 
     def _text_kind(self) -> str:
         assert self._open is not None

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from anychip.entrypoints.http.answer import respond, sse
+from anychip.entrypoints.http.answer import long_sse, respond
 from anychip.entrypoints.http.body import read_body, schema_of
 from anychip.entrypoints.http.long_json import JsonResponse
 from anychip.entrypoints.openai.responses import Reply
@@ -43,10 +43,11 @@ class ResponseAnswer:
     async def events(self) -> AsyncGenerator[bytes]:
         async with aclosing(self.items()) as items:
             async for item in items:
-                yield sse(item, item["type"])
+                for part in long_sse(item, item["type"]):
+                    yield part
 
     def failure(self, error: AnychipError) -> list[bytes]:
-        return [sse(self.builder.fail(str(error), "server_error"), "response.failed")]
+        return long_sse(self.builder.fail(str(error), "server_error"), "response.failed")
 
     async def items(self) -> AsyncGenerator[dict[str, Any]]:
         builder, num_output, reason, last = self.builder, 0, None, None
@@ -58,7 +59,7 @@ class ResponseAnswer:
                 last, reason = piece.request, piece.finish_reason
                 num_output += len(piece.output.token_ids)
                 if piece.output.logprobs is not None:
-                    builder.logprobs += self.reply.chat_entries(piece.output)
+                    await builder.logprobs.extend(self.reply.chat_entries(piece.output))
                 for event in piece.events:
                     for item in builder.take(event):
                         yield item

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
+from anychip.entrypoints.http.long_json import encoded
 
 MAX_RESPONSES = 4096
 MAX_BYTES = 128 * 2**20
@@ -31,7 +31,7 @@ class ResponseStore:
         self.nbytes = 0
 
     def put(self, entry: Stored) -> None:
-        entry.nbytes = len(msgspec.json.encode((entry.response, entry.messages, entry.input_items)))
+        entry.nbytes = sum(map(len, encoded((entry.response, entry.messages, entry.input_items))))
         self._stored[entry.response["id"]] = entry
         self.nbytes += entry.nbytes
         while len(self._stored) > self._max_responses or self.nbytes > self._max_bytes:
