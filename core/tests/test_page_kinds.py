@@ -3,9 +3,12 @@ however prompts are cut, whoever shares the batch, whatever a reused block held.
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +17,12 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError, KVCacheTooSmall, Unsupported
 from anychip.launch.plan import plan_engine
 from anychip.ops.reference import gated_sum_chunked, gated_sum_recurrent
+from anychip.plugin_api import ForwardContext, ForwardExtras
+from anychip_conformance.batch import Row
+from anychip_conformance.device import open_device
 from anychip_conformance.equality.oracle import Answer, greedy, judge
 from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
+from anychip_conformance.latent_calls import LatentCall, LatentCase
 from anychip_conformance.toys import TOYS
 from anychip_conformance.toys.checkpoint import make_toy
 
@@ -107,6 +114,47 @@ def test_sequences_of_one_request_have_states_of_their_own(toys):
     texts = [one.token_ids for one in together.outputs]
     assert len({tuple(ids) for ids in texts}) == 3
     assert texts == [one.token_ids for one in again.outputs]
+
+
+def test_vectors_come_from_layers_of_every_kind(toys):
+    """Whether a prompt is computed at once or in chunks, and whoever had the slot before."""
+    folder, found = toys["toy-every-kind"][0], []
+    for budget in (7, 4096):
+        with LLM(
+            str(folder),
+            skip_tokenizer=True,
+            device="cpu",
+            dtype="float32",
+            max_model_len=160,
+            max_num_seqs=3,
+            max_num_batched_tokens=budget,
+            pooling=True,
+        ) as llm:
+            found.append([llm.embed(prompts(), pooling=kind) for kind in ("mean", "last", "mean")])
+            nothing_is_held(llm)
+    chunked, whole = (np.array(each) for each in found)
+    np.testing.assert_allclose(chunked, whole, atol=2e-5)
+    np.testing.assert_allclose(whole[0], whole[2], atol=2e-5)
+    assert np.abs(whole[0] - whole[1]).max() > 0.01
+
+
+def test_a_latent_row_turns_by_the_positions_of_its_axes():
+    case = LatentCase(rows=(Row(blocks=0, extra=0, query=5),), dtype="float32", rope=True)
+    with closing(open_device("cpu", {})) as device:
+
+        def attended(axes):
+            call = LatentCall.make(device, case)
+            rope = replace(call.rope, axes=torch.arange(8) % 3)
+            plan = call.backend.plan(call.batch.view, call.batch.key, group=0)
+            extras = None if axes is None else ForwardExtras(rope_positions=axes)
+            context = ForwardContext([plan], [call.cache], [0], extras=extras)
+            return context.attend_latent(call.backend, call.layer, **call.inputs, rope=rope)
+
+        places = torch.arange(5).expand(3, 5)
+        torch.testing.assert_close(attended(places), attended(None))
+        torch.testing.assert_close(attended(places + 9), attended(None), atol=1e-4, rtol=1e-4)  # all move alike
+        apart = attended(places * torch.tensor([[1], [2], [3]]))
+        assert (apart - attended(None)).abs().max() > 0.01
 
 
 def test_the_budget_is_divided_between_tokens_and_states(toys):
