@@ -88,10 +88,14 @@ class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of the cases that passed on the step seam: how many through the program, how many through the factories."""
 
 
+OPTIONAL = frozenset({"latent", "state"})
+"""Sections of layers that only some models have: a device without them serves all others."""
+
+
 def empty_sections(outcomes: Sequence[Outcome]) -> list[str]:
-    """Sections, the first parts of ids, in which nothing passed."""
+    """Sections, the first parts of ids, in which nothing passed and something has to."""
     passed = {outcome.case.partition(".")[0] for outcome in outcomes if outcome.verdict is Verdict.PASS}
-    return sorted({outcome.case.partition(".")[0] for outcome in outcomes} - passed)
+    return sorted({outcome.case.partition(".")[0] for outcome in outcomes} - passed - OPTIONAL)
 
 
 def conforms(outcomes: Sequence[Outcome]) -> bool | None:
@@ -267,7 +271,8 @@ def matrix(cards: Mapping[str, Scorecard]) -> str:
 _MATRIX_PAGE = """# Capability matrix
 
 Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device that is not here
-has no scorecard: cuda and rocm have not run on one. `make interpreted` judges their kernels as triton-interpreter, a
+has no scorecard of this manifest: cuda has run on an H200 under an earlier one, and its scorecard is kept under
+`benchmarks/results/gpu`; rocm has not run on a device. `make interpreted` judges their kernels as triton-interpreter, a
 simulation; its scorecard is not of this manifest yet. tpu and ascend are announced, and nothing of theirs has run.
 
 Evidence:

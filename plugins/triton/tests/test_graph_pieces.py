@@ -43,7 +43,7 @@ def cuda(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "CUDAGraph": StandInGraph, "Stream": lambda: stream, "current_stream": lambda: stream,
-        "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None, "graph_pool_handle": lambda: "pool",
+        "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None, "graph_pool_handle": object,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
 
@@ -68,7 +68,7 @@ def test_pieces_see_new_inputs_and_calls_see_new_plans(cuda, heeds_out):
     graphs = DeviceGraphs()
     handle = graphs.capture_pieces(model, [1.0], 6)
     assert [type(piece).__name__ for piece in handle.pieces] == ["StandInGraph", "EagerCall"] * 2 + ["StandInGraph"]
-    assert {piece.pool for piece in handle.pieces[::2]} == {"pool"}
+    assert len({piece.pool for piece in handle.pieces[::2]}) == 1
     assert handle.pieces[1].out is handle.pieces[3].out  # layers share what calls write to
     runs.clear()
     for shift, plan in ((0.0, 1.0), (10.0, 5.0), (0.0, 1.0)):
@@ -82,3 +82,23 @@ def test_pieces_are_paid_for():
     graphs = DeviceGraphs()
     assert graphs.reserve([], []) == 0
     assert graphs.reserve([], [16, 32]) > graphs.reserve([], [16]) > 0
+
+
+def test_a_pool_is_used_as_long_as_a_graph_of_it_is_there(cuda):
+    """Torch gives a pool up with its last graph: an id that was used before is an error then."""
+    graphs, x = DeviceGraphs(), torch.arange(3.0)
+
+    def capture():
+        return graphs.capture_pieces(lambda run_outside_graph: x * 2, [], 3)
+
+    def pool(handle):
+        return handle.pieces[0].pool
+
+    first = capture()
+    second = capture()
+    assert pool(second) is pool(first)
+    given_up = pool(first)
+    del first
+    assert pool(capture()) is given_up  # the second still holds it
+    del second
+    assert pool(capture()) is not given_up

@@ -28,7 +28,7 @@ MANIFEST = PlatformManifest(
     name="cuda",
     package="anychip-cuda",
     api_version=API_VERSION,
-    summary="NVIDIA GPUs (compute capability 8.0 on): Triton kernels, cuBLAS, NCCL, graphs; not run on hardware yet",
+    summary="NVIDIA GPUs (compute capability 8.0 on): Triton kernels, cuBLAS, NCCL, graphs",
     probe="anychip_cuda.probe:probe",
     platform="anychip_cuda.platform:CudaPlatform",
     seam="torch",
@@ -37,7 +37,6 @@ MANIFEST = PlatformManifest(
     negotiate=gpu_limits,
     requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"), TRITON),
     worker_env=worker_env,
-    auto_select=False,  # until conformance has passed on a device, it is taken only by name
     priority=10,
 )
 

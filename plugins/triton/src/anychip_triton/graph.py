@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -93,17 +94,20 @@ class DecodeShapes(ShapePolicy):
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class DeviceGraph:
     graph: torch.cuda.CUDAGraph
     recorder: Recorder
     output: Any
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class DevicePieces:
     pieces: list[torch.cuda.CUDAGraph | EagerCall]
     output: Any
+
+
+H = TypeVar("H", DeviceGraph, DevicePieces)
 
 
 class DeviceGraphs(GraphCapture):
@@ -114,6 +118,7 @@ class DeviceGraphs(GraphCapture):
         """Within a rehearsal, kernels are compiled and not run."""
         self._pool: Any = None
         self._side: Any = None
+        self._handles = WeakSet[DeviceGraph | DevicePieces]()
         self._rehearsal = rehearsal
 
     def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
@@ -136,13 +141,15 @@ class DeviceGraphs(GraphCapture):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             output = fn()
-        return DeviceGraph(graph, recorder or Recorder(), output)
+        return self._kept(DeviceGraph(graph, recorder or Recorder(), output))
 
     def _rehearse(self, fn: Callable[[], Any], communicators: Sequence[Communicator]) -> None:
         """Kernels are compiled, and libraries choose theirs, outside the capture. Every capture is made on one stream:
         libraries keep tens of megabytes for each stream that they were called on."""
-        if self._pool is None:
-            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        if self._side is None:
+            self._side = torch.cuda.Stream()
+        if not self._handles:  # torch gives a pool up with its last graph, and takes its id no more
+            self._pool = torch.cuda.graph_pool_handle()
         with self._rehearsal():
             fn()
         self._side.wait_stream(torch.cuda.current_stream())
@@ -151,6 +158,10 @@ class DeviceGraphs(GraphCapture):
         torch.cuda.current_stream().wait_stream(self._side)
         for communicator in communicators:
             communicator.register(self._pool)
+
+    def _kept(self, handle: H) -> H:
+        self._handles.add(handle)
+        return handle
 
     def run(self, handle: DeviceGraph, plans: Sequence[Any]) -> Any:
         for group, renew in handle.recorder.renewals:
@@ -188,7 +199,7 @@ class DeviceGraphs(GraphCapture):
             output = fn(run_outside_graph)
             pieces[-1].capture_end()
         torch.cuda.current_stream().wait_stream(self._side)
-        return DevicePieces(pieces, output)
+        return self._kept(DevicePieces(pieces, output))
 
     def run_pieces(self, handle: DevicePieces, plans: Sequence[Any]) -> Any:
         for piece in handle.pieces:
