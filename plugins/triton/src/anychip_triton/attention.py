@@ -11,8 +11,9 @@ from torch import Tensor
 
 from anychip.ops.reference import DenseCacheAttention
 from anychip.plugin_api import AttentionLayer, AttentionSpec, BatchView, QKNorm, Recorder, Rope, ShapeKey, Unsupported
-from anychip_triton.kernels import attention as kernels
+from anychip_triton.kernels.attention import paged_attention
 from anychip_triton.kernels.kv import rotate_and_write
+from anychip_triton.kernels.splits import combine_splits
 from anychip_triton.launch import Launcher, split_tile
 from anychip_triton.shapes import power_of_two
 
@@ -167,7 +168,7 @@ class TritonAttention(DenseCacheAttention):
             "PADDED_DIM": self._padded_dim, "splits": splits,
         }  # fmt: skip
         launch(
-            kernels.paged_attention,
+            paged_attention,
             (tiles, spec.num_kv_heads, splits),
             options,
             q=q, seq_lens=plan.seq_lens, block_table=plan.block_table,
@@ -182,7 +183,7 @@ class TritonAttention(DenseCacheAttention):
         if splits > 1:
             options = split_tile(launch.tiles.tile("combine_splits", dim=self._padded_dim))[1]
             launch(
-                kernels.combine_splits, (tokens, spec.num_heads), options,
+                combine_splits, (tokens, spec.num_heads), options,
                 HEAD_DIM=spec.head_dim, HAS_SINKS=layer.sinks is not None, MOST=_MAX_SPLITS, **common,
             )  # fmt: skip
         return result

@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 
 from anychip_triton.kernels.chain import after_earlier
-from anychip_triton.kernels.numbers import dot, fp8_to_float, tanh
-
-_LOG2E = tl.constexpr(1.4426950408889634)
+from anychip_triton.kernels.numbers import LOG2E, dot, fp8_to_float, tanh
 
 
 @triton.jit
@@ -102,11 +100,11 @@ def _attended(
     k = _held(cache, where[None, :] + dims[:, None], readable[None, :], in_dim[:, None], MASKED, PADDED, BYTES, DTYPE)
     scores = dot(queries, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.float32 == DTYPE)
     if HAS_SOFTCAP:
-        scores = softcap * tanh(scores * score_scale / softcap) * _LOG2E
+        scores = softcap * tanh(scores * score_scale / softcap) * LOG2E
     else:
-        scores = scores * (score_scale * _LOG2E)
+        scores = scores * (score_scale * LOG2E)
     if HAS_ALIBI:
-        scores += (slope * _LOG2E)[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
+        scores += (slope * LOG2E)[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
     if MASKED:
         visible = readable[None, :] & (keys[None, :] <= position[:, None])
         if HAS_WINDOW:
@@ -261,47 +259,7 @@ def paged_attention(
         tl.store(part, values * value_scale, mask=live[:, None] & in_dim[None, :])
     else:
         if HAS_SINKS:
-            sink = tl.load(sinks + head, mask=live, other=0.0) * _LOG2E
+            sink = tl.load(sinks + head, mask=live, other=0.0) * LOG2E
             total += tl.exp2(sink - tl.where(live, highest, 0.0))
         result = values * (value_scale / tl.where(live, total, 1.0))[:, None]
         tl.store(out + out_at, result.to(DTYPE), mask=live[:, None] & in_dim[None, :])
-
-
-@triton.jit(do_not_specialize=["num_reqs", "splits"])
-def combine_splits(
-    out,  # [num_tokens, num_heads, head_dim]
-    partial,  # as paged_attention writes them
-    statistics,
-    query_start,
-    sinks,
-    out_token_stride,
-    num_reqs,
-    splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    MOST: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    if CHAINED:
-        after_earlier()
-    token, head = tl.program_id(0), tl.program_id(1)
-    if token >= tl.load(query_start + num_reqs):
-        return  # paged_attention has written its zeros
-    split, dims = tl.arange(0, MOST), tl.arange(0, PADDED_DIM)
-    made = split < splits
-    place = (token.to(tl.int64) * NUM_HEADS + head) * splits + split
-    highest = tl.load(statistics + place * 2, mask=made, other=float("-inf"))
-    total = tl.load(statistics + place * 2 + 1, mask=made, other=0.0)
-    most = tl.max(highest, 0)
-    share = tl.exp2(highest - most)
-    in_dim = dims < HEAD_DIM
-    inside = made[:, None] & in_dim[None, :]
-    parts = tl.load(partial + place[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
-    whole = tl.sum(total * share, 0)
-    if HAS_SINKS:
-        whole += tl.exp2(tl.load(sinks + head) * _LOG2E - most)
-    result = tl.sum(parts * share[:, None], 0) / whole
-    at = token.to(tl.int64) * out_token_stride + head * HEAD_DIM + dims
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=in_dim)

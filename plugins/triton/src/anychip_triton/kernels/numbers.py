@@ -7,6 +7,9 @@ a product of matrix units that have it does not.
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+"""By which a natural logarithm becomes one to the base of 2."""
+
 
 @triton.jit
 def fp8_to_float(byte):
