@@ -29,7 +29,7 @@ from anychip_conformance.verdicts import Outcome, Verdict
 from anychip_conformance.waivers import read_waivers, waived
 
 ROOT = Path(__file__).parents[2]
-HONEST = ("cpu", "fake-static", "fake-hostlen", "fake-spmd")
+HONEST = ("cpu", "fake-static", "fake-hostlen", "fake-spmd", "fake-mesh")
 TODAY = datetime.date(2026, 1, 1)
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_device_is_refused() -> None:
 # -- verdicts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", [*HONEST[:3], pytest.param(HONEST[3], marks=pytest.mark.full)])
+@pytest.mark.parametrize("device", [*HONEST[:3], *(pytest.param(name, marks=pytest.mark.full) for name in HONEST[3:])])
 def test_an_honest_device_passes_the_quick_profile(device: str) -> None:
     done = anychip(["conformance", "--device", device, "--profile", "quick"])
     assert done.returncode == 0, done.stdout[-3000:]
