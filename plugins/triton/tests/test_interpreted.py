@@ -42,7 +42,7 @@ for pairs, experts in ((1, 3), (65, 1), (300, 7), (512, 128), (90, 64)):
     order = torch.full((pairs,), -7, dtype=torch.int32)
     ends, tiles = torch.empty(experts, dtype=torch.int32), torch.empty(experts, dtype=torch.int32)
     bins = 1 << experts.bit_length()
-    sort_pairs[(experts,)](order, ends, tiles, ids, pairs, experts, BINS=bins, TILE=16, BLOCK=64)
+    sort_pairs[(experts,)](order, ends, tiles, ids, pairs, experts, BINS=bins, TILE=16, BLOCK=64, CHAINED=False)
     counts = torch.bincount(ids[ids >= 0].long(), minlength=experts)
     sorted_pairs = torch.where(ids < 0, experts, ids).argsort(stable=True)[: counts.sum()]
     assert ends.tolist() == counts.cumsum(0).tolist(), (pairs, experts)
@@ -151,7 +151,8 @@ from anychip_triton.kernels.matmul import quantize_rows
 x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 x = x[x.isfinite()].view(1, -1)
 out, one = torch.empty(x.shape, dtype=torch.uint8), torch.ones(1)
-quantize_rows[(1, 1)](out, one, x, x.numel(), 1, x.numel(), GROUP=x.numel(), BLOCK=2**16, KIND="fp8", STATIC=True)
+form = {"GROUP": x.numel(), "BLOCK": 2**16, "KIND": "fp8", "STATIC": True, "CHAINED": False}
+quantize_rows[(1, 1)](out, one, x, x.numel(), 1, x.numel(), **form)
 wanted = to_fp8(x.float()).view(torch.uint8)
 assert (wanted == 0x80).any() and out.equal(wanted.masked_fill(wanted == 0x80, 0))
 print("equal")

@@ -16,7 +16,7 @@ LAYER = {"heads": 8, "kv_heads": 2, "dim": 64}
 STEPS = [
     (lambda launch, n: attention(launch, **LAYER, rows=n, queries=5, context=16 * n), (3, 16, 31)),
     (lambda launch, n: product(launch, rows=n, columns=512, features=256), (1, 7, 16)),
-    (lambda launch, n: experts(launch, tokens=n), (9, 100, 128)),
+    (lambda launch, n: experts(launch, tokens=n), (40, 100, 128)),
 ]
 
 

@@ -17,7 +17,7 @@ from anychip_triton.searches import Search, searches
 from anychip_triton.targets import TARGETS
 from anychip_triton.tiles import MeasuredTable, TileTable, load_table, shipped_table
 
-SM_90 = TARGETS["sm_90"]
+SM_80 = TARGETS["sm_80"]
 TILES = [{"block_m": 16, "block_n": n, "block_k": 64, "num_warps": 4, "num_stages": 2} for n in (16, 32, 64, 128)]
 NOW = {"triton": "3.7.1", "driver": "580"}
 BOUNDS = {"rows": 16, "gated": 0, "features": 64, "columns": 64, "item": 2, "quantized": 0}
@@ -46,7 +46,7 @@ class Times:
 
 def found(times, shipped=1, problems=1):
     search = Search("matmul", BOUNDS, [problem] * problems, TILES)
-    return tune.fastest(search, TILES, shipped, shipped_table("sm_90"), times)
+    return tune.fastest(search, TILES, shipped, shipped_table("sm_80"), times)
 
 
 def test_the_fastest_tile_is_kept_and_one_that_cannot_run_is_not():
@@ -81,7 +81,7 @@ def test_every_problem_counts_alike():
     search = Search("matmul", BOUNDS, [partial(problem, rows=1), partial(problem, rows=16)], TILES[:2])
     times = ByRows({16: {1: 0.01, 16: 10.0}, 32: {1: 0.005, 16: 11.0}})
     times_of = tune.fastest(
-        search, TILES[:2], 1, shipped_table("sm_90"), lambda k, p, t, r: times.ms[t.entries[k][0]["block_n"]][
+        search, TILES[:2], 1, shipped_table("sm_80"), lambda k, p, t, r: times.ms[t.entries[k][0]["block_n"]][
             p.keywords["rows"]
         ]
     )  # fmt: skip
@@ -101,36 +101,36 @@ def test_each_search_is_written_when_it_is_done_and_not_done_again(tmp_path):
     times = Cut({16: 0.5, 32: 2.0, 64: 1.0, 128: 3.0})
     times.most = 8
     with pytest.raises(KeyboardInterrupt):
-        tune.tune([wide, narrow], SM_90, times, MeasuredTable.open("sm_90", NOW, tmp_path), said.append)
+        tune.tune([wide, narrow], SM_80, times, MeasuredTable.open("sm_80", NOW, tmp_path), said.append)
     asked = {"rows": 16, "gated": 0, "item": 2, "quantized": 0, "bits": 16, "grouped": 0}
-    table, shipped = load_table("sm_90", NOW, tmp_path), shipped_table("sm_90")
+    table, shipped = load_table("sm_80", NOW, tmp_path), shipped_table("sm_80")
     assert table.tile("matmul", **asked, features=4096, columns=64) == TILES[0]
     small_one = {**asked, "features": 64, "columns": 64}
     assert table.tile("matmul", **small_one) == shipped.tile("matmul", **small_one), "a wider search's is not for it"
 
     times.most, times.asked = 100, []
-    tune.tune([wide, narrow], SM_90, times, MeasuredTable.open("sm_90", NOW, tmp_path), said.append)
-    assert load_table("sm_90", NOW, tmp_path).tile("matmul", **small_one) == TILES[0]
+    tune.tune([wide, narrow], SM_80, times, MeasuredTable.open("sm_80", NOW, tmp_path), said.append)
+    assert load_table("sm_80", NOW, tmp_path).tile("matmul", **small_one) == TILES[0]
     assert times.asked and sum(repeats == 3 for _, repeats in times.asked) == 5, "four tiles and the shipped one"
     assert any("1 searches are in" in line for line in said)
-    table = json.loads((tmp_path / "sm_90.json").read_text())
+    table = json.loads((tmp_path / "sm_80.json").read_text())
     assert [entry["up_to"]["features"] for entry in table["kernels"]["matmul"]] == [64, 4096]
     assert [done["up_to"]["features"] for done in table["searched"]] == [4096, 64]
-    assert list(tmp_path.iterdir()) == [tmp_path / "sm_90.json"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "sm_80.json"]
 
 
 def test_a_table_of_other_versions_is_replaced(tmp_path):
     times = Times({16: 0.5, 32: 2.0, 64: 1.0, 128: 3.0})
     for versions in (NOW, NOW | {"driver": "999"}):
-        table = MeasuredTable.open("sm_90", versions, tmp_path)
+        table = MeasuredTable.open("sm_80", versions, tmp_path)
         assert table.searched == []
-        tune.tune([small()], SM_90, times, table, [].append)
-    assert json.loads((tmp_path / "sm_90.json").read_text())["made_with"]["driver"] == "999"
+        tune.tune([small()], SM_80, times, table, [].append)
+    assert json.loads((tmp_path / "sm_80.json").read_text())["made_with"]["driver"] == "999"
 
 
 def test_no_search_begins_after_the_time(tmp_path):
     times, said = Times({}), []
-    tune.tune([small()], SM_90, times, MeasuredTable.open("sm_90", NOW, tmp_path), said.append, seconds=0)
+    tune.tune([small()], SM_80, times, MeasuredTable.open("sm_80", NOW, tmp_path), said.append, seconds=0)
     assert times.asked == [] and said == ["the time is over: 1 searches are left\n"]
 
 
@@ -144,8 +144,8 @@ def test_what_does_not_compile_is_not_timed(tmp_path):
         return made
 
     times, said = Times({16: 0.5, 32: 2.0, 64: 0.1, 128: 3.0}), []
-    table = MeasuredTable.open("sm_90", NOW, tmp_path)
-    tune.tune([small()], SM_90, times, table, said.append, compile_=compiled)
+    table = MeasuredTable.open("sm_80", NOW, tmp_path)
+    tune.tune([small()], SM_80, times, table, said.append, compile_=compiled)
     assert table.entries["matmul"] == [{"up_to": BOUNDS, **TILES[0]}]
     assert 64 not in {width for width, _ in times.asked}
     assert "1 tiles do not compile (ValueError: no such layout)" in said[-1]
@@ -155,7 +155,7 @@ def test_tiles_compile_in_processes_and_one_that_cannot_says_why(tmp_path, monke
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compilers = Compilers(1)
     try:
-        begin = [compilers.begin("sm_90", ("cuda", 90, 32), "matmul", [problem], tile) for tile in
+        begin = [compilers.begin("sm_80", ("cuda", 80, 32), "matmul", [problem], tile) for tile in
                  (TILES[1], TILES[1] | {"block_n": 24})]  # fmt: skip
         assert begin[0].result() == 1
         assert begin[1].exception() is not None
@@ -165,11 +165,11 @@ def test_tiles_compile_in_processes_and_one_that_cannot_says_why(tmp_path, monke
 
 
 def test_every_search_reaches_the_kernel_that_it_names_with_every_tile():
-    for search in searches(SM_90.shared_bytes):
+    for search in searches(SM_80.shared_bytes):
         for tile in (search.candidates[0], search.candidates[-1]):
-            table = shipped_table("sm_90").only(search.kernel, tile)
+            table = shipped_table("sm_80").only(search.kernel, tile)
             for wanted in search.problems:
-                recorder = RecordingLauncher(SM_90, table)
+                recorder = RecordingLauncher(SM_80, table)
                 wanted(recorder)
                 names = [launch.kernel.__name__ for launch in recorder.launches]
                 assert any(name.endswith(search.kernel) for name in names), f"{search.kernel} is not among {names}"
@@ -177,14 +177,14 @@ def test_every_search_reaches_the_kernel_that_it_names_with_every_tile():
 
 def test_every_problem_is_given_its_own_searchs_tile(tmp_path):
     """When all are written: the narrower entries come first, whatever the order of the searches."""
-    measured = MeasuredTable.open("sm_90", NOW, tmp_path)
-    wanted = list(searches(SM_90.shared_bytes))
+    measured = MeasuredTable.open("sm_80", NOW, tmp_path)
+    wanted = list(searches(SM_80.shared_bytes))
     for number, search in enumerate(wanted):
         measured.add(search.kernel, search.up_to, {**search.candidates[0], "num_stages": 100 + number})
-    table = load_table("sm_90", NOW, tmp_path)
+    table = load_table("sm_80", NOW, tmp_path)
     for number, search in enumerate(wanted):
         for each in search.problems:
-            recorder = RecordingLauncher(SM_90, table)
+            recorder = RecordingLauncher(SM_80, table)
             each(recorder)
             stages = {
                 launch.options["num_stages"]
@@ -193,7 +193,7 @@ def test_every_problem_is_given_its_own_searchs_tile(tmp_path):
             assert stages == {100 + number}, search.name
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_80", "gfx942"])
 def test_a_searchs_shipped_tile_is_the_first_and_there_is_one(target):
     for search in searches(TARGETS[target].shared_bytes):
         tiles, shipped = tune.tiles_of(search, TARGETS[target])
@@ -201,10 +201,10 @@ def test_a_searchs_shipped_tile_is_the_first_and_there_is_one(target):
 
 
 def test_kernels_are_chosen_by_name():
-    assert {search.kernel for search in tune.chosen("attention,matmul", SM_90)} == {"attention", "matmul"}
-    assert len(tune.chosen("", SM_90)) == len(list(searches(SM_90.shared_bytes)))
+    assert {search.kernel for search in tune.chosen("attention,matmul", SM_80)} == {"attention", "matmul"}
+    assert len(tune.chosen("", SM_80)) == len(list(searches(SM_80.shared_bytes)))
     with pytest.raises(ValueError, match="no search for sample; there are attention, expert_matmul, matmul"):
-        tune.chosen("sample", SM_90)
+        tune.chosen("sample", SM_80)
 
 
 def options(**given):
@@ -213,7 +213,7 @@ def options(**given):
 
 def test_the_command_writes_what_the_platform_reads(tmp_path, monkeypatch, capsys):
     class Opened:
-        launch = RecordingLauncher(SM_90)
+        launch = RecordingLauncher(SM_80)
         default_device = "meta"
 
         def made_with(self):
@@ -226,8 +226,8 @@ def test_the_command_writes_what_the_platform_reads(tmp_path, monkeypatch, capsy
     arguments = options()
     arguments.folder = tmp_path
     assert tune.run(arguments) == 0
-    assert str(tmp_path / "sm_90.json") in capsys.readouterr().out
-    recorder = RecordingLauncher(SM_90, load_table("sm_90", NOW, tmp_path))
+    assert str(tmp_path / "sm_80.json") in capsys.readouterr().out
+    recorder = RecordingLauncher(SM_80, load_table("sm_80", NOW, tmp_path))
     problem(recorder)
     assert recorder.launches[-1].arguments["BLOCK_N"] == 16
     assert isinstance(recorder.tiles, TileTable)
