@@ -154,7 +154,7 @@ def test_a_device_of_one_dtype_and_few_head_dims_is_judged_in_what_it_has(tmp_pa
     done = anychip(["conformance", "--device", "narrow", "--profile", "quick", *report], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     count = scorecard.read(tmp_path / "scorecard.json").counts["core"]
-    assert count["pass"] > count["not_supported"]
+    assert count["pass"] > 100  # what it leaves out are other dtypes, and layers that it has none of
 
 
 def test_a_failure_says_what_why_and_how_to_run_it_again(tmp_path: Path) -> None:

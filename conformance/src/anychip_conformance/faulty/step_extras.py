@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +10,8 @@ from unittest.mock import patch
 import numpy as np
 from torch import Tensor
 
-from anychip.plugin_api import EmbeddingRows, ForwardExtras, KVPlan, ModelSource, ShapeKey, StepInputs, StepLimits
+from anychip.plugin_api import EmbeddingRows, ForwardExtras, KVPlan, ModelSource, StepInputs, StepLimits
+from anychip_conformance.fakes.compiled import CompiledCall
 from anychip_conformance.fakes.static import DonatedState, StaticHidden, StaticStepProgram
 from anychip_conformance.faulty.registry import fault
 
@@ -58,16 +59,30 @@ class Sorted(LayersFault):
         return sorted(taps)
 
 
+class ExtrasFault(StaticStepProgram):
+    """A fault is another method of ForwardExtras while a step is traced."""
+
+    method = ""
+
+    def _compile(self, fn: Callable[..., object], example: tuple[object, ...]) -> CompiledCall:
+        def faulty(*values: object) -> object:
+            with patch.object(ForwardExtras, self.method, self.changed(getattr(ForwardExtras, self.method))):
+                return fn(*values)
+
+        return super()._compile(faulty, example)
+
+    def changed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        raise NotImplementedError
+
+
 @fault("step-taps-without-the-residual", "step", killed_by="step.taps.001")
-class WithoutTheResidual(StaticStepProgram):
+class WithoutTheResidual(ExtrasFault):
     """A layer's hidden states are its own output, without the residual."""
 
-    def _compile_step(self, key: ShapeKey) -> None:
-        seen = ForwardExtras.seen
-        with patch.object(
-            ForwardExtras, "seen", lambda extras, layer, hidden, residual=None: seen(extras, layer, hidden)
-        ):
-            super()._compile_step(key)
+    method = "seen"
+
+    def changed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda extras, layer, hidden, residual=None: method(extras, layer, hidden)
 
 
 @fault("step-taps-of-the-token-before", "step", killed_by="step.taps.001")
@@ -228,19 +243,19 @@ class EmbeddingsOfTheFirstRow(InputsFault):
 
 
 @fault("step-embeddings-added", "step", killed_by="step.embeddings.001")
-class EmbeddingsAdded(StaticStepProgram):
+class EmbeddingsAdded(ExtrasFault):
     """A row of the buffer is added to the token's own embedding."""
 
-    def _compile_step(self, key: ShapeKey) -> None:
-        embedded = ForwardExtras.embedded
+    method = "embedded"
 
+    def changed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def added(extras: ForwardExtras, hidden: Tensor) -> Tensor:
             if extras.embedding_rows is None:
                 return hidden
-            return hidden + embedded(extras, hidden).where((extras.embedding_rows >= 0).unsqueeze(-1), hidden * 0)
+            found: Tensor = method(extras, hidden)
+            return hidden + found.where((extras.embedding_rows >= 0).unsqueeze(-1), hidden * 0)
 
-        with patch.object(ForwardExtras, "embedded", added):
-            super()._compile_step(key)
+        return added
 
 
 # -- positions of three axes ------------------------------------------------------------------------------------
