@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,19 @@ from anychip.bench.report import write
 ENGINE = Path(__file__).parent / "engine.py"
 
 
+def engine_command(
+    engine: str, python: str, shape: str, folder: str, named: Sequence[str], arguments: argparse.Namespace
+) -> list[str]:
+    """engine.py for a shape and the workloads `named`, with the program's own options."""
+    command = [python, str(ENGINE), engine, shape, "--folder", folder, "--device", arguments.device]
+    command += ["--scale", str(arguments.scale), "--repeats", str(arguments.repeats), "--workloads", *named]
+    return command + [f"--device-opt={option}" for option in arguments.device_opt]
+
+
 def run(engine: str, python: str, shape: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What engine.py prints. What it says besides goes to this program's stderr."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, str(ENGINE), engine, shape, "--folder", folder, "--device", arguments.device]
-        command += ["--scale", str(arguments.scale), "--repeats", str(arguments.repeats)]
-        command += ["--workloads", *arguments.workloads]
-        command += [f"--device-opt={option}" for option in arguments.device_opt]
+        command = engine_command(engine, python, shape, folder, arguments.workloads, arguments)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{engine} on {shape} ended with status {done.returncode}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import workloads
-from compare import ENGINE, figure
+from compare import engine_command, figure
 
 from anychip.bench.report import machine
 
@@ -123,10 +123,8 @@ def _engine(
 ) -> Iterator[dict[str, Any]]:
     """What engine.py prints, as it comes. Raises RuntimeError where it ends otherwise than well."""
     with tempfile.TemporaryDirectory() as folder, log.open("w") as said:
-        command = [sys.executable, str(ENGINE), "anychip", shape, "--folder", folder, "--device", arguments.device]
-        command += ["--scale", str(arguments.scale), "--repeats", str(arguments.repeats)]
-        command += ["--workloads", *(name for name in wanted if name != "start")]
-        command += [f"--device-opt={option}" for option in arguments.device_opt]
+        named = [name for name in wanted if name != "start"]
+        command = engine_command("anychip", sys.executable, shape, folder, named, arguments)
         engine = subprocess.Popen(
             ["timeout", str(int(seconds)), *command], stdout=subprocess.PIPE, stderr=said, text=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import msgspec
@@ -180,25 +181,33 @@ def epilogue(device: Device, case: LinearCase) -> None:
     check(device, case)
 
 
-@kind(
-    "linear.quantized",
-    profile="quantization",
-    corpus=[
+def _each(schemes: Sequence[Scheme]) -> list[LinearCase]:
+    return [
         LinearCase(tokens=tokens, columns=96, rows=rows, scheme=scheme, dtype=dtype, bias=tokens == 1)  # type: ignore[arg-type]
-        for scheme in SCHEMES
+        for scheme in schemes
         for tokens, rows in ((1, (32,)), (9, (64, 32)))
         for dtype in ("any", "narrow")
-    ],
-    drawn=st.builds(
+    ]
+
+
+def _drawn(schemes: Sequence[Scheme]) -> st.SearchStrategy[LinearCase]:
+    return st.builds(
         LinearCase,
         tokens=st.sampled_from([1, 2, 8, 33]),
         columns=st.sampled_from([32, 64, 96, 160]),
         rows=st.sampled_from([(32,), (64, 32), (96, 32, 32)]),
         dtype=st.sampled_from(["any", "narrow"]),
-        scheme=st.sampled_from(SCHEMES),
+        scheme=st.sampled_from(schemes),
         bias=st.booleans(),
         seed=st.integers(0, 2**16),
-    ),
+    )
+
+
+@kind(
+    "linear.quantized",
+    profile="quantization",
+    corpus=_each(SCHEMES),
+    drawn=_drawn(SCHEMES),
     examples=60,
 )
 def quantized(device: Device, case: LinearCase) -> None:
@@ -209,22 +218,8 @@ def quantized(device: Device, case: LinearCase) -> None:
 @kind(
     "linear.formats",
     profile="quantization",
-    corpus=[
-        LinearCase(tokens=tokens, columns=96, rows=rows, scheme=scheme, dtype=dtype, bias=tokens == 1)  # type: ignore[arg-type]
-        for scheme in FORMATS
-        for tokens, rows in ((1, (32,)), (9, (64, 32)))
-        for dtype in ("any", "narrow")
-    ],
-    drawn=st.builds(
-        LinearCase,
-        tokens=st.sampled_from([1, 2, 8, 33]),
-        columns=st.sampled_from([32, 64, 96, 160]),
-        rows=st.sampled_from([(32,), (64, 32), (96, 32, 32)]),
-        dtype=st.sampled_from(["any", "narrow"]),
-        scheme=st.sampled_from(FORMATS),
-        bias=st.booleans(),
-        seed=st.integers(0, 2**16),
-    ),
+    corpus=_each(FORMATS),
+    drawn=_drawn(FORMATS),
     examples=40,
 )
 def formats(device: Device, case: LinearCase) -> None:

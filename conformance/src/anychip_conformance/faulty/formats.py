@@ -2,97 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from anychip.ops.reference import ExpertWeights
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip_conformance.faulty.plain import InvariantMoE
-from anychip_conformance.faulty.products import FaultyQuantized, quantized_or_plain
+from anychip_conformance.faulty.products import NibblesSwapped, TakenForAnother, quantized_or_plain
 from anychip_conformance.faulty.registry import fault
 
 
-class FloatNibblesSwapped(FaultyQuantized):
+class FloatNibblesSwapped(NibblesSwapped):
     """The even column is taken from the high half of a byte of four-bit floats."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        if matrix.scheme.values != "fp4_e2m1":
-            return super().product(x, matrix)
-        values = matrix.values
-        matrix.values = (values >> 4) | (values << 4)
-        result = super().product(x, matrix)
-        matrix.values = values
-        return result
+    values = "fp4_e2m1"
 
 
-class ExponentOffByOne(FaultyQuantized):
+class ExponentOffByOne(TakenForAnother):
     """A scale of one byte is counted from 128, so that every weight is half of itself."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        if matrix.scheme.scale_format != "e8m0":
-            return super().product(x, matrix)
-        scales = matrix.scales
-        matrix.scales = scales - 1
-        result = super().product(x, matrix)
-        matrix.scales = scales
-        return result
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return replace(matrix, scales=matrix.scales - 1) if matrix.scheme.scale_format == "e8m0" else matrix
 
 
-class GlobalScaleForgotten(FaultyQuantized):
+class GlobalScaleForgotten(TakenForAnother):
     """Of two scales only the group's multiplies."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        whole, matrix.global_scales = matrix.global_scales, None
-        result = super().product(x, matrix)
-        matrix.global_scales = whole
-        return result
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return replace(matrix, global_scales=None)
 
 
-class FirstPartsGlobalScale(FaultyQuantized):
+class FirstPartsGlobalScale(TakenForAnother):
     """Every part of a product has the first one's global scale."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
         whole = matrix.global_scales
-        if whole is not None:
-            matrix.global_scales = whole[:1].expand(len(whole), 1)
-        result = super().product(x, matrix)
-        matrix.global_scales = whole
-        return result
+        return matrix if whole is None else replace(matrix, global_scales=whole[:1].expand(len(whole), 1))
 
 
-class ZeroPointAdded(FaultyQuantized):
+class ZeroPointAdded(TakenForAnother):
     """A float zero point is added where it should be taken off."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
         zeros = matrix.zeros
-        if zeros is not None and matrix.scheme.zero_points == "float":
-            matrix.zeros = -zeros
-        result = super().product(x, matrix)
-        matrix.zeros = zeros
-        return result
+        if zeros is None or matrix.scheme.zero_points != "float":
+            return matrix
+        return replace(matrix, zeros=-zeros)
 
 
-class ZeroPointRounded(FaultyQuantized):
+class ZeroPointRounded(TakenForAnother):
     """A float zero point is kept as an integer."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        zeros = matrix.zeros
-        if zeros is not None:
-            matrix.zeros = zeros.round()
-        result = super().product(x, matrix)
-        matrix.zeros = zeros
-        return result
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return matrix if matrix.zeros is None else replace(matrix, zeros=matrix.zeros.round())
 
 
-class CodebookMirrored(FaultyQuantized):
+class CodebookMirrored(TakenForAnother):
     """A codebook is read from its end."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        if matrix.codebook is None:
-            return super().product(x, matrix)
-        codebook, matrix.codebook = matrix.codebook, matrix.codebook.flip(0)
-        result = super().product(x, matrix)
-        matrix.codebook = codebook
-        return result
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return matrix if matrix.codebook is None else replace(matrix, codebook=matrix.codebook.flip(0))
 
 
 for _id, _case, _class in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,40 +151,39 @@ class RowAndColumnScalesSwapped(FaultyQuantized):
         return (honest / scales * scales[torch.arange(len(x)) % len(scales)].unsqueeze(-1)).to(x.dtype)
 
 
-class ZeroPointsIgnored(FaultyQuantized):
+class TakenForAnother(FaultyQuantized):
+    """A fault multiplies by another matrix than the one that was loaded."""
+
+    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+        return super().product(x, self.taken_for(matrix))
+
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        raise NotImplementedError
+
+
+class ZeroPointsIgnored(TakenForAnother):
     """The zero of int4 is always eight."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        if matrix.zeros is None:
-            return super().product(x, matrix)
-        zeros, matrix.zeros = matrix.zeros, None
-        result = super().product(x, matrix)
-        matrix.zeros = zeros
-        return result
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return replace(matrix, zeros=None)
 
 
-class NextGroupsScale(FaultyQuantized):
+class NextGroupsScale(TakenForAnother):
     """Each group of columns is scaled by the next one's scale."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        scales = matrix.scales
-        matrix.scales = scales.roll(-1, dims=1)
-        result = super().product(x, matrix)
-        matrix.scales = scales
-        return result
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return replace(matrix, scales=matrix.scales.roll(-1, dims=1))
 
 
-class NibblesSwapped(FaultyQuantized):
+class NibblesSwapped(TakenForAnother):
     """The even column is taken from the high half of an int4 byte."""
 
-    def product(self, x: Tensor, matrix: QuantizedMatrix) -> Tensor:
-        if matrix.scheme.values != "int4":
-            return super().product(x, matrix)
-        values = matrix.values
-        matrix.values = (values >> 4) | (values << 4)
-        result = super().product(x, matrix)
-        matrix.values = values
-        return result
+    values = "int4"
+
+    def taken_for(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        if matrix.scheme.values != self.values:
+            return matrix
+        return replace(matrix, values=(matrix.values >> 4) | (matrix.values << 4))
 
 
 class OneScaleForAllTokens(FaultyQuantized):
@@ -208,11 +208,11 @@ class StaticScaleIgnored(FaultyQuantized):
 
 
 for _id, _case, _class in (
-    ("linear-fp8-scales-swapped", "linear.quantized.027", RowAndColumnScalesSwapped),
+    ("linear-fp8-scales-swapped", "linear.quantized.031", RowAndColumnScalesSwapped),
     ("linear-zero-points-ignored", "linear.quantized.017", ZeroPointsIgnored),
     ("linear-next-groups-scale", "linear.quantized.013", NextGroupsScale),
     ("linear-nibbles-swapped", "linear.quantized.013", NibblesSwapped),
-    ("linear-one-scale-for-all-tokens", "linear.quantized.035", OneScaleForAllTokens),
-    ("linear-static-scale-ignored", "linear.quantized.021", StaticScaleIgnored),
+    ("linear-one-scale-for-all-tokens", "linear.quantized.039", OneScaleForAllTokens),
+    ("linear-static-scale-ignored", "linear.quantized.025", StaticScaleIgnored),
 ):
     fault(_id, "linear", killed_by=_case)(quantized_or_plain(_class))
