@@ -1,8 +1,7 @@
 """Paged attention as XLA compiles it: gathers of pages and plain products, over a functional cache.
 
-A page is [block_size, 2 * num_kv_heads, head_dim]: each head's keys and then its values, so that a share of the heads is
-a share of one dimension, and a head's pair lies together. On a TPU the kernel of anychip_tpu.pallas takes this form's
-place; this is what it is judged by, and what the CPU runtime runs.
+A page is [block_size, 2 * num_kv_heads, head_dim]: each head's keys and then its values, so that a share of the heads
+is a share of one dimension, and a head's pair lies together.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from anychip.plugin_api import (
     dense_page_bytes,
 )
 from anychip.plugin_api.plan import Plan
+from anychip_tpu.ops import tanh
 
 BLOCK_SIZES = (16, 128)
 """Tokens of a page: few for short requests, and as many as a TPU's lanes for long ones."""
@@ -157,7 +157,7 @@ class PagedAttention(AttentionBackend):
         grouped = q[turn].unflatten(1, (spec.num_kv_heads, -1)).float()  # [tokens, kv_heads, share, head_dim]
         scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k) * layer.scale
         if spec.softcap is not None:
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+            scores = spec.softcap * tanh(scores / spec.softcap)
         if layer.alibi_slopes is not None:
             scores = scores + layer.alibi_slopes.view(1, spec.num_kv_heads, -1, 1) * (keys - last)[:, None, None]
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""Copies and clearings of blocks as programs of a fixed shape: a turn takes so many, and the rest come in more turns."""
+"""Copies and clearings of blocks as a program of a fixed shape: a turn takes so many, the rest come in more turns."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Experts as XLA compiles them: all of them on every token, weighted by zero where they were not picked, so that no
-shape depends on the routing. Over several devices, each holds some of the experts and the compiler sums their shares."""
+shape depends on the routing. Of several devices each holds some experts, and the compiler sums their shares."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from anychip.plugin_api import (
     StepRules,
     Unsupported,
 )
-from anychip_tpu import sampling
+from anychip_tpu import ops
 from anychip_tpu.attention import BLOCK_SIZES, PagedAttention
 from anychip_tpu.linear import KERNELS, WIDENED, make_linear
 from anychip_tpu.moe import make_moe
@@ -99,7 +99,7 @@ class TpuPlatform(Platform):
         return make_moe(spec, self, self.runtime)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
-        return sampling.overrides()
+        return ops.overrides()
 
     # -- steps --------------------------------------------------------------------------------------------
 

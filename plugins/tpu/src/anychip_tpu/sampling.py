@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -78,8 +75,3 @@ def _leading(probs: Tensor, most: Tensor, measure: Tensor) -> Tensor:
     above = torch.where(probs > threshold, measure, 0.0).sum(dim=-1, keepdim=True)
     kept = (probs > threshold) | (tied & (above + places * each < most))
     return torch.where(kept, probs, 0.0)
-
-
-def overrides() -> Mapping[str, Callable[..., Any]]:
-    """By op name."""
-    return {"sample": sample}

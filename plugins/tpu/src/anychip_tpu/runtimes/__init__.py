@@ -1,4 +1,4 @@
-"""Runtimes that execute compiled programs: torch_xla, and torch_tpu, its successor. The rest of the plugin knows neither.
+"""Runtimes that execute compiled programs: torch_xla, and torch_tpu, its successor. Nothing else knows either.
 
 `choice` says which one is installed and imports nothing heavy; `open_runtime` opens it.
 """

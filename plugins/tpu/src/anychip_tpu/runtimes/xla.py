@@ -66,6 +66,11 @@ class XlaProgram:
         return [next(made) if place is None else arguments[place] for place in self._passed]
 
 
+def on_host() -> bool:
+    """Whether the runtime's devices are the host's processors. They cannot read compiled programs back."""
+    return os.environ.get("PJRT_DEVICE", "").upper() == "CPU"
+
+
 class XlaRuntime:
     """One process drives `num_devices` devices by SPMD: the compiler divides programs among them."""
 
@@ -76,7 +81,7 @@ class XlaRuntime:
         self.num_compilations = 0
         # Numbers of the code are constants of the programs, not inputs that are uploaded.
         _XLAC._set_xla_all_numbers_special_scalars(True)
-        if cache_dir is not None and not _XLAC._xla_computation_cache_is_initialized():
+        if cache_dir is not None and not on_host() and not _XLAC._xla_computation_cache_is_initialized():
             xr.initialize_cache(str(cache_dir), readonly=False)
         if num_devices > 1:
             xr.use_spmd()
@@ -109,7 +114,7 @@ class XlaRuntime:
         return fetched
 
     def memory(self, index: int) -> MemoryInfo:
-        if self.num_devices > 1 or os.environ.get("PJRT_DEVICE", "").upper() == "CPU":
+        if self.num_devices > 1 or on_host():
             return MemoryInfo(free=None, total=None)  # the runtime does not say
         info = xm.get_memory_info(self.torch_device)
         total, used = info["bytes_limit"], info["bytes_used"]
