@@ -148,7 +148,7 @@ class Compiler:
                 max_drafts=self._limits.max_drafts, all_greedy=draw.greedy,
             )  # fmt: skip
             found = drawn.outputs()
-            names.extend(found)
+            names[:] = found
             return self._whole([drawn.last_ids, *([drawn.counts] if draw.full else []), *found.values()])
 
         logits = self._runtime.zeros((draw.num_samples, self._model.vocab_size), torch.float32)

@@ -15,7 +15,7 @@ smaller factor doubles the programs."""
 _LEAST_ROWS, _LEAST_TOKENS = 8, 16
 PAGES_STEP = 8
 """Tables of pages come in this many times the last one's width: a short context need not gather a long one's pages."""
-_LEAST_PAGES = 8
+_LEAST_PAGES = 32
 
 
 class BucketedShapes(ShapePolicy):
