@@ -57,13 +57,13 @@ class XlaLinear(ReferenceLinear):
 
     def apply(self, x: Tensor, packed: DenseWeights | Divided, *, out: Tensor | None = None) -> Tensor:
         if isinstance(packed, DenseWeights):
-            return super().apply(x, packed)
+            return super().apply(x, packed, out=out)
         result = torch.cat([F.linear(x, weight) for weight in packed.weights], dim=-1)
         if packed.bias is not None:
             result = result + packed.bias
         if self.spec.epilogue is not None:
             result = gated_activation(gate_up=result, activation=self.spec.epilogue)
-        return result
+        return result if out is None else out.copy_(result)
 
     def update(self, packed: Packed, part: str, tensor: Tensor, *, row: int = 0) -> None:
         _refuse_update()
@@ -91,7 +91,7 @@ class XlaQuantizedLinear(LinearKernel):
         return moved(self._inner.finish(packed), self._runtime, placed)
 
     def apply(self, x: Tensor, packed: Packed, *, out: Tensor | None = None) -> Tensor:
-        return self._inner.apply(x, packed)
+        return self._inner.apply(x, packed, out=out)
 
     def update(self, packed: Packed, part: str, tensor: Tensor, *, row: int = 0) -> None:
         _refuse_update()
