@@ -84,7 +84,9 @@ class XlaMoE(ReferenceMoE):
         return StackedExperts(**{field.name: picked(getattr(packed, field.name)) for field in fields(packed)})
 
     def route(self, router_logits: Tensor, bias: Tensor | None = None) -> Routing:
-        # A row that is not finite picks among all experts, each once, and harms nobody else.
+        if not len(router_logits):  # XLA takes no slice out of nothing
+            empty = router_logits.new_zeros(0, self.spec.top_k)
+            return Routing(empty.float(), empty.long())
         return super().route(router_logits, bias)
 
     def experts(
