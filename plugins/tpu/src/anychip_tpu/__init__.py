@@ -6,16 +6,41 @@ import os
 from collections.abc import Mapping, Sequence
 
 from anychip.config import EngineConfig
-from anychip.plugin_api import API_VERSION, Placement, PlatformManifest, Requirement, hookimpl
+from anychip.plugin_api import (
+    API_VERSION,
+    Decision,
+    Placement,
+    PlatformManifest,
+    ProbeResult,
+    Requirement,
+    hookimpl,
+)
 from anychip_tpu.options import TpuOptions
-from anychip_tpu.runtimes.choice import REMEDIES
+from anychip_tpu.runtimes.choice import REMEDIES, chosen_runtime
 
 
 def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
     """What the runtime reads as it is imported, where the user has not said it."""
     if os.environ.get("PJRT_DEVICE", "").upper() == "CPU":
-        return {"CPU_NUM_DEVICES": str(len(placement.device_indexes))}
+        wanted = str(len(placement.device_indexes))
+        return {} if os.environ.get("CPU_NUM_DEVICES", "1") == wanted else {"CPU_NUM_DEVICES": wanted}
     return {} if "PJRT_DEVICE" in os.environ else {"PJRT_DEVICE": "TPU"}
+
+
+def negotiate(config: EngineConfig, probed: ProbeResult) -> Decision:
+    """torch_xla drives all of a host's devices from one process, torch_tpu one."""
+    asked = dict(config.device_options).get("runtime", "auto")
+    name, problem = chosen_runtime(asked, probed.versions)
+    if name is None:
+        return Decision(refuse=(problem,))
+    if name == "xla":
+        return Decision(topology="process_per_host")
+    refused = ("torch_tpu drives one device here; leave tensor_parallel_size at 1",)
+    return Decision(
+        topology="process_per_device",
+        refuse=refused if config.tensor_parallel_size > 1 else (),
+        notes=("the runtime torch_tpu has never been run by this plugin; torch_xla has, on its CPU devices",),
+    )
 
 
 MANIFEST = PlatformManifest(
@@ -28,6 +53,8 @@ MANIFEST = PlatformManifest(
     seam="step",
     topology="process_per_host",
     options=TpuOptions,
+    negotiate=negotiate,
+    worker_env=worker_env,
     requirements=(
         Requirement(kind="package", name="torch", range=">=2.9", remedy=REMEDIES["xla"]),
         Requirement(kind="package", name="torch_xla", range=">=2.9", remedy=REMEDIES["xla"], optional=True),

@@ -122,4 +122,6 @@ def open_runtime(options: TpuOptions, context: PlatformContext) -> Runtime:
         from anychip_tpu.runtimes.xla import XlaRuntime
 
         return XlaRuntime(len(context.device_indexes), options.cache_folder)
-    raise Unsupported("anychip-tpu", ["torch_tpu is not served yet"])
+    from anychip_tpu.runtimes.torchtpu import TorchTpuRuntime
+
+    return TorchTpuRuntime(context.device_indexes[0])

@@ -107,8 +107,15 @@ class TpuStepProgram(StepProgram):
 
     @torch.no_grad()
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
-        assert self._fresh is not None, "initial_state comes before warm_up"
-        start, before, state, compiler = time.perf_counter(), self.runtime.num_compilations, self._fresh, self._compiler
+        """The report counts every program so far, those of earlier calls too."""
+        start = time.perf_counter()
+        if self._fresh is not None:
+            self._compile(keys, self._fresh)
+            self._fresh = None  # its buffers are donated from now on
+        return CompileReport(num_programs=self.runtime.num_compilations, seconds=time.perf_counter() - start)
+
+    def _compile(self, keys: Sequence[ShapeKey], state: State) -> None:
+        compiler = self._compiler
         for key in dict.fromkeys([*keys, *self.shapes.with_features(self.limits)]):
             self._forwards[key] = compiler.forward(state, key)
         for count in sorted({key.num_samples for key in self._forwards}):
@@ -117,8 +124,6 @@ class TpuStepProgram(StepProgram):
         self._between = {"edit": compiler.edit(state), "enter": compiler.enter(state)}
         if state.embeddings:
             self._between["embed"] = compiler.embed(state)
-        self._fresh = None  # its buffers are donated from now on
-        return CompileReport(num_programs=self.runtime.num_compilations - before, seconds=time.perf_counter() - start)
 
     # -- steps --------------------------------------------------------------------------------------------
 

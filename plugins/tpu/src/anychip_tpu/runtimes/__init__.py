@@ -27,12 +27,16 @@ class Program(Protocol):
 
 
 class Runtime(Protocol):
-    """One process's devices. `torch_device` stands for all of them; `num_compilations` counts programs so far."""
+    """One process's devices. `torch_device` stands for all of them."""
 
     name: str
     torch_device: str
     num_devices: int
-    num_compilations: int
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        ...
 
     def upload(self, host: Tensor, placed: Placed = ()) -> Tensor:
         """A host tensor on the devices: whole on each, or divided as `placed` says where that is possible."""

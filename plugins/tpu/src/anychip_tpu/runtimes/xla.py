@@ -78,7 +78,6 @@ class XlaRuntime:
 
     def __init__(self, num_devices: int, cache_dir: Path | None) -> None:
         self.num_devices = num_devices
-        self.num_compilations = 0
         # Numbers of the code are constants of the programs, not inputs that are uploaded.
         _XLAC._set_xla_all_numbers_special_scalars(True)
         if cache_dir is not None and not on_host() and not _XLAC._xla_computation_cache_is_initialized():
@@ -106,12 +105,18 @@ class XlaRuntime:
         return tensor
 
     def compile(self, fn: Traced, example: Sequence[Tensor], *, donated: Sequence[int] = ()) -> XlaProgram:
-        self.num_compilations += 1
         return XlaProgram(fn, example, donated)
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         fetched: list[Tensor] = _XLAC._xla_get_cpu_tensors(list(tensors))
         return fetched
+
+    @property
+    def num_compilations(self) -> int:
+        """Graphs that XLA compiled in this process, whoever asked for them: one that a step left to be run lazily too.
+        A program that was read from the cache is none of them."""
+        data = metrics.metric_data("CompileTime")
+        return int(data[0]) if data else 0
 
     def memory(self, index: int) -> MemoryInfo:
         if self.num_devices > 1 or on_host():
