@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from anychip.plugin_api import (
@@ -36,7 +36,7 @@ from anychip_tpu.runtimes.choice import chosen_runtime
 from anychip_tpu.shapes import BucketedShapes
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _HOST_KV_BYTES = 256 << 20
 """Of the KV cache on the CPU runtime, which does not say what memory it has."""
@@ -70,6 +70,10 @@ class TpuPlatform(Platform):
     def device(self, index: int) -> str:
         return self.runtime.torch_device
 
+    @property
+    def weights_device(self) -> str:
+        return "cpu"  # they arrive in pieces, and each piece written on a device would be a program of its own
+
     def synchronize(self) -> None:
         self.runtime.synchronize()
 
@@ -78,11 +82,6 @@ class TpuPlatform(Platform):
 
     def kv_budget(self, profile: PeakMemory) -> int | None:
         return _HOST_KV_BYTES if self.on_host else None
-
-    def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
-        # Weights arrive in pieces, and each piece written on a device would be a program of its own.
-        device = "cpu" if tag == "weights" else self.default_device
-        return self.reference.empty(shape, dtype, device)
 
     # -- kernels ------------------------------------------------------------------------------------------
 

@@ -37,7 +37,12 @@ class XlaProgram:
         torch_xla.sync()  # pending work is dropped below, and nobody's must be
         xm.wait_device_ops()
         metrics.clear_counters()
-        places = {_XLAC._xla_get_tensor_id(argument): place for place, argument in enumerate(example)}
+        shown = [_shown_anew(argument) for argument in example]
+        places = {
+            _XLAC._xla_get_tensor_id(argument): place
+            for arguments in (example, shown)
+            for place, argument in enumerate(arguments)
+        }
         for place in donated:
             _XLAC._set_buffer_donation(example[place], True)
         outputs = list(fn(*example))
@@ -64,6 +69,13 @@ class XlaProgram:
         ]
         made = iter(_XLAC._run_cached_graph(self._hash, inputs))
         return [next(made) if place is None else arguments[place] for place in self._passed]
+
+
+def _shown_anew(tensor: Tensor) -> Tensor:
+    """Another tensor over the same buffer: with SPMD, graphs know a buffer by the tensor that showed it last."""
+    _, (shown,) = _XLAC._get_tensors_xla_device_data_node([tensor])
+    found: Tensor = shown
+    return found
 
 
 def on_host() -> bool:
