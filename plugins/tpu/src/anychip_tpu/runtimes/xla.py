@@ -101,7 +101,7 @@ class XlaRuntime:
 
     def upload(self, host: Tensor, placed: Placed = ()) -> Tensor:
         sharding = self._sharding(host.shape, placed)
-        uploaded: Tensor = xm.send_cpu_data_to_device([host.contiguous()], self.torch_device, sharding)[0]
+        uploaded: Tensor = xm.send_cpu_data_to_device([host.detach().contiguous()], self.torch_device, sharding)[0]
         return uploaded
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, placed: Placed = ()) -> Tensor:
