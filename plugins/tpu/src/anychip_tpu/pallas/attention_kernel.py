@@ -150,7 +150,8 @@ class Step:
                 shape = (share, tokens, self.num_keys)
                 token = first_token + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(count, self.num_keys)
                 key = first_key + lax.broadcasted_iota(jnp.int32, (count, self.num_keys), 1)
-                return self._seen(key, token + shift) & (token >= start) & (token < end)
+                # Tokens of other rows get something finite, which is not taken over.
+                return self._seen(key, token + shift)
 
             self.softmax.begin(count, None if self.sinks is None else sinks_of)
             self._attend(visit, count, lambda head: queries[head].reshape(count, spec.lanes), visible)
