@@ -10,6 +10,8 @@ import pytest
 jax = pytest.importorskip("jax", reason="the Pallas kernels need jax: pip install 'anychip-tpu[xla]'")
 
 from anychip.plugin_api import Unsupported  # noqa: E402
+from anychip_tpu.pallas.experts import experts as experts_of_layer  # noqa: E402
+from anychip_tpu.pallas.experts import gated  # noqa: E402
 from anychip_tpu.pallas.generations import generation  # noqa: E402
 from anychip_tpu.pallas.grouped_matmul import grouped_matmul  # noqa: E402
 from anychip_tpu.pallas.int4_matmul import int4_matmul, pack_int4  # noqa: E402
@@ -130,3 +132,20 @@ def test_a_product_over_its_vmem_is_refused_with_numbers() -> None:
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
     with pytest.raises(Unsupported, match=r"needs \d+\.\d MiB of VMEM, a core of v5p has 64 MiB"):
         jax.eval_shape(partial(grouped_matmul, chip=generation("v5p")), x, weights, sizes)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swiglu_clamped"])
+def test_experts_of_a_layer_are_weighted_and_summed(activation: str) -> None:
+    random = np.random.default_rng(5)
+    x, weights = drawn(12, 128), random.random((12, 2), dtype=np.float32)
+    ids = np.stack([random.permutation(4)[:2] for _ in range(12)]).astype(np.int32)
+    gate_up, down = drawn(4, 128, 128, seed=1) / 11, drawn(4, 128, 64, seed=2) / 8
+    biases = (drawn(4, 128, seed=3), drawn(4, 128, seed=4))
+    fn = partial(experts_of_layer, num_experts=4, activation=activation, chip=V5E)
+    out = run(fn, x, ids, weights, gate_up, down, *biases)
+    expected = np.zeros((12, 128))
+    for token in range(12):
+        for expert, weight in zip(ids[token], weights[token], strict=True):
+            hidden = np.asarray(gated(gate_up[expert] @ x[token] + biases[0][expert], activation))
+            expected[token] += weight * (down[expert] @ hidden + biases[1][expert])
+    np.testing.assert_allclose(out, expected, atol=1e-4, rtol=1e-4)

@@ -14,8 +14,8 @@ import jax
 import jax.export
 from jax.sharding import AbstractMesh, PartitionSpec
 
-Axes = tuple[str | None, ...]
-"""For each dimension of an array, the mesh axis along which it is sharded; None: whole on every device."""
+Axes = tuple[str | tuple[str, ...] | None, ...]
+"""For each dimension of an array, the mesh axes along which it is sharded; None: whole on every device."""
 
 
 def per_device(
