@@ -73,7 +73,6 @@ class PallasAttention(PagedAttention):
     def __init__(self, spec: AttentionSpec, runtime: Runtime, chip: Generation, calls: EmbeddedCalls) -> None:
         super().__init__(spec)
         self._runtime, self._chip, self._calls = runtime, chip, calls
-        devices, heads, kv_heads = runtime.num_devices, spec.num_heads, spec.num_kv_heads
         reasons = []
         if spec.kv_dtype != spec.dtype:
             reasons.append(f"a KV cache of {spec.kv_dtype} beside {spec.dtype}")
@@ -82,15 +81,21 @@ class PallasAttention(PagedAttention):
         if spec.lse:
             reasons.append("log-sum-exp of parts")
         reasons = [f"the attention kernel has no {reason}" for reason in reasons]
-        if heads % devices or (kv_heads % devices and devices % kv_heads):
-            fits = [count for count in range(1, heads + 1) if heads % count == 0 and _divides(kv_heads, count)]
-            reasons.append(
-                f"{heads} heads over {kv_heads} KV heads do not divide over {devices} devices; they do over "
-                f"{', '.join(map(str, fits))}"
-            )
         if reasons:
             raise Unsupported("anychip-tpu", reasons)
-        self._shares = min(devices, kv_heads)
+
+    def _check_division(self) -> None:
+        """Here and not as the backend is made: core also plans the cache with one device's share of the heads."""
+        devices, heads, kv_heads = self._runtime.num_devices, self.spec.num_heads, self.spec.num_kv_heads
+        if heads % devices or not _divides(kv_heads, devices):
+            fits = [count for count in range(1, heads + 1) if heads % count == 0 and _divides(kv_heads, count)]
+            raise Unsupported(
+                "anychip-tpu",
+                [
+                    f"{heads} heads over {kv_heads} KV heads do not divide over {devices} devices; they do over "
+                    f"{', '.join(map(str, fits))}"
+                ],
+            )
 
     # -- layout -------------------------------------------------------------------------------------------
 
@@ -138,6 +143,7 @@ class PallasAttention(PagedAttention):
         qk_norm: QKNorm | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self._check_division()
         if rope is not None or qk_norm is not None:
             q, k = layer.ops.qkv_norm_rope(q=q, k=k, positions=self.positions(plan), rope=rope, qk_norm=qk_norm)
         writes = k is not None and v is not None
@@ -164,12 +170,13 @@ class PallasAttention(PagedAttention):
             return step
         # A KV head that several devices hold is written by each of them into its own pages.
         heads = (None, _BOTH, None)
-        kv = _BOTH if self._shares == self._runtime.num_devices else _SHARED
+        shares = min(self._runtime.num_devices, self.spec.num_kv_heads)
+        kv = _BOTH if shares == self._runtime.num_devices else _SHARED
         kv_heads, pages = (None, kv, None), (None, kv, None, None, None)
         in_axes: list[Axes] = [heads, pages, (), (), ()]
         in_axes += [kv_heads, kv_heads, ()] if spec.writes else []
         in_axes += [(_BOTH,)] if spec.sinks else []
-        return per_device(step, _mesh(self._runtime, self._shares), in_axes, [heads, pages])
+        return per_device(step, _mesh(self._runtime, shares), in_axes, [heads, pages])
 
     # -- blocks -------------------------------------------------------------------------------------------
 
