@@ -23,6 +23,7 @@ from anychip_tpu.moe import make_moe
 from anychip_tpu.pallas.backends import EmbeddedCalls, PallasAttention, PallasMoE
 from anychip_tpu.platform import TpuPlatform
 from anychip_tpu.program import TpuStepProgram
+from anychip_tpu.shapes import BucketedShapes
 
 
 class AheadPlatform(TpuPlatform):
@@ -45,6 +46,10 @@ class AheadPlatform(TpuPlatform):
         if spec.scheme is not None or spec.num_experts % self.runtime.num_devices:
             return make_moe(spec, self, self.runtime)
         return PallasMoE(spec, self, self.runtime, self.topology.generation, self._calls)
+
+    def _shapes(self, limits: StepLimits) -> BucketedShapes:
+        # The attention kernel reads no more of a table than a row has.
+        return BucketedShapes(limits, bucket_pages=False)
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> TpuStepProgram:
         program = TpuStepProgram(model, kv, limits, self.runtime, self._shapes(limits))

@@ -86,13 +86,14 @@ def plan_writes(spec: AttentionSpec, slots: Array, writes_at_once: int) -> Write
     before = jnp.concatenate([jnp.full(1, -2, jnp.int32), slots[:-1]])
     valid = slots >= 0
     begins = valid & ((slots != before + 1) | (slots % spec.chunk == 0))
-    num_runs = jnp.sum(begins.astype(jnp.int32))
-    run_of_token = jnp.where(valid, jnp.cumsum(begins.astype(jnp.int32)) - 1, spec.num_tokens)
-    first = jnp.sort(jnp.where(begins, token, spec.num_tokens))  # the runs' first tokens, in order
-    count = jnp.zeros(spec.num_tokens, jnp.int32).at[run_of_token].add(1, mode="drop")
-    slot = slots[jnp.minimum(first, spec.num_tokens - 1)]
-    chunks = jnp.sort(jnp.where(token < num_runs, slot // spec.chunk, -1 - token))
-    shared = jnp.any(chunks[1:] == chunks[:-1])
+    # All pairs are compared: the compiler takes seconds for a sort, and less than a microsecond of the step's time.
+    run_of_token = jnp.cumsum(begins.astype(jnp.int32)) - 1
+    num_runs = run_of_token[-1] + 1
+    first = jnp.minimum(_count_up_to(run_of_token, token - 1), spec.num_tokens - 1)  # each run's first token
+    count = jnp.sum((run_of_token == token[:, None]) & valid, axis=1, dtype=jnp.int32)
+    slot = slots[first]
+    chunk = jnp.where(token < num_runs, slot // spec.chunk, -1 - token)
+    shared = jnp.sum(chunk == chunk[:, None], dtype=jnp.int32) > spec.num_tokens
     at_once = jnp.where(shared, 1, writes_at_once)
     return Writes(first, slot, count, jnp.stack([num_runs, at_once]).astype(jnp.int32))
 

@@ -116,6 +116,7 @@ def grouped_matmul(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
         ),
+        cost_estimate=_cost(x, weights, group_sizes.shape[0]),
         interpret=interpret,
         name="anychip_grouped_matmul",
     )(*visits, *inputs)
@@ -125,6 +126,15 @@ def grouped_matmul(
     begin = lax.dynamic_slice_in_dim(ends - group_sizes, first_group, num_here)[0]
     row = jnp.arange(num_rows)[:, None]
     return jnp.where((row >= begin) & (row < here[-1]), out, 0)
+
+
+def _cost(x: Array, weights: Array, num_groups: int) -> pl.CostEstimate:
+    """Where rows are spread evenly over experts, as far as those that are here."""
+    (num_rows, depth), (num_here, width, _) = x.shape, weights.shape
+    rows = num_rows * num_here // num_groups
+    touched = min(num_here, rows)
+    moved = (num_rows * depth + rows * width) * x.dtype.itemsize + touched * width * depth * weights.dtype.itemsize
+    return pl.CostEstimate(flops=2 * rows * depth * width, bytes_accessed=moved, transcendentals=0)
 
 
 def _kernel(tile_rows: int, scaled: bool, *refs: Any) -> None:
