@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +28,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int)
     parser.add_argument("--context", type=int, default=1024, help="keys in each row's past, for estimates")
     parser.add_argument(
-        "--buckets", choices=("all", "largest"), default="all", help="largest: one step of decoding and one of prompts"
+        "--buckets",
+        choices=tuple(_CHOICES),
+        default="all",
+        help="decode: the largest step in which every row computes one token; largest: that and the largest of all",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             _settings(arguments),
             topology,
             context=arguments.context,
-            choose=largest if arguments.buckets == "largest" else list,
+            choose=_CHOICES[arguments.buckets],
             got_on=status.update,
         )
     if arguments.json:
@@ -69,15 +72,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report.good else 1
 
 
+def decode(keys: Sequence[ShapeKey]) -> list[ShapeKey]:
+    return [max((key for key in keys if key.num_tokens == key.num_reqs), key=_size)]
+
+
 def largest(keys: Sequence[ShapeKey]) -> list[ShapeKey]:
-    """The largest step in which every row computes one token, and the largest of all."""
-    decode = [key for key in keys if key.num_tokens == key.num_reqs]
-    most = max(keys, key=_size)
-    return list(dict.fromkeys([max(decode, key=_size), most] if decode else [most]))
+    return list(dict.fromkeys([*decode(keys), max(keys, key=_size)]))
 
 
 def _size(key: ShapeKey) -> tuple[int, int, int, int]:
     return key.num_tokens, key.num_reqs, key.num_samples, key.num_pages
+
+
+_CHOICES: dict[str, Callable[[Sequence[ShapeKey]], Sequence[ShapeKey]]] = {
+    "all": list,
+    "decode": decode,
+    "largest": largest,
+}
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

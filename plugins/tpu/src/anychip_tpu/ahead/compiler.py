@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from anychip_tpu.ahead.modules import with_donations
 from anychip_tpu.ahead.topology import Topology
 from anychip_tpu.pallas.generations import GIB
 
@@ -82,27 +83,6 @@ def compile_text(text: str, topology: Topology, donated: Mapping[int, int]) -> C
         collective_bytes=collective_bytes(optimized),
         num_kernels=optimized.count('custom_call_target="tpu_custom_call"'),
     )
-
-
-def with_donations(text: str, donated: Mapping[int, int]) -> str:
-    """Says on the arguments of main which output takes their memory: torch_xla's export leaves that out."""
-    begin = text.index("func.func public @main(" if "func.func public @main(" in text else "func.func @main(")
-    head, signature, rest = text[:begin], *_split_signature(text[begin:])
-    # Attributes of torch_xla's module that an MLIR of another version does not read.
-    head = re.sub(r"mhlo\.(cross_program_prefetches|input_output_alias) = \[\], ", "", head)
-    for argument, output in donated.items():
-        pattern = rf"(%arg{argument}: tensor<[^>]*>)( \{{)?"
-        alias = f"tf.aliasing_output = {output} : i32"
-        signature = re.sub(
-            pattern, lambda m, alias=alias: f"{m[1]} {{{alias}{', ' if m[2] else '}'}", signature, count=1
-        )
-    return head + signature + rest
-
-
-def _split_signature(text: str) -> tuple[str, str]:
-    """A function's arguments, and what follows."""
-    end = text.index(") -> ")
-    return text[:end], text[end:]
 
 
 def collective_bytes(optimized: str) -> int:

@@ -104,7 +104,7 @@ def show(model: str, report: SliceReport, console: Console) -> None:
     )
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name in ("tokens", "rows", "compiles", f"HBM of {gib(have)}", "step's values", "GFLOP", "kernels", "at least"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for bucket in report.buckets:
         table.add_row(*_row(bucket, topology))
     console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import unset_fake_temporarily
 
 from anychip.plugin_api import MemoryInfo, Placed
+from anychip_tpu.ahead.modules import with_shardings
 from anychip_tpu.ahead.topology import Topology
 from anychip_tpu.runtimes import Traced
 from anychip_tpu.runtimes.xla import XlaRuntime
@@ -76,18 +76,3 @@ class AheadRuntime(XlaRuntime):
 
     def synchronize(self) -> None:
         pass
-
-
-def with_shardings(text: str) -> str:
-    """The first annotation of an argument is written on it, so that it is no choice of the partitioner's."""
-    found = re.findall(r"@Sharding\(%arg(\d+)\)[^\n]*?mhlo\.sharding = \"([^\"]*)\"", text)
-    shardings: dict[str, str] = {}
-    for argument, sharding in found:
-        shardings.setdefault(argument, sharding)
-    end = text.index(") -> ", text.index("@main("))
-
-    def annotated(match: re.Match[str]) -> str:
-        sharding = shardings.get(match[1])
-        return match[0] if sharding is None else f'{match[0]} {{mhlo.sharding = "{sharding}"}}'
-
-    return re.sub(r"%arg(\d+): tensor<[^>]*>", annotated, text[:end]) + text[end:]

@@ -45,13 +45,11 @@ class Topology:
 
         name = f"{self.generation.topology_name}:{'x'.join(map(str, self.shape))}"
         host = tuple(min(side, most) for side, most in zip((*self.shape, 1, 1), _HOST, strict=False))
-        options: dict[str, Any] = {"chips_per_host_bounds": host}
-        if self.generation.name == "v4":
-            options["megacore"] = True
         try:
-            described = topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
+            slice_ = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=host)
         except Exception as error:  # jax raises several types, all of them with libtpu's words
             raise Unsupported("libtpu", [f"it does not describe {self}: {str(error).splitlines()[0]}"]) from error
+        described: Sequence[Any] = slice_.devices
         if len(described) != self.num_devices:
             raise Unsupported("libtpu", [f"it gives {len(described)} devices for {self}, {self.num_devices} expected"])
         return described
@@ -83,8 +81,10 @@ def _names(generation: Generation) -> str:
 
 
 def quiet_libtpu() -> None:
-    """Before libtpu is loaded: it must not ask a cloud's metadata server which machine this is."""
+    """Before libtpu is loaded: it must not ask a cloud's metadata server which machine this is, nor mind that another
+    process has it, since no device is opened."""
     for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",

@@ -49,11 +49,11 @@ _FLOAT = frozenset({"float32", "bfloat16"})
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        # One device is both cores of a chip: libtpu is asked for "megacore".
+        # On a TPU VM both cores of a v4 chip are one device; libtpu's description of a slice has two.
         Generation(
             name="v4", topology_name="v4", hbm_bytes=32 * GIB, hbm_bytes_per_s=1200e9, vmem_bytes=16 * MIB,
             smem_bytes=MIB, mxu_size=128, bf16_flops=275e12, int8_ops=275e12, fp8_flops=0.0,
-            ici_bytes_per_s=540e9, mesh_dims=3, devices_per_chip=1, dtypes=_FLOAT,
+            ici_bytes_per_s=540e9, mesh_dims=3, devices_per_chip=2, dtypes=_FLOAT,
         ),
         Generation(
             name="v5e", topology_name="v5e", hbm_bytes=16 * GIB, hbm_bytes_per_s=819e9, vmem_bytes=128 * MIB,
