@@ -8,7 +8,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax", reason="the Pallas kernels need jax: pip install 'anychip-tpu[xla]'")
+jax = pytest.importorskip("jax", reason="the Pallas kernels need jax: pip install 'anychip-tpu[ahead]'")
 
 from anychip.plugin_api import Unsupported  # noqa: E402
 from anychip_tpu.pallas.attention import ragged_paged_attention  # noqa: E402

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax", reason="the Pallas kernels need jax: pip install 'anychip-tpu[xla]'")
+jax = pytest.importorskip("jax", reason="the Pallas kernels need jax: pip install 'anychip-tpu[ahead]'")
 
 from anychip.plugin_api import Unsupported  # noqa: E402
 from anychip_tpu.pallas.experts import experts as experts_of_layer  # noqa: E402
