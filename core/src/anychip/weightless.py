@@ -72,6 +72,11 @@ class Weightless:
     """Of what a program's state holds beside the caches."""
 
 
+def described(settings: Mapping[str, Any]) -> ModelConfig:
+    """The model that fields of EngineConfig name."""
+    return load_model_config(located(EngineConfig(**settings)).model)
+
+
 def weightless(settings: Mapping[str, Any], manifest: PlatformManifest, probe: ProbeResult) -> Weightless:
     """What a step program of `manifest`'s platform would be made from on the devices of `probe`. `settings` are fields
     of EngineConfig. Raises what would keep an engine from starting, as far as that shows without weights."""

@@ -37,10 +37,15 @@ def compile_steps(
     that estimates assume; `got_on` hears what is done. prepare_process comes before."""
     import torch
 
-    from anychip.weightless import weightless
+    from anychip.weightless import described, weightless
     from anychip_tpu.compiled import Compiler
 
     chip, devices = topology.generation, topology.num_devices
+    report = SliceReport(topology=topology, libtpu=metadata.version("libtpu"), context=context)
+    model = described(settings)
+    size = ModelSize(weight_bytes=0, request_bytes=0, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads)
+    if found_wrong := problems(size, topology):
+        return replace(report, problems=found_wrong)
     probe = ProbeResult(
         devices=tuple(
             DeviceInfo(index=i, name=f"TPU {chip.name}", detail=str(topology), total_memory=chip.hbm_bytes_per_device)
@@ -49,18 +54,15 @@ def compile_steps(
     )
     opened = replace(manifest, platform=_PLATFORM, requirements=())
     found = weightless(settings, opened, probe)
-    report = SliceReport(topology=topology, libtpu=metadata.version("libtpu"), context=context)
-    got_on("the model is traced")
+    got_on("the model is built without weights")
     program = found.platform.step_program(found.source, found.kv, found.limits)
     block_size, num_layers = found.kv.block_sizes[0], len(program.model.attention)
     # Each layer has arrays of its own, so blocks take more than the plan counts where there are several groups.
     block_bytes = found.kv.page_bytes * num_layers
-    model = found.model
-    size = ModelSize(
+    size = replace(
+        size,
         weight_bytes=found.source.held_bytes,
         request_bytes=block_bytes * max(found.limits.max_pages) * min(devices, model.num_kv_heads),
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
     )
     weights = size.weight_bytes / devices
     report = replace(report, problems=problems(size, topology), weight_bytes=weights, block_size=block_size)
