@@ -22,7 +22,7 @@ class Donated(RuntimeError):
 class HostRuntime:
     """Remembers what was donated, and refuses it as an argument of a later call."""
 
-    name, torch_device, num_devices = "host", "cpu", 1
+    name, torch_device, num_devices, device_kind = "host", "cpu", 1, "cpu"
 
     def __init__(self) -> None:
         self.num_compilations = 0

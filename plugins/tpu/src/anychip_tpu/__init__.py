@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from anychip.config import EngineConfig
 from anychip.plugin_api import (
     API_VERSION,
+    CommandManifest,
     Decision,
     Placement,
     PlatformManifest,
@@ -62,6 +63,17 @@ MANIFEST = PlatformManifest(
     ),
     auto_select=False,  # it has run on no TPU yet, only on the runtime's CPU devices
 )
+
+
+@hookimpl
+def anychip_commands() -> Sequence[CommandManifest]:
+    return [
+        CommandManifest(
+            name="tpu-compile",
+            summary="compile a model's programs for a slice of TPUs that is not here",
+            module="anychip_tpu.ahead.command",
+        )
+    ]
 
 
 @hookimpl

@@ -17,7 +17,6 @@ from anychip.plugin_api import (
     FP8_MAX,
     AttentionBackend,
     AttentionLayer,
-    AttentionSpec,
     BatchView,
     KVLayout,
     PartialAttention,
@@ -58,11 +57,6 @@ def paged_plan(positions: Tensor, slots: Tensor, starts: Tensor, lengths: Tensor
     return PagedPlan(positions, last_keys, slots.long(), rows, tables.long(), tokens < starts[-1], starts, lengths)
 
 
-def cache_placement(spec: AttentionSpec) -> Placed:
-    """How a cache [num_blocks, block_size, 2 * num_kv_heads, head_dim] lies where pages are placed as the spec says."""
-    return tuple(Sharded(dim=2, unit=2, axis=each.axis, uneven=each.uneven) for each in spec.pages)
-
-
 class PagedAttention(AttentionBackend):
     """Every shape follows from the inputs', and no value is read on the host."""
 
@@ -77,6 +71,10 @@ class PagedAttention(AttentionBackend):
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
         return num_blocks, block_size, 2 * self.spec.num_kv_heads, self.spec.head_dim
+
+    def cache_placement(self) -> Placed:
+        """How a cache lies over devices where pages are placed as the spec says: a head's keys and values together."""
+        return tuple(Sharded(dim=2, unit=2, axis=each.axis, uneven=each.uneven) for each in self.spec.pages)
 
     @property
     def cache_dtype(self) -> torch.dtype:

@@ -24,7 +24,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
 from anychip_tpu.arrays import device_views, host_arrays
-from anychip_tpu.attention import cache_placement, paged_plan
+from anychip_tpu.attention import paged_plan
 from anychip_tpu.edits import EDITS_AT_ONCE, edited
 from anychip_tpu.runtimes import Program, Runtime
 
@@ -126,7 +126,7 @@ class Compiler:
 
     def _placed(self, caches: Sequence[Tensor]) -> list[Tensor]:
         return [
-            self._runtime.constrain(cache, cache_placement(backend.spec))  # type: ignore[attr-defined]
+            self._runtime.constrain(cache, backend.cache_placement())  # type: ignore[attr-defined]
             for cache, backend in zip(caches, self._model.attention, strict=True)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ from anychip_tpu.runtimes.choice import chosen_runtime
 from anychip_tpu.shapes import BucketedShapes
 
 if TYPE_CHECKING:
+    from anychip_tpu.pallas.backends import PallasKernels
+
+if TYPE_CHECKING:
     pass
 
 _HOST_KV_BYTES = 256 << 20
@@ -51,6 +55,7 @@ class TpuPlatform(Platform):
         self.runtime = open_runtime(context.options, context)
         self.on_host = all(device.backing != "hardware" for device in context.probe.devices)
         self.step_rules = StepRules(max_tokens=_HOST_TOKENS, max_rows=_HOST_ROWS) if self.on_host else StepRules()
+        self.kernels = None if self.on_host else chip_kernels(self.runtime)
 
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
@@ -87,6 +92,9 @@ class TpuPlatform(Platform):
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
+        if self.kernels is not None:
+            with contextlib.suppress(Unsupported):
+                return self.kernels.attention(spec)
         return PagedAttention(spec)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
@@ -95,6 +103,9 @@ class TpuPlatform(Platform):
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
+        if self.kernels is not None:
+            with contextlib.suppress(Unsupported):
+                return self.kernels.moe(spec, self)
         return make_moe(spec, self, self.runtime)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
@@ -106,10 +117,23 @@ class TpuPlatform(Platform):
         return self._shapes(limits)
 
     def _shapes(self, limits: StepLimits) -> BucketedShapes:
-        return BucketedShapes(limits, bucket_pages=True)
+        # The attention kernel reads no more of a table than a row has.
+        return BucketedShapes(limits, bucket_pages=self.kernels is None)
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
         return TpuStepProgram(model, kv, limits, self.runtime, self._shapes(limits))
+
+
+def chip_kernels(runtime: Runtime) -> PallasKernels | None:
+    """The kernels of the chip that a runtime drives; None where jax, which writes them, is not installed, or the chip
+    is of no generation that they know."""
+    try:
+        from anychip_tpu.pallas.backends import PallasKernels
+        from anychip_tpu.pallas.generations import by_device_kind
+    except ImportError:
+        return None
+    chip = by_device_kind(runtime.device_kind)
+    return None if chip is None else PallasKernels(runtime, chip)
 
 
 def open_runtime(options: TpuOptions, context: PlatformContext) -> Runtime:

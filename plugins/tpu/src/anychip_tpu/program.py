@@ -32,7 +32,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.step_layout import arena_size, array_views, mask_words, sampling_layout
 from anychip.types import MAX_BIASES
-from anychip_tpu.attention import PagedAttention, cache_placement
+from anychip_tpu.attention import PagedAttention
 from anychip_tpu.compiled import EMBEDDINGS_AT_ONCE, FULL, Compiler, Draw, State, draws
 from anychip_tpu.edits import turns
 from anychip_tpu.runtimes import Program, Runtime
@@ -92,7 +92,7 @@ class TpuStepProgram(StepProgram):
         for layer, backend in enumerate(self.model.attention):
             assert isinstance(backend, PagedAttention)
             shape = backend.cache_shape(num_blocks, self.kv.block_sizes[self.kv.layer_groups[layer]])
-            caches.append(zeros(shape, backend.cache_dtype, cache_placement(backend.spec)))
+            caches.append(zeros(shape, backend.cache_dtype, backend.cache_placement()))
         blank = EditState.blank(limits.max_slots, self.vocab_size, "meta")
         edits = [zeros(table.shape, table.dtype) for table in (blank.counts, blank.bias_ids, blank.biases)]
         rows = limits.max_embeddings + 1  # one more, for padding

@@ -6,12 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from anychip.plugin_api import (
-    AttentionBackend,
-    AttentionSpec,
-    FusedMoE,
     KVPlan,
     ModelSource,
-    MoESpec,
     Platform,
     PlatformContext,
     StepLimits,
@@ -19,11 +15,9 @@ from anychip.plugin_api import (
 )
 from anychip_tpu.ahead.runtime import AheadRuntime
 from anychip_tpu.ahead.topology import parse
-from anychip_tpu.moe import make_moe
-from anychip_tpu.pallas.backends import EmbeddedCalls, PallasAttention, PallasMoE
+from anychip_tpu.pallas.backends import PallasKernels
 from anychip_tpu.platform import TpuPlatform
 from anychip_tpu.program import TpuStepProgram
-from anychip_tpu.shapes import BucketedShapes
 
 
 class AheadPlatform(TpuPlatform):
@@ -35,21 +29,7 @@ class AheadPlatform(TpuPlatform):
         self.runtime = AheadRuntime(self.topology)
         self.on_host = False
         self.step_rules = StepRules()
-        self._calls = EmbeddedCalls()
-
-    def attention(self, spec: AttentionSpec) -> AttentionBackend:
-        self.check(spec)
-        return PallasAttention(spec, self.runtime, self.topology.generation, self._calls)
-
-    def moe(self, spec: MoESpec) -> FusedMoE:
-        self.check(spec)
-        if spec.scheme is not None or spec.num_experts % self.runtime.num_devices:
-            return make_moe(spec, self, self.runtime)
-        return PallasMoE(spec, self, self.runtime, self.topology.generation, self._calls)
-
-    def _shapes(self, limits: StepLimits) -> BucketedShapes:
-        # The attention kernel reads no more of a table than a row has.
-        return BucketedShapes(limits, bucket_pages=False)
+        self.kernels = PallasKernels(self.runtime, self.topology.generation)
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> TpuStepProgram:
         program = TpuStepProgram(model, kv, limits, self.runtime, self._shapes(limits))

@@ -253,6 +253,23 @@ class PallasMoE(XlaMoE):
         return per_device(listed, _mesh(self._runtime, self._runtime.num_devices), in_axes, [()])
 
 
+class PallasKernels:
+    """What the kernels of a chip serve, for layers over a runtime's devices."""
+
+    def __init__(self, runtime: Runtime, chip: Generation) -> None:
+        self._runtime, self._chip, self._calls = runtime, chip, EmbeddedCalls()
+
+    def attention(self, spec: AttentionSpec) -> PallasAttention:
+        """Raises Unsupported for what the kernel lacks."""
+        return PallasAttention(spec, self._runtime, self._chip, self._calls)
+
+    def moe(self, spec: MoESpec, platform: Platform) -> PallasMoE:
+        """Raises Unsupported for what the kernel lacks."""
+        if spec.scheme is not None:
+            raise Unsupported("anychip-tpu", [f"the experts' kernel takes no weights in {spec.scheme.name}"])
+        return PallasMoE(spec, platform, self._runtime, self._chip, self._calls)
+
+
 def _divides(kv_heads: int, devices: int) -> bool:
     return kv_heads % devices == 0 or devices % kv_heads == 0
 

@@ -81,6 +81,19 @@ GENERATIONS = {
 ALIASES = {"tpu7x": "v7x", "v7": "v7x", "v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "ironwood": "v7x"}
 
 
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e", "TPU7x": "v7x",
+}  # fmt: skip
+"""By what runtimes call a device [jax]."""
+
+
+def by_device_kind(kind: str) -> Generation | None:
+    """None for a device of no generation that is known here."""
+    name = _KINDS.get(kind)
+    return None if name is None else GENERATIONS[name]
+
+
 def generation(name: str) -> Generation:
     """By its name, or by another that the vendor uses. Raises KeyError that lists the names."""
     found = GENERATIONS.get(ALIASES.get(name.lower(), name.lower()))

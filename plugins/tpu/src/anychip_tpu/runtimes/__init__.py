@@ -34,6 +34,11 @@ class Runtime(Protocol):
     num_devices: int
 
     @property
+    def device_kind(self) -> str:
+        """What the runtime calls its devices, such as "TPU v5 lite"."""
+        ...
+
+    @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
         ...

@@ -41,6 +41,10 @@ class TorchTpuRuntime:
         self.num_compilations = 0
         torch.accelerator.set_device_index(index)
 
+    @property
+    def device_kind(self) -> str:
+        return ""  # kernels enter its programs in another way, which is not written
+
     def upload(self, host: Tensor, placed: Placed = ()) -> Tensor:
         return host.to(self.torch_device)
 

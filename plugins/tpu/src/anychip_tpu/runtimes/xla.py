@@ -124,6 +124,10 @@ class XlaRuntime:
         return fetched
 
     @property
+    def device_kind(self) -> str:
+        return str(_XLAC._xla_device_kind(self.torch_device))
+
+    @property
     def num_compilations(self) -> int:
         """Graphs that XLA compiled in this process, whoever asked for them: one that a step left to be run lazily too.
         A program that was read from the cache is none of them."""
