@@ -119,9 +119,7 @@ def timed(llm: LLM, texts: list[list[int]], sampling: SamplingParams, clock: Cal
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--dtype", default="float32", help="in a narrower one, near-ties leave the recorded answers"
-    )
+    parser.add_argument("--dtype", default="float32", help="in a narrower one, near-ties leave the recorded answers")
     parser.add_argument("--acceptance", type=float, default=0.8)
     parser.add_argument("--max-drafts", type=int, default=4)
     parser.add_argument("--streams", default="1,4")

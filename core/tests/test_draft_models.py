@@ -18,6 +18,7 @@ from anychip.launch.plan import plan_engine
 from anychip.scheduler.proposing import Proposing
 from anychip.speculation.speculator import Speculator
 from anychip.types import QUICKSTART
+from anychip.worker.draft_runner import DraftRunner
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import Case, cover, full_product, generate, open_llm, pairs, prompts
 from anychip_conformance.toys.checkpoint import make_toy
@@ -69,7 +70,6 @@ def test_a_draft_model_that_equals_the_target_is_always_right(case, folder):
 WAYS = [
     Case("llama", budget=24, prefix_caching=True, preemption=True, overlap=True, device="cpu"),
     Case("gemma3", budget=64, prefix_caching=True, preemption=True, overlap=False, device="cpu"),
-    Case("qwen3", budget=4096, prefix_caching=False, preemption=False, overlap=True, device="fake-hostlen"),
 ]
 
 
@@ -79,7 +79,7 @@ def test_it_is_right_in_chunks_behind_prefix_hits_and_after_preemption(case, fol
 
 
 @pytest.mark.parametrize("how_often", [1.0, 0.3], ids=["always", "now and then"])
-@pytest.mark.parametrize("case", WAYS[:2], ids=str)
+@pytest.mark.parametrize("case", [WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.full)], ids=str)
 def test_drafts_are_what_the_draft_model_says_of_the_text_by_itself(case, how_often, folder, monkeypatch):
     """Of sampled texts, which leave the guesses often. Now and then: the draft model is asked in a third of the steps,
     as if drafts paid in those alone, and has to catch up with tokens and with blocks that it never saw."""
@@ -113,17 +113,21 @@ def test_drafts_are_what_the_draft_model_says_of_the_text_by_itself(case, how_of
     assert [output.outputs[0].token_ids for output in outputs] == [ids for _, ids in drafted]
 
 
-def test_it_is_right_for_every_sequence_of_a_request_and_in_the_next_turn():
+def test_a_pass_takes_one_token_and_the_first_one_what_is_new(monkeypatch):
+    """Where all guesses were right, the last of them was no input yet: two tokens are new."""
+    launch, passes = DraftRunner._launch, []
+    monkeypatch.setattr(
+        DraftRunner,
+        "_launch",
+        lambda self, slots, counts: (passes.append(counts.tolist()), launch(self, slots, counts))[1],
+    )
     with LLM(device="cpu", dtype="float32", max_model_len=256, speculate="draft:quickstart", max_drafts=4) as llm:
         llm.engine.scheduler.drafting.measured_costs_are_ignored()
-        text = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return"
-        for _ in range(3):
-            (output,) = llm.generate([text], SamplingParams(temperature=0, n=2, max_tokens=20, ignore_eos=True))
-            assert output.outputs[0].token_ids == output.outputs[1].token_ids
-            text += output.outputs[0].text
-        stats = llm.engine.scheduler.stats
-    assert stats.speculation.drafted == stats.speculation.accepted > 60
-    assert stats.prefix_hits > 0
+        sampling = SamplingParams(temperature=0, max_tokens=21, ignore_eos=True)
+        (output,) = llm.generate(["def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return"], sampling)
+        stats = llm.engine.scheduler.stats.speculation
+    assert stats.drafted == stats.accepted == 16
+    assert passes == [[len(output.prompt_token_ids) + 1], *[[1]] * 3, *[[2], [1], [1], [1]] * 3]
 
 
 def test_texts_beyond_the_draft_models_positions_go_on_without_drafts(tmp_path):

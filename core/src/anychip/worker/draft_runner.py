@@ -145,16 +145,16 @@ class DraftRunner:
         lacking = ends - self.coverage.computed[slots]
         order = np.lexsort((lacking, lengths == 0))
         order = order[lacking[order] > 0]
-        left, rows, counts = self._limits.max_num_tokens, [], []
+        left, multiple = self._limits.max_num_tokens, self._rules.chunk_multiple
+        rows, counts = list[int](), list[int]()
         for row in order[: self._limits.max_num_reqs].tolist():
             count = int(lacking[row])
-            if count > left:
-                count = left // self._rules.chunk_multiple * self._rules.chunk_multiple
-            if count <= 0:
-                break
-            rows.append(row)
-            counts.append(count)
-            left -= count
+            if count > left or not lengths[row]:  # not the last of its tokens
+                count = min(count, left) // multiple * multiple
+            if count:
+                rows.append(row)
+                counts.append(count)
+                left -= count
         while rows and self._rules.broken_by(counts):
             rows.pop()
             counts.pop()
