@@ -1,0 +1,122 @@
+"""Builds and loads the simulated CANN: the libraries that the vendor's torch_npu wheel links against.
+
+Hand-written C (cann/*.c) has what matters: memory, copies, streams, events, devices, graphs, collectives. Every other
+symbol that the installed wheel needs is found by `nm` and answers 0, so that a wheel of another version links as well.
+What is built lies in a cache folder, one for each wheel and each state of the sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from anychip_npu_simulator.errors import SimulatorUnavailable
+
+_SOURCES = Path(__file__).with_name("cann")
+_ALIASES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "atb")
+"""Libraries of CANN that the wheel names beside libascendcl; each is empty and depends on it."""
+_OF_PYTHON = ("Py", "_Py")
+_loaded: list[ctypes.CDLL] = []
+"""What dlopen keeps for the whole process, as it does for any library."""
+
+
+def find_wheel() -> Path:
+    """The folder of the installed torch_npu, which is not imported."""
+    spec = importlib.util.find_spec("torch_npu")
+    if spec is None or spec.origin is None:
+        raise SimulatorUnavailable(
+            "torch_npu is not installed; pip install torch==2.13.0 torch_npu==2.13.0 pyyaml numpy"
+        )
+    return Path(spec.origin).parent
+
+
+def _symbols(library: Path, which: str) -> set[str]:
+    out = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in out.splitlines()]
+    return {row[-1].partition("@")[0] for row in rows if which == "--defined-only" or row[-2] == "U"}
+
+
+def missing_symbols(wheel: Path) -> list[str]:
+    """What the wheel's libraries need of CANN, sorted."""
+    libraries = [*wheel.glob("lib/*.so"), *wheel.glob("_C.*.so")]
+    torch_libraries = (wheel.parent / "torch" / "lib").glob("lib*.so")
+    system = (
+        "libc.so.6",
+        "libm.so.6",
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libdl.so.2",
+        "libpthread.so.0",
+        "librt.so.1",
+    )
+    found = [Path(_library_path(name)) for name in (*system, "ld-linux-x86-64.so.2")]
+    needed = set[str]().union(*(_symbols(library, "--undefined-only") for library in libraries))
+    there = set[str]().union(*(_symbols(path, "--defined-only") for path in [*libraries, *torch_libraries, *found]))
+    return sorted(name for name in needed - there if not name.startswith(_OF_PYTHON))
+
+
+def _library_path(name: str) -> str:
+    return subprocess.run(
+        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _compile(*arguments: str) -> None:
+    done = subprocess.run(["gcc", "-O1", "-fPIC", "-shared", "-w", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SimulatorUnavailable(f"gcc cannot build the simulated CANN: {done.stderr[-2000:]}")
+
+
+def _build(wheel: Path, folder: Path) -> None:
+    sources = [str(path) for path in sorted(_SOURCES.glob("*.c"))]
+    written = folder / "written.so"
+    _compile("-o", str(written), *sources)
+    plain = (_SOURCES / "plain.txt").read_text().split()  # what the wheel looks up by name at run time
+    rest = {*missing_symbols(wheel), *plain} - _symbols(written, "--defined-only")
+    lines = [
+        f'long rest_{i}(void) __asm__("{name}"); long rest_{i}(void) {{ return 0; }}'
+        for i, name in enumerate(sorted(rest))
+    ]
+    (folder / "rest.c").write_text("\n".join(lines))
+    _compile("-Wl,-soname,libascendcl.so", "-o", str(folder / "libascendcl.so"), *sources, str(folder / "rest.c"))
+    (folder / "empty.c").write_text("static int nothing;\n")
+    for name in _ALIASES:
+        flags = [f"-Wl,-soname,lib{name}.so", "-Wl,--no-as-needed", f"-L{folder}", "-lascendcl"]
+        _compile("-o", str(folder / f"lib{name}.so"), str(folder / "empty.c"), *flags)
+    written.unlink()
+
+
+def build(cache: Path | None = None) -> Path:
+    """The folder of the libraries, which are built where they are not yet there."""
+    wheel = find_wheel()
+    parts = [importlib.metadata.version("torch_npu"), Path(__file__).read_text()]
+    parts += [path.read_text() for path in sorted(_SOURCES.iterdir())]
+    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anychip" / "npu-simulator"
+    folder = root / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    if not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            _build(wheel, made)
+            try:
+                made.rename(folder)
+            except OSError:  # another process was first
+                if not folder.exists():
+                    raise
+    return folder
+
+
+def load() -> ctypes.CDLL:
+    """Loads the libraries so that torch_npu's find their names there; returns libascendcl."""
+    if not _loaded:
+        folder = build()
+        for name in ("ascendcl", *_ALIASES):
+            _loaded.append(ctypes.CDLL(str(folder / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL))
+    return _loaded[0]
