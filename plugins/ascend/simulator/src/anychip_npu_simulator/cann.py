@@ -79,12 +79,19 @@ def _build(wheel: Path, folder: Path) -> None:
     _compile("-o", str(written), *sources)
     plain = (_SOURCES / "plain.txt").read_text().split()  # what the wheel looks up by name at run time
     rest = {*missing_symbols(wheel), *plain} - _symbols(written, "--defined-only")
-    lines = [
-        f'long rest_{i}(void) __asm__("{name}"); long rest_{i}(void) {{ return 0; }}'
-        for i, name in enumerate(sorted(rest))
-    ]
+    lines = ['#include "simulator.h"']
+    for i, name in enumerate(sorted(rest)):
+        body = f'{{ return sim_trace("{name}"); }}'
+        lines.append(f'long rest_{i}(void) __asm__("{name}"); long rest_{i}(void) {body}')
     (folder / "rest.c").write_text("\n".join(lines))
-    _compile("-Wl,-soname,libascendcl.so", "-o", str(folder / "libascendcl.so"), *sources, str(folder / "rest.c"))
+    _compile(
+        "-Wl,-soname,libascendcl.so",
+        "-o",
+        str(folder / "libascendcl.so"),
+        f"-I{_SOURCES}",
+        *sources,
+        str(folder / "rest.c"),
+    )
     (folder / "empty.c").write_text("static int nothing;\n")
     for name in _ALIASES:
         flags = [f"-Wl,-soname,lib{name}.so", "-Wl,--no-as-needed", f"-L{folder}", "-lascendcl"]

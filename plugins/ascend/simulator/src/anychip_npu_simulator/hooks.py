@@ -16,6 +16,8 @@ from anychip_npu_simulator.machine import machine
 
 UNSUPPORTED, NO_STREAMS, INVALIDATED, NOT_UPDATABLE, REFUSED = 207000, 207008, 507903, 207019, 507899
 """ACL error codes (acl/error_codes/rt_error_codes.h); the last is an internal error of the driver."""
+_HCCL_PARAMETER, _HCCL_INTERNAL, _HCCL_TIMEOUT = 1, 4, 9
+"""HcclResult (hccl_types.h)."""
 
 
 class Refusal(Exception):
@@ -121,7 +123,14 @@ class Hooks:
             add(Task("event", lambda: state.events.__setitem__(event, kind == 0)))
 
     def collective(self, what: bytes, send: int, recv: int, numbers: Any, stream: int) -> None:
-        hccl.call(what.decode(), send, recv, list(numbers[:6]))
+        try:
+            hccl.call(what.decode(), send, recv, list(numbers[:6]))
+        except Refused as refused:
+            raise Refusal(_HCCL_PARAMETER, f"simulated HCCL: {refused}") from refused
+        except RuntimeError as error:  # gloo's
+            late = "timed out" in str(error).lower()
+            code = _HCCL_TIMEOUT if late else _HCCL_INTERNAL
+            raise Refusal(code, f"simulated HCCL: {what.decode()}: {error}") from error
 
 
 def _wait(event: int) -> None:

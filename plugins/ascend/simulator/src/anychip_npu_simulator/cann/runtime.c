@@ -46,6 +46,12 @@ int sim_refuse(int code, const char *format, ...) {
   return code;
 }
 
+long sim_trace(const char *name) {
+  if (sim_number("ANYCHIP_NPU_TRACE", 0))
+    fprintf(stderr, "simulated CANN: %s answers 0\n", name);
+  return 0;
+}
+
 const char *aclGetRecentErrMsg(void) { return words; }
 
 /* -- devices ------------------------------------------------------------------------------------------- */

@@ -22,6 +22,7 @@ struct hooks {
 extern struct hooks sim_hooks;
 
 int sim_refuse(int code, const char *format, ...); /* keeps the words for aclGetRecentErrMsg, returns code */
+long sim_trace(const char *name); /* a function of which nothing is simulated: 0 */
 uint64_t sim_number(const char *variable, uint64_t otherwise);
 
 struct stream {
