@@ -78,15 +78,19 @@ class _Generic:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = tensors((args, kwargs))
-        where = self._device(given, args, kwargs)
-        self._check(given, where)
+        named = self.argument("device", args, kwargs) if self.takes_device else None
+        where = next((tensor.device for tensor in given if tensor.device.type == "npu"), None)
+        target = _whole(named) if named is not None else where or _whole("npu")
+        self._check(given, where or target)
+        if target.type != "npu" and graphs.active():
+            raise graphs.host_read(f"{self.name} to the host")
         host_args, host_kwargs = convert(args, host), convert(kwargs, host)
         if self.takes_device:
             host_kwargs |= {"device": "cpu"}
             host_kwargs.pop("pin_memory", None)
         if self.random:
-            return self._random(where, args, kwargs, host_args, host_kwargs)
-        return self._run(where, args, kwargs, host_args, host_kwargs)
+            return self._random(target, args, kwargs, host_args, host_kwargs)
+        return self._run(target, args, kwargs, host_args, host_kwargs)
 
     def _run(self, where: Any, args: Any, kwargs: Any, host_args: Any, host_kwargs: Any) -> Any:
         late = [name for name in self.out if _is_empty(kwargs.get(name))]
@@ -103,6 +107,8 @@ class _Generic:
             if graphs.active():
                 graphs.record(self.name, self.op, host_args, host_kwargs, [])
             return answer
+        if where.type != "npu":
+            return result
         answer = convert(result, lambda values: device(values, where))
         if graphs.active():
             graphs.record(self.name, self.op, host_args, host_kwargs, [host(t) for t in tensors(answer)])
@@ -126,14 +132,6 @@ class _Generic:
             torch.manual_seed(seed)
             return self._run(where, args, kwargs, host_args, host_kwargs)
 
-    def _device(self, given: list[Tensor], args: Any, kwargs: Any) -> torch.device:
-        for tensor in given:
-            if tensor.device.type == "npu":
-                return tensor.device
-        named = self.argument("device", args, kwargs) if self.takes_device else None
-        where = torch.device(named) if named is not None else torch.device("npu")
-        return where if where.index is not None else torch.device("npu", torch.npu.current_device())
-
     def _check(self, given: list[Tensor], where: torch.device) -> None:
         for i, tensor in enumerate(given):
             if (
@@ -150,6 +148,12 @@ class _Generic:
             masks = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
             if self.base not in _BY_MASK or masks:
                 raise graphs.host_read(self.name)
+
+
+def _whole(named: Any) -> torch.device:
+    """With its index, which is that of the current device where none is named."""
+    where = torch.device(named)
+    return torch.device("npu", torch.npu.current_device()) if where == torch.device("npu") else where
 
 
 def _is_empty(value: Any) -> bool:

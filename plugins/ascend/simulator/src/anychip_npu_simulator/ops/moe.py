@@ -17,7 +17,7 @@ INT8_MAX = 127.0
 
 def _largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, the lower index first among equals."""
-    return values.sort(-1, descending=True, stable=True).indices[..., :k]
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 # -- gating ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def _check(a: Arguments) -> None:
 def top_k_top_p(a: Arguments) -> Tensor:
     """The steps of the document: ascending order, the k-th largest as threshold, then what of the cumulative
     probability is at most 1 - p is cut, never the largest."""
-    values, order = a.logits.float().sort(-1, stable=True)
+    values, order = a.logits.float().sort(dim=-1, stable=True)
     vocabulary = values.shape[1]
     if a.k is not None:
         k = a.k.long()
