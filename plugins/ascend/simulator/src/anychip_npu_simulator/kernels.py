@@ -66,3 +66,5 @@ def install(library: torch.library.Library) -> None:
         else:
             kernel = _refusal(qualified)
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
+        if name in OPS and has(qualified, "AutogradPrivateUse1"):  # the wheel's calls another op, with a backward
+            library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
