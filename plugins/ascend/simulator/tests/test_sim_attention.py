@@ -140,7 +140,9 @@ def test_rope_parts_count_in_the_scores():
         input_layout="BSND", scale=SCALE,
     )  # fmt: skip
     for row in range(3):
-        scores = (q[row, 0, 0].double() @ k[row, :, 0].double().T + rope_q[row, 0, 0].double() @ rope_k[row, :, 0].double().T)
+        scores = (
+            q[row, 0, 0].double() @ k[row, :, 0].double().T + rope_q[row, 0, 0].double() @ rope_k[row, :, 0].double().T
+        )
         wanted = (scores * SCALE).softmax(-1) @ k[row, :, 0].double()
         assert float((out[row, 0, 0].cpu().double() - wanted).abs().max()) < TOLERANCE[torch.float16]
 

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding, activations and sampling of the simulator, against float64 written out element by element."""
+"""Norms, rotary embedding, activations and sampling of the simulator, against float64 element by element."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def test_add_rms_norm_gives_the_sum_as_well(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["half", "interleave"])
 def test_rotary_mul_turns_pairs(dtype, mode):
-    x, angle = drawn(1, 5, 3, 16, dtype=dtype), torch.rand(5, 8, generator=torch.Generator().manual_seed(3)).double() * 6
+    x, angle = (
+        drawn(1, 5, 3, 16, dtype=dtype),
+        torch.rand(5, 8, generator=torch.Generator().manual_seed(3)).double() * 6,
+    )
     pairs = torch.cat((angle, angle), -1) if mode == "half" else angle.repeat_interleave(2, -1)
     cos, sin = (f(pairs).view(1, 5, 1, 16).to(dtype) for f in (torch.cos, torch.sin))
     got = torch_npu.npu_rotary_mul(x.npu(), cos.npu(), sin.npu(), mode)

@@ -131,11 +131,15 @@ def test_grouped_matmul_multiplies_each_group(dtype, cumulative):
     )
     begin = 0
     for group, size in enumerate(sizes):
-        near(got[begin : begin + size], x[begin : begin + size].double() @ weight[group].double(), dtype) if size else None
+        near(
+            got[begin : begin + size], x[begin : begin + size].double() @ weight[group].double(), dtype
+        ) if size else None
         begin += size
 
 
-@pytest.mark.parametrize(("act", "function"), [(0, lambda v: v), (1, lambda v: v.clamp(min=0)), (5, lambda v: v / (1 + torch.exp(-v)))])
+@pytest.mark.parametrize(
+    ("act", "function"), [(0, lambda v: v), (1, lambda v: v.clamp(min=0)), (5, lambda v: v / (1 + torch.exp(-v)))]
+)
 def test_grouped_matmul_of_int8_scales_tokens_and_columns(act, function):
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-128, 128, (6, 32), generator=g, dtype=torch.int8)

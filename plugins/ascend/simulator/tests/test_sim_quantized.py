@@ -51,7 +51,12 @@ def test_quant_matmul_scales_exact_sums(dtype, nz, by_token):
     bias = torch.randint(-1000, 1000, (32,), dtype=torch.int32, generator=torch.Generator().manual_seed(4))
     held = torch_npu.npu_format_cast(weight.npu(), 29) if nz else weight.npu()
     got = torch_npu.npu_quant_matmul(
-        x.npu(), held, scale.npu(), pertoken_scale=tokens.npu() if by_token else None, bias=bias.npu(), output_dtype=dtype
+        x.npu(),
+        held,
+        scale.npu(),
+        pertoken_scale=tokens.npu() if by_token else None,
+        bias=bias.npu(),
+        output_dtype=dtype,
     )
     wanted = (x.double() @ weight.double() + bias.double()) * scale.double()
     near(got, wanted * tokens.double()[:, None] if by_token else wanted, dtype)
@@ -86,7 +91,10 @@ def test_weight_quant_batchmatmul(dtype, bits, group, offset):
 
 
 def test_a_transposed_packed_weight_is_packed_along_its_rows():
-    x, weight = drawn(2, 64, dtype=torch.float16), torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(1))
+    x, weight = (
+        drawn(2, 64, dtype=torch.float16),
+        torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(1)),
+    )
     packed = torch_npu.npu_convert_weight_to_int4pack(weight.int().npu())  # [n, k / 8]
     scale = torch.full((1, 16), 0.05, dtype=torch.float16)
     got = torch_npu.npu_weight_quant_batchmatmul(x.npu(), packed.t(), scale.npu())

@@ -6,11 +6,13 @@ allocations stay the vendor's own C++, which needs no kernels.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from anychip_npu_simulator import graphs
 from anychip_npu_simulator.errors import Refused
@@ -175,6 +177,26 @@ def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     return self
 
 
+class _Item(_Generic):
+    """aten::_local_scalar_dense. Torch also calls it to make a list of numbers of a tensor that was given for one: on a
+    device each element is a wait, and within a graph it fails, so the vendor's ops are refused it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1)
+        op = caller.f_locals.get("self")
+        if isinstance(op, OpOverload | OpOverloadPacket) and str(op).startswith("npu."):
+            given = caller.f_locals.get("kwargs") or {}
+            names = [
+                name for name, value in given.items() if isinstance(value, Tensor) and not value.is_floating_point()
+            ]
+            owner = args[0].untyped_storage().data_ptr()
+            argument = next((name for name in names if given[name].untyped_storage().data_ptr() == owner), "arguments")
+            raise Refused(
+                f"npu::{str(op).removeprefix('npu.')}", argument, "a tensor of the device", "a list of host integers"
+            )
+        return super().__call__(*args, **kwargs)
+
+
 def _is_view(schema: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
@@ -195,6 +217,7 @@ def overrides() -> dict[str, Callable[..., Any]]:
         if op is not None and not _is_view(op._schema):
             found[qualified] = _Generic(op)
     found["aten::copy_"] = _copy
+    found["aten::_local_scalar_dense"] = _Item(torch.ops.aten._local_scalar_dense.default)
     return found
 
 

@@ -36,9 +36,10 @@ def format_cast(
         if input.dtype not in _NZ_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in _NZ_DTYPES)
             raise Refused(_NAME, "input", input.dtype, f"{names} for FRACTAL_NZ")
-        out = torch_npu.empty_with_format(input.shape, dtype=input.dtype, device=input.device, acl_format=FRACTAL_NZ)
-        if not is_nz(out):  # the vendor's switch is off: on a device the weight silently stays as it is
+        if torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") != b"enable":
+            # On a device the weight silently stays as it is.
             raise Refused(_NAME, "acl_format", acl_format, "with torch.npu.config.allow_internal_format = True")
+        out = torch_npu.empty_with_format(input.shape, dtype=input.dtype, device=input.device, acl_format=FRACTAL_NZ)
     else:
         out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     host(out).copy_(host(input))
