@@ -41,7 +41,7 @@ class Hooks:
     def capture_begin(self, stream: int, out: Any) -> None:
         here = machine()
         if not here.graphs:
-            raise Refusal(UNSUPPORTED, f"simulated CANN: {here.generation} has no ACL graphs")
+            raise Refusal(REFUSED, f"simulated CANN: {here.generation} has no ACL graphs")
         if state.capture is not None:
             raise Refusal(INVALIDATED, "simulated CANN: one capture at a time")
         self._take_stream()
