@@ -52,9 +52,9 @@ class FusedPlan:
     group: int
     positions: Tensor
     table: Tensor  # [num_rows, num_pages] int32, of half pages
-    slots: Tensor  # [num_tokens] int32, in half pages; negative: not written
+    slots: Tensor  # [num_written] int32, in half pages, none of them negative
     written: Tensor | None
-    """The tokens that have a slot, where some have none; None: all, or a graph, whose op skips negative slots."""
+    """Which token is written to each slot; None: the first ones, in order."""
     num_tokens: int
     """Tokens that the op is given: padding that belongs to no row is left out."""
     query_ends: list[int]
@@ -117,9 +117,8 @@ class FusedAttention(DenseCacheAttention):
         ends, lengths = np.cumsum(batch.host_query_lens).tolist(), batch.host_seq_lens.tolist()
         if into is None and recorder is None:
             rows, tokens = len(ends), ends[-1] if ends else 0
-            slots, missing = batch.slot_mapping[:tokens], batch.host_slot_mapping == PADDING_SLOT
-            written = None
-            if missing.any():
+            slots, written = batch.slot_mapping[:tokens], None
+            if (missing := batch.host_slot_mapping == PADDING_SLOT).any():
                 written = torch.from_numpy(np.flatnonzero(~missing)).to(slots.device)
                 slots = slots[written]
             table = batch.block_table[:rows] * 2
@@ -129,19 +128,22 @@ class FusedAttention(DenseCacheAttention):
         while len(ends) < rows:
             ends.append(min(tokens, (ends[-1] if ends else 0) + 1))
             lengths.append(1)
+        slots, written = _without_gaps(batch.slot_mapping)
         if into is not None:
+            assert into.written is not None
             torch.mul(batch.block_table, 2, out=into.table)
-            into.slots.copy_(_in_half_pages(batch.slot_mapping))
+            into.slots.copy_(_in_half_pages(slots))
+            into.written.copy_(written)
             into.query_ends, into.key_lengths = ends, lengths
             return into
-        table, slots = batch.block_table * 2, _in_half_pages(batch.slot_mapping)
-        return FusedPlan(group, batch.positions, table, slots, None, tokens, ends, lengths, recorder)
+        table, slots = batch.block_table * 2, _in_half_pages(slots)
+        return FusedPlan(group, batch.positions, table, slots, written, tokens, ends, lengths, recorder)
 
     def write_kv(  # type: ignore[override]
         self, k: Tensor, v: Tensor, cache: HalfPages, plan: FusedPlan, layer: AttentionLayer
     ) -> HalfPages:
         if plan.written is not None:
-            k, v = k[plan.written], v[plan.written]
+            k, v = k.index_select(0, plan.written), v.index_select(0, plan.written)
         else:
             k, v = k[: len(plan.slots)], v[: len(plan.slots)]
         if len(k):
@@ -191,8 +193,19 @@ class FusedAttention(DenseCacheAttention):
 
 
 def _in_half_pages(slots: Tensor) -> Tensor:
-    """Slots of blocks as slots of half pages: token t of block b is token t of half page 2b. Negative ones stay so."""
+    """Slots of blocks as slots of half pages: token t of block b is token t of half page 2b."""
     return slots + (slots & _WITHIN)
+
+
+def _without_gaps(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots and the tokens to write there, of a graph, whose number of both is fixed. A token that has no slot stands
+    for the first that has one, and writes the same bytes to the same place once more: kernels of Atlas A2 and A3 skip
+    negative slots, those of Atlas A5 write there. Where no token has a slot, before a graph first runs, token 0 is
+    written to the null block, which holds nothing."""
+    has_slot = slots >= 0
+    first = has_slot.int().argmax()
+    written = torch.where(has_slot, torch.arange(len(slots), device=slots.device), first)
+    return slots.index_select(0, written).clamp(min=0), written
 
 
 class PlainAttention(ReferenceAttention):

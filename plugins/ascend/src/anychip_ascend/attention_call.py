@@ -63,11 +63,10 @@ class FusedCall:
         return workspace
 
     def run_into(self, workspace: Tensor, out: Tensor, lse: Tensor) -> None:
-        """As run, into storage that stays; `lse` [1] is written by an op that was asked for none."""
+        """As run, into storage that stays. `lse` [0] float32 is what the op gives where nobody asked for it."""
         op = npu.npu_fused_infer_attention_score if self.sinks is None else npu.npu_fused_infer_attention_score_v2
         op.out(
-            self.query, self.key, self.value, **self._keywords(self.key_lengths), workspace=workspace,
-            attention_out=out, softmax_lse=lse,
+            self.query, self.key, self.value, **self._keywords(self.key_lengths), workspace=workspace, out=[out, lse],
         )  # fmt: skip
 
     def _keywords(self, key_lengths: list[int]) -> dict[str, Any]:

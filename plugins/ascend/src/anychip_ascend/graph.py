@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -67,13 +68,22 @@ class Recording:
         event = npu.ExternalEvent()
         event.wait(stream)
         event.reset(stream)
-        key = (call.query.shape[0], call.num_heads, call.num_kv_heads, call.query.shape[2], call.block_table.shape[1])
-        if (key := (*key, call.window or 0, int(call.sinks is not None))) not in self.workspaces:
+        key = (
+            *call.query.shape,
+            *call.block_table.shape,
+            call.num_kv_heads,
+            call.window or 0,
+            int(call.sinks is not None),
+        )
+        if key not in self.workspaces:
             self.workspaces[key] = call.max_workspace()
-        workspace, out, lse = self.workspaces[key], torch.empty_like(call.query), call.query.new_empty(1)
+        workspace, out = self.workspaces[key], torch.empty_like(call.query)
+        lse = torch.empty(0, dtype=torch.float32, device=out.device)
         npu.graph_task_group_begin(stream)
-        call.run_into(workspace, out, lse)
-        handle = npu.graph_task_group_end(stream)
+        try:
+            call.run_into(workspace, out, lse)
+        finally:  # an open group would hide what went wrong
+            handle = npu.graph_task_group_end(stream)
         self.tasks.append(Task(call, handle, event, workspace, out, lse))
 
         def renew(plan: Any) -> None:
@@ -83,7 +93,7 @@ class Recording:
         return out
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class CapturedGraph:
     graph: Any
     recording: Recording
@@ -93,10 +103,13 @@ class CapturedGraph:
     """Marks the end of the last replay; None before the first."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class CapturedPieces:
     pieces: list[Any]  # graphs and EagerCalls, in turn
     output: Any
+
+
+H = TypeVar("H", CapturedGraph, CapturedPieces)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,7 +133,7 @@ class NpuGraphs(GraphCapture):
         self._pool: Any = None
         self._side: Any = None
         self._updates: Any = None
-        self._num_live = 0
+        self._live = WeakSet[CapturedGraph | CapturedPieces]()
 
     def reads_host(self, why: str) -> None:
         """Said by kernels that look at a value on the host: a graph cannot hold them."""
@@ -156,7 +169,7 @@ class NpuGraphs(GraphCapture):
                 device_module().graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
             ):
                 output = fn()
-            return CapturedGraph(graph, self.recording, recorder or Recorder(), output)
+            return self._kept(CapturedGraph(graph, self.recording, recorder or Recorder(), output))
         finally:
             self.recording = None
 
@@ -225,7 +238,7 @@ class NpuGraphs(GraphCapture):
             output = fn(run_outside_graph)
             pieces[-1].capture_end()
         npu.current_stream().wait_stream(self._side)
-        return CapturedPieces(pieces, output)
+        return self._kept(CapturedPieces(pieces, output))
 
     def run_pieces(self, handle: CapturedPieces | EagerStep, plans: Sequence[Any]) -> Any:
         if isinstance(handle, EagerStep):
@@ -244,6 +257,7 @@ class NpuGraphs(GraphCapture):
         npu = device_module()
         if self._side is None:
             self._side, self._updates = npu.Stream(), npu.Stream()
+        if not self._live:  # a pool goes with its last graph, and its id is taken no more
             self._pool = npu.graph_pool_handle()
         fn()
         self._side.wait_stream(npu.current_stream())
@@ -252,6 +266,10 @@ class NpuGraphs(GraphCapture):
         npu.current_stream().wait_stream(self._side)
         for communicator in communicators:
             communicator.register(self._pool)
+
+    def _kept(self, handle: H) -> H:
+        self._live.add(handle)
+        return handle
 
     @contextmanager
     def _watched(self) -> Iterator[list[str]]:

@@ -119,7 +119,7 @@ class AscendMoE(ReferenceMoE):
         else:
             sigmoid = s.scoring == "sigmoid"
             weights, ids, _ = npu.npu_moe_gating_top_k(
-                logits, s.top_k, bias=None if bias is None else bias.float(), k_group=s.top_groups,
+                logits, s.top_k, bias=None if bias is None else bias.float(), k_group=min(s.top_groups, s.num_groups),
                 group_count=s.num_groups, group_select_mode=_BEST if bias is None else _TWO_BEST,
                 norm_type=_SIGMOID if sigmoid else _SOFTMAX,
             )  # fmt: skip
