@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 from anychip_npu_simulator import aten, cann, machine
-from anychip_npu_simulator.calls import OPS, counts
+from anychip_npu_simulator.calls import OPS
 from anychip_npu_simulator.errors import Refused
 from anychip_npu_simulator.kernels import has_meta
+from anychip_npu_simulator.tally import Count, counts, total
 
 WITHOUT_META = {
     "_npu_fused_infer_attention_score_get_max_workspace",
@@ -35,7 +36,7 @@ def new_process(program: str, **environment: str) -> str:
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout.rstrip().splitlines()[-1] if done.stdout.strip() else ""
 
 
 @pytest.mark.parametrize(
@@ -194,3 +195,12 @@ def test_calls_are_counted_with_those_that_the_vendor_confirmed():
     before = counts["npu::npu_swiglu"].confirmed if "npu::npu_swiglu" in counts else 0
     torch_npu.npu_swiglu(X.npu())
     assert counts["npu::npu_swiglu"].confirmed == before + 1
+
+
+def test_processes_write_their_counts_where_they_can_be_added_up(tmp_path):
+    program = (
+        "import torch, torch_npu; [torch_npu.npu_swiglu(torch.ones(2, 4, device='npu')) for _ in range(3)]; print()"
+    )
+    for _ in range(2):
+        new_process(program, ANYCHIP_NPU_COUNTS=str(tmp_path))
+    assert total(tmp_path) == {"npu::npu_swiglu": Count(calls=6, confirmed=6)}

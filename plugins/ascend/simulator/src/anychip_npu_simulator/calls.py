@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip_npu_simulator import graphs
+from anychip_npu_simulator import graphs, tally
 from anychip_npu_simulator.errors import Disagreement, Refused
 from anychip_npu_simulator.machine import GENERATIONS, machine
 from anychip_npu_simulator.memory import convert, device, host, is_nz, tensors
@@ -77,8 +77,8 @@ class Arguments:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Simulated:
     """`name` with overload; `document` is what the semantics come from. `nz`: arguments that may be FRACTAL_NZ.
-    `host_lengths`: host arguments that differ from step to step and that a graph freezes. `ours`: functions that need
-    no second opinion, since they compute nothing."""
+    `host_lengths`: host arguments that differ from step to step and that a graph freezes. `meta`: whether the vendor
+    has a meta function of its results."""
 
     name: str
     check: Callable[[Arguments], None]
@@ -90,17 +90,7 @@ class Simulated:
     meta: bool = True
 
 
-@dataclasses.dataclass(slots=True)
-class Count:
-    """Calls that passed the schema and the checks; those whose shapes the vendor's meta function confirmed."""
-
-    calls: int = 0
-    confirmed: int = 0
-
-
 OPS: dict[str, Simulated] = {}
-counts: dict[str, Count] = {}
-"""By op's name, of this process. Diagnostics: nothing depends on them."""
 
 
 def simulates(name: str, check: Callable[[Arguments], None], document: str, **options: Any) -> Any:
@@ -136,9 +126,7 @@ class Kernel:
         result = self.op.compute(given)
         if expected is not None:
             self._compare(result, expected)
-        count = counts.setdefault(self.op.name, Count())
-        count.calls += 1
-        count.confirmed += self.meta
+        tally.add(self.op.name, self.meta)
         answer = out if out is not None else convert(result, lambda values: device(values, where))
         if out is not None:
             for target, value in zip(tensors(out), tensors(result), strict=True):
