@@ -19,6 +19,8 @@ CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kerne
 # torch_npu is tied to one version of torch, and nothing else of the project needs it.
 ASCEND := .venv-ascend
 ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
+# Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
+ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
 .PHONY: ascend-venv ascend-test ascend-conformance ascend-check serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
 
@@ -56,12 +58,12 @@ interpreted: $(VENV)/dev.done  ## the GPU plugins' kernels in Triton's interpret
 ascend-venv: $(ASCEND)/done  ## torch_npu over the NPU simulator, in an environment of its own
 
 ascend-test: $(ASCEND)/done  ## tests of the ascend plugin, and of the simulator that they run on
-	OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest -n $(WORKERS) --dist worksteal plugins/ascend
+	$(ASCEND_ENV) OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest -n $(WORKERS) --dist worksteal plugins/ascend
 
 ascend-conformance: $(ASCEND)/done  ## every profile on the simulated NPU, and the count of checked calls
 	rm -rf $(ASCEND)/counts
-	ANYCHIP_NPU_COUNTS=$(ASCEND)/counts $(ASCEND)/bin/anychip conformance --device ascend-simulated --profile full \
-	  --deadline-scale 10 -n $(WORKERS) --report conformance/scorecards/ascend-simulated; \
+	$(ASCEND_ENV) ANYCHIP_NPU_COUNTS=$(ASCEND)/counts $(ASCEND)/bin/anychip conformance --device ascend-simulated \
+	  --profile full --deadline-scale 10 -n $(WORKERS) --report conformance/scorecards/ascend-simulated; \
 	  verdict=$$?; $(ASCEND)/bin/python -m anychip_npu_simulator.tally $(ASCEND)/counts; exit $$verdict
 
 ascend-check:  ## what CI runs of these: minutes; skipped where the vendor's wheel cannot be had

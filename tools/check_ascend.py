@@ -1,6 +1,7 @@
 """What CI runs of the ascend plugin: its tests over the NPU simulator, within minutes and in an environment of its own.
 
-Skipped, by name, where the vendor's wheel cannot be had: it is built for few versions of Python, and not for every host.
+Skipped, by name, where the vendor's wheel cannot be had: it is built for few versions of Python, and not for every
+host.
 
 python tools/check_ascend.py .venv-ascend [--minutes 5]
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
 _WHEEL = "torch_npu==2.13.0"
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 def wheel_is_there(python: Path) -> str | None:
@@ -37,9 +39,7 @@ def main() -> int:
     subprocess.run(["make", "ascend-venv", f"PYTHON={sys.executable}"], cwd=_ROOT, check=True)
     tests = [arguments.venv / "bin" / "python", "-m", "pytest", "-q", "-n", "auto", "-m", "not full", "plugins/ascend"]
     try:
-        done = subprocess.run(
-            tests, cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=arguments.minutes * 60
-        )
+        done = subprocess.run(tests, cwd=_ROOT, env={**os.environ, **_ENVIRONMENT}, timeout=arguments.minutes * 60)
     except subprocess.TimeoutExpired:
         sys.stdout.write(f"the ascend plugin's tests took more than {arguments.minutes:g} minutes\n")
         return 1
