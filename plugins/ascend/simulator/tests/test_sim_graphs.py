@@ -110,7 +110,7 @@ def test_stale_lengths_are_refused():
 
 
 def test_stale_lengths_show_in_the_results_where_they_are_allowed(monkeypatch):
-    monkeypatch.setenv("ANYCHIP_NPU_STALE", "allow")
+    monkeypatch.setenv("NPU_SIMULATOR_STALE", "allow")
     case = Case()
     case.capture([3, 4])
     case.graph.replay()
@@ -179,7 +179,7 @@ def test_too_many_graphs_are_refused_with_the_vendors_code(monkeypatch):
     made = torch.npu.NPUGraph()  # what streams it makes by itself are counted
     with torch.npu.graph(made):
         x + 1
-    monkeypatch.setenv("ANYCHIP_NPU_STREAMS", "1")
+    monkeypatch.setenv("NPU_SIMULATOR_STREAMS", "1")
     with pytest.raises(RuntimeError, match=r"(?s)207008.*no stream resource"), torch.npu.graph(torch.npu.NPUGraph()):
         x + 1
 
@@ -197,6 +197,6 @@ def test_graphs_that_are_gone_give_their_streams_back():
 
 
 def test_a_310p_has_no_graphs(monkeypatch):
-    monkeypatch.setenv("ANYCHIP_NPU_SOC", "Ascend310P3")
+    monkeypatch.setenv("NPU_SIMULATOR_SOC", "Ascend310P3")
     with pytest.raises(RuntimeError, match=r"310P has no ACL graphs"), torch.npu.graph(torch.npu.NPUGraph()):
         pass

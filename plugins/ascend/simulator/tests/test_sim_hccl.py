@@ -14,7 +14,7 @@ pytest.importorskip("anychip_npu_simulator.runtime", reason="needs torch_npu: ma
 
 
 def run(size: int, folder: Path, what: str = "all") -> list[dict[str, object]]:
-    environment = {**os.environ, "ANYCHIP_NPU_DEVICES": str(size), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "NPU_SIMULATOR_DEVICES": str(size), "OMP_NUM_THREADS": "1"}
     program = str(Path(__file__).with_name("hccl_rank.py"))
     ranks = [
         subprocess.Popen(

@@ -7,22 +7,17 @@ heavy. What is simulated and how is in README.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from anychip.plugin_api import (
     API_VERSION,
     DeviceInfo,
-    Placement,
     PlatformManifest,
     ProbeResult,
     Requirement,
     hookimpl,
 )
-from anychip_ascend.options import AscendOptions, negotiate
-
-if TYPE_CHECKING:
-    from anychip.config import EngineConfig
+from anychip_ascend.options import AscendOptions, negotiate, worker_env
 
 _WHEEL = Requirement(
     kind="package",
@@ -33,16 +28,11 @@ _WHEEL = Requirement(
 
 
 def probe() -> ProbeResult:
-    """As many devices as ANYCHIP_NPU_DEVICES says."""
-    count = int(os.environ.get("ANYCHIP_NPU_DEVICES") or 1)
+    """As many devices as NPU_SIMULATOR_DEVICES says."""
+    count = int(os.environ.get("NPU_SIMULATOR_DEVICES") or 1)
     return ProbeResult(
         devices=tuple(DeviceInfo(index=i, name="simulated NPU", backing="simulated") for i in range(count))
     )
-
-
-def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
-    """Not within `import torch`; and each worker sees every simulated device, of which it drives its own."""
-    return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 SIMULATED = PlatformManifest(

@@ -58,7 +58,8 @@ def install(library: torch.library.Library) -> None:
         if namespace != "npu" or not has(qualified, "PrivateUse1"):
             continue
         if name in OPS:
-            kernel: Any = Kernel(OPS[name], _overload(name), has_meta(name))
+            asked = OPS[name].opinion or name
+            kernel: Any = Kernel(OPS[name], _overload(name), _overload(asked) if has_meta(asked) else None)
         elif name in ("npu_format_cast", "npu_format_cast.Tensor"):
             kernel = formats.format_cast if name == "npu_format_cast" else formats.format_cast_like
         elif name.partition(".")[0] in _VENDORS:

@@ -1,6 +1,6 @@
 """How many calls of the vendor's ops passed its schema, the simulator's checks and the vendor's meta function.
 
-    ANYCHIP_NPU_COUNTS=<folder> anychip conformance --device ascend-simulated ...
+    NPU_SIMULATOR_COUNTS=<folder> anychip conformance --device ascend-simulated ...
     python -m anychip_npu_simulator.tally <folder>
 
 Each process writes a file of its own there, so that the processes of a run can be added up.
@@ -41,7 +41,7 @@ def add(op: str, confirmed: bool) -> None:
 
 @atexit.register
 def write() -> None:
-    folder = os.environ.get("ANYCHIP_NPU_COUNTS")
+    folder = os.environ.get("NPU_SIMULATOR_COUNTS")
     if folder and counts:
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder) / f"{os.getpid()}.json"

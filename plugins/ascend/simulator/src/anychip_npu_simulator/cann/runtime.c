@@ -47,7 +47,7 @@ int sim_refuse(int code, const char *format, ...) {
 }
 
 long sim_trace(const char *name) {
-  if (sim_number("ANYCHIP_NPU_TRACE", 0))
+  if (sim_number("NPU_SIMULATOR_TRACE", 0))
     fprintf(stderr, "simulated CANN: %s answers 0\n", name);
   return 0;
 }
@@ -56,11 +56,11 @@ const char *aclGetRecentErrMsg(void) { return words; }
 
 /* -- devices ------------------------------------------------------------------------------------------- */
 
-static int num_devices(void) { return (int)sim_number("ANYCHIP_NPU_DEVICES", 1); }
+static int num_devices(void) { return (int)sim_number("NPU_SIMULATOR_DEVICES", 1); }
 int sim_set_hooks(const struct hooks *given) { return sim_hooks = *given, 0; }
 
 const char *aclrtGetSocName(void) {
-  const char *name = getenv("ANYCHIP_NPU_SOC");
+  const char *name = getenv("NPU_SIMULATOR_SOC");
   return name && *name ? name : "Ascend910B3";
 }
 int aclrtGetDeviceCount(uint32_t *count) { return *count = num_devices(), 0; }
@@ -82,7 +82,7 @@ int aclrtGetSysParamOpt(int option, int64_t *value) { return *value = 0, 0; }
 int aclrtGetStreamOverflowSwitch(void *stream, uint32_t *flag) { return *flag = 0, 0; }
 int aclrtGetDeviceInfo(uint32_t device, int attribute, int64_t *value) {
   if (attribute == 301)
-    return *value = (int64_t)sim_number("ANYCHIP_NPU_MEMORY", 8ULL << 30), 0;
+    return *value = (int64_t)sim_number("NPU_SIMULATOR_MEMORY", 8ULL << 30), 0;
   return *value = attribute == 1 || attribute == 101 || attribute == 201 ? 20 : 0, 0;
 }
 int aclrtGetDeviceResLimit(int device, int type, uint32_t *value) { return *value = 20, 0; }
@@ -98,7 +98,7 @@ int aclGetDeviceCapability(uint32_t device, int kind, int64_t *value) { return *
 /* -- memory -------------------------------------------------------------------------------------------- */
 
 static int take(void **out, uint64_t size, int device) {
-  uint64_t mapped = (size + 2 * ALIGNMENT + 4095) / 4096 * 4096, total = sim_number("ANYCHIP_NPU_MEMORY", 8ULL << 30);
+  uint64_t mapped = (size + 2 * ALIGNMENT + 4095) / 4096 * 4096, total = sim_number("NPU_SIMULATOR_MEMORY", 8ULL << 30);
   pthread_mutex_lock(&lock);
   int fits = device < 0 || used[device] + mapped <= total;
   if (fits && device >= 0)
@@ -136,7 +136,7 @@ int aclrtMallocHost(void **out, uint64_t size) { return take(out, size, -1); }
 int aclrtMallocHostWithCfg(void **out, uint64_t size, void *config) { return take(out, size, -1); }
 int aclrtFreeHost(void *address) { return give(address); }
 int aclrtGetMemInfo(int kind, uint64_t *free_bytes, uint64_t *total) {
-  *total = sim_number("ANYCHIP_NPU_MEMORY", 8ULL << 30);
+  *total = sim_number("NPU_SIMULATOR_MEMORY", 8ULL << 30);
   return *free_bytes = *total - used[current], 0;
 }
 /* location {uint32 id; enum type}, uint32 page size: 0 host, 1 device, 2 unregistered. */
@@ -171,7 +171,7 @@ int aclrtReserveMemAddress(void **out, uint64_t size, uint64_t alignment, void *
 /* -- streams and events -------------------------------------------------------------------------------- */
 
 int aclrtCreateStreamWithConfig(void **out, uint32_t priority, uint32_t flag) {
-  int most = (int)sim_number("ANYCHIP_NPU_STREAMS", 1984);
+  int most = (int)sim_number("NPU_SIMULATOR_STREAMS", 1984);
   if (num_streams[current] >= most)
     return sim_refuse(OUT_OF_STREAMS, "simulated CANN: device %d has %d streams, all are taken", current, most);
   struct stream *s = calloc(1, sizeof *s);
@@ -188,7 +188,7 @@ int sim_num_streams(void) { return num_streams[current]; }
 static int held; /* by captured graphs */
 int sim_hold_streams(int number) { return held = number, 0; }
 int aclrtGetStreamAvailableNum(uint32_t *count) {
-  int left = (int)sim_number("ANYCHIP_NPU_STREAMS", 1984) - num_streams[current] - held;
+  int left = (int)sim_number("NPU_SIMULATOR_STREAMS", 1984) - num_streams[current] - held;
   return *count = left > 0 ? left : 0, 0;
 }
 

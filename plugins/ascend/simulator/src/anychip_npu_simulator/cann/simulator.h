@@ -1,7 +1,7 @@
 /* What the parts of the simulated CANN share: the machine that is simulated, and the hooks by which Python simulates
    graphs and collectives. */
-#ifndef ANYCHIP_NPU_SIMULATOR_H
-#define ANYCHIP_NPU_SIMULATOR_H
+#ifndef NPU_SIMULATOR_SIMULATOR_H
+#define NPU_SIMULATOR_SIMULATOR_H
 #include <stdint.h>
 
 struct hooks {

@@ -150,16 +150,18 @@ def _check_out(a: Arguments, names: Names) -> None:
 
 
 _DOCUMENT = "npu_fused_infer_attention_score"
+_V2 = "npu_fused_infer_attention_score_v2"
 _LENGTHS = (V1.query_lengths, V1.kv_lengths)
+_LENGTHS_V2 = (V2.query_lengths, V2.kv_lengths)
 
 
-@simulates("npu_fused_infer_attention_score", lambda a: check(a, V1), _DOCUMENT, host_lengths=_LENGTHS)
-@simulates("npu_fused_infer_attention_score.out", lambda a: _check_out(a, V1), _DOCUMENT, host_lengths=_LENGTHS)
+@simulates(_DOCUMENT, lambda a: check(a, V1), _DOCUMENT, host_lengths=_LENGTHS)
+@simulates(f"{_DOCUMENT}.out", lambda a: _check_out(a, V1), _DOCUMENT, host_lengths=_LENGTHS, opinion=_DOCUMENT)
 def fused_infer_attention_score(a: Arguments) -> tuple[Tensor, Tensor]:
     return _compute(a, V1, None)
 
 
-@simulates("_npu_fused_infer_attention_score_get_max_workspace", lambda a: check(a, V1), _DOCUMENT)
+@simulates(f"_{_DOCUMENT}_get_max_workspace", lambda a: check(a, V1), _DOCUMENT, opinion=_DOCUMENT, results=False)
 def max_workspace(a: Arguments) -> Tensor:
     return torch.empty(_workspace(a, V1), dtype=torch.uint8)
 
@@ -170,7 +172,7 @@ def _check_v2(a: Arguments) -> None:
     a.shape("learnable_sink", (a.num_query_heads,))
 
 
-@simulates(f"{_DOCUMENT}_v2", _check_v2, f"{_DOCUMENT}_v2", host_lengths=(V2.query_lengths, V2.kv_lengths))
+@simulates(_V2, _check_v2, _V2, host_lengths=_LENGTHS_V2)
 def fused_infer_attention_score_v2(a: Arguments) -> tuple[Tensor, Tensor]:
     """The second version's `learnable_sink` is one logit a head, which takes weight and gives no value."""
     return _compute(a, V2, a.learnable_sink)
@@ -181,11 +183,11 @@ def _check_v2_out(a: Arguments) -> None:
     _check_out(a, V2)
 
 
-@simulates(f"{_DOCUMENT}_v2.out", _check_v2_out, f"{_DOCUMENT}_v2", host_lengths=(V2.query_lengths, V2.kv_lengths))
+@simulates(f"{_V2}.out", _check_v2_out, _V2, host_lengths=_LENGTHS_V2, opinion=_V2)
 def fused_infer_attention_score_v2_out(a: Arguments) -> tuple[Tensor, Tensor]:
     return _compute(a, V2, a.learnable_sink)
 
 
-@simulates("_npu_fused_infer_attention_score_v2_get_max_workspace", _check_v2, f"{_DOCUMENT}_v2")
+@simulates(f"_{_V2}_get_max_workspace", _check_v2, _V2, opinion=_V2, results=False)
 def max_workspace_v2(a: Arguments) -> Tensor:
     return torch.empty(_workspace(a, V2), dtype=torch.uint8)

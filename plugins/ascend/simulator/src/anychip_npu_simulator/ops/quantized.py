@@ -123,7 +123,7 @@ def _check_pack(a: Arguments) -> None:
     a.only("inner_k_tiles", 0)
 
 
-@simulates("npu_convert_weight_to_int4pack", _check_pack, "npu_convert_weight_to_int4pack", meta=False)
+@simulates("npu_convert_weight_to_int4pack", _check_pack, "npu_convert_weight_to_int4pack")
 def int4pack(a: Arguments) -> Tensor:
     """[.., n] int32 of values -8 to 7 to [.., n / 8] int32."""
     low, high = int(a.weight.min()), int(a.weight.max())
