@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -29,7 +29,7 @@ from anychip.plugin_api import (
     RunOutsideGraph,
     ShapeKey,
 )
-from anychip_ascend.attention_call import FusedCall
+from anychip_ascend.recording import Recording, Scratch
 from anychip_ascend.runtime import device_module
 from anychip_ascend.streams import StreamBudget
 
@@ -40,57 +40,6 @@ _GRAPH_BYTES = 16 << 20
 _PIECES_BYTES_PER_TOKEN = 512 << 10
 """Estimates that `reserve` sets aside: what a pool holds for the largest step, each graph for its tasks and workspace,
 and pieces for the queries, keys and values of every layer."""
-
-
-@dataclass(slots=True)
-class Task:
-    """One attention call within a graph, and what its update needs."""
-
-    call: FusedCall
-    handle: Any
-    event: Any
-    workspace: Tensor
-    out: Tensor
-    lse: Tensor
-
-
-@dataclass(slots=True)
-class Recording:
-    """What a capture has met so far. `workspaces` are shared by calls that ask for as much: tasks run one by one."""
-
-    tasks: list[Task] = field(default_factory=list)
-    workspaces: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-
-    def attend(self, call: FusedCall, recorder: Recorder, group: int) -> Tensor:
-        """Records a call as a task group whose lengths `recorder` renews from the plan of KV group `group`."""
-        npu = device_module()
-        stream = npu.current_stream()
-        event = npu.ExternalEvent()
-        event.wait(stream)
-        event.reset(stream)
-        key = (
-            *call.query.shape,
-            *call.block_table.shape,
-            call.num_kv_heads,
-            call.window or 0,
-            int(call.sinks is not None),
-        )
-        if key not in self.workspaces:
-            self.workspaces[key] = call.max_workspace()
-        workspace, out = self.workspaces[key], torch.empty_like(call.query)
-        lse = torch.empty(0, dtype=torch.float32, device=out.device)
-        npu.graph_task_group_begin(stream)
-        try:
-            call.run_into(workspace, out, lse)
-        finally:  # an open group would hide what went wrong
-            handle = npu.graph_task_group_end(stream)
-        self.tasks.append(Task(call, handle, event, workspace, out, lse))
-
-        def renew(plan: Any) -> None:
-            call.query_ends, call.key_lengths = plan.query_ends, plan.key_lengths
-
-        recorder.on_replay(group, renew)
-        return out
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -133,6 +82,7 @@ class NpuGraphs(GraphCapture):
         self._pool: Any = None
         self._side: Any = None
         self._updates: Any = None
+        self._scratch = Scratch()
         self._live = WeakSet[CapturedGraph | CapturedPieces]()
 
     def reads_host(self, why: str) -> None:
@@ -162,7 +112,7 @@ class NpuGraphs(GraphCapture):
             self._rehearse(fn, communicators)
         if why := self._obstacle(obstacles, graphs=1, communicators=communicators):
             return self._eager(fn, f"{key.num_reqs} rows", why)
-        graph, self.recording = device_module().NPUGraph(), Recording()
+        graph, self.recording = device_module().NPUGraph(), Recording(self._scratch)
         try:
             with (
                 self.budget.spent(),
@@ -258,7 +208,7 @@ class NpuGraphs(GraphCapture):
         if self._side is None:
             self._side, self._updates = npu.Stream(), npu.Stream()
         if not self._live:  # a pool goes with its last graph, and its id is taken no more
-            self._pool = npu.graph_pool_handle()
+            self._pool, self._scratch = npu.graph_pool_handle(), Scratch()
         fn()
         self._side.wait_stream(npu.current_stream())
         with npu.stream(self._side):

@@ -38,6 +38,14 @@ def to_nd(weight: Tensor) -> Tensor:
     return npu.npu_format_cast(weight, FORMAT_ND)
 
 
+def without_ownership(tensor: Tensor) -> Tensor:
+    """The same memory, which this tensor does not keep from being used again: whoever has it knows who does."""
+    from torch_npu._C import _weak_ref_tensor
+
+    alias: Tensor = _weak_ref_tensor(tensor)
+    return alias
+
+
 def streams_left() -> int | None:
     """Streams that this device can still give to the process, as the runtime says; None where it does not."""
     try:
