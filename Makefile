@@ -20,7 +20,7 @@ CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kerne
 ASCEND := .venv-ascend
 ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
 # Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
-ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0
+ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
 
 .PHONY: ascend-venv ascend-test ascend-conformance ascend-check serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
 

@@ -58,7 +58,7 @@ class Case:
         with torch.npu.stream(self.stream):
             torch.npu.graph_task_update_begin(self.stream, self.group)
             try:
-                self.into_out(lengths, self.held, **changes)
+                self.into_out(lengths, **{"workspace": self.held} | changes)
             except RuntimeError:
                 with contextlib.suppress(RuntimeError):
                     torch.npu.graph_task_update_end(self.stream)
@@ -138,6 +138,13 @@ def test_a_workspace_that_is_too_small_is_refused():
     case = Case()
     with pytest.raises(RuntimeError, match=r"workspace is 16 bytes"):
         case.into_out([3, 4], torch.empty(16, dtype=torch.uint8, device="npu"))
+
+
+def test_an_update_without_a_workspace_is_refused():
+    case = Case()
+    case.capture([3, 4])
+    with pytest.raises(RuntimeError, match=r"workspace is None"):
+        case.update([5, 6], workspace=None)
 
 
 def test_an_update_that_writes_elsewhere_is_refused():

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from anychip_npu_simulator import aten, cann, machine
 from anychip_npu_simulator.calls import OPS
 from anychip_npu_simulator.errors import Refused
 from anychip_npu_simulator.kernels import has_meta
+from anychip_npu_simulator.table import table
 from anychip_npu_simulator.tally import Count, counts, total
 
 WITHOUT_META = {"npu_convert_weight_to_int4pack"}
@@ -169,6 +171,14 @@ def test_products_of_float64_are_refused():
         X.npu().double() @ X.npu().double().T
 
 
+def test_bfloat16_is_refused_on_a_310p(monkeypatch):
+    monkeypatch.setenv("NPU_SIMULATOR_SOC", "Ascend310P3")
+    with pytest.raises(Refused, match="bfloat16"):
+        X.npu().bfloat16() @ X.npu().bfloat16().T
+    with pytest.raises(Refused, match="input is bfloat16"):
+        torch_npu.npu_rms_norm(X.npu().bfloat16(), X[0].npu().bfloat16())
+
+
 def test_fractal_nz_is_for_products_and_copies_alone():
     torch.npu.config.allow_internal_format = True
     w = torch_npu.npu_format_cast(X.half().npu(), 29)
@@ -184,6 +194,10 @@ def test_fractal_nz_is_for_products_and_copies_alone():
 
 def test_the_table_of_ops_without_a_meta_function_is_true():
     assert {name for name, op in OPS.items() if not has_meta(op.opinion or name)} == WITHOUT_META
+
+
+def test_the_readme_has_the_table_of_ops():
+    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_calls_are_counted_with_those_that_the_vendor_confirmed():

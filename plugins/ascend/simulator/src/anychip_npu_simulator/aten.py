@@ -16,6 +16,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from anychip_npu_simulator import graphs
 from anychip_npu_simulator.errors import Refused
+from anychip_npu_simulator.machine import machine
 from anychip_npu_simulator.memory import convert, device, host, is_nz, tensors
 
 _VENDORS = frozenset(
@@ -47,6 +48,7 @@ _TAKES_NZ = frozenset(
 on the tiles as they lie, or convert the whole weight at every call."""
 _PRODUCTS = frozenset(["mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "addmv", "mv", "dot"])
 _PRODUCT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""The last is unknown to the matrix units of a 310P."""
 _HOST_INDEX = frozenset(
     ["index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "copy_", "_to_copy", "lift"]
 )
@@ -144,8 +146,10 @@ class _Generic:
                 raise Refused(self.name, f"tensor {i}", f"on {tensor.device}", f"tensors of one device, here {where}")
             if self.base not in _TAKES_NZ and is_nz(tensor):
                 raise Refused(self.name, f"tensor {i}", "FRACTAL_NZ", "ND; npu_format_cast(tensor, 2) makes it so")
-            if self.base in _PRODUCTS and tensor.dtype not in _PRODUCT_DTYPES:
-                raise Refused(self.name, f"tensor {i}", tensor.dtype, "float32, float16, bfloat16")
+            if self.base in _PRODUCTS:
+                allowed = _PRODUCT_DTYPES[: 2 if machine().generation == "310P" else 3]
+                if tensor.dtype not in allowed:
+                    raise Refused(self.name, f"tensor {i}", tensor.dtype, f"of {allowed}")
         if self.reads_values and graphs.active():
             masks = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
             if self.base not in _BY_MASK or masks:

@@ -125,6 +125,7 @@ class Kernel:
         out = self._given_out(values)
         if graphs.updating():  # the device takes the new arguments and computes at the next replay
             graphs.update(self.op, given)
+            tally.add(self.op.name, self.opinion is not None)
             return out
         result = self.op.compute(given)
         if expected is not None and self.op.results:
@@ -151,6 +152,8 @@ class Kernel:
                 given.check(
                     tensor.device.type == "npu" and tensor.device == where, name, f"on {tensor.device}", allowed
                 )
+                if generation == "310P":
+                    given.check(tensor.dtype != torch.bfloat16, name, "bfloat16", "float16 or float32 on a 310P")
                 if name not in self.op.nz:
                     given.check(not is_nz(tensor), name, "FRACTAL_NZ", "ND; npu_format_cast(tensor, 2) makes it so")
         assert where is not None and where.type == "npu", "the dispatcher came here by a tensor of the device"

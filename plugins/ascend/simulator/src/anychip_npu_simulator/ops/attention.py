@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anychip_npu_simulator import graphs
 from anychip_npu_simulator.calls import Arguments, simulates
 from anychip_npu_simulator.ops.attention_arguments import V1, V2, Names, kv_heads, lengths, query_dim, row_lengths
 from anychip_npu_simulator.ops.attention_checks import check
@@ -144,6 +145,8 @@ def _check_out(a: Arguments, names: Names) -> None:
         f"{shape} {a.query.dtype}, as query",
     )
     need = _workspace(a, names)
+    if graphs.active() or graphs.updating():
+        a.check(a.workspace is not None, "workspace", None, f"{need} bytes sized ahead, as graphs keep their addresses")
     if a.workspace is not None:
         have = a.workspace.numel() * a.workspace.element_size()
         a.check(have >= need, "workspace", f"{have} bytes", f"{need} or more, as the op's get_max_workspace says")
