@@ -114,7 +114,6 @@ class Kernel:
         self.schema = overload._schema
         self.defaults = {a.name: a.default_value if a.has_default_value() else None for a in self.schema.arguments}
         self.names = [a.name for a in self.schema.arguments]
-        self.written = [a.name for a in self.schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
@@ -172,7 +171,7 @@ class Kernel:
         positional = [on_meta[a.name] for a in arguments if not a.kwarg_only]
         try:
             return tensors(self.opinion(*positional, **keywords))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise Refused(self.op.name, "arguments", "refused by the vendor's meta function", str(error)) from error
 
     def _compare(self, result: Any, expected: list[Tensor]) -> None:

@@ -21,6 +21,11 @@ from anychip_npu_simulator.errors import SimulatorUnavailable
 _SOURCES = Path(__file__).with_name("cann")
 _ALIASES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "atb")
 """Libraries of CANN that the wheel names beside libascendcl; each is empty and depends on it."""
+_SYSTEM = (
+    "libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1",
+    "ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1",
+)  # fmt: skip
 _OF_PYTHON = ("Py", "_Py")
 _loaded: list[ctypes.CDLL] = []
 """What dlopen keeps for the whole process, as it does for any library."""
@@ -36,41 +41,43 @@ def find_wheel() -> Path:
     return Path(spec.origin).parent
 
 
-def _symbols(library: Path, which: str) -> set[str]:
-    out = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in out.splitlines()]
-    return {row[-1].partition("@")[0] for row in rows if which == "--defined-only" or row[-2] == "U"}
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        remedy = "apt-get install gcc binutils"
+        raise SimulatorUnavailable(
+            f"the simulated CANN is built by {command[0]}, which is missing; {remedy}"
+        ) from error
+    if done.returncode:
+        raise SimulatorUnavailable(f"{' '.join(command[:2])} failed: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def defined_symbols(library: Path) -> set[str]:
+    return {
+        line.split()[-1].partition("@")[0] for line in _run("nm", "-D", "--defined-only", str(library)).splitlines()
+    }
+
+
+def _needed_symbols(library: Path) -> set[str]:
+    rows = [line.split() for line in _run("nm", "-D", "--undefined-only", str(library)).splitlines()]
+    return {row[-1].partition("@")[0] for row in rows if row[-2] == "U"}
 
 
 def missing_symbols(wheel: Path) -> list[str]:
     """What the wheel's libraries need of CANN, sorted."""
     libraries = [*wheel.glob("lib/*.so"), *wheel.glob("_C.*.so")]
-    torch_libraries = (wheel.parent / "torch" / "lib").glob("lib*.so")
-    system = (
-        "libc.so.6",
-        "libm.so.6",
-        "libstdc++.so.6",
-        "libgcc_s.so.1",
-        "libdl.so.2",
-        "libpthread.so.0",
-        "librt.so.1",
-    )
-    found = [Path(_library_path(name)) for name in (*system, "ld-linux-x86-64.so.2")]
-    needed = set[str]().union(*(_symbols(library, "--undefined-only") for library in libraries))
-    there = set[str]().union(*(_symbols(path, "--defined-only") for path in [*libraries, *torch_libraries, *found]))
+    torchs = (wheel.parent / "torch" / "lib").glob("lib*.so")
+    named = [Path(_run("gcc", f"-print-file-name={name}").strip()) for name in _SYSTEM]
+    systems = [path for path in named if path.is_absolute()]  # gcc repeats a name that it does not find
+    needed = set[str]().union(*map(_needed_symbols, libraries))
+    there = set[str]().union(*map(defined_symbols, [*libraries, *torchs, *systems]))
     return sorted(name for name in needed - there if not name.startswith(_OF_PYTHON))
 
 
-def _library_path(name: str) -> str:
-    return subprocess.run(
-        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def _compile(*arguments: str) -> None:
-    done = subprocess.run(["gcc", "-O1", "-fPIC", "-shared", "-w", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SimulatorUnavailable(f"gcc cannot build the simulated CANN: {done.stderr[-2000:]}")
+    _run("gcc", "-O1", "-fPIC", "-shared", "-w", *arguments)
 
 
 def _build(wheel: Path, folder: Path) -> None:
@@ -78,7 +85,7 @@ def _build(wheel: Path, folder: Path) -> None:
     written = folder / "written.so"
     _compile("-o", str(written), *sources)
     plain = (_SOURCES / "plain.txt").read_text().split()  # what the wheel looks up by name at run time
-    rest = {*missing_symbols(wheel), *plain} - _symbols(written, "--defined-only")
+    rest = {*missing_symbols(wheel), *plain} - defined_symbols(written)
     lines = ['#include "simulator.h"']
     for i, name in enumerate(sorted(rest)):
         body = f'{{ return sim_trace("{name}"); }}'
