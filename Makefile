@@ -62,7 +62,7 @@ ascend-test: $(ASCEND)/done  ## tests of the ascend plugin, and of the simulator
 
 ascend-conformance: $(ASCEND)/done  ## every profile on the simulated NPU, and the count of checked calls
 	rm -rf $(ASCEND)/counts
-	$(ASCEND_ENV) NPU_SIMULATOR_COUNTS=$(ASCEND)/counts $(ASCEND)/bin/anychip conformance --device ascend-simulated \
+	$(ASCEND_ENV) NPU_SIMULATOR_COUNTS=$(CURDIR)/$(ASCEND)/counts $(ASCEND)/bin/anychip conformance --device ascend-simulated \
 	  --profile full --deadline-scale 10 -n $(WORKERS) --report conformance/scorecards/ascend-simulated; \
 	  verdict=$$?; $(ASCEND)/bin/python -m anychip_npu_simulator.tally $(ASCEND)/counts; exit $$verdict
 
