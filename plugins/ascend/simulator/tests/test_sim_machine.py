@@ -52,6 +52,19 @@ def test_an_unknown_chip_is_an_error(monkeypatch):
         machine.machine()
 
 
+def test_a_950_keeps_weights_as_they_are():
+    """The wheel itself turns internal formats off there, whatever is set."""
+    program = """
+import torch, torch_npu
+torch.npu.config.allow_internal_format = True
+try:
+    torch_npu.npu_format_cast(torch.ones(16, 16).half().npu(), 29)
+except RuntimeError as error:
+    print("allowed: 2 (ND) on a 950" in str(error))
+"""
+    assert new_process(program, NPU_SIMULATOR_SOC="Ascend950PR") == "True"
+
+
 def test_several_devices_are_apart():
     program = """
 import torch, torch_npu

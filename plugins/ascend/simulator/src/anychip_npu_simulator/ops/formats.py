@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anychip_npu_simulator import graphs, tally
 from anychip_npu_simulator.errors import Refused
+from anychip_npu_simulator.machine import machine
 from anychip_npu_simulator.memory import FRACTAL_NZ, host, is_nz
 
 _NAME = "npu::npu_format_cast"
@@ -36,8 +37,10 @@ def format_cast(
             names = ", ".join(str(d).removeprefix("torch.") for d in _NZ_DTYPES)
             raise Refused(_NAME, "input", input.dtype, f"{names} for FRACTAL_NZ")
         if torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") != b"enable":
-            # On a device the weight silently stays as it is.
-            raise Refused(_NAME, "acl_format", acl_format, "with torch.npu.config.allow_internal_format = True")
+            # On a device the weight silently stays as it is. On a 950 the wheel lets nobody turn the switch on.
+            switch = "with torch.npu.config.allow_internal_format = True"
+            allowed = f"{_ND} (ND) on a 950" if machine().generation == "950" else f"{acl_format} {switch}"
+            raise Refused(_NAME, "acl_format", acl_format, allowed)
         out = torch_npu.empty_with_format(input.shape, dtype=input.dtype, device=input.device, acl_format=FRACTAL_NZ)
     else:
         out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
