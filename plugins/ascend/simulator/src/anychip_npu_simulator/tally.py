@@ -15,8 +15,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_EVERY = 128
-"""Calls between two writings: a worker that is killed has written most of them."""
+_EVERY = 32
+"""Calls between two writings, of all ops together: a worker that is killed has written most of them."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ def add(op: str, confirmed: bool) -> None:
     count = counts.setdefault(op, Count())
     count.calls += 1
     count.confirmed += confirmed
-    if count.calls % _EVERY == 1:
+    if sum(count.calls for count in counts.values()) % _EVERY == 1:
         write()
 
 
