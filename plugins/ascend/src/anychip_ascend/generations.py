@@ -34,6 +34,8 @@ class Generation:
     """Streams that a process may have, where the runtime does not say how many are left."""
     fp8: bool = False
     """Whether torch's own ops know 8-bit floats there: schemes with such values or scales are refused elsewhere."""
+    nz: bool = True
+    """Whether weights may lie in FRACTAL_NZ: the wheel keeps its switch for that off on a 950."""
     graphs: bool = True
     """Whether CANN captures graphs (aclmdlRICaptureBegin)."""
     most_graphs: int | None = None
@@ -92,6 +94,7 @@ G950 = Generation(
     memory_gib=(112, 144),
     streams=1800,
     fp8=True,
+    nz=False,
     most_graphs=4,  # more fail to be captured with the drivers of 2026-08, as vllm-ascend found
     lacks=_ALL_THERE,
     evidence=_NEVER_RAN,

@@ -168,7 +168,7 @@ class AscendPlatform(Platform):
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         self.check(spec)
-        return linear_kernel(spec, self, self.generation, nz=self._options.nz)
+        return linear_kernel(spec, self, self.generation, nz=self._options.nz and self.generation.nz)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
