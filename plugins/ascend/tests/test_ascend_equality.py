@@ -37,12 +37,22 @@ class Case:
 
 
 CASES = [
-    Case("llama", "float16", "full", 2), Case("qwen3", "float16", "pieces", 1), Case("phi", "bfloat16", "full", 1),
-    Case("gemma2", "bfloat16", "pieces", 2), Case("gemma3", "float32", "off", 1), Case("mistral", "float16", "off", 2),
-    Case("mixtral", "float32", "full", 2), Case("qwen2", "bfloat16", "off", 1), Case("phi3", "float32", "pieces", 1),
-    Case("granite", "float16", "full", 1), Case("gpt-oss", "float16", "pieces", 2), Case("gpt-neox", "float16", "full", 1),
-    Case("olmo2", "bfloat16", "full", 2), Case("stablelm", "float16", "full", 1), Case("qwen3-moe", "bfloat16", "full", 1),
-]  # fmt: skip
+    Case("llama", "float16", "full", 2),
+    Case("qwen3", "float16", "pieces", 1),
+    Case("phi", "bfloat16", "full", 1),
+    Case("gemma2", "bfloat16", "pieces", 2),
+    Case("gemma3", "float32", "off", 1),
+    Case("mistral", "float16", "off", 2),
+    Case("mixtral", "float32", "full", 2),
+    Case("qwen2", "bfloat16", "off", 1),
+    Case("phi3", "float32", "pieces", 1),
+    Case("granite", "float16", "full", 1),
+    Case("gpt-oss", "float16", "pieces", 2),
+    Case("gpt-neox", "float16", "full", 1),
+    Case("olmo2", "bfloat16", "full", 2),
+    Case("stablelm", "float16", "full", 1),
+    Case("qwen3-moe", "bfloat16", "full", 1),
+]
 """A covering array: each family, and every two of dtype, graphs and ranks."""
 
 

@@ -80,8 +80,9 @@ class AscendPlatform(Platform):
         assert isinstance(options, AscendOptions)
         self._options = options
         device_module().set_device(context.device_indexes[0])
-        allow_internal_formats()
         self.generation = self.find_generation()
+        if self.generation.nz:
+            allow_internal_formats()
         budget = StreamBudget(self.streams_left, self.generation.streams, self.generation.most_graphs)
         level = _LEVELS[options.graphs] if self.generation.graphs else GraphLevel.NONE
         self._graphs = NpuGraphs(level, budget)
