@@ -277,6 +277,30 @@ def test_experts_elsewhere_contribute_nothing(opened):
     assert some[picked].abs().sum() > 0 and not some[~picked].any()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_experts_of_int8_are_near_what_their_weights_stand_for(opened, dtype):
+    """Against the reference's own rounding of activations, which is the same: by row, to the nearest."""
+    platform, kind = opened(), getattr(torch, dtype)
+    spec = MoESpec(num_experts=4, top_k=2, hidden_size=64, intermediate_size=32, dtype=dtype, scheme=NAMED["int8-w8a8"])
+    kernel, plain = platform.moe(spec), REFERENCE.moe(spec, platform)
+    assert "int8" in kernel.name
+    packs = [each.begin() for each in (kernel, plain)]
+    draws = torch.Generator().manual_seed(3)
+    for expert in range(4):
+        for part, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32))):
+            values = torch.randint(-127, 128, shape, generator=draws).to(torch.int8)
+            scales = torch.rand(shape[0], generator=draws).to(kind).float() / 500  # exact in the op's own dtype
+            for each, packed in zip((kernel, plain), packs, strict=True):
+                each.load(packed, expert, part, values)
+                each.load(packed, expert, f"{part}.scale", scales)
+    x, logits = torch.randn(9, 64, generator=draws).to(kind).npu(), torch.randn(9, 4, generator=draws).npu()
+    mine, theirs = (
+        each.experts(x, each.route(logits), each.finish(packed)).cpu().float()
+        for each, packed in zip((kernel, plain), packs, strict=True)
+    )
+    assert (mine - theirs).abs().max() < 0.03 * theirs.abs().max()
+
+
 # -- faults ---------------------------------------------------------------------------------------------------
 
 

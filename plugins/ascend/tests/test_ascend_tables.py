@@ -140,7 +140,10 @@ def test_experts_take_the_grouped_product_where_it_has_them():
     assert choose_moe(MOE, G310P).op == "reference"
     assert choose_moe(dataclasses.replace(MOE, num_experts=2000), G910B).op == "reference"
     assert choose_moe(dataclasses.replace(MOE, scheme=NAMED["int4"]), G910B).op == "widened"
-    assert choose_moe(dataclasses.replace(MOE, scheme=NAMED["int8-w8a8"]), G910B).op == "reference"
+    int8 = dataclasses.replace(MOE, scheme=NAMED["int8-w8a8"])
+    assert choose_moe(int8, G910B).op == "npu_grouped_matmul"
+    for changes in ({"bias": True}, {"dtype": "float32"}, {"scheme": NAMED["fp8"]}):
+        assert choose_moe(dataclasses.replace(int8, **changes), G910B).op == "reference"
 
 
 @pytest.mark.parametrize(

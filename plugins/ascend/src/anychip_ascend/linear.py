@@ -19,7 +19,7 @@ from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, 
 from anychip.plugin_api import LinearKernel, LinearSpec, Platform
 from anychip_ascend.generations import Generation
 from anychip_ascend.linear_choice import choose_linear
-from anychip_ascend.runtime import npu, to_nd, to_nz
+from anychip_ascend.runtime import TYPE_NUMBERS, npu, to_nd, to_nz
 
 _INT4_ZERO = 8
 """Core's int4 is 0 to 15 with this zero; the vendor's is -8 to 7."""
@@ -162,7 +162,7 @@ class TokenQuantLinear(_Transposed):
         values, scales = npu.npu_dynamic_quant(x.contiguous())
         result: Tensor = npu.npu_quant_matmul(
             values, packed.weight, packed.scale, pertoken_scale=scales, bias=packed.bias,
-            output_dtype=_TYPE_NUMBERS[x.dtype],
+            output_dtype=TYPE_NUMBERS[x.dtype],
         )  # fmt: skip
         return result if out is None else out.copy_(result)
 
@@ -198,7 +198,3 @@ class WeightQuantLinear(_Transposed):
             scheme.group_size or 0,
         )  # fmt: skip
         return result if out is None else out.copy_(result)
-
-
-_TYPE_NUMBERS = {torch.float16: 5, torch.bfloat16: 15}
-"""torch's own numbers of dtypes, as schemas with `int? output_dtype` take them (c10::ScalarType)."""

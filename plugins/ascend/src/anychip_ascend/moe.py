@@ -7,6 +7,7 @@ npu_moe_token_unpermute in the torch_npu wheel; aclnnGroupedMatmulV5.md, which l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from anychip.plugin_api import FusedMoE, MoESpec, Platform, Routing
 from anychip_ascend.generations import Generation
 from anychip_ascend.graph import NpuGraphs
 from anychip_ascend.moe_choice import choose_gating, choose_moe
-from anychip_ascend.runtime import npu
+from anychip_ascend.runtime import TYPE_NUMBERS, npu
 
 _ONE_TENSOR, _ROWS_IN_GROUPS = 2, 0
 """split_item and group_type of npu_grouped_matmul: one matrix comes out, rows are what groups divide."""
@@ -36,7 +37,7 @@ def moe_kernel(spec: MoESpec, platform: Platform, generation: Generation, graphs
     """The kernel that moe_choice.py says."""
     choice = choose_moe(spec, generation)
     if choice.op == "npu_grouped_matmul":
-        return AscendMoE(spec, platform)
+        return AscendMoE(spec, platform) if spec.scheme is None else TokenQuantMoE(spec, platform)
     if choice.op == "widened":
         assert spec.scheme is not None and can_widen(spec.scheme)
         return WidenedMoE(spec, platform, lambda plain: moe_kernel(plain, platform, generation, graphs))
@@ -67,6 +68,20 @@ class StackedExperts:
     down: Tensor  # [num_experts, intermediate_size, hidden_size]
     gate_up_bias: Tensor | None  # [num_experts, 2 * intermediate_size]
     down_bias: Tensor | None
+
+
+def grouped_product(x: Tensor, weights: Tensor, counts: Tensor, **options: Any) -> Tensor:
+    """x [rows, in] times weights [num_experts, in, out], each expert its own rows."""
+    result: Tensor = npu.npu_grouped_matmul(
+        [x],
+        [weights],
+        group_list=counts,  # of one expert, how many rows it has is where it ends
+        split_item=_ONE_TENSOR,
+        group_type=_ROWS_IN_GROUPS,
+        group_list_type=_ENDS if len(weights) == 1 else _COUNTS,
+        **options,
+    )[0]
+    return result
 
 
 class AscendMoE(ReferenceMoE):
@@ -154,9 +169,8 @@ class AscendMoE(ReferenceMoE):
             row_idx_type=0,
         )
         counts = counts[:held]
-        hidden = self._product(sorted_x, packed.gate_up, packed.gate_up_bias, counts)
-        hidden = self._activated(hidden)
-        parts = self._product(hidden, packed.down, packed.down_bias, counts)
+        hidden = self._activated(self._product(sorted_x, packed, "gate_up", counts))
+        parts = self._product(hidden, packed, "down", counts)
         if expert_map is not None:
             # Rows that no group has are not written, and may hold anything: a weight of zero does not take NaN away.
             absent = torch.arange(len(parts), device=parts.device) >= counts.sum()
@@ -164,22 +178,70 @@ class AscendMoE(ReferenceMoE):
         result: Tensor = npu.npu_moe_token_unpermute(parts, places, weights.to(parts.dtype))
         return result
 
-    def _product(self, x: Tensor, weights: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-        """[rows, out]; `counts` [num_experts] int64 are rows by expert, in order."""
-        single = len(weights) == 1
-        result: Tensor = npu.npu_grouped_matmul(
-            [x],
-            [weights],
-            bias=None if bias is None else [bias],
-            group_list=counts,  # of one expert, how many rows it has is where it ends
-            split_item=_ONE_TENSOR,
-            group_type=_ROWS_IN_GROUPS,
-            group_list_type=_ENDS if single else _COUNTS,
-        )[0]
-        return result
+    def _product(self, x: Tensor, packed: StackedExperts, name: str, counts: Tensor) -> Tensor:
+        """[rows, out] by the experts' matrices of a name; `counts` [num_experts] int64 are rows by expert, in order."""
+        bias = getattr(packed, f"{name}_bias")
+        return grouped_product(x, getattr(packed, name), counts, bias=None if bias is None else [bias])
 
     def _activated(self, gate_up: Tensor) -> Tensor:
         if self.spec.activation != "silu":
             return functional.gated_activation(gate_up=gate_up, activation=self.spec.activation)
         result: Tensor = npu.npu_swiglu(gate_up, -1)
         return result
+
+
+@dataclass(slots=True)
+class QuantizedExperts(StackedExperts):
+    """Weights int8, and a scale for each of their columns."""
+
+    gate_up_scale: Tensor  # [num_experts, 2 * intermediate_size]
+    down_scale: Tensor  # [num_experts, hidden_size]
+
+
+class TokenQuantMoE(AscendMoE):
+    """int8 weights and activations: a row is rounded by a scale of its own before each product."""
+
+    name = "ascend npu_grouped_matmul (int8)"
+
+    def begin(self) -> QuantizedExperts:  # type: ignore[override]
+        s = self.spec
+        shapes = {"gate_up": (s.hidden_size, 2 * s.intermediate_size), "down": (s.intermediate_size, s.hidden_size)}
+        # Of a result in bfloat16 the op takes scales in bfloat16, of one in float16 in float32.
+        dtype = "bfloat16" if s.dtype == "bfloat16" else "float32"
+
+        def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+            return self.platform.empty((s.num_held, *shape), dtype, "weights")
+
+        arrays = {name: empty(shape, "int8") for name, shape in shapes.items()}
+        arrays |= {f"{name}_scale": empty(shape[1:], dtype) for name, shape in shapes.items()}
+        return QuantizedExperts(**arrays, gate_up_bias=None, down_bias=None)
+
+    def load(self, packed: QuantizedExperts, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:  # type: ignore[override]
+        name, _, kind = part.partition(".")
+        if kind != "scale":
+            super().load(packed, expert, part, tensor, row=row)
+            return
+        s = self.spec
+        scales = (packed.down_scale if name == "down" else packed.gate_up_scale)[expert]
+        rows = s.hidden_size if name == "down" else s.intermediate_size
+        first = s.intermediate_size if name == "up" else 0
+        scales[first : first + rows].copy_(tensor.view(-1).expand(rows))  # one for all rows, or one for each
+
+    def remap(self, packed: QuantizedExperts, expert_map: Tensor) -> QuantizedExperts:  # type: ignore[override]
+        held = (expert_map >= 0).nonzero().squeeze(-1)
+        local = held[expert_map[held].argsort()]
+        names = ("gate_up", "down", "gate_up_scale", "down_scale")
+        return QuantizedExperts(
+            **{name: getattr(packed, name)[local] for name in names}, gate_up_bias=None, down_bias=None
+        )
+
+    def _product(self, x: Tensor, packed: StackedExperts, name: str, counts: Tensor) -> Tensor:
+        values, scales = npu.npu_dynamic_quant(x)
+        return grouped_product(
+            values,
+            getattr(packed, name),
+            counts,
+            scale=[getattr(packed, f"{name}_scale")],
+            per_token_scale=[scales],
+            output_dtype=TYPE_NUMBERS[x.dtype],
+        )

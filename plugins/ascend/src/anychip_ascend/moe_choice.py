@@ -13,6 +13,7 @@ _MOST_EXPERTS = 1023
 
 _MOST_SIDE = 65535
 _MOST_TOP_K = 512
+_SCALES = ("channel", "tensor")
 _GATING_STEP, _LEAST_GROUP, _MOST_GATED = 32, 2, 2048
 """npu_moe_gating_top_k: groups of more than two experts, which filled up to 32s are 2048 at most."""
 
@@ -37,7 +38,11 @@ def choose_moe(spec: MoESpec, generation: Generation) -> MoEChoice:
         return MoEChoice("npu_grouped_matmul", "plain weights, one product for all experts")
     if spec.scheme.activations == "plain":
         return MoEChoice("widened", f"{spec.scheme.name} experts: dequantized once, as they are loaded")
-    return MoEChoice("reference", f"{spec.scheme.name} experts: activations are rounded, which is not written yet")
+    if spec.scheme.name != "int8-w8a8" or spec.scheme.activations != "token" or spec.scheme.scales not in _SCALES:
+        return MoEChoice("reference", f"{spec.scheme.name} experts: the op rounds to int8, by row and channel")
+    if spec.bias or spec.dtype == "float32":
+        return MoEChoice("reference", f"int8 experts of {spec.dtype}" + (" with a bias" if spec.bias else ""))
+    return MoEChoice("npu_grouped_matmul", "int8, a scale for each row and channel")
 
 
 def choose_gating(spec: MoESpec) -> Literal["softmax", "general", "reference"]:

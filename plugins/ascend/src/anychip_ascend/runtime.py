@@ -15,6 +15,9 @@ npu: Final[Any] = torch.ops.npu
 FORMAT_ND, FORMAT_NZ = 2, 29
 """Numbers of layouts: plain, and blocks of 16 rows by 32 bytes (FRACTAL_NZ), as the matrix units read them."""
 
+TYPE_NUMBERS = {torch.float16: 5, torch.bfloat16: 15}
+"""torch's own numbers of dtypes (c10::ScalarType), as schemas with `int? output_dtype` take them."""
+
 _ACL = "libascendcl.so"
 _OK = 0
 
