@@ -47,10 +47,17 @@ class HcclCommunicator(ProcessGroupCommunicator):
         spec = self.spec
         return DeviceFault(f"{spec.purpose}, rank {self.rank} of {spec.ranks}: {known}", kind=known.kind, fatal=True)
 
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Into one tensor: lists of tensors are flattened and filled up within the wheel, which no graph holds."""
+        x = x.contiguous()
+        gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        self._wait(self._group._allgather_base(gathered, x))
+        return torch.cat(gathered.unbind(), dim=dim)
+
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        parts = [part.contiguous() for part in x.chunk(self.size, dim=dim)]
+        parts = torch.stack(x.chunk(self.size, dim=dim))
         mine = torch.empty_like(parts[0])
-        self._wait(self._group.reduce_scatter([mine], [parts]))
+        self._wait(self._group._reduce_scatter_base(mine, parts))
         return mine
 
     def barrier(self) -> None:

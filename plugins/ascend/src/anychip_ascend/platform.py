@@ -82,7 +82,7 @@ class AscendPlatform(Platform):
         device_module().set_device(context.device_indexes[0])
         self.generation = self.find_generation()
         if self.generation.nz:
-            allow_internal_formats()
+            allow_internal_formats(False)
         budget = StreamBudget(self.streams_left, self.generation.streams, self.generation.most_graphs)
         level = _LEVELS[options.graphs] if self.generation.graphs else GraphLevel.NONE
         self._graphs = NpuGraphs(level, budget)

@@ -27,14 +27,19 @@ def device_module() -> Any:
     return torch.npu  # type: ignore[attr-defined]
 
 
-def allow_internal_formats() -> None:
-    """A runtime option of the vendor's: without it npu_format_cast leaves weights in the plain layout."""
-    device_module().config.allow_internal_format = True
+def allow_internal_formats(allowed: bool) -> None:
+    """A runtime option of the vendor's. With it the wheel takes some ops through its older operators, which no graph
+    holds; without it npu_format_cast leaves weights in the plain layout. So it is on while weights are cast."""
+    device_module().config.allow_internal_format = allowed
 
 
 def to_nz(weight: Tensor) -> Tensor:
     """The same numbers in FRACTAL_NZ. Shape and dtype stay; strides mean nothing any more."""
-    return npu.npu_format_cast(weight.contiguous(), FORMAT_NZ)
+    allow_internal_formats(True)
+    try:
+        return npu.npu_format_cast(weight.contiguous(), FORMAT_NZ)
+    finally:
+        allow_internal_formats(False)
 
 
 def to_nd(weight: Tensor) -> Tensor:
