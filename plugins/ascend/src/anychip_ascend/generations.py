@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anychip.types import DType
-
 FUSED_ATTENTION = "npu_fused_infer_attention_score"
 SCATTER_CACHE = "npu_scatter_pa_kv_cache"
 MOE_ROUTING = "npu_moe_init_routing_v2"
@@ -27,7 +25,7 @@ class Generation:
     name: str
     products: str
     chips: tuple[str, ...]
-    dtypes: tuple[DType, ...]
+    dtypes: tuple[str, ...]
     memory_gib: tuple[int, ...]
     """Of one device, as sold; the runtime says how much there is."""
     streams: int
@@ -44,7 +42,7 @@ class Generation:
     evidence: str
 
 
-_FLOATS: tuple[DType, ...] = ("float32", "float16", "bfloat16")
+_FLOATS: tuple[str, ...] = ("float32", "float16", "bfloat16")
 _ALL_THERE: dict[str, str] = {}
 _NEVER_RAN = "no device has run it; simulated"
 
