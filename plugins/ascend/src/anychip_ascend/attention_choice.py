@@ -21,6 +21,12 @@ MAX_GROUPED_DIM = 256
 DOCUMENTED_DIM = 128
 """Of the other way: queries, keys and values of bfloat16."""
 
+FUSED_LIMITS = (
+    "attention runs on the reference with soft caps, ALiBi or float32, and with windows, sinks or as many KV heads as "
+    f"query heads unless it is bfloat16 of head_dim {DOCUMENTED_DIM}"
+)
+"""In words, for doctor, which has no model to ask about."""
+
 MAX_GROUP = 64
 """Query heads to a key-value head."""
 

@@ -46,7 +46,7 @@ class AscendOptions(PluginOptions):
 
 
 def negotiate(config: EngineConfig, probe: ProbeResult) -> Decision:
-    """Steps as large as keep such a device busy. Quantized caches are refused here, before weights are read."""
+    """Steps as large as keep such a device busy; core's own limits are a host's."""
     return Decision(fill={"max_num_seqs": 256, "max_num_batched_tokens": 8192})
 
 

@@ -36,7 +36,7 @@ from anychip.plugin_api import (
 )
 from anychip_ascend.attention import FusedAttention, PlainAttention
 from anychip_ascend.attention_call import causal_mask
-from anychip_ascend.attention_choice import BLOCK_SIZE, AttentionChoice, choose_attention
+from anychip_ascend.attention_choice import BLOCK_SIZE, FUSED_LIMITS, AttentionChoice, choose_attention
 from anychip_ascend.communicator import HcclCommunicator
 from anychip_ascend.faults import explained
 from anychip_ascend.generations import Generation, generation_of, unknown_chip
@@ -198,6 +198,8 @@ class AscendPlatform(Platform):
     def notes(self) -> Sequence[str]:
         generation = self.generation
         lacking = [f"{generation.name} has no {op}, in its place: {rest}" for op, rest in generation.lacks.items()]
+        if not generation.lacks:
+            lacking = [FUSED_LIMITS]
         if self._graphs.level < GraphLevel.FULL:
             why = f"graphs={self._options.graphs}" if generation.graphs else f"{generation.name} captures none"
             instead = "between attention calls only" if self._graphs.level else "not at all: steps run eagerly"
