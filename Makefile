@@ -16,7 +16,13 @@ SIMULATED := fake-static fake-hostlen fake-spmd fake-mesh
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
-.PHONY: serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
+# torch_npu is tied to one version of torch, and nothing else of the project needs it.
+ASCEND := .venv-ascend
+ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
+# Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
+ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
+
+.PHONY: ascend-venv ascend-test ascend-conformance ascend-check serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -48,6 +54,20 @@ conformance: $(VENV)/dev.done  ## every profile on every device that runs here, 
 interpreted: $(VENV)/dev.done  ## the GPU plugins' kernels in Triton's interpreter: about half an hour
 	$(BIN)/anychip conformance --device triton-interpreter --profile core --deadline-scale 60 -n $(WORKERS) \
 	  --report conformance/scorecards/triton-interpreter
+
+ascend-venv: $(ASCEND)/done  ## torch_npu over the NPU simulator, in an environment of its own
+
+ascend-test: $(ASCEND)/done  ## tests of the ascend plugin, and of the simulator that they run on
+	$(ASCEND_ENV) OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest -n $(WORKERS) --dist worksteal plugins/ascend
+
+ascend-conformance: $(ASCEND)/done  ## every profile on the simulated NPU, and the count of checked calls
+	rm -rf $(ASCEND)/counts
+	$(ASCEND_ENV) NPU_SIMULATOR_COUNTS=$(CURDIR)/$(ASCEND)/counts $(ASCEND)/bin/anychip conformance --device ascend-simulated \
+	  --profile full --deadline-scale 10 -n $(WORKERS) --report conformance/scorecards/ascend-simulated; \
+	  verdict=$$?; $(ASCEND)/bin/python -m anychip_npu_simulator.tally $(ASCEND)/counts; exit $$verdict
+
+ascend-check:  ## what CI runs of these: minutes; skipped where the vendor's wheel cannot be had
+	$(PYTHON) tools/check_ascend.py $(ASCEND)
 
 matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
 	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
@@ -84,7 +104,7 @@ docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) site dist
+	rm -rf $(VENV) $(ASCEND) site dist
 
 # setuptools and wheel may be older than the packages need; the build backends bring their own.
 $(VENV)/bin/python:
@@ -96,6 +116,12 @@ $(VENV)/serve.done: $(VENV)/bin/python constraints.txt core/pyproject.toml plugi
 
 $(VENV)/dev.done: $(VENV)/serve.done requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt $(PACKAGES:%=-e %)
+	touch $@
+
+$(ASCEND)/done: constraints.txt $(ASCEND_PACKAGES:%=%/pyproject.toml)
+	$(PYTHON) -m venv $(ASCEND)
+	$(ASCEND)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 torch_npu==2.13.0 \
+	  pytest pytest-timeout pytest-xdist hypothesis transformers $(ASCEND_PACKAGES:%=-e %)
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/dev.done
