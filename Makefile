@@ -21,8 +21,15 @@ TPU := PJRT_DEVICE=CPU OMP_NUM_THREADS=1 XLA_FLAGS=--xla_backend_optimization_le
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
+# torch_npu is tied to one version of torch, and nothing else of the project needs it.
+ASCEND := .venv-ascend
+ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
+# Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
+ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
+
 .PHONY: serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak
-.PHONY: tpu-venv tpu-test tpu-equality tpu-conformance check-full bench docs clean wheels try-wheels bump
+.PHONY: tpu-venv tpu-test tpu-equality tpu-conformance ascend-venv ascend-test ascend-conformance vendor-checks
+.PHONY: check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -54,6 +61,20 @@ conformance: $(VENV)/dev.done  ## every profile on every device that runs here, 
 interpreted: $(VENV)/dev.done  ## the GPU plugins' kernels in Triton's interpreter: about half an hour
 	$(BIN)/anychip conformance --device triton-interpreter --profile core --deadline-scale 60 -n $(WORKERS) \
 	  --report conformance/scorecards/triton-interpreter
+
+ascend-venv: $(ASCEND)/done  ## torch_npu over the NPU simulator, in an environment of its own
+
+ascend-test: $(ASCEND)/done  ## tests of the ascend plugin, and of the simulator that they run on
+	$(ASCEND_ENV) OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not full" plugins/ascend
+
+ascend-conformance: $(ASCEND)/done  ## every profile on the simulated NPU, and the count of checked calls
+	rm -rf $(ASCEND)/counts
+	$(ASCEND_ENV) NPU_SIMULATOR_COUNTS=$(CURDIR)/$(ASCEND)/counts $(ASCEND)/bin/anychip conformance --device ascend-simulated \
+	  --profile full --deadline-scale 10 -n $(WORKERS) --report conformance/scorecards/ascend-simulated; \
+	  verdict=$$?; $(ASCEND)/bin/python -m anychip_npu_simulator.tally $(ASCEND)/counts; exit $$verdict
+
+vendor-checks:  ## tests of tpu and ascend on their vendors' runtimes; skipped where a wheel cannot be had
+	$(PYTHON) tools/check_vendors.py
 
 matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
 	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
@@ -87,7 +108,7 @@ soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothin
 every-test: $(VENV)/dev.done  ## those of `make test`, and the full products: hours
 	$(PYTEST) core/tests plugins conformance/tests
 
-check-full: lint every-test conformance interpreted try-wheels sanitize amx soak tpu-test tpu-equality tpu-conformance docs
+check-full: lint every-test conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py
@@ -107,7 +128,7 @@ docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(TPU_VENV) site dist
+	rm -rf $(VENV) $(TPU_VENV) $(ASCEND) site dist
 
 # setuptools and wheel may be older than the packages need; the build backends bring their own.
 $(VENV)/bin/python:
@@ -129,6 +150,12 @@ $(TPU_VENV)/dev.done: constraints.txt requirements-tpu.txt tools/stub_cuda_libra
 	grep -v '^torch==' constraints.txt > $(TPU_VENV)/constraints.txt
 	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(TPU_VENV)/constraints.txt -r requirements-tpu.txt
 	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e core -e plugins/tpu -e conformance
+	touch $@
+
+$(ASCEND)/done: constraints.txt $(ASCEND_PACKAGES:%=%/pyproject.toml)
+	$(PYTHON) -m venv $(ASCEND)
+	$(ASCEND)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 torch_npu==2.13.0 \
+	  pytest pytest-timeout pytest-xdist hypothesis transformers $(ASCEND_PACKAGES:%=-e %)
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/dev.done

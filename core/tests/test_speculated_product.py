@@ -40,7 +40,11 @@ from anychip_conformance.equality.workload import (
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "qwen3-moe", "gpt-oss")
 """Plain attention, windows, softcaps, sinks, experts."""
 
-PROPOSERS = ("ngram", "suffix", "auto", *HOSTILE)
+DRAFT_MODELS = ("itself", "another")
+"""The target's own checkpoint, and one of another family with the same tokenizer: nearly always right, and wrong."""
+TWO_PROGRAMS = ("cpu", "cpu-tp2", "fake-hostlen")
+"""Devices of the torch seam, which run a draft model."""
+PROPOSERS = ("ngram", "suffix", "auto", *HOSTILE, *DRAFT_MODELS)
 MAX_DRAFTS = 5
 ROUNDS = 2
 """The second finds the first one's prompts in the prefix cache, and its answers among what was said before."""
@@ -93,7 +97,8 @@ class DraftedCase:
 
 def drafted_product() -> list[DraftedCase]:
     cases = [case for case in full_product() if case.family in FAMILIES]
-    return [DraftedCase(case, proposer) for case in cases for proposer in PROPOSERS]
+    drafted = [DraftedCase(case, proposer) for case in cases for proposer in PROPOSERS]
+    return [each for each in drafted if each.proposer not in DRAFT_MODELS or each.case.device in TWO_PROGRAMS]
 
 
 def drafted_pairs(drafted: DraftedCase) -> set[Any]:
@@ -146,6 +151,15 @@ class Workplace:
             write_byte_tokenizer(folder)
         return folder
 
+    def speculate(self, drafted: DraftedCase) -> str:
+        """The setting."""
+        family = drafted.case.family
+        if drafted.proposer not in DRAFT_MODELS:
+            return drafted.proposer
+        if drafted.proposer == "another":
+            family = "qwen3" if family == "llama" else "llama"
+        return f"draft:{self.checkpoint(family)}"
+
     def without(self, family: str, device: str) -> list[list[RequestOutput]]:
         key = (family, device)
         if key not in self._said:
@@ -172,7 +186,7 @@ def check(drafted: DraftedCase, workplace: Workplace) -> SpeculationStats:
     case = drafted.case
     expected = workplace.without(case.family, case.device)
     Answers.texts = [[*output.prompt_token_ids, *one.token_ids] for output in expected[0] for one in output.outputs]
-    settings = {"skip_tokenizer": False, "speculate": drafted.proposer, "max_drafts": MAX_DRAFTS}
+    settings = {"skip_tokenizer": False, "speculate": workplace.speculate(drafted), "max_drafts": MAX_DRAFTS}
     with open_llm(case, workplace.checkpoint(case.family), **settings) as llm:
         compiled = num_compilations(llm)
         scheduler = llm.engine.scheduler
@@ -184,8 +198,10 @@ def check(drafted: DraftedCase, workplace: Workplace) -> SpeculationStats:
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
         assert (scheduler.num_preemptions > 0) >= case.preemption, "the case was to force preemption"
         stats = scheduler.stats.speculation
-    # The engine may have given up on the late one before a draft had room.
-    assert stats.drafted > 0 or drafted.proposer == "late", "nothing was drafted"
+    # The engine may have given up on the late one before a draft had room; and in steps of seven tokens sixteen rows
+    # leave a draft model none to catch up with.
+    may_be_none = drafted.proposer == "late" or (drafted.proposer in DRAFT_MODELS and case.budget < len(prompts()))
+    assert stats.drafted > 0 or may_be_none, "nothing was drafted"
     assert (stats.failures > 0) == (drafted.proposer in MISBEHAVING), stats
     return stats
 
@@ -196,7 +212,7 @@ def test_every_request_gets_the_tokens_that_it_gets_without_drafts(drafted, work
     check(drafted, workplace)
 
 
-@pytest.mark.parametrize("proposer", ["right", "raising"])
+@pytest.mark.parametrize("proposer", ["right", "raising", "another"])
 def test_requests_of_every_kind_get_the_tokens_that_they_get_without_drafts(proposer, workplace):
     case = Case("llama", budget=64, prefix_caching=True, preemption=True, overlap=True, device="cpu")
     check(DraftedCase(case, proposer), workplace)

@@ -16,6 +16,11 @@ from anychip.types import DTYPES, QUICKSTART
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
 """Limits of a step where nobody gives any: what a host's cores are busy with for long enough."""
 
+_MOST_DRAFTS = 64
+"""Behind one sequence in one step: longer runs are hardly ever drawn, and each row's logits are set aside for them."""
+
+_DRAFT = "draft:"
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine runs and how. Sizes are in tokens, sequences or bytes; None means that anychip chooses.
@@ -50,7 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tensor_parallel_size: int = 1
     executor: Literal["auto", "inline", "multiprocess"] = "auto"
     speculate: str | None = None
-    """What drafts tokens: ngram, suffix, auto or a plugin's; None: nothing does."""
+    """What drafts tokens: ngram, suffix, auto, draft:MODEL or a plugin's; None: nothing does."""
     max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
     pooling: bool = False
@@ -84,6 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; expected {least} or more")
+        if self.max_drafts > _MOST_DRAFTS:
+            raise ConfigError(f"max_drafts is {self.max_drafts}; expected {_MOST_DRAFTS} or less")
         if self.max_embeddings < 0:
             raise ConfigError(f"max_embeddings is {self.max_embeddings}; expected 0 or more")
         for name in ("timeout_s", "start_timeout_s", "step_timeout_s"):
@@ -116,6 +123,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def resolved_max_num_batched_tokens(self) -> int:
         """Tokens that a step may compute: max_num_batched_tokens, or the default for a host if nobody sets it."""
         return self.max_num_batched_tokens or _HOST_TOKENS
+
+    @property
+    def draft_model(self) -> str | None:
+        """The model that drafts, where one does: folder, repository or the embedded one."""
+        return self.speculate.removeprefix(_DRAFT) if self.speculate and self.speculate.startswith(_DRAFT) else None
 
     @property
     def max_in_flight(self) -> int:

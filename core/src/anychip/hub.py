@@ -20,6 +20,9 @@ _QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What can be a repository of the hub."""
 
+_FROM_MODELS = ("draft", "eagle")
+"""Kinds of proposers that are read from a folder: --speculate KIND:MODEL."""
+
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py", "*.txt")
 """What a checkpoint is made of; pickles are left where they are."""
 _NOT = ("*/*.safetensors", "consolidated*.safetensors")
@@ -30,7 +33,21 @@ def located(config: EngineConfig) -> EngineConfig:
     """The configuration with folders in place of names, found once and for every process."""
     model = str(resolve_folder(config.model, config.revision)) if config.model != QUICKSTART else config.model
     tokenizer = str(resolve_folder(config.tokenizer)) if config.tokenizer is not None else None
-    return msgspec.structs.replace(config, model=model, tokenizer=tokenizer, served_model_name=config.public_name)
+    return msgspec.structs.replace(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        speculate=_located_source(config.speculate),
+        served_model_name=config.public_name,
+    )
+
+
+def _located_source(speculate: str | None) -> str | None:
+    """--speculate with the folder of the model that it names, where it names one."""
+    kind, _, source = (speculate or "").partition(":")
+    if kind not in _FROM_MODELS or source in ("", QUICKSTART):
+        return speculate
+    return f"{kind}:{resolve_folder(source)}"
 
 
 def resolve_folder(model: str, revision: str | None = None) -> Path:

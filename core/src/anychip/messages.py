@@ -235,6 +235,8 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the device declares, as text."""
     step_costs: tuple[tuple[int, float], ...] = ()
     """(tokens, seconds) of steps by growing tokens, measured where drafts are wanted."""
+    draft_costs: tuple[tuple[int, float], ...] = ()
+    """The same of the draft model's passes; (): there is no draft model."""
 
 
 class WorkerProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -312,6 +314,8 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     behind its last known one, and `drafts` has their ids, row after row. Such a row samples behind each of them too.
     `rewinds` are int32 bytes [k, 2]: a slot, and how many of its tokens are computed after all, because what it
     computed beyond was drafted and not drawn; it is told before the slot's next step.
+    `num_proposed` int32 bytes [num_rows] (b"": nothing) says how many tokens the workers' draft model is to draft
+    behind what the row draws; the row has blocks for them.
     Order of effects: finished, new rows, rewinds, new blocks, copies, zeros, forward.
     """
 
@@ -326,6 +330,7 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     num_drafts: bytes = b""
     drafts: bytes = b""
     rewinds: bytes = b""
+    num_proposed: bytes = b""
 
 
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -352,6 +357,8 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
     vectors: dict[int, bytes] = {}
     """By position among the decision's rows: float32 [hidden_size], of rows whose prompt was computed and that ask for
     a vector. Such rows sample nothing."""
+    proposed: bytes = b""
+    """What the draft model drafted: int32 [sum of num_proposed]; -1 where it has not caught up with a row."""
 
 
 ToEngine = AddRequest | Abort | Shutdown

@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 from engine_kit import VOCAB_SIZE, make_core, make_scheduler
 
 from anychip.drafts import Draft
@@ -14,6 +15,7 @@ from anychip.engine.engine_core import EngineCore
 from anychip.messages import AddRequest, StepResult
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.step import ScheduledStep
+from anychip.speculation.draft_model import DraftModel
 from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
 
@@ -152,3 +154,62 @@ def run(core: EngineCore, messages: list[AddRequest], each=lambda: None) -> dict
 def message(name: str, prompt: list[int], max_output: int, n: int = 1, stops=(STOP,), **more) -> AddRequest:
     sampling, ids = SamplingParams(max_tokens=max_output, n=n), array("i", prompt).tobytes()
     return AddRequest(name, ids, sampling, max_output, stops, **more)
+
+
+class ModelDevice(Device):
+    """Its draft model guesses right with the probability `right`, and has not caught up with some rows."""
+
+    def __init__(self, core: EngineCore, rng: random.Random, right: float, caught_up: float = 0.9) -> None:
+        super().__init__(core)
+        self.rng, self.right, self.caught_up = rng, right, caught_up
+        self.num_proposed = 0
+
+    def _write(self, step: ScheduledStep) -> None:
+        super()._write(step)
+        size = self.core.scheduler.kv.groups[0].block_size
+        for request, _, count in step.proposing:  # the last guess is no input of a pass
+            tokens = request.num_computed + count
+            assert len(request.block_ids[0]) * size >= tokens, "a guess has no block"
+            assert tokens < request.num_prompt + request.max_output, "a guess that nobody can draw"
+
+    def _collect(self) -> StepResult:
+        step = self.pending[0]
+        result = super()._collect()
+        ends = dict(zip(map(id, step.sampling), self._texts(step, result), strict=True))
+        proposed = []
+        for request, _, count in step.proposing:
+            text = list(ends[id(request)])
+            for _ in range(count):
+                is_right = self.rng.random() < self.right
+                text.append(drawn_after(text, request.index) if is_right else self.rng.randrange(2, 13))
+            lacks = self.rng.random() > self.caught_up
+            proposed += [-1] * count if lacks else text[-count:]
+        self.num_proposed += len(proposed)
+        return msgspec.structs.replace(result, proposed=array("i", proposed).tobytes())
+
+    def _texts(self, step: ScheduledStep, result: StepResult) -> list[list[int]]:
+        """The sampling rows' texts behind a step."""
+        gained = memoryview(result.num_gained).cast("i").tolist() or [1] * len(step.sampling)
+        ids, texts = memoryview(result.token_ids).cast("i").tolist(), []
+        for request, count in zip(step.sampling, gained, strict=True):
+            texts.append([*request.token_ids, *ids[:count]])
+            del ids[:count]
+        return texts
+
+
+def drafting_engine(
+    rng: random.Random,
+    right: float,
+    *,
+    max_drafts: int = 4,
+    max_in_flight: int = 1,
+    costs=None,
+    draft_costs=None,
+    **more,
+) -> tuple[EngineCore, ModelDevice]:
+    """An engine whose workers have a draft model."""
+    speculator = speculating(
+        DraftModel(), max_drafts=max_drafts, costs=costs, draft_costs=draft_costs, drafts_in_workers=True
+    )
+    core = make_core(make_scheduler(speculator=speculator, **more), max_in_flight=max_in_flight)
+    return core, ModelDevice(core, rng, right)

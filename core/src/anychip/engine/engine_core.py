@@ -137,7 +137,9 @@ class EngineCore:
         drafting = self.scheduler.drafting
         if drafting is None or not self.in_flight:
             return False
-        return any(step.drafted is not None for step in self.in_flight) or drafting.waits(self.scheduler.running)
+        if any(step.drafted is not None or step.proposing for step in self.in_flight):
+            return True
+        return drafting.waits(self.scheduler.running)
 
     def _give_up(self, step: ScheduledStep, fault: DeviceFault) -> None:
         """Fails a step's requests, where the device can go on."""

@@ -19,6 +19,7 @@ from anychip.executor.progress import Progress
 from anychip.executor.protocol import Executor, StepWorker
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.child import Child
+from anychip.launch.draft_model import check_speculation
 from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, rope_parameters
@@ -44,6 +45,7 @@ def build_engine(
     """`folder` is private to this engine and holds its sockets; `progress` is told how start and steps get on. Raises
     UserError for what the user can mend."""
     check_length(config, model)
+    check_speculation(config, model, lambda: load_tokenizer(config, model))
     progress = progress or progress_of(config)
     policy = make_policy(config.policy, plugins.policies)
     proposer = None if config.speculate is None else make_proposer(config.speculate, plugins.proposers)
@@ -88,8 +90,15 @@ def build_engine(
 
 
 def _speculator(config: EngineConfig, model: ModelConfig, proposer: Proposer, ready: WorkerReady) -> Speculator:
-    costs = StepCosts(ready.step_costs) if ready.step_costs else None
-    return Speculator(proposer, max_drafts=config.max_drafts, vocab_size=model.vocab_size, costs=costs)
+    costs, passes = (StepCosts(each) if each else None for each in (ready.step_costs, ready.draft_costs))
+    return Speculator(
+        proposer,
+        max_drafts=config.max_drafts,
+        vocab_size=model.vocab_size,
+        costs=costs,
+        draft_costs=passes,
+        drafts_in_workers=config.draft_model is not None,
+    )
 
 
 def progress_of(config: EngineConfig) -> Progress:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from anychip.config import EngineConfig
 from anychip.hub import located
-from anychip.launch.build import check_length, fill_unset, resolve_max_model_len, worker_spec
+from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len, worker_spec
+from anychip.launch.draft_model import check_speculation
 from anychip.launch.kv_fit import check_fits
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
@@ -37,6 +38,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     config = located(config)
     model = load_model_config(config.model)
     check_length(config, model)
+    check_speculation(config, model, lambda: load_tokenizer(config, model))
     chosen = choose_device(config, load_plugins())
     config = fill_unset(config, chosen.decision)
     worker: WorkerReady = import_module(PLANNER).plan_worker(worker_spec(config, chosen, Path("."), rank=0))

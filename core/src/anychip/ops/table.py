@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,13 +34,14 @@ class OpTable:
 
 def resolve_platform_ops(platform: Platform, *, require_native: bool = False) -> OpTable:
     """The ops of an opened platform."""
-    return resolve_ops(
+    table = resolve_ops(
         platform.name,
         platform.ops(),
         require_native=require_native,
         compiler=platform.compiler(),
         compiled_steps=platform.context.manifest.seam == "step",
     )
+    return replace(table, notes=(*table.notes, *platform.notes))
 
 
 def resolve_ops(

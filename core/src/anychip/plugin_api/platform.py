@@ -219,6 +219,11 @@ class Platform:
 
     # -- life ---------------------------------------------------------------------------------------------
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the device lacks, and what serves instead: doctor shows it beside the ops."""
+        return ()
+
     def profiler(self) -> contextlib.AbstractContextManager[DeviceProfile]:
         """Collects what this process's devices do within the context. The default sees nothing."""
         return contextlib.nullcontext(DeviceProfile())

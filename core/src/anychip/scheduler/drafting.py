@@ -10,6 +10,7 @@ import numpy as np
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import SpeculationStats
 from anychip.request import Request
+from anychip.scheduler.proposing import Proposing
 from anychip.scheduler.step import ScheduledStep, StepDraft
 from anychip.speculation.speculator import Speculator
 from anychip.types import Slot
@@ -22,6 +23,7 @@ class Drafting:
         self._kv = kv
         self._speculator = speculator
         self._rewinds: dict[Slot, int] = {}  # by slot: tokens that are computed after all
+        self.proposing = Proposing(kv, speculator) if speculator.drafts_in_workers else None
         self.arrived = speculator.begin
         self.ended = speculator.end
 
@@ -38,6 +40,12 @@ class Drafting:
     def add_to(self, draft: StepDraft, running: Sequence[Request]) -> None:
         """Called when every row has its place."""
         self._speculator.take_in(running)
+        self._add_known(draft)
+        if self.proposing is not None:
+            self.proposing.ask(draft)
+
+    def _add_known(self, draft: StepDraft) -> None:
+        """The drafts that are there."""
         rows: list[int] = []
         requests: list[Request] = []
         most: list[int] = []
@@ -65,6 +73,10 @@ class Drafting:
             if length and request.num_computed + length >= request.next_change_at and not allocate(request, 1 + length):
                 wanted[at] = 0
         return np.array(wanted)
+
+    def give_back(self, running: Sequence[Request]) -> bool:
+        """Blocks that are held for guesses alone; whether any is free now."""
+        return self.proposing is not None and self.proposing.give_back(running)
 
     def waits(self, running: Sequence[Request]) -> bool:
         """Whether the next step is worth more once the step in flight is taken in."""

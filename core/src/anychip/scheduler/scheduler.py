@@ -194,6 +194,8 @@ class Scheduler:
         """Blocks for a running request's next tokens, taken where needed from who runs last and has no place in the
         step yet."""
         while not self.kv.allocate(request, num_tokens):
+            if self.drafting is not None and self.drafting.give_back(self.running):
+                continue
             draft.is_short = True
             # Blocks that steps in flight still touch return soon: waiting beats recomputing.
             if self.kv.num_deferred:
@@ -287,6 +289,8 @@ class Scheduler:
                 self._end(request, reason)
         if drafting is not None:
             drafting.taken_in(step, num_gained or [1] * len(step.sampling))
+        if result.proposed and self.drafting is not None and self.drafting.proposing is not None:
+            self.drafting.proposing.take(step, result)
         return deltas
 
     def _take_vectors(self, step: ScheduledStep, result: StepResult) -> list[SequenceDelta]:

@@ -40,6 +40,9 @@ class ScheduledStep:
     """By position among the decision's rows: the request whose prompt the step scores, and its epoch at launch."""
     pooled: dict[int, tuple[Request, int]] = field(default_factory=dict)
     """The same of requests that the step brings their vectors."""
+    proposing: Sequence[tuple[Request, int, int]] = ()
+    """The requests that the workers' draft model drafts for behind this step, in the order of the decision's rows:
+    with its epoch at launch, and how many tokens."""
     decision: StepDecision = field(init=False)
 
     @property
@@ -54,7 +57,7 @@ class ScheduledStep:
 class StepDraft:
     """A step while the scheduler fills it. `is_short`: a running request found no blocks, so no other may enter."""
 
-    __slots__ = ("counts", "drafted", "is_short", "new_rows", "num_drafts", "room", "rows")
+    __slots__ = ("counts", "drafted", "is_short", "new_rows", "num_drafts", "num_proposed", "room", "rows")
 
     def __init__(self, room: StepRoom) -> None:
         self.room = room
@@ -63,6 +66,7 @@ class StepDraft:
         self.new_rows: list[NewRow] = []
         self.num_drafts: list[int] = []  # by row; []: the step has none
         self.drafted: Drafted | None = None
+        self.num_proposed: list[int] = []  # by row; []: the draft model drafts nothing
         self.is_short = False
 
     def place_ones(self) -> None:
@@ -112,6 +116,10 @@ class StepDraft:
         promised."""
         rows, counts, drafted, num_drafts = self.rows, self.counts, self.drafted, self.num_drafts
         step = ScheduledStep(rows, drafted=drafted)
+        if self.num_proposed:
+            step.proposing = [
+                (request, request.epoch, count) for request, count in zip(rows, self.num_proposed, strict=True) if count
+            ]
         for row, (request, count) in enumerate(zip(rows, counts, strict=True)):
             if request.sampling.prompt_logprobs is not None and request.scores_prompt:
                 step.scoring[row] = (request, request.epoch)
@@ -143,6 +151,7 @@ class StepDraft:
             num_drafts=array("i", num_drafts).tobytes(),
             drafts=b"" if drafted is None else drafted.token_ids.tobytes(),
             rewinds=rewinds,
+            num_proposed=array("i", self.num_proposed).tobytes() if self.num_proposed else b"",
         )
         return step
 

@@ -119,6 +119,23 @@ def newer_rates(own: np.ndarray, num_drafts: np.ndarray, num_drawn: np.ndarray) 
     return newer
 
 
+def choose_depth(
+    chances: np.ndarray, most: np.ndarray, *, num_rows: int, costs: StepCosts, draft_costs: StepCosts, overhead_s: float
+) -> tuple[int, float]:
+    """How many tokens a draft model is to draft behind every candidate, and the tokens a second that come of it: by a
+    step of `num_rows` rows that verifies them all, and one pass of the draft model for each. A candidate takes at most
+    `most` [num_sequences]; `chances` as Acceptance gives them. 0 where that beats no step without drafts."""
+    passes = (most > np.arange(chances.shape[1])[:, None]).sum(axis=1)  # by place: candidates that have a token there
+    tokens = num_rows + np.cumsum(passes)
+    seconds = np.array([costs(size) for size in tokens.tolist()]) + overhead_s
+    seconds += np.cumsum([draft_costs(rows) for rows in passes.tolist()])
+    rates = (num_rows + np.cumsum(chances.sum(axis=0))) / seconds
+    best_rate = num_rows / costs(num_rows)
+    if len(rates) and rates.max() > best_rate:
+        return int(rates.argmax()) + 1, float(rates.max())
+    return 0, best_rate
+
+
 def choose_lengths(
     chances: np.ndarray, *, num_rows: int, num_tokens: int, costs: StepCosts, overhead_s: float
 ) -> tuple[np.ndarray, float]:

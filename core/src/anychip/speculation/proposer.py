@@ -26,11 +26,14 @@ PROPOSERS = {
     "ngram": "anychip.speculation.text_index:PromptLookup",
     "suffix": "anychip.speculation.text_index:SuffixLookup",
     "auto": "anychip.speculation.text_index:SuffixLookup",
+    "draft:MODEL": "anychip.speculation.draft_model:DraftModel",
 }
 
 
 def make_proposer(name: str, contributed: Mapping[str, str]) -> Proposer:
     """`contributed` maps names to the dotted classes that plugins bring. Raises ConfigError for others."""
     unknown = f"--speculate {name}: no such proposer"
-    proposer: Proposer = made_by_name(name, PROPOSERS, contributed, unknown=unknown)
+    kind, _, source = name.partition(":")
+    known = f"{kind}:MODEL" if source else name
+    proposer: Proposer = made_by_name(known, PROPOSERS, contributed, unknown=unknown)
     return proposer

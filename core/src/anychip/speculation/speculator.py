@@ -15,8 +15,9 @@ from anychip.drafts import Drafted, Drafts, Speculation
 from anychip.messages import SpeculationStats
 from anychip.request import Request
 from anychip.speculation.asking import SURE, Asking
+from anychip.speculation.draft_model import EVIDENCE
 from anychip.speculation.guard import Guard
-from anychip.speculation.lengths import Acceptance, StepCosts, choose_lengths, newer_rates
+from anychip.speculation.lengths import Acceptance, StepCosts, choose_depth, choose_lengths, newer_rates
 from anychip.speculation.proposer import Proposer
 
 _FORGET_EVERY = 1024
@@ -27,7 +28,8 @@ _WORTH = 1.03
 
 
 class Speculator:
-    """`costs` None: nobody has measured steps, and every draft is tried. `clock` gives seconds."""
+    """`costs` None: nobody has measured steps, and every draft is tried. `draft_costs` are those of a pass of the draft
+    model, by rows; without one, `drafts_in_workers` is False. `clock` gives seconds."""
 
     def __init__(
         self,
@@ -36,6 +38,8 @@ class Speculator:
         max_drafts: int,
         vocab_size: int,
         costs: StepCosts | None,
+        draft_costs: StepCosts | None = None,
+        drafts_in_workers: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.max_drafts = max_drafts
@@ -44,6 +48,8 @@ class Speculator:
         self._guard = Guard(clock)
         self._asking = Asking(self._guard, vocab_size=vocab_size, max_drafts=max_drafts)
         self.costs = costs
+        self.drafts_in_workers = drafts_in_workers
+        self._draft_costs = draft_costs
         self._clock = clock
         self._num_sequences = 0
         self._overhead_s = 0.0
@@ -141,6 +147,27 @@ class Speculator:
             chances, num_rows=num_rows, num_tokens=num_rows, costs=self.costs, overhead_s=self._overhead_s
         )
         return rate > _WORTH * num_rows / self.costs(num_rows)
+
+    def depth(self, requests: Sequence[Request], most: Sequence[int], *, num_rows: int) -> int:
+        """How many tokens the draft model is to draft behind the requests, at most so many behind each, for the step
+        after the one that is being made, which has `num_rows` rows."""
+        longest = np.minimum(np.array(most), self.max_drafts)
+        if self.costs is None or self._draft_costs is None:
+            return self.max_drafts
+        own = np.array([np.nan if each.speculation is None else each.speculation.rate for each in requests])
+        chances = self.acceptance.chances(np.full(len(requests), EVIDENCE), longest, own)
+        depth, rate = choose_depth(
+            chances,
+            longest,
+            num_rows=num_rows,
+            costs=self.costs,
+            draft_costs=self._draft_costs,
+            overhead_s=self._overhead_s,
+        )
+        if rate < _WORTH * num_rows / self.costs(num_rows):
+            return 0
+        self._saved_s -= sum(self._draft_costs(int((longest > place).sum())) for place in range(depth))
+        return depth
 
     def _chances(self, requests: Sequence[Request], drafts: Drafts, lengths: np.ndarray) -> np.ndarray:
         """By request and token, as Acceptance has them."""

@@ -178,6 +178,27 @@ class InputBatch:
             biases=np.fromiter(row.logit_bias.values(), dtype=np.float32, count=len(row.logit_bias)),
         )
 
+    def learn(self, slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> None:
+        """Tokens that another model drew, a slot's in order: they are known from now on, and nothing behind them."""
+        self._tokens[slots, positions] = ids
+        self._num_host[slots] = self._num_known[slots] = positions + 1
+
+    def stand_at(self, slots: np.ndarray, num_computed: np.ndarray) -> None:
+        """The slots' next tokens are those behind so many, whatever was computed before; nothing that was drawn behind
+        the known ones counts."""
+        self._num_computed[slots] = num_computed
+        self._num_known[slots] = self._num_host[slots]
+
+    def num_known(self, slots: np.ndarray) -> np.ndarray:
+        """Tokens that the host has. [slots]"""
+        known: np.ndarray = self._num_host[slots]
+        return known
+
+    def ids_at(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """What the host has there."""
+        ids: np.ndarray = self._tokens[slots, positions]
+        return ids
+
     # -- a step's inputs ----------------------------------------------------------------------------------
 
     def step_inputs(self, rows: StepRows) -> StepInputs:

@@ -81,13 +81,13 @@ def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *,
             return 1
         # More than every slot filled to the model's length can hold is never used.
         useful = 1 + config.resolved_max_num_seqs * sum(cdiv(limits.max_model_len, size) for size in kv.block_sizes)
-        count = min((nbytes - states) // kv.block_bytes, useful)
+        count = min((nbytes - states) // prepared.block_bytes, useful)
     max_slots = prepared.platform.capabilities.max_slots
     if max_slots is not None:
         count = min(count, max_slots // max(kv.block_sizes))
     if count < 2:
         raise KVCacheTooSmall(
-            f"a KV block takes {kv.block_bytes} bytes and fewer than 2 fit; raise --kv-cache-bytes or "
+            f"a KV block takes {prepared.block_bytes} bytes and fewer than 2 fit; raise --kv-cache-bytes or "
             "--memory-fraction, or free memory on the device"
         )
     return count
@@ -116,7 +116,7 @@ def memory_plan(
         weights=weights,
         activations=activations.nbytes + prepared.kept_bytes,
         graphs=graphs,
-        kv_cache=num_blocks * kv.block_bytes + prepared.num_states * kv.state_bytes,
+        kv_cache=num_blocks * prepared.block_bytes + prepared.num_states * kv.state_bytes,
         num_blocks=num_blocks,
         kv_tokens=(num_blocks - 1) * min(kv.block_sizes, default=0) // max(1, len(kv.block_sizes)),
         max_concurrency=(num_blocks - 1) / pages if pages else slots,

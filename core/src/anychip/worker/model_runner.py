@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class ModelRunner:
         assert self._launched is None, "a step was launched and not sampled"
         rows = self.batch.apply(decision)
         if decision.copies or decision.zeros:
-            self._state = self.program.edit(self._state, decision.copies, decision.zeros)
+            self.edit(decision.copies, decision.zeros)
         if rows.entering:
             self._state = self.program.enter(self._state, rows.entering)
         if rows.embeddings:
@@ -48,6 +48,10 @@ class ModelRunner:
             self.read_taps(inputs, self.program.taps(hidden))
         self.batch.ring.used()
         self._launched = (rows, inputs, hidden)
+
+    def edit(self, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> None:
+        """StepProgram.edit."""
+        self._state = self.program.edit(self._state, copies, zeros)
 
     def sample(self, late: LateInputs) -> RunnerResult:
         """Starts the sampling of the launched step."""
@@ -62,6 +66,16 @@ class ModelRunner:
             (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
         ]
         return RunnerResult(rows, outputs, wanted, scored)
+
+
+class DrawnIds(NamedTuple):
+    """A step's rows, and what counts of what they drew, a row's tokens in order."""
+
+    row_slots: np.ndarray  # [num_rows]
+    row_ends: np.ndarray  # [num_rows] tokens that are computed, drafts among them
+    slots: np.ndarray  # [num_drawn]
+    positions: np.ndarray  # [num_drawn]
+    ids: np.ndarray  # [num_drawn]
 
 
 class RunnerResult:
@@ -99,6 +113,15 @@ class RunnerResult:
             num_gained.tobytes(),
             self._vectors(host),
         )
+
+    def drawn(self) -> DrawnIds:
+        """Waits for the step, and leaves it to be fetched."""
+        host, rows = self._outputs.fetch(), self._rows
+        kept = np.arange(len(rows.sample_rows)) if host.kept is None else np.flatnonzero(host.kept)
+        of = rows.sample_rows[kept]
+        ends = rows.starts + rows.counts
+        ids = np.asarray(host.token_ids, dtype=np.int32)[kept]
+        return DrawnIds(rows.slots, ends, rows.slots[of], ends[of] - rows.behind[kept], ids)
 
     def _logprobs(self, host: HostOutputs, kept: Sequence[int]) -> dict[int, TokenLogprobs]:
         """By place among the kept samples."""

@@ -27,6 +27,7 @@ from anychip.plugin_api import (
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
+from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.held import check_weights_fit, held_bytes
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
@@ -52,16 +53,16 @@ def plan_worker(spec: WorkerSpec) -> WorkerReady:
 def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerReady:
     ops = resolve_platform_ops(platform, require_native=spec.config.require_native)
 
-    def prepared_for(model: ModelConfig) -> Preparation:
-        return prepare(spec, model, platform, ops, plugins.models, plugins.quant_formats)
-
-    whole = prepared_for(load_model_config(spec.config.model))
+    contributed = (plugins.models, plugins.quant_formats)
+    whole = prepare_all(spec, load_model_config(spec.config.model), platform, ops, *contributed)
     mesh = whole.mesh(spec, AbsentRanks)
     weights = _weights(whole, mesh) * platform.device_mesh.size
+    if whole.draft is not None:  # its passes need less than the target's steps
+        weights += _weights(whole.draft, mesh)
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
     notes = [*ops.notes, *whole.notes]
     if platform.context.manifest.seam == "torch":
-        activations = _activations(prepared_for(_first_layers(whole)), mesh)
+        activations = _activations(prepare(spec, _first_layers(whole), platform, ops, *contributed), mesh)
     else:
         activations = PeakMemory(nbytes=0, exact=False)
         notes.append("activations are not counted: the step program says what it needs once it is built")

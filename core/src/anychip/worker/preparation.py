@@ -56,6 +56,10 @@ class Preparation:
     """Of graphs."""
     pieces: Sequence[int]
     """Numbers of tokens of steps that are captured in pieces."""
+    draft: Preparation | None = None
+    """The draft model's, which runs beside this one."""
+    lies_under: int | None = None
+    """Of a draft model: the target's group under whose blocks its cache lies."""
 
     def new_batch(self) -> InputBatch:
         capabilities = self.platform.capabilities
@@ -78,8 +82,14 @@ class Preparation:
         return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) if self.kv.states else 0
 
     @property
+    def block_bytes(self) -> int:
+        """Of one block of tokens, with what the draft model keeps under it."""
+        return self.kv.block_bytes + (0 if self.draft is None else self.draft.kv.block_bytes)
+
+    @property
     def kept_bytes(self) -> int:
-        """Of what a program's state holds beside the caches: what logits are edited by, and embeddings."""
+        """Of what a program's state holds beside the caches: what logits are edited by, and embeddings. A draft model's
+        holds none of it."""
         limits, model = self.limits, self.model
         embeddings = 4 * limits.max_embeddings * model.hidden_size
         return edit_state_bytes(limits.max_slots, model.vocab_size) + embeddings
@@ -88,7 +98,8 @@ class Preparation:
     def graph_bytes(self) -> int:
         """Bytes that the platform sets aside for graphs. With taps, pieces are captured twice."""
         pieces = [*self.pieces] * (2 if self.limits.taps else 1)
-        return self.platform.graph_capture().reserve(self.keys, pieces)
+        reserved = self.platform.graph_capture().reserve(self.keys, pieces)
+        return reserved if self.draft is None else reserved + self.draft.graph_bytes
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -101,7 +112,8 @@ class Preparation:
 
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
         """The mesh as a worker's rank sees it, over the collectives that `communicator` opens."""
-        widest = max(self.model.hidden_size, self.model.vocab_size)
+        draft = self.draft or self  # its layers send their sums the same ways
+        widest = max(self.model.hidden_size, self.model.vocab_size, draft.model.hidden_size)
         return Mesh(
             self.mesh_shape,
             spec.rank,
@@ -145,7 +157,7 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        keys=_affordable_graphs(platform, policy, limits),
+        keys=affordable_graphs(platform, policy, limits),
         pieces=policy.pieces(),
     )
 
@@ -191,7 +203,7 @@ def _checked_taps(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     return config.taps
 
 
-def _affordable_graphs(platform: Platform, policy: ShapePolicy, limits: StepLimits) -> list[ShapeKey]:
+def affordable_graphs(platform: Platform, policy: ShapePolicy, limits: StepLimits) -> list[ShapeKey]:
     """The policy's shapes, as far as graphs of them fit into their share of the free memory. Where there are taps, each
     shape has a graph with them and one without."""
     free = platform.memory(platform.context.device_indexes[0]).free

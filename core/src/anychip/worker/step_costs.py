@@ -15,10 +15,11 @@ _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REPEATS = 4
 
 
-def measure_steps(runner: ModelRunner, limits: StepLimits, kv: KVPlan, pool: int) -> tuple[tuple[int, float], ...]:
+def measure_steps(
+    runner: ModelRunner, limits: StepLimits, kv: KVPlan, pool: int, *, temperature: float
+) -> tuple[tuple[int, float], ...]:
     """(tokens, seconds) of steps whose rows have a token and as many drafts as they may, on a KV pool of so many
-    blocks. They draw by chance, which takes longer than greedy draws: drafts must pay in either case. Slots and blocks
-    that they use are left as those of requests that have ended."""
+    blocks. Slots and blocks that they use are left as those of requests that have ended."""
     width = 1 + limits.max_drafts
     decisions = {}
     for tokens in _SIZES:
@@ -27,7 +28,7 @@ def measure_steps(runner: ModelRunner, limits: StepLimits, kv: KVPlan, pool: int
         if not fits or blocks_taken([width] * len(rows), kv.block_sizes) >= pool:
             break
         decisions[tokens] = made_up_step(
-            rows, num_drafts=[row - 1 for row in rows], block_sizes=kv.block_sizes, temperature=1.0
+            rows, num_drafts=[row - 1 for row in rows], block_sizes=kv.block_sizes, temperature=temperature
         )
     # In turn: what disturbs the machine for a while disturbs one repeat of all sizes, and not all repeats of one.
     rounds = [[_timed(runner, decision) for decision in decisions.values()] for _ in range(1 + _REPEATS)]

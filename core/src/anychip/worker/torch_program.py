@@ -52,7 +52,8 @@ _SCORED_AT_ONCE = 128
 
 class TorchStepProgram(StepProgram):
     """`communicators` are those that the model's layers use: a capture must know them. `pieces` are the numbers of
-    tokens of steps that are captured in pieces."""
+    tokens of steps that are captured in pieces. Without `edits` no step has penalties or biases, and no state is kept
+    for them."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class TorchStepProgram(StepProgram):
         limits: StepLimits,
         communicators: Sequence[Communicator],
         pieces: Sequence[int] = (),
+        edits: bool = True,
     ) -> None:
         self.platform = platform
         self.model = model
@@ -77,7 +79,7 @@ class TorchStepProgram(StepProgram):
         self._steps = Captured(self._capture)
         self._pieces = Captured(self._capture_pieces)
         # Taken before anything is measured: what is left for the KV cache is without it.
-        self._edits = EditState.blank(limits.max_slots, model.vocab_size, self.device)
+        self._edits = EditState.blank(limits.max_slots, model.vocab_size if edits else 0, self.device)
         self._embeddings = blank_embeddings(limits, model.hidden_size, self.device)
         self._caches = LayerCaches(platform, model.attention, kv)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 
+import msgspec
+
 from anychip.config import WorkerSpec
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, StepResult, WorkerReady
@@ -14,6 +16,7 @@ from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
     Capabilities,
     CompileReport,
+    Mesh,
     PeakMemory,
     Platform,
     StepLimits,
@@ -21,12 +24,14 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import Plugins, load_plugins
+from anychip.worker.draft_preparation import prepare_all
+from anychip.worker.draft_runner import DraftRunner
 from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.open_platform import explained, open_for
-from anychip.worker.preparation import Preparation, prepare
+from anychip.worker.preparation import Preparation
 from anychip.worker.step_costs import measure_steps
 from anychip.worker.torch_program import TorchStepProgram
 
@@ -37,7 +42,10 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, got_on: Callable[[str], None] = lambda doing: None) -> None:
         self.spec = spec
+        self.drafter: DraftRunner | None = None
         self._got_on = got_on
+        self._launched: StepDecision | None = None
+        self._step_costs = self._draft_costs = tuple[tuple[int, float], ...]()
         config = spec.config
         model = load_model_config(config.model)
         plugins = load_plugins()
@@ -53,18 +61,23 @@ class Worker:
             raise
 
     def _start(self, model: ModelConfig, plugins: Plugins) -> None:
-        prepared = prepare(self.spec, model, self.platform, self.ops, plugins.models, plugins.quant_formats)
+        prepared = prepare_all(self.spec, model, self.platform, self.ops, plugins.models, plugins.quant_formats)
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
-        program = self._step_program(prepared)
+        program, drafting = self._step_program(prepared), None
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
             pending = prepared.kept_bytes
         else:
-            program = self._torch_program(prepared)
+            mesh = prepared.mesh(self.spec, self.platform.communicator)
+            program = self._torch_program(prepared, mesh)
             activations = measure_largest_step(prepared, program)
             pending = 0
+            if prepared.draft is not None:
+                drafting = self._torch_program(prepared.draft, mesh)
+                passes = measure_largest_step(prepared.draft, drafting)  # never while the target's step runs
+                activations = max(activations, passes, key=lambda peak: peak.nbytes)
         self.program = program
         self._got_on("the KV cache is sized")
         graphs = prepared.graph_bytes
@@ -73,10 +86,17 @@ class Worker:
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
-        self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks) if limits.max_drafts else ()
-        memory = memory_plan(prepared, blocks, weights=source.held_bytes, activations=activations, graphs=graphs)
+        if limits.max_drafts:
+            # Draws by chance take longer than greedy ones, and drafts must pay in either case.
+            self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
+        weights, notes = source.held_bytes, (*prepared.notes, str(source.progress))
+        if prepared.draft is not None and drafting is not None:
+            self._start_drafting(prepared.draft, drafting, blocks)
+            weights += prepared.draft.source.held_bytes
+            notes += (f"draft model {prepared.draft.source.progress}",)
+        memory = memory_plan(prepared, blocks, weights=weights, activations=activations, graphs=graphs)
         kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
-        self.ready = self._report(kv, memory, report, (*prepared.notes, str(source.progress)))
+        self.ready = self._report(kv, memory, report, notes)
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
@@ -117,6 +137,7 @@ class Worker:
             kernels=self._kernels(),
             capabilities=_declared(self.platform.capabilities),
             step_costs=self._step_costs,
+            draft_costs=self._draft_costs,
         )
 
     def _kernels(self) -> dict[str, str]:
@@ -133,8 +154,8 @@ class Worker:
             served["attention"] = f"{self.platform.name} ({', '.join(attention)})"
         return {name: f"{source}: no override" if source == "reference" else source for name, source in served.items()}
 
-    def _torch_program(self, prepared: Preparation) -> TorchStepProgram:
-        mesh = prepared.mesh(self.spec, self.platform.communicator)
+    def _torch_program(self, prepared: Preparation, mesh: Mesh) -> TorchStepProgram:
+        """Of the model, or of the draft model."""
         model = prepared.source.build(mesh)
         return TorchStepProgram(
             platform=self.platform,
@@ -144,17 +165,43 @@ class Worker:
             limits=prepared.limits,
             communicators=mesh.opened,
             pieces=prepared.pieces,
+            edits=prepared.lies_under is None,
+        )
+
+    def _start_drafting(self, prepared: Preparation, program: TorchStepProgram, num_blocks: int) -> None:
+        """The draft model's preparation and program, and the blocks of the pool that it shares."""
+        state = fresh_state(program, prepared.kv, num_blocks, 0)
+        self._got_on(f"{len(prepared.keys)} shapes of the draft model are prepared")
+        program.warm_up(prepared.keys)
+        runner = ModelRunner(program, prepared.new_batch(), state)
+        self._draft_costs = measure_steps(runner, prepared.limits, prepared.kv, num_blocks, temperature=0.0)
+        assert prepared.lies_under is not None, "a draft model lies under a group"
+        self.drafter = DraftRunner(
+            runner,
+            group=prepared.lies_under,
+            num_groups=len(prepared.kv.specs),
+            block_size=prepared.kv.block_sizes[0],
+            num_blocks=num_blocks,
+            limits=prepared.limits,
+            rules=self.platform.step_rules,
+            max_drafts=prepared.config.max_drafts,
+            max_positions=prepared.source.model.max_positions,
+            depth=prepared.config.max_in_flight,
         )
 
     # -- steps --------------------------------------------------------------------------------------------
 
     def launch(self, decision: StepDecision) -> None:
+        self._launched = decision
         with explained(self.platform):
             self.runner.launch(decision)
 
     def sample(self, late: LateInputs) -> WorkerResult:
         with explained(self.platform):
-            return WorkerResult(self.platform, self.runner.sample(late))
+            result = self.runner.sample(late)
+            if self.drafter is None or self._launched is None:
+                return WorkerResult(self.platform, result)
+            return WorkerResult(self.platform, result, self.drafter.sampled(self._launched, result))
 
     def close(self, reason: str) -> None:
         with explained(self.platform):
@@ -166,14 +213,16 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerResult:
-    """executor.PendingResult of a device: its errors come in anychip's words."""
+    """executor.PendingResult of a device: its errors come in anychip's words. `proposed` as StepResult has it."""
 
     platform: Platform
     result: RunnerResult
+    proposed: bytes = b""
 
     def fetch(self) -> StepResult:
         with explained(self.platform):
-            return self.result.fetch()
+            result = self.result.fetch()
+        return msgspec.structs.replace(result, proposed=self.proposed) if self.proposed else result
 
 
 def _declared(capabilities: Capabilities) -> dict[str, str]:

@@ -1,0 +1,78 @@
+"""Refuses what --speculate cannot run before any device is opened: models that do not go together, heads that nobody
+reads yet. Does not load weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from anychip.config import EngineConfig
+from anychip.errors import ConfigError
+from anychip.model_config import ModelConfig, load_model_config
+from anychip.tokenizer.tokenizer import Tokenizer
+
+_THERE_ARE = "there are ngram, suffix, auto and draft:MODEL"
+
+_HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""Keys of config.json with the number of layers that predict tokens beyond the next one."""
+
+
+def check_speculation(config: EngineConfig, model: ModelConfig, own_tokenizer: Callable[[], Tokenizer]) -> None:
+    """`own_tokenizer` loads the target's. Raises ConfigError, which names both sides of what does not fit, and
+    CheckpointError for a draft model whose files cannot be read."""
+    kind, _, source = (config.speculate or "").partition(":")
+    if kind == "mtp":
+        raise _no_such_heads(model)
+    if kind == "eagle":
+        raise _no_eagle(source, model)
+    if kind == "draft":
+        if not source:
+            raise ConfigError("--speculate draft names no model; give draft:MODEL, with a folder or a repository")
+        _check_draft(load_model_config(source), model, None if config.skip_tokenizer else own_tokenizer)
+
+
+def _check_draft(draft: ModelConfig, target: ModelConfig, own_tokenizer: Callable[[], Tokenizer] | None) -> None:
+    if draft.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"--speculate: the draft model {draft.folder} has a vocabulary of {draft.vocab_size} tokens, and the "
+            f"target {target.folder} has {target.vocab_size}; use a draft model of the same family"
+        )
+    if own_tokenizer is None or draft.folder == target.folder:
+        return
+    ours, theirs = (tokenizer.raw.get_vocab() for tokenizer in (own_tokenizer(), Tokenizer.load(draft.folder)))
+    if ours != theirs:
+        raise ConfigError(
+            f"--speculate: the tokenizer of the draft model {draft.folder} is another one than that of the target "
+            f"{target.folder}: {_difference(ours, theirs)}; use a draft model of the same family"
+        )
+
+
+def _difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """The first token that they do not share, in words."""
+    mine, other = ({id: text for text, id in vocabulary.items()} for vocabulary in (ours, theirs))
+    at = min(id for id in {*mine, *other} if mine.get(id) != other.get(id))
+    return f"token {at} is {mine.get(at, 'none')!r} in the target's and {other.get(at, 'none')!r} in the draft model's"
+
+
+def _no_such_heads(model: ModelConfig) -> ConfigError:
+    found = {key: model.get(key) for key in _HEADS if model.get(key)}
+    has = ", ".join(f"{key} {value}" for key, value in found.items())
+    if not has:
+        return ConfigError(
+            f"--speculate mtp needs a model with heads that predict several tokens; {model.architecture} of "
+            f"{model.folder} has {model.num_layers} layers and none of them ({', '.join(_HEADS)}); {_THERE_ARE}"
+        )
+    return ConfigError(
+        f"--speculate mtp is not implemented: {model.folder} has such heads ({has}), and nothing here reads them; "
+        f"{_THERE_ARE}"
+    )
+
+
+def _no_eagle(source: str, model: ModelConfig) -> ConfigError:
+    if source:
+        head = load_model_config(source)
+        if head.hidden_size != model.hidden_size:
+            return ConfigError(
+                f"--speculate eagle: the head {head.folder} is for hidden states of {head.hidden_size} elements, and "
+                f"the target {model.folder} has {model.hidden_size}"
+            )
+    return ConfigError(f"--speculate eagle:HEAD is not implemented; {_THERE_ARE}")
