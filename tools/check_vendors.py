@@ -43,7 +43,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[*_WHEELS, []], default=list(_WHEELS), metavar="NAME")
     parser.add_argument("--minutes", type=float, default=15, help="for each plugin's tests")
     arguments = parser.parse_args()
-    return 0 if all([check(name, arguments.minutes) for name in arguments.names]) else 1
+    passed = [check(name, arguments.minutes) for name in arguments.names]  # one that failed hides no other
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class HostRuntime:
 @contextmanager
 def on_the_host(folder: Path, **settings: object) -> Iterator[LLM]:
     """An LLM of device tpu over a HostRuntime."""
-    probed = ProbeResult(devices=(DeviceInfo(index=0, name="host", backing="cpu_runtime"),))
+    device = DeviceInfo(index=0, name="host", backing="cpu_runtime")
+    probed = ProbeResult(devices=(device,), versions={"torch": "2.9.0", "torch_xla": "2.9.0"})
     with (
         patch("anychip_tpu.probe.probe", lambda: probed),
         patch("anychip_tpu.platform.open_runtime", lambda options, context: HostRuntime()),

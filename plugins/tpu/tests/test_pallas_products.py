@@ -28,7 +28,7 @@ def drawn(*shape: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
 
 def run(fn, *args) -> np.ndarray:
     out = compiled(partial(fn, interpret=INTERPRETED), *args)(*args)
-    assert not race_found()
+    assert not race_found(out)
     return np.asarray(out)
 
 
