@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# torch_xla needs a torch of its own, so the TPU's plugin has an environment of its own.
+TPU_VENV := .venv-tpu
 PACKAGES := core plugins/cpu plugins/triton plugins/cuda plugins/rocm plugins/tpu plugins/ascend conformance
 MODEL ?= quickstart
 PORT ?= 8000
@@ -14,6 +16,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation known_bad suite oracle new_plugin diff_numerics fakes))
 SIMULATED := fake-static fake-hostlen fake-spmd fake-mesh
 
+# Programs of the CPU runtime run seconds and compile for minutes: LLVM need not optimize them. A program in many parts
+# takes as many mappings of memory, of which a process has 65,530.
+TPU := PJRT_DEVICE=CPU OMP_NUM_THREADS=1 \
+  XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" $(TPU_VENV)/bin
+
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
 
 # torch_npu is tied to one version of torch, and nothing else of the project needs it.
@@ -22,7 +29,9 @@ ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
 # Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
 ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
 
-.PHONY: ascend-venv ascend-test ascend-conformance ascend-check serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak check-full bench docs clean wheels try-wheels bump
+.PHONY: serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak
+.PHONY: tpu-venv tpu-test tpu-equality tpu-conformance ascend-venv ascend-test ascend-conformance vendor-checks
+.PHONY: check-full bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -58,7 +67,7 @@ interpreted: $(VENV)/dev.done  ## the GPU plugins' kernels in Triton's interpret
 ascend-venv: $(ASCEND)/done  ## torch_npu over the NPU simulator, in an environment of its own
 
 ascend-test: $(ASCEND)/done  ## tests of the ascend plugin, and of the simulator that they run on
-	$(ASCEND_ENV) OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest -n $(WORKERS) --dist worksteal plugins/ascend
+	$(ASCEND_ENV) OMP_NUM_THREADS=1 $(ASCEND)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not full" plugins/ascend
 
 ascend-conformance: $(ASCEND)/done  ## every profile on the simulated NPU, and the count of checked calls
 	rm -rf $(ASCEND)/counts
@@ -66,11 +75,28 @@ ascend-conformance: $(ASCEND)/done  ## every profile on the simulated NPU, and t
 	  --profile full --deadline-scale 10 -n $(WORKERS) --report conformance/scorecards/ascend-simulated; \
 	  verdict=$$?; $(ASCEND)/bin/python -m anychip_npu_simulator.tally $(ASCEND)/counts; exit $$verdict
 
-ascend-check:  ## what CI runs of these: minutes; skipped where the vendor's wheel cannot be had
-	$(PYTHON) tools/check_ascend.py $(ASCEND)
+vendor-checks:  ## tests of tpu and ascend on their vendors' runtimes; skipped where a wheel cannot be had
+	$(PYTHON) tools/check_vendors.py
 
 matrix: $(VENV)/dev.done  ## docs/reference: the capability matrix from scorecards, and the list of cases
 	$(BIN)/python -m anychip_conformance.pages docs/reference conformance/scorecards
+
+tpu-venv: $(TPU_VENV)/dev.done  ## torch_xla and torch 2.9 in .venv-tpu, without CUDA's libraries: 4 GB
+
+tpu-test: $(TPU_VENV)/dev.done  ## anychip-tpu on the CPU devices of its runtime, one and four; its kernels interpreted
+	$(TPU)/python -m pytest -q -n 2 -m "not full" plugins/tpu/tests
+	CPU_NUM_DEVICES=4 $(TPU)/python -m pytest -q -n 2 -m "not full" plugins/tpu/tests/test_tpu_xla.py
+
+tpu-equality: $(TPU_VENV)/dev.done  ## greedy tokens of every family against transformers, on one and four devices
+	for count in 1 4; do \
+	  CPU_NUM_DEVICES=$$count $(TPU)/python -m pytest -q -n 2 plugins/tpu/tests/test_tpu_xla.py || exit 1; \
+	done
+
+tpu-conformance: $(TPU_VENV)/dev.done  ## every profile on one device of the CPU runtime, and on four: half an hour
+	for count in 1 4; do \
+	  CPU_NUM_DEVICES=$$count $(TPU)/anychip conformance --device tpu --profile full --deadline-scale 10 -n 2 \
+	    --report conformance/scorecards/tpu-$$count || exit 1; \
+	done
 
 sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan
 	$(BIN)/python tools/check_kernels.py sanitized
@@ -84,7 +110,7 @@ soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothin
 every-test: $(VENV)/dev.done  ## those of `make test`, and the full products: hours
 	$(PYTEST) core/tests plugins conformance/tests
 
-check-full: lint every-test conformance interpreted try-wheels sanitize amx soak docs
+check-full: lint every-test conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py
@@ -104,7 +130,7 @@ docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(ASCEND) site dist
+	rm -rf $(VENV) $(TPU_VENV) $(ASCEND) site dist
 
 # setuptools and wheel may be older than the packages need; the build backends bring their own.
 $(VENV)/bin/python:
@@ -116,6 +142,16 @@ $(VENV)/serve.done: $(VENV)/bin/python constraints.txt core/pyproject.toml plugi
 
 $(VENV)/dev.done: $(VENV)/serve.done requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt $(PACKAGES:%=-e %)
+	touch $@
+
+# torch 2.9 is on the package index with CUDA alone; its libraries are not needed, so empty ones stand in.
+$(TPU_VENV)/dev.done: constraints.txt requirements-tpu.txt tools/stub_cuda_libraries.py core/pyproject.toml plugins/tpu/pyproject.toml
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps torch==2.9.0 torch_xla==2.9.0
+	$(TPU_VENV)/bin/python tools/stub_cuda_libraries.py $(TPU_VENV)
+	grep -v '^torch==' constraints.txt > $(TPU_VENV)/constraints.txt
+	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(TPU_VENV)/constraints.txt -r requirements-tpu.txt
+	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e core -e plugins/tpu -e conformance
 	touch $@
 
 $(ASCEND)/done: constraints.txt $(ASCEND_PACKAGES:%=%/pyproject.toml)

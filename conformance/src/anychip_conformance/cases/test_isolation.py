@@ -107,11 +107,12 @@ def placed_on_the_device(device: Device, case: Nothing) -> None:
             f"the probe found hardware, {device.probe.devices[0].name}, and the platform computes on torch's cpu; a "
             "runtime on the host says so with DeviceInfo(backing=...)"
         )
-    for what, tensor in (
-        ("allocate", platform.allocate(64, "weights")),
-        ("empty", platform.empty((4, 4), "float32", "weights")),
+    for what, tensor, place in (
+        ("allocate", platform.allocate(64, "kv"), name),
+        ("empty", platform.empty((4, 4), "float32", "kv"), name),
+        ("empty for weights", platform.empty((4, 4), "float32", "weights"), torch.device(platform.weights_device)),
     ):
-        assert tensor.device.type == name.type, f"{what} gives a tensor on {tensor.device}, the device is {name}"
+        assert tensor.device.type == place.type, f"{what} gives a tensor on {tensor.device}, not on {place}"
 
 
 @kind("isolation.no_fallback")

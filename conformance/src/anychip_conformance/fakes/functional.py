@@ -14,18 +14,16 @@ from torch import Tensor
 from anychip.ops.reference import (
     DenseCacheAttention,
     ExpertWeights,
+    Passed,
     ReferenceMoE,
     arena_views,
-    pooled_sums,
+    forward_pass,
     softmax_with_sinks,
 )
 from anychip.plugin_api import (
-    MAX_LOGPROBS,
     AttentionBackend,
     AttentionLayer,
     BatchView,
-    ForwardContext,
-    ForwardExtras,
     HostOutputs,
     KVPlan,
     Ops,
@@ -175,26 +173,6 @@ def edited(backend: AttentionBackend, cache: Tensor, copies: Sequence[tuple[int,
     return backend.zero_blocks(cache, zeros) if zeros else cache
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """What a forward pass gives, padding included."""
-
-    caches: list[Tensor]  # by layer
-    logits: Tensor  # [num_samples, vocab_size]
-    scores: tuple[Tensor, ...] = ()  # by token, of which those with a target count; () in a step without SCORES
-    pooled: Tensor | None = None  # [num_reqs, hidden_size]
-    taps: tuple[Tensor, ...] = ()  # by layer of StepLimits.taps, [num_tokens, hidden_size]
-
-    def flat(self) -> tuple[object, ...]:
-        """For programs that can return tensors, and lists of them, only."""
-        return self.caches, self.logits, list(self.scores), [] if self.pooled is None else [self.pooled], [*self.taps]
-
-    @classmethod
-    def of(cls, flat: tuple[Any, ...]) -> Passed:
-        caches, logits, scores, pooled, taps = flat
-        return cls(caches, logits, tuple(scores), pooled[0] if pooled else None, tuple(taps))
-
-
 def forward_body(
     model: StepModel,
     ops: Ops,
@@ -206,9 +184,7 @@ def forward_body(
     tap_layers: Sequence[int] = (),
     embeddings: Tensor | None = None,
 ) -> Passed:
-    """One forward pass. `embeddings`: the buffer of embeddings, where the program has one."""
-    ids = fields["input_ids"]
-    ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
+    """One forward pass over functional caches. `embeddings`: the buffer of embeddings, where the program has one."""
     plans: list[Any] = [
         functional_plan(
             fields["positions"],
@@ -221,19 +197,10 @@ def forward_body(
     ]
     if kv.states:
         rows = fields["query_start"], fields["seq_lens"], fields["state_blocks"]
-        plans += [functional_state_plan(*rows, len(ids))] * len(kv.states)
-    extras = ForwardExtras.of(fields, tap_layers=tap_layers, embeddings=embeddings)
-    context = ForwardContext(plans, list(caches), kv.layer_groups, extras=extras)
-    hidden = model.forward(ids, fields["positions"], context)
-    logits = model.logits(hidden[fields["logits_indices"]])
-    scores: tuple[Tensor, ...] = ()
-    if "score_targets" in fields:
-        targets = fields["score_targets"].clamp(min=0)
-        scores = ops.logprobs(logits=model.logits(hidden).float(), token_ids=targets, num_top=MAX_LOGPROBS)
-    pooled = None
-    if "pool_rows" in fields:
-        pooled = pooled_sums(hidden, fields["pool_rows"], len(fields["seq_lens"]))
-    return Passed(context.caches, logits, scores, pooled, () if extras is None else tuple(extras.tapped()))
+        plans += [functional_state_plan(*rows, len(fields["input_ids"]))] * len(kv.states)
+    return forward_pass(
+        model, ops, plans, kv.layer_groups, caches, last_ids, fields, tap_layers=tap_layers, embeddings=embeddings
+    )
 
 
 def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Scores | None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import Drawn, EditState, draw_tokens, write_embeddings
+from anychip.ops.reference import Drawn, EditState, Passed, draw_tokens, write_embeddings
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -38,7 +38,6 @@ from anychip.plugin_api import (
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
-    Passed,
     chosen_scores,
     edited,
     forward_body,

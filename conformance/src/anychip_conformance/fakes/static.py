@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, draw_tokens, write_embeddings
+from anychip.ops.reference import EditState, Passed, draw_tokens, write_embeddings
 from anychip.plugin_api import (
     DRAFTS,
     AttentionBackend,
@@ -47,7 +47,6 @@ from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.functional import (
     DenseMoE,
     FunctionalAttention,
-    Passed,
     chosen_scores,
     edited,
     forward_body,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ VOCABULARY = (Sharded(dim=0, uneven="pad"),)
 
 class VocabParallelEmbedding:
     """[num_tokens] ids to [num_tokens, hidden_size]."""
+
+    placed_tensors = MappingProxyType({"weight": VOCABULARY})
 
     def __init__(self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int) -> None:
         self.name = name

@@ -89,6 +89,11 @@ class Platform:
         return self.device(self.context.device_indexes[0])
 
     @property
+    def weights_device(self) -> str:
+        """Where weights are loaded. A step program that moves them to its devices itself may name the host."""
+        return self.default_device
+
+    @property
     def device_mesh(self) -> MeshShape:
         """The devices that this process drives, as a mesh: its rank i is the context's device_indexes[i]. A platform
         says it once it is open, as runtimes of one vendor differ. Where it is one device, ranks are processes."""
@@ -119,8 +124,8 @@ class Platform:
         return self.reference.empty((nbytes,), "uint8", self.default_device)
 
     def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
-        """An uninitialised tensor on the default device."""
-        return self.reference.empty(shape, dtype, self.default_device)
+        """An uninitialised tensor on the default device, or on weights_device where the tag is "weights"."""
+        return self.reference.empty(shape, dtype, self.weights_device if tag == "weights" else self.default_device)
 
     def pinned(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] host memory that copies to the device without staging, where the device has such."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from anychip.errors import ConfigError
 from anychip.plugin_api.mesh import Axis, Mesh, MeshShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,15 @@ Placed = tuple[Sharded, ...]
 """The divided dimensions of a tensor, each once; of others, every rank holds all."""
 REPLICATED: Placed = ()
 """Whole on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    """A tensor that a built model holds, and how it would lie over the ranks of a mesh."""
+
+    tensor: Tensor
+    placed: Placed
+
 
 KV_HEADS = 2
 """The dimension of heads in a page's canonical form, [2, block_size, num_kv_heads, head_dim]."""

@@ -23,6 +23,7 @@ from anychip.plugin_api.forward_extras import ForwardExtras, Turning
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
 from anychip.plugin_api.latent import LatentBackend, LatentLayer
 from anychip.plugin_api.mesh import Mesh, MeshShape
+from anychip.plugin_api.sharding import HeldTensor
 from anychip.plugin_api.state import StateBackend, StateLayer
 from anychip.plugin_api.step_inputs import EmbeddingRows, EnteringRow, SamplingInputs, StepInputs
 from anychip.plugin_api.step_outputs import StepOutputs
@@ -166,6 +167,11 @@ class ModelSource(Protocol):
     def build(self, mesh: Mesh) -> StepModel:
         """Builds the layers of the mesh's rank on the platform and streams its weights. They ask the mesh for the axes
         that they use."""
+        ...
+
+    def tensors(self, model: StepModel) -> Sequence[HeldTensor]:
+        """Every tensor that a built model holds, each once: for a program that moves them to its devices. What kernels
+        packed is placed as their specs say; they may have moved it in `finish`."""
         ...
 
     def release(self, model: StepModel) -> int:

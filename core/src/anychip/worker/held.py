@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, UntypedStorage, nn
 
 from anychip.errors import ConfigError
-from anychip.plugin_api import Platform
+from anychip.plugin_api import REPLICATED, HeldTensor, Placed, Platform
 
 _OPAQUE = frozenset({"torch", "numpy", "rich", "msgspec", *sys.stdlib_module_names})
 """Packages whose objects are not looked into: layers, kernels, plugins and modelling code are."""
@@ -23,6 +23,16 @@ def held_bytes(root: object) -> int:
 def held_storages(root: object) -> list[UntypedStorage]:
     """Each once, in an order that is the same for objects built alike."""
     storages: dict[int, UntypedStorage] = {}
+    for held in held_tensors(root):
+        storage = held.tensor.untyped_storage()
+        storages[storage._cdata] = storage
+    return list(storages.values())
+
+
+def held_tensors(root: object) -> list[HeldTensor]:
+    """Each once. A layer says in `placed_tensors`, by attribute, how its own lie; of others, every rank holds all."""
+    tensors: list[Tensor] = []
+    places: dict[int, Placed] = {}
     seen: set[int] = set()
     waiting: list[object] = [root]
     while waiting:
@@ -31,11 +41,12 @@ def held_storages(root: object) -> list[UntypedStorage]:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
-            storage = item.untyped_storage()
-            storages[storage._cdata] = storage
-        else:
-            waiting.extend(_parts(item))
-    return list(storages.values())
+            tensors.append(item)
+            continue
+        known: Mapping[str, Placed] = getattr(item, "placed_tensors", {})
+        places |= {id(getattr(item, name)): placed for name, placed in known.items()}
+        waiting.extend(_parts(item))
+    return [HeldTensor(tensor, places.get(id(tensor), REPLICATED)) for tensor in tensors]
 
 
 def _parts(item: object) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from anychip.ops.table import OpTable
 from anychip.plugin_api import (
     AXES,
     CacheSpec,
+    HeldTensor,
     Mesh,
     MeshShape,
     Platform,
@@ -34,7 +35,7 @@ from anychip.weights.dummy import dummy_views
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.weights.stored import StoredTensors
-from anychip.worker.held import check_weights_fit, held_bytes, held_storages
+from anychip.worker.held import check_weights_fit, held_bytes, held_storages, held_tensors
 
 _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 """Short names of --kv-cache-dtype."""
@@ -105,6 +106,9 @@ class CheckpointSource:
         with FakeTensorMode():  # only names and shapes are wanted
             self.build_layers(Mesh.alone(), register)
         yield from dummy_views(register, self.dtype, self.platform.pinned)
+
+    def tensors(self, model: StepModel) -> Sequence[HeldTensor]:
+        return held_tensors(model)
 
     def release(self, model: StepModel) -> int:
         freed = 0

@@ -2,30 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
-from anychip.plugin_api import API_VERSION, PlatformManifest, Requirement, hookimpl
+from anychip.config import EngineConfig
+from anychip.plugin_api import (
+    API_VERSION,
+    CommandManifest,
+    Decision,
+    Placement,
+    PlatformManifest,
+    ProbeResult,
+    Requirement,
+    hookimpl,
+)
+from anychip_tpu.options import TpuOptions
+from anychip_tpu.runtimes.choice import REMEDIES, chosen_runtime
+
+
+def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
+    """What the runtime reads as it is imported, where the user has not said it."""
+    if os.environ.get("PJRT_DEVICE", "").upper() == "CPU":
+        wanted = str(len(placement.device_indexes))
+        return {} if os.environ.get("CPU_NUM_DEVICES", "1") == wanted else {"CPU_NUM_DEVICES": wanted}
+    return {} if "PJRT_DEVICE" in os.environ else {"PJRT_DEVICE": "TPU"}
+
+
+def negotiate(config: EngineConfig, probed: ProbeResult) -> Decision:
+    """torch_xla drives all of a host's devices from one process, torch_tpu one."""
+    asked = dict(config.device_options).get("runtime", "auto")
+    name, problem = chosen_runtime(asked, probed.versions)
+    if name is None:
+        return Decision(refuse=(problem,))
+    if name == "xla":
+        return Decision(topology="process_per_host")
+    refused = ("torch_tpu drives one device here; leave tensor_parallel_size at 1",)
+    return Decision(
+        topology="process_per_device",
+        refuse=refused if config.tensor_parallel_size > 1 else (),
+        notes=("the runtime torch_tpu has never been run by this plugin; torch_xla has, on its CPU devices",),
+    )
+
 
 MANIFEST = PlatformManifest(
     name="tpu",
     package="anychip-tpu",
     api_version=API_VERSION,
-    summary="TPUs: announced, its kernels are not implemented yet",
+    summary="TPUs by torch_xla: whole steps compiled by XLA, devices divided by SPMD",
     probe="anychip_tpu.probe:probe",
     platform="anychip_tpu.platform:TpuPlatform",
     seam="step",
     topology="process_per_host",
+    options=TpuOptions,
+    negotiate=negotiate,
+    worker_env=worker_env,
     requirements=(
-        Requirement(kind="package", name="torch", range=">=2.9,<2.10", remedy="pip install 'torch>=2.9,<2.10'"),
-        Requirement(
-            kind="package",
-            name="torch_xla",
-            range=">=2.9",
-            remedy="use an environment of its own: torch_xla 2.9.0 needs torch 2.9.0",
-        ),
+        Requirement(kind="package", name="torch", range=">=2.9", remedy=REMEDIES["xla"]),
+        Requirement(kind="package", name="torch_xla", range=">=2.9", remedy=REMEDIES["xla"], optional=True),
+        Requirement(kind="package", name="torch_tpu", range=">=0.2", remedy=REMEDIES["torchtpu"], optional=True),
     ),
-    auto_select=False,  # until its kernels exist, only who names it meets its refusal
+    auto_select=False,  # it has run on no TPU yet, only on the runtime's CPU devices
 )
+
+
+@hookimpl
+def anychip_commands() -> Sequence[CommandManifest]:
+    return [
+        CommandManifest(
+            name="tpu-compile",
+            summary="compile a model's programs for a slice of TPUs that is not here",
+            module="anychip_tpu.ahead.command",
+        )
+    ]
 
 
 @hookimpl

@@ -1,19 +1,48 @@
-"""TPUs, by their device files. Needs no libtpu to import, and no torch."""
+"""TPUs by their device files, or the runtime's CPU devices where PJRT_DEVICE asks for those. Needs no libtpu to import,
+and no torch."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
+from anychip_tpu.runtimes.choice import PACKAGES, missing_runtime
 
 _DEV = Path("/dev")
 
 
 def probe() -> ProbeResult:
+    versions = dict(_installed())
+    reason, remedy = missing_runtime(versions)
+    if reason:
+        return ProbeResult(reason=reason, remedy=remedy, versions=versions)
+    if os.environ.get("PJRT_DEVICE", "").upper() == "CPU":
+        count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
+        devices = (
+            DeviceInfo(index=i, name="PJRT's CPU device", detail="PJRT_DEVICE=CPU", backing="cpu_runtime")
+            for i in range(count)
+        )
+        return ProbeResult(devices=tuple(devices), versions=versions)
     chips = sorted(_DEV.glob("accel[0-9]*")) or sorted((_DEV / "vfio").glob("[0-9]*"))
     if not chips:
         return ProbeResult(
             reason="no TPU (neither /dev/accel* nor /dev/vfio/* is there)",
-            remedy="run on a TPU VM, and in a container with its devices passed in",
+            remedy="run on a TPU VM, and in a container with its devices passed in; PJRT_DEVICE=CPU runs the same "
+            "programs on the host",
+            versions=versions,
         )
-    return ProbeResult(devices=tuple(DeviceInfo(index=i, name=f"TPU {chip.name}") for i, chip in enumerate(chips)))
+    named = (DeviceInfo(index=i, name=f"TPU {chip.name}") for i, chip in enumerate(chips))
+    return ProbeResult(devices=tuple(named), versions=versions)
+
+
+def _installed() -> Mapping[str, str]:
+    found = {}
+    for package in ("torch", *PACKAGES, "libtpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -24,6 +24,7 @@ from anychip.ops.reference.attention import (
 )
 from anychip.ops.reference.canonical import dequantize
 from anychip.ops.reference.composite import CompositeOps
+from anychip.ops.reference.forward import Passed, forward_pass
 from anychip.ops.reference.latent import ReferenceLatent
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
@@ -55,9 +56,9 @@ from anychip.plugin_api.platform import Platform
 
 __all__ = [
     "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights", "Drawn",
-    "EditState", "ExpertWeights", "GatedSum", "ProcessGroupCommunicator", "ReferenceAttention", "ReferenceLatent",
-    "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views", "attend_row",
-    "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "functional", "gated_sum_chunked",
+    "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator", "ReferenceAttention",
+    "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views", "attend_row",
+    "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked",
     "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling",
     "softmax_with_sinks", "token_scores", "write_embeddings",
 ]  # fmt: skip

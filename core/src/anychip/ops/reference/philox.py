@@ -18,23 +18,22 @@ PURPOSE_TOKEN = 0
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four words for each counter of four and key of two words. All are int64 tensors holding 32-bit values.
-
-    A product of two words overflows int64; its wrapped bits are still the right ones, so that the high word is
-    an arithmetic shift and a mask.
-    """
+    """Four words for each counter of four and key of two words. All are int64 tensors holding 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _WORD) ^ c1 ^ k0,
-            product1 & _WORD,
-            ((product0 >> 32) & _WORD) ^ c3 ^ k1,
-            product0 & _WORD,
-        )
+        (high0, low0), (high1, low1) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return c0, c1, c2, c3
+
+
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """The high and the low word of a product of two words. By halves of the multiplier: the whole product overflows
+    int64, and devices differ in how they shift a negative number."""
+    low = word * (multiplier & 0xFFFF)
+    carried = word * (multiplier >> 16) + (low >> 16)
+    return carried >> 16, ((carried & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def uniform(seed_low: Tensor, seed_high: Tensor, sample_index: Tensor, position: Tensor, purpose: int) -> Tensor:

@@ -1,0 +1,143 @@
+"""Experts as XLA compiles them: all of them on every token, weighted by zero where they were not picked, so that no
+shape depends on the routing. Of several devices each holds some experts, and the compiler sums their shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anychip.ops.reference import ExpertWeights, ReferenceMoE, WidenedMoE, can_widen
+from anychip.ops.reference.functional import gated_activation
+from anychip.ops.reference.quantized import QuantizedMatrix, round_activations
+from anychip.plugin_api import FusedMoE, MoESpec, Placed, Platform, Routing, Sharded
+from anychip_tpu.linear import WIDENED
+from anychip_tpu.runtimes import Runtime
+
+BY_EXPERT: Placed = (Sharded(dim=0),)
+
+
+@dataclass(slots=True)
+class StackedExperts:
+    """Values [num_experts, rows, columns] in the spec's dtype, or a quantized matrix whose tensors are stacked so."""
+
+    gate_up: Tensor | QuantizedMatrix
+    down: Tensor | QuantizedMatrix
+    gate_up_bias: Tensor | None  # [num_experts, 2 * intermediate_size]
+    down_bias: Tensor | None  # [num_experts, hidden_size]
+
+
+class XlaMoE(ReferenceMoE):
+    name = "xla"
+
+    def __init__(self, spec: MoESpec, platform: Platform, runtime: Runtime) -> None:
+        super().__init__(spec, platform)
+        self._runtime = runtime
+
+    def finish(self, packed: ExpertWeights) -> StackedExperts:
+        upload = self._runtime.upload
+        return StackedExperts(
+            self._stacked(packed.gate_up),
+            self._stacked(packed.down),
+            None if packed.gate_up_bias is None else upload(packed.gate_up_bias, BY_EXPERT),
+            None if packed.down_bias is None else upload(packed.down_bias, BY_EXPERT),
+        )
+
+    def _stacked(self, matrices: Sequence[Tensor | QuantizedMatrix]) -> Tensor | QuantizedMatrix:
+        first = matrices[0]
+        if isinstance(first, Tensor):
+            whole = first._base if first._base is not None else torch.stack([*matrices])  # type: ignore[misc]
+            return self._runtime.upload(whole, BY_EXPERT)
+        changes: dict[str, Any] = {}
+        for field in fields(first):
+            if field.name == "codebook" or not isinstance(getattr(first, field.name), Tensor):
+                changes[field.name] = getattr(first, field.name)
+                continue
+            stacked = torch.stack([getattr(matrix, field.name) for matrix in matrices])
+            changes[field.name] = self._runtime.upload(stacked, BY_EXPERT)
+        return QuantizedMatrix(**changes)
+
+    def update(self, packed: Any, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
+        raise RuntimeError("weights on a TPU are not rewritten: Capabilities.reload is none")
+
+    def remap(self, packed: Any, expert_map: Tensor) -> Any:
+        """expert_map as FusedMoE has it, on the host."""
+        map_ = expert_map.cpu()
+        held = (map_ >= 0).nonzero().squeeze(-1)
+        local = held[map_[held].argsort()].to(self._runtime.torch_device)
+
+        def picked(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.index_select(0, local)
+            if isinstance(value, QuantizedMatrix):
+                return QuantizedMatrix(
+                    **{
+                        f.name: picked(getattr(value, f.name)) if f.name != "codebook" else value.codebook
+                        for f in fields(value)
+                    }
+                )
+            return value
+
+        return StackedExperts(**{field.name: picked(getattr(packed, field.name)) for field in fields(packed)})
+
+    def route(self, router_logits: Tensor, bias: Tensor | None = None) -> Routing:
+        if not len(router_logits):  # XLA takes no slice out of nothing
+            empty = router_logits.new_zeros(0, self.spec.top_k)
+            return Routing(empty.float(), empty.long())
+        return super().route(router_logits, bias)
+
+    def experts(
+        self, x: Tensor, routing: Routing, packed: StackedExperts, *, expert_map: Tensor | None = None
+    ) -> Tensor:
+        hidden = self._product(x.unsqueeze(0), packed.gate_up, packed.gate_up_bias)  # [experts, tokens, 2 * inter]
+        hidden = gated_activation(gate_up=hidden, activation=self.spec.activation)
+        outputs = self._product(hidden, packed.down, packed.down_bias).float()  # [experts, tokens, hidden_size]
+        ids = routing.expert_ids if expert_map is None else expert_map[routing.expert_ids]
+        experts = torch.arange(outputs.shape[0], device=x.device)
+        picked = ids.unsqueeze(-1) == experts  # [tokens, top_k, experts]
+        share = torch.where(picked, routing.weights.unsqueeze(-1), 0.0).sum(dim=1)  # [tokens, experts]
+        # A share of zero must hide an output that is not finite.
+        counted = torch.where(picked.any(dim=1).T.unsqueeze(-1), outputs, 0.0)
+        return (counted * share.T.unsqueeze(-1)).sum(dim=0).to(x.dtype)
+
+    def _product(self, x: Tensor, matrix: Tensor | QuantizedMatrix, bias: Tensor | None) -> Tensor:
+        """x [1 or num_experts, num_tokens, columns] by each expert's matrix."""
+        if isinstance(matrix, Tensor):
+            result = torch.matmul(x, matrix.transpose(1, 2))
+        else:
+            tokens = x.shape[1]
+            flat = x.flatten(0, 1)
+            rounded = round_activations(flat, matrix.scheme, None).unflatten(0, (x.shape[0], tokens))
+            result = torch.matmul(rounded, _dequantized(matrix).transpose(1, 2))
+        if bias is not None:
+            result = result + bias.to(result.dtype).unsqueeze(1)
+        return result.to(x.dtype)
+
+
+def make_moe(spec: MoESpec, platform: Platform, runtime: Runtime) -> FusedMoE:
+    if spec.scheme is not None and spec.scheme.name in WIDENED and can_widen(spec.scheme):
+        return WidenedMoE(spec, platform, lambda plain: XlaMoE(plain, platform, runtime))
+    return XlaMoE(spec, platform, runtime)
+
+
+def _dequantized(matrix: QuantizedMatrix) -> Tensor:
+    """[num_experts, rows, columns] float32 of stacked matrices."""
+    experts, rows = matrix.values.shape[:2]
+
+    def by_row(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.flatten(0, 1)
+
+    flat = QuantizedMatrix(
+        scheme=matrix.scheme,
+        shape=(experts * rows, matrix.shape[1]),
+        values=matrix.values.flatten(0, 1),
+        scales=matrix.scales.flatten(0, 1),
+        zeros=by_row(matrix.zeros),
+        input_scale=None,
+        global_scales=by_row(matrix.global_scales),
+        codebook=matrix.codebook,
+    )
+    return flat.dequantize().unflatten(0, (experts, rows))
