@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from anychip.config import EngineConfig
 from anychip.plugin_api import (
     API_VERSION,
     CommandManifest,
     Decision,
+    EngineConfig,
     Placement,
     PlatformManifest,
     ProbeResult,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from anychip.types import NULL_BLOCK
+from anychip.plugin_api import NULL_BLOCK
 
 EDITS_AT_ONCE = 16
 """Blocks that one run of the program changes. A step that changes more runs it again."""

@@ -15,6 +15,7 @@ from anychip.plugin_api import (
     DRAFTS,
     LOGPROBS,
     MASKS,
+    MAX_BIASES,
     SCORES,
     CompileReport,
     EmbeddingRows,
@@ -31,7 +32,6 @@ from anychip.plugin_api import (
     StepProgram,
 )
 from anychip.plugin_api.step_layout import arena_size, array_views, mask_words, sampling_layout
-from anychip.types import MAX_BIASES
 from anychip_tpu.attention import PagedAttention
 from anychip_tpu.compiled import EMBEDDINGS_AT_ONCE, FULL, Compiler, Draw, State, draws
 from anychip_tpu.edits import turns

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from anychip.plugin_api import ShapeKey, ShapePolicy, StepLimits, Unsupported, forward_features
-from anychip.types import cdiv
 
 _ROWS_STEP, _TOKENS_STEP = 4, 4
 """From one bucket to the next the size grows by so many times, so that at most this share of a step is padding; a
@@ -83,7 +82,7 @@ class BucketedShapes(ShapePolicy):
 def sizes(least: int, most: int, factor: int) -> list[int]:
     """From `least` on, each `factor` times the last, up to `most`, which is the last; in multiples of 8, as a TPU's
     registers hold them."""
-    most = cdiv(most, 8) * 8
+    most = -(-most // 8) * 8
     found = [min(least, most)]
     while found[-1] < most:
         found.append(min(found[-1] * factor, most))
