@@ -66,7 +66,7 @@ class Draw:
         )
 
 
-def draws(num_samples: int, *, with_drafts: bool) -> list[Draw]:
+def draws(num_samples: int, with_drafts: bool) -> list[Draw]:
     """Every way that steps with so many samples may need."""
     found = [
         Draw(num_samples=num_samples, greedy=True),

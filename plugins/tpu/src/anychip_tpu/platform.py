@@ -34,7 +34,7 @@ from anychip_tpu.options import TpuOptions
 from anychip_tpu.program import TpuStepProgram
 from anychip_tpu.runtimes import Runtime
 from anychip_tpu.runtimes.choice import chosen_runtime
-from anychip_tpu.shapes import BucketedShapes
+from anychip_tpu.shapes import GROWTH, BucketedShapes
 
 if TYPE_CHECKING:
     from anychip_tpu.pallas.backends import PallasKernels
@@ -46,6 +46,8 @@ _HOST_KV_BYTES = 256 << 20
 """Of the KV cache on the CPU runtime, which does not say what memory it has."""
 _HOST_TOKENS, _HOST_ROWS = 64, 16
 """Of a step on the CPU runtime, where programs are small so that they compile in seconds."""
+_HOST_GROWTH = 4
+"""From bucket to bucket there: few programs matter more than padding."""
 
 
 class TpuPlatform(Platform):
@@ -118,7 +120,8 @@ class TpuPlatform(Platform):
 
     def _shapes(self, limits: StepLimits) -> BucketedShapes:
         # The attention kernel reads no more of a table than a row has.
-        return BucketedShapes(limits, bucket_pages=self.kernels is None)
+        growth = _HOST_GROWTH if self.on_host else GROWTH
+        return BucketedShapes(limits, bucket_pages=self.kernels is None, growth=growth)
 
     def step_program(self, model: ModelSource, kv: KVPlan, limits: StepLimits) -> StepProgram:
         return TpuStepProgram(model, kv, limits, self.runtime, self._shapes(limits))

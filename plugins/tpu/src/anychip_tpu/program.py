@@ -35,6 +35,7 @@ from anychip.plugin_api.step_layout import arena_size, array_views, mask_words, 
 from anychip_tpu.attention import PagedAttention
 from anychip_tpu.compiled import EMBEDDINGS_AT_ONCE, FULL, Compiler, Draw, State, draws
 from anychip_tpu.edits import turns
+from anychip_tpu.progress import compiling
 from anychip_tpu.runtimes import Program, Runtime
 from anychip_tpu.shapes import BucketedShapes
 
@@ -115,15 +116,22 @@ class TpuStepProgram(StepProgram):
         return CompileReport(num_programs=self.runtime.num_compilations, seconds=time.perf_counter() - start)
 
     def _compile(self, keys: Sequence[ShapeKey], state: State) -> None:
-        compiler = self._compiler
-        for key in dict.fromkeys([*keys, *self.shapes.with_features(self.limits)]):
-            self._forwards[key] = compiler.forward(state, key)
-        for count in sorted({key.num_samples for key in self._forwards}):
-            for draw in draws(count, with_drafts=self.limits.max_drafts > 0):
+        compiler, with_drafts = self._compiler, self.limits.max_drafts > 0
+        shapes = list(dict.fromkeys([*keys, *self.shapes.with_features(self.limits)]))
+        ways = [draw for count in sorted({key.num_samples for key in shapes}) for draw in draws(count, with_drafts)]
+        between = {"edit": compiler.edit, "enter": compiler.enter} | (
+            {"embed": compiler.embed} if state.embeddings else {}
+        )
+        with compiling(len(shapes) + len(ways) + len(between)) as done:
+            for key in shapes:
+                done(f"a step of {key.num_tokens} tokens in {key.num_reqs} rows, {' '.join(key.features)}".rstrip(", "))
+                self._forwards[key] = compiler.forward(state, key)
+            for draw in ways:
+                done(f"{draw.num_samples} draws, {' '.join(draw.features)}".rstrip(", "))
                 self._draws[draw] = compiler.draw(state, draw)
-        self._between = {"edit": compiler.edit(state), "enter": compiler.enter(state)}
-        if state.embeddings:
-            self._between["embed"] = compiler.embed(state)
+            for name, compile_ in between.items():
+                done(f"{name} of a state")
+                self._between[name] = compile_(state)
 
     # -- steps --------------------------------------------------------------------------------------------
 

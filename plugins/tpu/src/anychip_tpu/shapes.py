@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from anychip.plugin_api import ShapeKey, ShapePolicy, StepLimits, Unsupported, forward_features
 
-_ROWS_STEP, _TOKENS_STEP = 4, 4
-"""From one bucket to the next the size grows by so many times, so that at most this share of a step is padding; a
-smaller factor doubles the programs."""
+GROWTH = 2
+"""From one bucket to the next the size grows by so many times, so that less than half of a step is padding."""
 _LEAST_ROWS, _LEAST_TOKENS = 8, 16
 PAGES_STEP = 8
 """Tables of pages come in this many times the last one's width: a short context need not gather a long one's pages."""
@@ -18,11 +17,11 @@ _LEAST_PAGES = 32
 
 
 class BucketedShapes(ShapePolicy):
-    def __init__(self, limits: StepLimits, *, bucket_pages: bool) -> None:
+    def __init__(self, limits: StepLimits, *, bucket_pages: bool, growth: int = GROWTH) -> None:
         """`bucket_pages` False: tables are always as wide as the longest request, for kernels that read no more of
         them than they need."""
-        self._rows = sizes(_LEAST_ROWS, limits.max_num_reqs, _ROWS_STEP)
-        self._tokens = sizes(_LEAST_TOKENS, limits.max_num_tokens, _TOKENS_STEP)
+        self._rows = sizes(_LEAST_ROWS, limits.max_num_reqs, growth)
+        self._tokens = sizes(_LEAST_TOKENS, limits.max_num_tokens, growth)
         most = max(limits.max_pages)
         self._pages = sizes(_LEAST_PAGES, most, PAGES_STEP) if bucket_pages else [most]
         self._drafts = limits.max_drafts > 0
