@@ -17,8 +17,8 @@ MUTATION_TESTS := $(addprefix conformance/tests/test_,$(addsuffix .py,mutation k
 SIMULATED := fake-static fake-hostlen fake-spmd fake-mesh
 
 # Programs of the CPU runtime run seconds and compile for minutes: LLVM need not optimize them. A program in many parts
-# takes as many mappings of memory, of which a process has 65,530.
-TPU := PJRT_DEVICE=CPU OMP_NUM_THREADS=1 \
+# takes as many mappings of memory, of which a process has 65,530, so no more than a few hundred are kept.
+TPU := PJRT_DEVICE=CPU OMP_NUM_THREADS=1 XLA_COMPILATION_CACHE_SIZE=256 \
   XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" $(TPU_VENV)/bin
 
 CPU_KERNELS := plugins/cpu/setup.py $(wildcard plugins/cpu/src/anychip_cpu/kernels/* plugins/cpu/src/anychip_cpu/kernels/simd/*)
