@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from host_runtime import HostRuntime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.ops.reference.sampling import truncate
-from anychip.plugin_api import ShapeKey, StepLimits, Unsupported, forward_features
+from anychip.plugin_api import MoESpec, QuantScheme, ShapeKey, StepLimits, Unsupported, forward_features
 from anychip.plugin_api.step_layout import array_views, blank_sampling_inputs, blank_step_inputs
 from anychip_tpu.arrays import device_views, host_arrays
 from anychip_tpu.edits import EDITS_AT_ONCE, edited, turns
+from anychip_tpu.moe import make_moe
 from anychip_tpu.ops import tanh
 from anychip_tpu.runtimes.choice import chosen_runtime, installed_runtimes, missing_runtime
 from anychip_tpu.sampling import truncated
@@ -137,6 +139,16 @@ def test_a_steps_arrays_come_back_by_name(features):
         assert {*found} == {*views}
         for number, (name, tensor) in enumerate(found.items()):
             assert torch.equal(tensor.flatten().long(), torch.arange(tensor.numel()) + 100 * number), name
+
+
+# -- experts ------------------------------------------------------------------------------------------------
+
+
+def test_experts_with_static_activation_scales_are_refused_by_name():
+    scheme = QuantScheme(values="fp8_e4m3", scales="channel", activations="static")
+    spec = MoESpec(num_experts=4, top_k=2, hidden_size=16, intermediate_size=16, dtype="float32", scheme=scheme)
+    with pytest.raises(Unsupported, match="experts in fp8 with static scales"):
+        make_moe(spec, None, HostRuntime())
 
 
 # -- numbers ------------------------------------------------------------------------------------------------

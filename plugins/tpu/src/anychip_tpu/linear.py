@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
 from anychip.ops.reference.functional import gated_activation
+from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import LinearKernel, LinearSpec, Placed, Platform
 from anychip.plugin_api.linear import Packed
 from anychip_tpu.runtimes import Runtime
@@ -106,14 +107,14 @@ def make_linear(spec: LinearSpec, platform: Platform, runtime: Runtime) -> Linea
 
 
 def moved(weights: T, runtime: Runtime, placed: Placed) -> T:
-    """A dataclass of host tensors, or of such dataclasses, on the devices. Matrices lie as `placed` says where their
+    """A dataclass of host tensors and quantized matrices, on the devices. Matrices lie as `placed` says where their
     shape divides; vectors and what is small are whole on each."""
     changes: dict[str, Any] = {}
     for field in fields(weights):  # type: ignore[arg-type]
         value = getattr(weights, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = runtime.upload(value, placed if value.dim() == 2 and min(value.shape) > 1 else ())
-        elif hasattr(value, "__dataclass_fields__") and field.name == "matrix":
+        elif isinstance(value, QuantizedMatrix):
             changes[field.name] = moved(value, runtime, placed)
     return replace(weights, **changes)  # type: ignore[type-var]
 

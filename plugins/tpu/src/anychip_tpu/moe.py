@@ -3,8 +3,8 @@ shape depends on the routing. Of several devices each holds some experts, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from anychip.ops.reference import ExpertWeights, ReferenceMoE, WidenedMoE, can_widen
 from anychip.ops.reference.functional import gated_activation
 from anychip.ops.reference.quantized import QuantizedMatrix, round_activations
-from anychip.plugin_api import FusedMoE, MoESpec, Placed, Platform, Routing, Sharded
+from anychip.plugin_api import FusedMoE, MoESpec, Placed, Platform, Routing, Sharded, Unsupported
 from anychip_tpu.linear import WIDENED
 from anychip_tpu.runtimes import Runtime
 
@@ -47,18 +47,11 @@ class XlaMoE(ReferenceMoE):
         )
 
     def _stacked(self, matrices: Sequence[Tensor | QuantizedMatrix]) -> Tensor | QuantizedMatrix:
-        first = matrices[0]
+        first, upload = matrices[0], self._runtime.upload
         if isinstance(first, Tensor):
             whole = first._base if first._base is not None else torch.stack([*matrices])  # type: ignore[misc]
-            return self._runtime.upload(whole, BY_EXPERT)
-        changes: dict[str, Any] = {}
-        for field in fields(first):
-            if field.name == "codebook" or not isinstance(getattr(first, field.name), Tensor):
-                changes[field.name] = getattr(first, field.name)
-                continue
-            stacked = torch.stack([getattr(matrix, field.name) for matrix in matrices])
-            changes[field.name] = self._runtime.upload(stacked, BY_EXPERT)
-        return QuantizedMatrix(**changes)
+            return upload(whole, BY_EXPERT)
+        return _mapped(first, lambda name: upload(torch.stack([getattr(each, name) for each in matrices]), BY_EXPERT))
 
     def update(self, packed: Any, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
         raise RuntimeError("weights on a TPU are not rewritten: Capabilities.reload is none")
@@ -70,16 +63,9 @@ class XlaMoE(ReferenceMoE):
         local = held[map_[held].argsort()].to(self._runtime.torch_device)
 
         def picked(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.index_select(0, local)
             if isinstance(value, QuantizedMatrix):
-                return QuantizedMatrix(
-                    **{
-                        f.name: picked(getattr(value, f.name)) if f.name != "codebook" else value.codebook
-                        for f in fields(value)
-                    }
-                )
-            return value
+                return _mapped(value, lambda name: getattr(value, name).index_select(0, local))
+            return None if value is None else value.index_select(0, local)
 
         return StackedExperts(**{field.name: picked(getattr(packed, field.name)) for field in fields(packed)})
 
@@ -118,26 +104,23 @@ class XlaMoE(ReferenceMoE):
 
 
 def make_moe(spec: MoESpec, platform: Platform, runtime: Runtime) -> FusedMoE:
-    if spec.scheme is not None and spec.scheme.name in WIDENED and can_widen(spec.scheme):
+    """Raises Unsupported for activations of one scale an expert, which all experts' one product cannot have."""
+    scheme = spec.scheme
+    if scheme is not None and scheme.activations == "static":
+        raise Unsupported("anychip-tpu", [f"experts in {scheme.name} with static scales of activations"])
+    if scheme is not None and scheme.name in WIDENED and can_widen(scheme):
         return WidenedMoE(spec, platform, lambda plain: XlaMoE(plain, platform, runtime))
     return XlaMoE(spec, platform, runtime)
+
+
+def _mapped(matrix: QuantizedMatrix, change: Callable[[str], Tensor]) -> QuantizedMatrix:
+    """With `change` of its name in place of each tensor; a codebook is the same for all experts."""
+    tensors = [field.name for field in fields(matrix) if isinstance(getattr(matrix, field.name), Tensor)]
+    return replace(matrix, **{name: change(name) for name in tensors if name != "codebook"})
 
 
 def _dequantized(matrix: QuantizedMatrix) -> Tensor:
     """[num_experts, rows, columns] float32 of stacked matrices."""
     experts, rows = matrix.values.shape[:2]
-
-    def by_row(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.flatten(0, 1)
-
-    flat = QuantizedMatrix(
-        scheme=matrix.scheme,
-        shape=(experts * rows, matrix.shape[1]),
-        values=matrix.values.flatten(0, 1),
-        scales=matrix.scales.flatten(0, 1),
-        zeros=by_row(matrix.zeros),
-        input_scale=None,
-        global_scales=by_row(matrix.global_scales),
-        codebook=matrix.codebook,
-    )
-    return flat.dequantize().unflatten(0, (experts, rows))
+    flat = _mapped(matrix, lambda name: getattr(matrix, name).flatten(0, 1))
+    return replace(flat, shape=(experts * rows, matrix.shape[1])).dequantize().unflatten(0, (experts, rows))
