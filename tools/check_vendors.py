@@ -40,10 +40,13 @@ def check(name: str, minutes: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*_WHEELS, []], default=list(_WHEELS), metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(_WHEELS)}; none: all of them")
     parser.add_argument("--minutes", type=float, default=15, help="for each plugin's tests")
     arguments = parser.parse_args()
-    passed = [check(name, arguments.minutes) for name in arguments.names]  # one that failed hides no other
+    if unknown := {*arguments.names} - {*_WHEELS}:
+        parser.error(f"no such plugin: {', '.join(sorted(unknown))}; there are {', '.join(_WHEELS)}")
+    names = arguments.names or list(_WHEELS)
+    passed = [check(name, arguments.minutes) for name in names]  # one that failed hides no other
     return 0 if all(passed) else 1
 
 
