@@ -274,7 +274,7 @@ Made from the scorecards under `conformance/scorecards/` by `make matrix`; not e
 has no scorecard of this manifest: cuda has run on an H200 under an earlier one, and its scorecard is kept under
 `benchmarks/results/gpu`; rocm has not run on a device. `make interpreted` judges their kernels as triton-interpreter, a
 simulation; its scorecard is not of this manifest yet. Neither tpu nor ascend has run on its hardware: tpu was judged on
-the CPU devices of its vendor's runtime, one and four, and ascend-simulated is the plugin over a simulated NPU.
+a CPU device of its vendor's runtime, and ascend-simulated is the plugin over a simulated NPU.
 
 Evidence:
 
