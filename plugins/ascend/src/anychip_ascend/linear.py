@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
-from anychip.plugin_api import LinearKernel, LinearSpec, Platform
+from anychip.plugin_api import LinearKernel, LinearSpec, Platform, Unsupported
 from anychip_ascend.generations import Generation
 from anychip_ascend.linear_choice import choose_linear
 from anychip_ascend.runtime import TYPE_NUMBERS, npu, to_nd, to_nz
@@ -186,7 +186,7 @@ class WeightQuantLinear(_Transposed):
         return packed
 
     def update(self, packed: TransposedWeights, part: str, tensor: Tensor, *, row: int = 0) -> None:
-        raise NotImplementedError("weights of this product are packed for good: Capabilities.reload covers plain ones")
+        raise Unsupported(self.name, ["its weights are packed for good: Capabilities.reload covers plain ones"])
 
     def apply(self, x: Tensor, packed: TransposedWeights, *, out: Tensor | None = None) -> Tensor:
         scheme = self.spec.scheme

@@ -17,14 +17,14 @@ from anychip.plugin_api import (
     hookimpl,
 )
 from anychip_tpu.options import TpuOptions
-from anychip_tpu.runtimes.choice import REMEDIES, chosen_runtime
+from anychip_tpu.runtimes.choice import REMEDIES, chosen_runtime, num_cpu_devices, on_cpu_devices
 
 
 def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
     """What the runtime reads as it is imported, where the user has not said it."""
-    if os.environ.get("PJRT_DEVICE", "").upper() == "CPU":
-        wanted = str(len(placement.device_indexes))
-        return {} if os.environ.get("CPU_NUM_DEVICES", "1") == wanted else {"CPU_NUM_DEVICES": wanted}
+    if on_cpu_devices():
+        wanted = len(placement.device_indexes)
+        return {} if num_cpu_devices() == wanted else {"CPU_NUM_DEVICES": str(wanted)}
     return {} if "PJRT_DEVICE" in os.environ else {"PJRT_DEVICE": "TPU"}
 
 

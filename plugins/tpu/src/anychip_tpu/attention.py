@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import softmax_with_sinks
+from anychip.ops.reference import BYTE_RANGES, softmax_with_sinks
 from anychip.plugin_api import (
-    FP8_MAX,
     AttentionBackend,
     AttentionLayer,
     BatchView,
@@ -33,8 +32,6 @@ BLOCK_SIZES = (16, 128)
 """Tokens of a page: few for short requests, and as many as a TPU's lanes for long ones."""
 _GATHERED_BYTES = 64 << 20
 """Of pages at once: what a step gathers for its tokens beyond that comes in turns."""
-_NARROW = {"float8_e4m3fn": FP8_MAX, "int8": 127.0}
-"""Cache dtypes of one byte, and the largest value that each holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ class PagedAttention(AttentionBackend):
 
     def _narrow(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """[num_tokens, num_kv_heads, head_dim] as the cache holds them."""
-        most = _NARROW.get(self.spec.kv_dtype)
+        most = BYTE_RANGES.get(self.spec.kv_dtype)
         if most is None:
             return x
         scaled = (x.float() if scale is None else x.float() / scale.view(-1, 1)).clamp(-most, most)
@@ -115,7 +112,7 @@ class PagedAttention(AttentionBackend):
     def _widened(self, held: Tensor, scale: Tensor | None) -> Tensor:
         """The inverse, float32."""
         wide = held.float()
-        if self.spec.kv_dtype not in _NARROW:
+        if self.spec.kv_dtype not in BYTE_RANGES:
             return wide
         wide = wide if scale is None else wide * scale.view(-1, 1)
         return wide.to(getattr(torch, self.spec.dtype)).float()
@@ -184,12 +181,12 @@ class PagedAttention(AttentionBackend):
     def export_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
         pairs = cache[_ids(cache, ids)].unflatten(2, (self.spec.num_kv_heads, 2))
         canonical = pairs.permute(0, 3, 1, 2, 4)  # [blocks, 2, block_size, num_kv_heads, head_dim]
-        if self.spec.kv_dtype not in _NARROW:
+        if self.spec.kv_dtype not in BYTE_RANGES:
             return canonical
         return canonical.cpu().contiguous().view(torch.uint8).to(cache.device)
 
     def import_blocks(self, cache: Tensor, ids: Sequence[int], data: Tensor) -> Tensor:
-        if self.spec.kv_dtype in _NARROW:
+        if self.spec.kv_dtype in BYTE_RANGES:
             data = data.cpu().contiguous().view(self.cache_dtype).to(cache.device)
         return cache.index_copy(0, _ids(cache, ids), data.permute(0, 2, 3, 1, 4).flatten(2, 3).to(cache.dtype))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
 from anychip.ops.reference.functional import gated_activation
 from anychip.ops.reference.quantized import QuantizedMatrix
-from anychip.plugin_api import LinearKernel, LinearSpec, Placed, Platform
+from anychip.plugin_api import LinearKernel, LinearSpec, Placed, Platform, Unsupported
 from anychip.plugin_api.linear import Packed
 from anychip_tpu.runtimes import Runtime
 
@@ -128,4 +128,4 @@ def _of_rows(placed: Placed) -> Placed:
 
 
 def _refuse_update() -> None:
-    raise RuntimeError("weights on a TPU are not rewritten: Capabilities.reload is none")
+    raise Unsupported("anychip-tpu", ["weights are not rewritten: Capabilities.reload is none"])

@@ -54,7 +54,7 @@ class XlaMoE(ReferenceMoE):
         return _mapped(first, lambda name: upload(torch.stack([getattr(each, name) for each in matrices]), BY_EXPERT))
 
     def update(self, packed: Any, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
-        raise RuntimeError("weights on a TPU are not rewritten: Capabilities.reload is none")
+        raise Unsupported("anychip-tpu", ["weights are not rewritten: Capabilities.reload is none"])
 
     def remap(self, packed: Any, expert_map: Tensor) -> Any:
         """expert_map as FusedMoE has it, on the host."""

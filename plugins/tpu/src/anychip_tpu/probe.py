@@ -3,13 +3,12 @@ and no torch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
-from anychip_tpu.runtimes.choice import PACKAGES, missing_runtime
+from anychip_tpu.runtimes.choice import PACKAGES, missing_runtime, num_cpu_devices, on_cpu_devices
 
 _DEV = Path("/dev")
 
@@ -19,11 +18,10 @@ def probe() -> ProbeResult:
     reason, remedy = missing_runtime(versions)
     if reason:
         return ProbeResult(reason=reason, remedy=remedy, versions=versions)
-    if os.environ.get("PJRT_DEVICE", "").upper() == "CPU":
-        count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
+    if on_cpu_devices():
         devices = (
             DeviceInfo(index=i, name="PJRT's CPU device", detail="PJRT_DEVICE=CPU", backing="cpu_runtime")
-            for i in range(count)
+            for i in range(num_cpu_devices())
         )
         return ProbeResult(devices=tuple(devices), versions=versions)
     chips = sorted(_DEV.glob("accel[0-9]*")) or sorted((_DEV / "vfio").glob("[0-9]*"))

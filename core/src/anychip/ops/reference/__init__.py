@@ -15,6 +15,7 @@ from torch import Tensor
 from anychip.ops.reference import functional, quantized, sampling
 from anychip.ops.reference.arena import arena_views
 from anychip.ops.reference.attention import (
+    BYTE_RANGES,
     DenseCacheAttention,
     ReferenceAttention,
     attend_row,
@@ -55,8 +56,8 @@ from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 
 __all__ = [
-    "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights", "Drawn",
-    "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator", "ReferenceAttention",
+    "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights",
+    "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator", "ReferenceAttention",
     "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views", "attend_row",
     "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked",
     "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling",

@@ -21,7 +21,7 @@ from anychip.plugin_api import (
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
-_BYTE_RANGES = {"float8_e4m3fn": FP8_MAX, "int8": 127.0}
+BYTE_RANGES = {"float8_e4m3fn": FP8_MAX, "int8": 127.0}
 """Cache dtypes of one byte, and the largest value that each holds."""
 
 
@@ -34,7 +34,7 @@ class DenseCacheAttention(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec) -> None:
         reasons = []
-        if spec.kv_dtype not in (spec.dtype, *_BYTE_RANGES):
+        if spec.kv_dtype not in (spec.dtype, *BYTE_RANGES):
             reasons.append(f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented")
         if reasons:
             raise Unsupported(f"attention backend {self.name}", reasons)
@@ -57,13 +57,13 @@ class DenseCacheAttention(AttentionBackend):
 
     @property
     def quantized(self) -> bool:
-        return self.spec.kv_dtype in _BYTE_RANGES
+        return self.spec.kv_dtype in BYTE_RANGES
 
     def encode(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """Keys or values [..., num_kv_heads, head_dim] as the cache holds them: bytes where it is quantized."""
         if not self.quantized:
             return x
-        most = _BYTE_RANGES[self.spec.kv_dtype]
+        most = BYTE_RANGES[self.spec.kv_dtype]
         scaled = (x.float() if scale is None else x.float() / scale.view(-1, 1)).clamp(-most, most)
         rounded = scaled.round() if self.spec.kv_dtype == "int8" else scaled
         return rounded.to(getattr(torch, self.spec.kv_dtype)).view(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Literal
 
@@ -20,6 +21,16 @@ REMEDIES: Mapping[RuntimeName, str] = {
     "xla": "in an environment of its own: pip install 'torch>=2.9,<2.10' 'anychip-tpu[xla]'",
     "torchtpu": "in an environment of its own: pip install 'torch>=2.11' 'anychip-tpu[torchtpu]'",
 }
+
+
+def on_cpu_devices() -> bool:
+    """Whether the runtime is asked for its CPU devices in place of chips."""
+    return os.environ.get("PJRT_DEVICE", "").upper() == "CPU"
+
+
+def num_cpu_devices() -> int:
+    """How many of them there are."""
+    return int(os.environ.get("CPU_NUM_DEVICES", "1"))
 
 
 def installed_runtimes(versions: Mapping[str, str]) -> list[RuntimeName]:

@@ -7,7 +7,6 @@ tens of milliseconds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from anychip.plugin_api import MemoryInfo, Placed, Unsupported
 from anychip_tpu.runtimes import Traced
+from anychip_tpu.runtimes.choice import on_cpu_devices
 
 _XLAC = torch_xla._XLAC
 _ALL = ("shared", "copies")
@@ -78,11 +78,6 @@ def _shown_anew(tensor: Tensor) -> Tensor:
     return found
 
 
-def on_host() -> bool:
-    """Whether the runtime's devices are the host's processors. They cannot read compiled programs back."""
-    return os.environ.get("PJRT_DEVICE", "").upper() == "CPU"
-
-
 class XlaRuntime:
     """One process drives `num_devices` devices by SPMD: the compiler divides programs among them."""
 
@@ -92,7 +87,8 @@ class XlaRuntime:
         self.num_devices = num_devices
         # Numbers of the code are constants of the programs, not inputs that are uploaded.
         _XLAC._set_xla_all_numbers_special_scalars(True)
-        if cache_dir is not None and not on_host() and not _XLAC._xla_computation_cache_is_initialized():
+        # CPU devices cannot read compiled programs back.
+        if cache_dir is not None and not on_cpu_devices() and not _XLAC._xla_computation_cache_is_initialized():
             xr.initialize_cache(str(cache_dir), readonly=False)
         if num_devices > 1:
             xr.use_spmd()
@@ -135,7 +131,7 @@ class XlaRuntime:
         return int(data[0]) if data else 0
 
     def memory(self, index: int) -> MemoryInfo:
-        if self.num_devices > 1 or on_host():
+        if self.num_devices > 1 or on_cpu_devices():
             return MemoryInfo(free=None, total=None)  # the runtime does not say
         info = xm.get_memory_info(self.torch_device)
         total, used = info["bytes_limit"], info["bytes_used"]
