@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anychip.errors import Unsupported
@@ -96,6 +96,47 @@ class ShapePolicy:
         has a shape for each of those, and may raise for others."""
         return ShapeKey(
             num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_samples=num_samples,
+            max_query_len=max_query_len,
+            num_pages=num_pages,
+            features=features,
+        )
+
+
+class CapturedShapes(ShapePolicy):
+    """Steps in which every row has one token come in a few shapes, `keys`, each with a graph, with taps or without.
+    Others are filled up to a few numbers of tokens, `pieces`, as far as those go; larger ones keep their sizes. The
+    keys are in order of size, and the numbers of tokens rise."""
+
+    captured: tuple[tuple[str, ...], ...] = ((), (TAPS,))
+    """Features of steps that have graphs."""
+
+    def __init__(self, keys: Sequence[ShapeKey], pieces: Sequence[int]) -> None:
+        self._keys, self._pieces = keys, pieces
+
+    def keys(self) -> Sequence[ShapeKey]:
+        return self._keys
+
+    def pieces(self) -> Sequence[int]:
+        return self._pieces
+
+    def bucket(
+        self,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_samples: int,
+        max_query_len: int,
+        num_pages: int,
+        features: tuple[str, ...],
+    ) -> ShapeKey:
+        if max_query_len == 1 and features in self.captured:
+            for key in self._keys:
+                if num_reqs <= key.num_reqs and num_pages <= key.num_pages:
+                    return replace(key, features=features) if features else key
+        return super().bucket(
+            num_tokens=next((count for count in self._pieces if count >= num_tokens), num_tokens),
             num_reqs=num_reqs,
             num_samples=num_samples,
             max_query_len=max_query_len,

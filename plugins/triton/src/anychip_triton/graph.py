@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anychip.plugin_api import (
-    TAPS,
+    CapturedShapes,
     Communicator,
     EagerCall,
     GraphCapture,
@@ -22,12 +22,8 @@ from anychip.plugin_api import (
     Recorder,
     RunOutsideGraph,
     ShapeKey,
-    ShapePolicy,
     StepLimits,
 )
-
-_CAPTURED = ((), (TAPS,))
-"""Features of decode steps that have graphs."""
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _PAGES_STEP = 8
@@ -45,9 +41,8 @@ _PIECES_BYTES_PER_TOKEN = 512 << 10
 queries, keys and values of every layer: estimates that `reserve` sets aside, to be replaced by measured ones."""
 
 
-class DecodeShapes(ShapePolicy):
-    """Steps in which every row has one token come in a few sizes, each with a graph. Others are filled up to a few
-    numbers of tokens as far as pieces go; larger ones keep their sizes."""
+class DecodeShapes(CapturedShapes):
+    """A bucket of rows and one of pages for each graph."""
 
     def __init__(self, limits: StepLimits) -> None:
         rows = [count for count in _ROWS if count < limits.max_num_reqs] + [limits.max_num_reqs]
@@ -55,43 +50,13 @@ class DecodeShapes(ShapePolicy):
         pages = [longest]
         while pages[-1] > _FEWEST_PAGES:
             pages.append(max(_FEWEST_PAGES, pages[-1] // _PAGES_STEP))
-        self._keys = [
+        keys = [
             ShapeKey(num_tokens=count, num_reqs=count, num_samples=count, max_query_len=1, num_pages=size)
             for count in rows
             for size in reversed(pages)
             if count <= limits.max_num_tokens
         ]
-        self._pieces = [count for count in _PIECE_TOKENS if count <= limits.max_num_tokens]
-
-    def pieces(self) -> Sequence[int]:
-        return self._pieces
-
-    def keys(self) -> Sequence[ShapeKey]:
-        return self._keys
-
-    def bucket(
-        self,
-        *,
-        num_tokens: int,
-        num_reqs: int,
-        num_samples: int,
-        max_query_len: int,
-        num_pages: int,
-        features: tuple[str, ...],
-    ) -> ShapeKey:
-        if max_query_len == 1 and features in _CAPTURED:
-            for key in self._keys:
-                if num_reqs <= key.num_reqs and num_pages <= key.num_pages:
-                    return replace(key, features=features) if features else key
-        tokens = next((count for count in self._pieces if count >= num_tokens), num_tokens)
-        return super().bucket(
-            num_tokens=tokens,
-            num_reqs=num_reqs,
-            num_samples=num_samples,
-            max_query_len=max_query_len,
-            num_pages=num_pages,
-            features=features,
-        )
+        super().__init__(keys, [count for count in _PIECE_TOKENS if count <= limits.max_num_tokens])
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
