@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from anychip_tpu.pallas.budget import Buffer, check_vmem, round_up, sublane_rows
 from anychip_tpu.pallas.generations import Generation
-from anychip_tpu.pallas.tiles import inner_block, outer_block
+from anychip_tpu.pallas.tiles import inner_block, outer_block, product, summed
 
 Array = jax.Array
 _MOST_ROWS, _MOST_OUT, _MOST_IN = 128, 512, 2048
@@ -145,28 +145,10 @@ def _kernel(tile_rows: int, scaled: bool, *refs: Any) -> None:
 
     @pl.when(i < visits.num_visits[0])
     def _() -> None:
-        product = _product(x[...], weights[0])
-
-        @pl.when(k == 0)
-        def _() -> None:
-            sums[...] = product
-
-        @pl.when(k > 0)
-        def _() -> None:
-            sums[...] += product
-
-        @pl.when(k == pl.num_programs(2) - 1)
+        @summed(k, product(x[...], weights[0].astype(x.dtype)), sums)
         def _() -> None:
             total = sums[...] if scales is None else sums[...] * scales[0]
             row = visits.tile[i] * tile_rows + lax.broadcasted_iota(jnp.int32, total.shape, 0)
             inside = (row >= visits.begin[i]) & (row < visits.end[i])
             others = jnp.where(visits.opens[i] == 1, jnp.zeros_like(total), out[...].astype(jnp.float32))
             out[...] = jnp.where(inside, total, others).astype(out.dtype)
-
-
-def _product(x: Any, weights: Any) -> Any:
-    """x [rows, K] times weights [N, K] transposed, in float32."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x, weights.astype(x.dtype), (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from anychip.plugin_api import Unsupported
 from anychip_tpu.pallas.budget import LANES, SUBLANES, Buffer, check_vmem, round_up, sublane_rows
 from anychip_tpu.pallas.generations import Generation
-from anychip_tpu.pallas.tiles import outer_block
+from anychip_tpu.pallas.tiles import outer_block, product, summed
 
 Array = jax.Array
 _MOST_ROWS, _MOST_OUT, _MOST_IN = 256, 512, 1024
@@ -108,19 +107,7 @@ def _kernel(group: int, shifted: bool, x: Any, packed: Any, scales: Any, *rest: 
     if zeros is not None:
         values = values - zeros[...]
     weights = (values * scales[...]).reshape(-1, both.shape[-1]).astype(x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = lax.dot_general(
-        x[...], weights, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
-    @pl.when(k == 0)
-    def _() -> None:
-        sums[...] = product
-
-    @pl.when(k > 0)
-    def _() -> None:
-        sums[...] += product
-
-    @pl.when(k == pl.num_programs(2) - 1)
+    @summed(k, product(x[...], weights, axis=0), sums)
     def _() -> None:
         out[...] = sums[...].astype(out.dtype)

@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from anychip.plugin_api import Unsupported
 from anychip_tpu.pallas.budget import Buffer, check_vmem, round_up, sublane_rows
 from anychip_tpu.pallas.generations import GENERATIONS, Generation
-from anychip_tpu.pallas.tiles import inner_block, outer_block
+from anychip_tpu.pallas.tiles import inner_block, outer_block, product, summed
 
 Array = jax.Array
 _MOST_ROWS, _MOST_OUT, _MOST_IN = 256, 512, 2048
@@ -112,20 +111,8 @@ def _kernel(rows_are_scaled: bool, x: Any, weights: Any, weight_scales: Any, *re
     out, sums = rest[-2:]
     k = pl.program_id(2)
     other = weights[...] if rows_are_scaled else weights[...].astype(x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = lax.dot_general(
-        x[...], other, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=sums.dtype
-    )
 
-    @pl.when(k == 0)
-    def _() -> None:
-        sums[...] = product
-
-    @pl.when(k > 0)
-    def _() -> None:
-        sums[...] += product
-
-    @pl.when(k == pl.num_programs(2) - 1)
+    @summed(k, product(x[...], other, dtype=sums.dtype), sums)
     def _() -> None:
         total = sums[...].astype(jnp.float32) * weight_scales[...]
         out[...] = (total if row_scales is None else total * row_scales[...]).astype(out.dtype)
