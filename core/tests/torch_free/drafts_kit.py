@@ -6,9 +6,11 @@ import random
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from engine_kit import VOCAB_SIZE, make_core, make_scheduler
+from hypothesis import strategies as st
 
 from anychip.drafts import Draft
 from anychip.engine.engine_core import EngineCore
@@ -20,6 +22,18 @@ from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
 
 STOP = 2
+
+WORKLOADS: dict[str, st.SearchStrategy[Any]] = {
+    "prompts": st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=20), min_size=1, max_size=5),
+    "max_output": st.integers(1, 30),
+    "n": st.integers(1, 2),
+    "right": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    "max_drafts": st.integers(1, 6),
+    "num_blocks": st.integers(32, 120),
+    "budget": st.sampled_from([5, 9, 64]),
+    "max_in_flight": st.integers(1, 2),
+}
+"""Requests, how often a guess about them is right, and an engine that is short of blocks and tokens in some."""
 
 
 def drawn_after(ids: list[int], index: int) -> int:

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from drafts_kit import alone, drafting_engine, engine, message, run
+from drafts_kit import WORKLOADS, alone, drafting_engine, engine, message, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,14 +17,7 @@ from anychip.speculation.lengths import Acceptance, StepCosts, choose_depth
 
 @settings(max_examples=150, deadline=None)
 @given(
-    prompts=st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=20), min_size=1, max_size=5),
-    max_output=st.integers(1, 30),
-    n=st.integers(1, 2),
-    right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-    max_drafts=st.integers(1, 6),
-    num_blocks=st.integers(32, 120),
-    budget=st.sampled_from([5, 9, 64]),
-    max_in_flight=st.integers(1, 2),
+    **WORKLOADS,
     seed=st.integers(0, 1000),
 )
 def test_every_sequence_is_what_is_drawn_without_a_draft_model(
