@@ -3,7 +3,7 @@ of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from anychip.ops.reference import (
     Passed,
     ReferenceMoE,
     arena_views,
+    attend_gathered,
     forward_pass,
-    softmax_with_sinks,
 )
 from anychip.plugin_api import (
     AttentionBackend,
@@ -94,7 +94,7 @@ class FunctionalAttention(DenseCacheAttention):
         *,
         out: Tensor | None = None,
     ) -> Tensor:
-        return self._weighted(q, self._scores(q, cache, plan, layer), cache, plan, layer)
+        return self._attended(q, cache, plan, layer)[0]
 
     def attend_with_lse(
         self,
@@ -105,44 +105,14 @@ class FunctionalAttention(DenseCacheAttention):
         *,
         out: Tensor | None = None,
     ) -> PartialAttention:
-        scores = self._scores(q, cache, plan, layer)
-        lse = scores.logsumexp(dim=-1).flatten(1, 2)  # [num_tokens, num_heads]
-        if layer.sinks is not None:
-            lse = torch.logaddexp(lse, layer.sinks)
-        lse = lse.masked_fill(~plan.valid.unsqueeze(-1), -torch.inf)
-        return PartialAttention(self._weighted(q, scores, cache, plan, layer), lse)
+        out, log_sum = self._attended(q, cache, plan, layer)
+        return PartialAttention(out, log_sum())
 
-    def _scores(self, q: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer) -> Tensor:
-        """[num_tokens, kv_heads, heads that share one, keys]: -inf for keys that a token does not see."""
-        spec = self.spec
-        k = cache[plan.tables][:, :, 0].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
-        grouped = q.unflatten(1, (spec.num_kv_heads, -1)).float()  # [num_tokens, kv_heads, share, dim]
-        scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * layer.scale
-        if spec.softcap is not None:
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        if layer.alibi_slopes is not None:
-            keys = torch.arange(k.shape[1], device=q.device)
-            distance = (keys - plan.last_keys.unsqueeze(-1))[:, None, None]
-            scores = scores + layer.alibi_slopes.view(1, spec.num_kv_heads, -1, 1) * distance
-        return scores.masked_fill(~self._visible(plan, k.shape[1])[:, None, None], -torch.inf)
-
-    def _visible(self, plan: FunctionalPlan, num_keys: int) -> Tensor:
-        """[num_tokens, keys]"""
-        keys, last = torch.arange(num_keys, device=plan.last_keys.device), plan.last_keys.unsqueeze(-1)
-        visible = keys <= last
-        if self.spec.window is not None:
-            visible = visible & (keys > last - self.spec.window)
-        return visible & plan.valid.unsqueeze(-1)
-
-    def _weighted(
-        self, q: Tensor, scores: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer
-    ) -> Tensor:
-        v = cache[plan.tables][:, :, 1].flatten(1, 2)  # [num_tokens, keys, kv_heads, dim]
-        visible = self._visible(plan, v.shape[1])
-        sinks = None if layer.sinks is None else layer.sinks.view(1, self.spec.num_kv_heads, -1, 1)
-        weights = softmax_with_sinks(scores, sinks).masked_fill(~visible[:, None, None], 0)
-        v = v.float().masked_fill(~visible[:, :, None, None], 0)
-        return torch.einsum("tgsk,tkgd->tgsd", weights, v).flatten(1, 2).to(q.dtype)
+    def _attended(
+        self, q: Tensor, cache: Tensor, plan: FunctionalPlan, layer: AttentionLayer
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        k, v = (cache[plan.tables][:, :, part].flatten(1, 2) for part in (0, 1))
+        return attend_gathered(q, k, v, plan.last_keys, plan.valid, self.spec, layer)
 
 
 class DenseMoE(ReferenceMoE):

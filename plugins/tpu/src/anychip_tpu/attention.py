@@ -6,13 +6,13 @@ is a share of one dimension, and a head's pair lies together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import BYTE_RANGES, softmax_with_sinks
+from anychip.ops.reference import BYTE_RANGES, attend_gathered
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionLayer,
@@ -26,7 +26,6 @@ from anychip.plugin_api import (
     dense_page_bytes,
 )
 from anychip.plugin_api.plan import Plan
-from anychip_tpu.ops import tanh
 
 BLOCK_SIZES = (16, 128)
 """Tokens of a page: few for short requests, and as many as a TPU's lanes for long ones."""
@@ -127,8 +126,8 @@ class PagedAttention(AttentionBackend):
     def attend_with_lse(
         self, q: Tensor, cache: Tensor, plan: PagedPlan, layer: AttentionLayer, *, out: Tensor | None = None
     ) -> PartialAttention:
-        parts = [self._attended(q, cache, plan, layer, turn, lse=True) for turn in self._turns(q, cache, plan)]
-        return PartialAttention(torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]))
+        parts = [self._attended(q, cache, plan, layer, turn) for turn in self._turns(q, cache, plan)]
+        return PartialAttention(torch.cat([out for out, _ in parts]), torch.cat([log_sum() for _, log_sum in parts]))
 
     def _turns(self, q: Tensor, cache: Tensor, plan: PagedPlan) -> list[slice]:
         """Tokens by turn, so that what is gathered for them at once stays small."""
@@ -137,38 +136,14 @@ class PagedAttention(AttentionBackend):
         return [slice(start, start + size) for start in range(0, len(q), size)]
 
     def _attended(
-        self, q: Tensor, cache: Tensor, plan: PagedPlan, layer: AttentionLayer, turn: slice, *, lse: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Of a turn's tokens: the attention, and its log-sum-exp where that is asked for."""
-        spec, rows, last, valid = self.spec, plan.rows[turn], plan.last_keys[turn, None], plan.valid[turn]
-        pages = cache[plan.tables[rows]].flatten(1, 2)  # [tokens, keys, 2 * num_kv_heads, head_dim]
-        keys = torch.arange(pages.shape[1], device=q.device)
-        visible = (keys <= last) & valid.unsqueeze(-1)  # [tokens, keys]
-        if spec.window is not None:
-            visible = visible & (keys > last - spec.window)
-        pairs = pages.unflatten(2, (spec.num_kv_heads, 2))
+        self, q: Tensor, cache: Tensor, plan: PagedPlan, layer: AttentionLayer, turn: slice
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """attend_gathered of a turn's tokens."""
+        pages = cache[plan.tables[plan.rows[turn]]].flatten(1, 2)  # [tokens, keys, 2 * num_kv_heads, head_dim]
+        pairs = pages.unflatten(2, (self.spec.num_kv_heads, 2))
         k = self._widened(pairs[:, :, :, 0], layer.k_scale)
         v = self._widened(pairs[:, :, :, 1], layer.v_scale)
-        grouped = q[turn].unflatten(1, (spec.num_kv_heads, -1)).float()  # [tokens, kv_heads, share, head_dim]
-        scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k) * layer.scale
-        if spec.softcap is not None:
-            scores = spec.softcap * tanh(scores / spec.softcap)
-        if layer.alibi_slopes is not None:
-            scores = scores + layer.alibi_slopes.view(1, spec.num_kv_heads, -1, 1) * (keys - last)[:, None, None]
-        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-        sinks = None if layer.sinks is None else layer.sinks.view(1, spec.num_kv_heads, -1, 1)
-        weights = softmax_with_sinks(scores, sinks).masked_fill(~visible[:, None, None], 0)
-        v = v.masked_fill(~visible[:, :, None, None], 0)
-        out = torch.einsum("tgsk,tkgd->tgsd", weights, v).flatten(1, 2).to(q.dtype)
-        return out, self._log_sum(scores, layer, valid) if lse else out
-
-    @staticmethod
-    def _log_sum(scores: Tensor, layer: AttentionLayer, valid: Tensor) -> Tensor:
-        """[tokens, num_heads] of scores [tokens, kv_heads, share, keys]."""
-        total = scores.logsumexp(dim=-1).flatten(1, 2)
-        if layer.sinks is not None:
-            total = torch.logaddexp(total, layer.sinks)
-        return total.masked_fill(~valid.unsqueeze(-1), -torch.inf)
+        return attend_gathered(q[turn], k, v, plan.last_keys[turn], plan.valid[turn], self.spec, layer)
 
     # -- blocks -------------------------------------------------------------------------------------------
 

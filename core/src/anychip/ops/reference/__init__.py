@@ -18,6 +18,7 @@ from anychip.ops.reference.attention import (
     BYTE_RANGES,
     DenseCacheAttention,
     ReferenceAttention,
+    attend_gathered,
     attend_row,
     attend_row_with_lse,
     merge_attention,
@@ -58,10 +59,10 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights",
     "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator", "ReferenceAttention",
-    "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views", "attend_row",
-    "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked",
-    "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling",
-    "softmax_with_sinks", "token_scores", "write_embeddings",
+    "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views",
+    "attend_gathered", "attend_row", "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "forward_pass",
+    "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
+    "reference_linear", "sampling", "softmax_with_sinks", "token_scores", "write_embeddings",
 ]  # fmt: skip
 
 

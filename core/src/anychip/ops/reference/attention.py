@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -218,6 +218,43 @@ def _weighted(scores: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
     """[queries, num_heads, head_dim]"""
     weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(-1, 1, 1))
     return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def visible_keys(last_keys: Tensor, valid: Tensor, num_keys: int, window: int | None) -> Tensor:
+    """[num_tokens, num_keys] bool: which keys of its row each token sees, of the rows' first `num_keys`. last_keys
+    [num_tokens], the last that it sees, counted from its row's first; valid [num_tokens] bool, False for padding."""
+    keys, last = torch.arange(num_keys, device=last_keys.device), last_keys.unsqueeze(-1)
+    visible = (keys <= last) & valid.unsqueeze(-1)
+    return visible if window is None else visible & (keys > last - window)
+
+
+def attend_gathered(
+    q: Tensor, k: Tensor, v: Tensor, last_keys: Tensor, valid: Tensor, spec: AttentionSpec, layer: AttentionLayer
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Attention of tokens that have their rows' keys and values before them, without a look at the host: q [num_tokens,
+    num_heads, head_dim]; k and v [num_tokens, num_keys, num_kv_heads, head_dim]; the rest as visible_keys has it.
+    The attended values as q, and what gives their log-sum-exp [num_tokens, num_heads] to those who want it."""
+    visible = visible_keys(last_keys, valid, k.shape[1], spec.window)
+    share = spec.num_heads // spec.num_kv_heads
+    grouped = q.reshape(len(q), spec.num_kv_heads, share, spec.head_dim).float()
+    scores = torch.einsum("tgsd,tkgd->tgsk", grouped, k.float()) * layer.scale
+    if spec.softcap is not None:
+        scores = layer.ops.softcap(x=scores, cap=spec.softcap)
+    if layer.alibi_slopes is not None:
+        distance = torch.arange(k.shape[1], device=q.device) - last_keys.unsqueeze(-1)
+        scores = scores + layer.alibi_slopes.view(1, spec.num_kv_heads, -1, 1) * distance[:, None, None]
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    sinks = None if layer.sinks is None else layer.sinks.view(1, spec.num_kv_heads, -1, 1)
+    weights = softmax_with_sinks(scores, sinks).masked_fill(~visible[:, None, None], 0)
+    out = torch.einsum("tgsk,tkgd->tgsd", weights, v.float().masked_fill(~visible[:, :, None, None], 0))
+
+    def log_sum() -> Tensor:
+        total = scores.logsumexp(dim=-1).flatten(1, 2)
+        if layer.sinks is not None:
+            total = torch.logaddexp(total, layer.sinks)
+        return total.masked_fill(~valid.unsqueeze(-1), -torch.inf)
+
+    return out.flatten(1, 2).to(q.dtype), log_sum
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
