@@ -85,6 +85,9 @@ def _init(info: int, out: int, size: int, rank: int, buffer_mb: int) -> None:
     timeout = timedelta(seconds=float(os.environ.get("HCCL_CONNECT_TIMEOUT") or 120))
     store = _dist.FileStore(path, size)
     group = _dist.ProcessGroupGloo(_dist.PrefixStore("hccl", store), rank, size, timeout)
+    group.barrier().wait()
+    if rank == 0:  # all have met; a rank that is killed later leaves no file behind
+        os.unlink(path)
     handle = len(_communicators) + 1
     while handle in _communicators:
         handle += 1
