@@ -139,8 +139,10 @@ $(VENV)/serve.done: $(VENV)/bin/python constraints.txt core/pyproject.toml plugi
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e core -e plugins/cpu
 	touch $@
 
+# What serves is installed already; installed again, the CPU's kernels would be compiled again.
 $(VENV)/dev.done: $(VENV)/serve.done requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt $(PACKAGES:%=-e %)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt \
+	  $(addprefix -e ,$(filter-out core plugins/cpu,$(PACKAGES)))
 	touch $@
 
 # torch 2.9 is on the package index with CUDA alone; its libraries are not needed, so empty ones stand in.

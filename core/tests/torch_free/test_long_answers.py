@@ -49,8 +49,14 @@ def test_a_list_that_grew_is_what_its_parts_are_together(parts, piece_s, piece_b
     grown, seen = GrowingList(), []
 
     async def run() -> None:
-        for part in parts:
-            await grown.extend(iter(part))
+        for number, part in enumerate(parts):
+            if number % 2:
+                joined = GrowingList()
+                await joined.extend(iter(part))
+                grown.join(joined)
+                assert json.loads(b"".join(encoded(joined.so_far()))) == part
+            else:
+                await grown.extend(iter(part))
             seen.append(grown.so_far())
 
     try:

@@ -65,6 +65,12 @@ class GrowingList:
         else:
             self._pieces.append(text)
 
+    def join(self, other: GrowingList) -> None:
+        """The other's entries follow, and stay in the other."""
+        for piece in other._pieces:
+            grows = bool(self._pieces) and len(self._pieces[-1]) < _PIECE_BYTES
+            self._add([piece[1:]], grows=grows)
+
     def so_far(self) -> list[Any] | LongList:
         return LongList([*self._pieces, b"]"]) if self._pieces else []
 

@@ -25,8 +25,9 @@ class ResponseBuilder:
         self._number = 0
         self._open: Json | None = None
         self._text = ""
-        self.logprobs = GrowingList()
-        """An entry for each token so far, where they were asked for."""
+        self._logprobs = GrowingList()  # of the open message, an entry for each token, where they were asked for
+        self._pending = GrowingList()  # of tokens that no text has come of so far
+        self._pending_told = False
         self._fields = {
             "id": self.response_id,
             "object": "response",
@@ -83,8 +84,16 @@ class ResponseBuilder:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self.response("in_progress"))
 
+    def take_logprobs(self, newest: GrowingList) -> None:
+        """Of the tokens whose events come next, if they have any: a part of a character has none. They are those of the
+        next text of a message; those of reasoning and of calls alone belong to no message."""
+        if self._pending_told:
+            self._pending, self._pending_told = GrowingList(), False
+        self._pending.join(newest)
+
     def take(self, event: Event) -> Iterator[Json]:
         """What an event of the turn becomes."""
+        self._pending_told = True
         match event:
             case Reasoning(text):
                 yield from self._add_text("reasoning", text)
@@ -102,6 +111,8 @@ class ResponseBuilder:
     def end(self, finish_reason: str | None, output: RequestOutput | None, num_output: int) -> Iterator[Json]:
         """Closes what is open, and the response."""
         status = "incomplete" if finish_reason == "length" else "completed"
+        if not self._pending_told:  # tokens of the end, which have no text
+            self._logprobs.join(self._pending)
         yield from self._close(status)
         self.final = self.response(status, usage=None if output is None else usage(output, num_output))
         yield self._event(f"response.{status}", response=self.final)
@@ -115,12 +126,16 @@ class ResponseBuilder:
         if self._open is None or self._open["type"] != kind:
             yield from self._close()
             if kind == "message":
+                self._logprobs = GrowingList()
                 item = {"type": kind, "id": _id("msg"), "role": "assistant", "content": [], "status": "in_progress"}
             else:
                 item = {"type": kind, "id": _id("rs"), "summary": [], "content": [], "status": "in_progress"}
             yield from self._begin_item(item)
             yield self._item_event("response.content_part.added", content_index=0, part=self._part())
         self._text += text
+        if kind == "message":
+            self._logprobs.join(self._pending)
+            self._pending = GrowingList()
         more: Json = {"logprobs": []} if kind == "message" else {}
         yield self._item_event(f"response.{self._text_kind()}.delta", content_index=0, delta=text, **more)
 
@@ -139,7 +154,7 @@ class ResponseBuilder:
             )
         else:
             item["content"] = [self._part()]
-            more: Json = {"logprobs": self.logprobs.so_far()} if item["type"] == "message" else {}
+            more: Json = {"logprobs": self._logprobs.so_far()} if item["type"] == "message" else {}
             yield self._item_event(f"response.{self._text_kind()}.done", content_index=0, text=self._text, **more)
             yield self._item_event("response.content_part.done", content_index=0, part=self._part())
         item["status"] = status
@@ -150,7 +165,7 @@ class ResponseBuilder:
         assert self._open is not None
         if self._open["type"] == "reasoning":
             return {"type": "reasoning_text", "text": self._text}
-        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self.logprobs.so_far()}
+        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self._logprobs.so_far()}
 
     def _text_kind(self) -> str:
         assert self._open is not None

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from anychip.entrypoints.http.answer import long_sse, respond
 from anychip.entrypoints.http.body import read_body, schema_of
-from anychip.entrypoints.http.long_json import JsonResponse
+from anychip.entrypoints.http.long_json import GrowingList, JsonResponse
 from anychip.entrypoints.openai.responses import Reply
 from anychip.entrypoints.openai.stateful.builder import ResponseBuilder
 from anychip.entrypoints.openai.stateful.protocol import Message, ResponsesBody
@@ -59,7 +59,9 @@ class ResponseAnswer:
                 last, reason = piece.request, piece.finish_reason
                 num_output += len(piece.output.token_ids)
                 if piece.output.logprobs is not None:
-                    await builder.logprobs.extend(self.reply.chat_entries(piece.output))
+                    newest = GrowingList()
+                    await newest.extend(self.reply.chat_entries(piece.output))
+                    builder.take_logprobs(newest)
                 for event in piece.events:
                     for item in builder.take(event):
                         yield item
