@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_kit import held_matrix, products
 from safetensors.torch import load_file, save_file
 
 from anychip import LLM, SamplingParams
 from anychip.errors import CheckpointError, ConfigError, Unsupported
-from anychip.layers.linear import _PackedLinear
 from anychip.ops.reference import REFERENCE, quantized
 from anychip.ops.reference.quantized import QuantizedMatrix, quantize_rows
 from anychip.plugin_api import FP8_MAX, LinearPart, LinearSpec, Platform, PlatformContext, ProbeResult, QuantScheme
@@ -40,27 +40,6 @@ def reference_platform() -> Platform:
 
 
 WEIGHT_ONLY = [name for name, (_, activations, _) in CONTAINERS.items() if activations is None]
-
-
-def products(llm: LLM) -> dict[str, _PackedLinear]:
-    """By checkpoint module: the layer that holds it, and the rows it has there."""
-    found = {}
-    for index, layer in enumerate(llm.engine.executor.worker.program.model.layers):
-        found[f"model.layers.{index}.self_attn.o_proj"] = layer.attention.output
-        found[f"model.layers.{index}.mlp.down_proj"] = layer.mlp.down
-        for packed, parts in (
-            (layer.attention.qkv, {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}),
-            (layer.mlp.gate_up, {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}),
-        ):
-            for part, module in parts.items():
-                found[f"model.layers.{index}.{module}"] = (packed, part)
-    return found
-
-
-def held_matrix(layer: object) -> torch.Tensor:
-    layer, part = layer if isinstance(layer, tuple) else (layer, "all")
-    place = next(p for p in layer.kernel.spec.parts if p.name == part)
-    return layer.packed.matrix.dequantize()[place.offset : place.offset + place.rows]
 
 
 # -- containers ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from anychip.layers.kv_scales import want_kv_scales
 from anychip.model_config import ModelConfig
 from anychip.models import transformers_layers as layers
 from anychip.models.transformers_attention import ATTENTION, AttentionBridge
+from anychip.models.transformers_buffers import fill_buffers
 from anychip.models.transformers_extras import arguments, show
 from anychip.plugin_api import (
     KV_HEADS,
@@ -127,7 +128,7 @@ class TransformersModel:
         self._replace_embeddings(config)
         self._replace_linears()
         self._want_parameters()
-        self._fill_buffers()
+        fill_buffers(self.hf, builder.platform.default_device)
         # A mask of four dimensions is taken as finished: the library neither builds one nor looks at positions.
         self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=builder.platform.default_device)
         self.base = getattr(self.hf, self.hf.base_model_prefix)
@@ -235,16 +236,6 @@ class TransformersModel:
             held.copy_(view.read(*((0, extent) for extent in shape)))
 
         self._builder.weights.want(name, shape, take)
-
-    def _fill_buffers(self) -> None:
-        """Rotary frequencies and their like: made by the library's own initialisation."""
-        device = self._builder.platform.default_device
-        for module in self.hf.modules():
-            on_meta = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-            for name in on_meta:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-            if on_meta:
-                self.hf._init_weights(module)
 
 
 def transformers_family(model: ModelConfig, *, trust_remote_code: bool) -> TransformersFamily:

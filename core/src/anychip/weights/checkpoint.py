@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+
+from torch import Tensor
 
 from anychip.errors import CheckpointError
 from anychip.plugin_api import WeightView
 from anychip.weight_files import INDEX, WeightFile, weight_files
-from anychip.weights.files import SafetensorsFile, same_bytes
+from anychip.weights.files import FileView, SafetensorsFile, same_bytes
 
 
 class Checkpoint:
@@ -57,15 +60,27 @@ class Checkpoint:
             finally:
                 file.close()
 
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        with self._opened(name) as view:
+            return view.read()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with self._opened(name) as view:
+            return view.shape
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[FileView]:
+        file = SafetensorsFile(self._file_of[name].path)
+        try:
+            yield file.view(name)
+        finally:
+            file.close()
+
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same bytes in the same shape."""
-        opened = [SafetensorsFile(self._file_of[name].path) for name in (first, second)]
-        try:
-            a, b = (file.view(name) for file, name in zip(opened, (first, second), strict=True))
+        with self._opened(first) as a, self._opened(second) as b:
             return same_bytes(a, b)
-        finally:
-            for file in opened:
-                file.close()
 
 
 def _counted(file: SafetensorsFile, listed: WeightFile) -> frozenset[str]:

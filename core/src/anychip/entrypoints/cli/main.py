@@ -21,6 +21,7 @@ COMMANDS = {
     "hash-key": "make an API key, and the line of --api-keys for it",
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
+    "quantize": "make a quantized checkpoint of a plain one",
     "plan": "say how much memory a model would take, before it is loaded",
     "bench": "measure throughput, latency, start-up, or a server under load",
     "devices": "list installed devices, and why others cannot run",

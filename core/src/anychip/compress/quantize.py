@@ -1,0 +1,162 @@
+"""A plain checkpoint in, a compressed-tensors checkpoint out.
+
+Without texts every matrix is rounded to nearest, as it is read. With texts the decoder layers are rounded in order by
+GPTQ, each over what the rounded layers before it give. Embeddings, the head, routers and norms stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from anychip.compress.by_layer import LayerByLayer
+from anychip.compress.gptq import Moments, gptq
+from anychip.compress.rounding import Rounded, round_to_nearest
+from anychip.compress.targets import Target
+from anychip.compress.writer import ShardWriter
+from anychip.errors import CheckpointError, ConfigError, Unsupported
+from anychip.quantization.packing import pack
+from anychip.weights.checkpoint import Checkpoint
+
+Progress = Callable[[int, int], None]
+"""Is told how many matrices are done, of how many."""
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_INT8_OFFSET = 128
+"""compressed-tensors packs integers from zero on."""
+
+
+class MatrixReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Errors are relative: norm of the difference over norm of the plain one."""
+
+    method: str
+    weight_error: float
+    output_error: float | None
+    """Of the products over the calibration texts; None without any."""
+
+
+def quantize(
+    source: Path, out: Path, target: Target, texts: Sequence[Tensor], device: torch.device, progress: Progress
+) -> dict[str, MatrixReport]:
+    """Writes folder `out` whole or not at all, and returns what became of each matrix. Raises ConfigError where `out`
+    is there or the source is quantized, CheckpointError and Unsupported for what cannot be read."""
+    config = _plain_config(source)
+    if out.exists():
+        raise ConfigError(f"{out} is there already; name a folder that is not, or remove it")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        job = _Job(Checkpoint(source), ShardWriter(partial), target, device, progress)
+        job.run(texts)
+        config["quantization_config"] = job.target.config(job.ignored)
+        (partial / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+        for path in source.iterdir():
+            if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
+                shutil.copyfile(path, partial / path.name)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return job.reports
+
+
+def _plain_config(source: Path) -> dict[str, object]:
+    try:
+        config: dict[str, object] = msgspec.json.decode((source / "config.json").read_bytes(), type=dict)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{source / 'config.json'} cannot be read: {error}") from error
+    if config.get("quantization_config"):
+        raise ConfigError(f"{source} is quantized already; give the plain checkpoint that it was made from")
+    return config
+
+
+class _Job:
+    def __init__(
+        self, checkpoint: Checkpoint, writer: ShardWriter, target: Target, device: torch.device, progress: Progress
+    ) -> None:
+        self._checkpoint, self._writer = checkpoint, writer
+        self._device, self._progress = device, progress
+        self._model = LayerByLayer(checkpoint, device)
+        linears = set(self._model.linear_names()) | self._experts()
+        columns = {name: checkpoint.shape(f"{name}.weight")[1] for name in linears}
+        self.target = target.grouped(columns.values())
+        self._names = [name for name in sorted(linears) if self.target.fits(columns[name])]
+        self.ignored = sorted((linears - set(self._names)) | {"lm_head"})
+        self.reports: dict[str, MatrixReport] = {}
+        if not self._names:
+            raise Unsupported(
+                f"quantization to {target.scheme.name}",
+                [f"no linear layer of {self._model.name} fits: their columns are {sorted({*columns.values()})}"],
+            )
+
+    def run(self, texts: Sequence[Tensor]) -> None:
+        """Writes every tensor, quantized or as it is."""
+        wanted = set(self._names)
+        if texts:
+            for layer in self._model.calibrated(texts):
+                for name in [name for name in layer.linears if name in wanted]:
+                    self._round(name, layer.linears[name], layer.moments.get(name))
+                    wanted.discard(name)
+        for name in sorted(wanted):
+            self._round(name, None, None)
+        quantized = {f"{name}.weight" for name in self._names}
+        for name in sorted(self._checkpoint.names - quantized):
+            self._writer.add(name, self._checkpoint.read(name))
+        self._writer.close()
+
+    def _round(self, name: str, linear: nn.Linear | None, moments: Moments | None) -> None:
+        """`linear` gets what is stored, for the layers behind it."""
+        plain = self._checkpoint.read(f"{name}.weight")
+        weight, scheme = plain.to(self._device), self.target.scheme
+        if moments is None or not moments.count:
+            method, rounded = "rtn", round_to_nearest(weight, scheme)
+        else:
+            method, rounded = "gptq", gptq(weight, moments.sum, scheme)
+        found = rounded.dequantize()
+        error = found - weight.float()
+        output_error = None
+        if moments is not None and moments.count:
+            output_error = (_norm(error, moments.sum) / _norm(weight.float(), moments.sum)).item()
+        if linear is not None:
+            linear.weight.copy_(found)
+        for suffix, tensor in self._parts(rounded, plain.dtype).items():
+            self._writer.add(f"{name}.{suffix}", tensor)
+        self.reports[name] = MatrixReport(
+            method=method, weight_error=(error.norm() / weight.float().norm()).item(), output_error=output_error
+        )
+        self._progress(len(self.reports), len(self._names))
+
+    def _parts(self, rounded: Rounded, dtype: torch.dtype) -> dict[str, Tensor]:
+        """compressed-tensors' tensors of a matrix. Scales stay float32: rounded with the model they would be others
+        than those that the values were made for."""
+        scale = rounded.scale if rounded.scale.dim() > 1 else rounded.scale.unsqueeze(-1)
+        if self.target.container != "pack-quantized":
+            return {"weight": rounded.values, "weight_scale": scale}
+        bits, values = rounded.scheme.bits, rounded.values
+        if bits == 8:
+            values = (values.short() + _INT8_OFFSET).to(torch.uint8)
+        return {
+            "weight_packed": pack(values, 1, bits),
+            "weight_shape": torch.tensor(values.shape),
+            "weight_scale": scale,
+        }
+
+    def _experts(self) -> set[str]:
+        """Experts' matrices, which the library stacks."""
+        return {
+            name.removesuffix(".weight")
+            for name in self._checkpoint.names
+            if _EXPERT.search(name) and name.endswith(".weight") and len(self._checkpoint.shape(name)) == 2
+        }
+
+
+def _norm(matrix: Tensor, moments: Tensor) -> Tensor:
+    """Of matrix x over inputs of these moments."""
+    return ((matrix @ moments) * matrix).sum().clamp(min=0).sqrt()

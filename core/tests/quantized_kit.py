@@ -1,0 +1,29 @@
+"""What a running model holds of a quantized checkpoint's matrices."""
+
+from __future__ import annotations
+
+import torch
+
+from anychip import LLM
+from anychip.layers.linear import _PackedLinear
+
+
+def products(llm: LLM) -> dict[str, _PackedLinear]:
+    """By checkpoint module: the layer that holds it, and the rows it has there."""
+    found = {}
+    for index, layer in enumerate(llm.engine.executor.worker.program.model.layers):
+        found[f"model.layers.{index}.self_attn.o_proj"] = layer.attention.output
+        found[f"model.layers.{index}.mlp.down_proj"] = layer.mlp.down
+        for packed, parts in (
+            (layer.attention.qkv, {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}),
+            (layer.mlp.gate_up, {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}),
+        ):
+            for part, module in parts.items():
+                found[f"model.layers.{index}.{module}"] = (packed, part)
+    return found
+
+
+def held_matrix(layer: object) -> torch.Tensor:
+    layer, part = layer if isinstance(layer, tuple) else (layer, "all")
+    place = next(p for p in layer.kernel.spec.parts if p.name == part)
+    return layer.packed.matrix.dequantize()[place.offset : place.offset + place.rows]
