@@ -7,9 +7,9 @@ goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from anychip.compress.gptq import Moments
+from anychip.compress.watching import Watched, watched
 from anychip.errors import Unsupported
 from anychip.models.transformers_buffers import fill_buffers
 from anychip.weights.checkpoint import Checkpoint
@@ -26,11 +26,15 @@ from anychip.weights.checkpoint import Checkpoint
 
 @dataclass(slots=True)
 class CalibratedLayer:
-    """A decoder layer with its weights, and by linear layer of it, in the checkpoint's names, the moments of what it is
-    fed. Linear layers with one input have the same moments."""
+    """A decoder layer with its weights. `linears` are by the checkpoint's names, in which `seen` has them too; norms of
+    `seen.feeds` are modules of `layer`, and `stored_name` gives the checkpoint's name of a parameter of it."""
 
+    layer: nn.Module
     linears: dict[str, nn.Linear]
-    moments: dict[str, Moments]
+    seen: Watched
+    stored_name: Callable[[str], str]
+    first_output: Callable[[], Tensor]
+    """The layer's output for the first text, with the weights that it has now."""
 
 
 class LayerByLayer:
@@ -71,12 +75,21 @@ class LayerByLayer:
                 for name, module in layer.named_modules()
                 if type(module) is nn.Linear
             }
-            with _watched(linears) as moments:
+            with watched(layer, linears) as seen:
                 for state, given in zip(states, arguments, strict=True):
                     self._run(layer, state, given[index])
-            yield CalibratedLayer(linears, moments)
+            yield CalibratedLayer(
+                layer,
+                linears,
+                seen,
+                stored_name=partial(self._stored_name, prefix),
+                first_output=partial(self._run, layer, states[0], arguments[0][index]),
+            )
             states = [self._run(layer, state, given[index]) for state, given in zip(states, arguments, strict=True)]
             layer.to_empty(device="meta")
+
+    def _stored_name(self, prefix: str, name: str) -> str:
+        return self._stored[f"{prefix}.{name}"]
 
     def _run(self, layer: nn.Module, state: Tensor, arguments: dict[str, Any]) -> Tensor:
         result = layer(state.to(self._device), **arguments)
@@ -154,33 +167,3 @@ class _Recorder(nn.Module):
         if name in self.__dict__.get("_modules", {}) or name == "_layer":
             return super().__getattr__(name)
         return getattr(self.__dict__["_layer"][0], name)
-
-
-@contextmanager
-def _watched(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Moments]]:
-    """Sums up what the linear layers are fed. One sum serves those that are fed the same tensor."""
-    moments: dict[str, Moments] = {}
-    sums: dict[str, Moments] = {}  # by who is first to see an input
-    seen: list[tuple[Tensor, str]] = []  # of the first text; held, so that no other tensor has the same identity
-
-    def watch(name: str, linear: nn.Linear) -> Any:
-        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            given = inputs[0]
-            if name not in moments:
-                first = next((who for tensor, who in seen if tensor is given), None)
-                if first is None:
-                    sums[name] = Moments(linear.in_features, given.device)
-                    seen.append((given, name))
-                moments[name] = sums[first or name]
-            if name in sums:
-                sums[name].add(given)
-
-        return linear.register_forward_pre_hook(look)
-
-    handles = [watch(name, linear) for name, linear in linears.items()]
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
-        seen.clear()

@@ -22,16 +22,26 @@ _DAMPING = 0.01
 
 
 class Moments:
-    """Sum of x x^T over the inputs [num_tokens, columns] of a product, in float32."""
+    """Sum of x x^T over the inputs [num_tokens, columns] of a product, and each column's greatest magnitude, in
+    float32."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sum = torch.zeros((columns, columns), device=device)
+        self.greatest = torch.zeros(columns, device=device)
         self.count = 0
 
     def add(self, inputs: Tensor) -> None:
         wide = inputs.flatten(0, -2).float()
         self.sum.addmm_(wide.T, wide)
+        self.greatest = torch.maximum(self.greatest, wide.abs().amax(dim=0))
         self.count += len(wide)
+
+    def divided(self, factors: Tensor) -> Moments:
+        """Of the inputs divided by factors [columns]."""
+        other = Moments(len(factors), factors.device)
+        other.sum = self.sum / factors / factors.unsqueeze(1)
+        other.greatest, other.count = self.greatest / factors, self.count
+        return other
 
 
 def gptq(weight: Tensor, moments: Tensor, scheme: QuantScheme) -> Rounded:

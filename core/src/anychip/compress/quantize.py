@@ -1,7 +1,8 @@
 """A plain checkpoint in, a compressed-tensors checkpoint out.
 
-Without texts every matrix is rounded to nearest, as it is read. With texts the decoder layers are rounded in order by
-GPTQ, each over what the rounded layers before it give. Embeddings, the head, routers and norms stay as they are.
+Without texts every matrix is rounded to nearest, as it is read. With texts the decoder layers are taken in order, each
+over what the rounded layers before it give. Embeddings, the head and routers stay as they are, and so do norms, but for
+what smoothing moves into them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anychip.compress.by_layer import LayerByLayer
 from anychip.compress.gptq import Moments, gptq
 from anychip.compress.rounding import Rounded, round_to_nearest
+from anychip.compress.smoothing import smooth
 from anychip.compress.targets import Target
 from anychip.compress.writer import ShardWriter
 from anychip.errors import CheckpointError, ConfigError, Unsupported
@@ -26,6 +29,9 @@ from anychip.weights.checkpoint import Checkpoint
 
 Progress = Callable[[int, int], None]
 """Is told how many matrices are done, of how many."""
+
+Method = Literal["rtn", "gptq", "awq", "smoothquant"]
+"""smoothquant: its factors, and then GPTQ."""
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _INT8_OFFSET = 128
@@ -42,7 +48,13 @@ class MatrixReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def quantize(
-    source: Path, out: Path, target: Target, texts: Sequence[Tensor], device: torch.device, progress: Progress
+    source: Path,
+    out: Path,
+    target: Target,
+    method: Method,
+    texts: Sequence[Tensor],
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, MatrixReport]:
     """Writes folder `out` whole or not at all, and returns what became of each matrix. Raises ConfigError where `out`
     is there or the source is quantized, CheckpointError and Unsupported for what cannot be read."""
@@ -53,7 +65,7 @@ def quantize(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        job = _Job(Checkpoint(source), ShardWriter(partial), target, device, progress)
+        job = _Job(Checkpoint(source), ShardWriter(partial), target, method, device, progress)
         job.run(texts)
         config["quantization_config"] = job.target.config(job.ignored)
         (partial / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
@@ -79,9 +91,15 @@ def _plain_config(source: Path) -> dict[str, object]:
 
 class _Job:
     def __init__(
-        self, checkpoint: Checkpoint, writer: ShardWriter, target: Target, device: torch.device, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        writer: ShardWriter,
+        target: Target,
+        method: Method,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
-        self._checkpoint, self._writer = checkpoint, writer
+        self._checkpoint, self._writer, self._method = checkpoint, writer, method
         self._device, self._progress = device, progress
         self._model = LayerByLayer(checkpoint, device)
         linears = set(self._model.linear_names()) | self._experts()
@@ -99,41 +117,45 @@ class _Job:
     def run(self, texts: Sequence[Tensor]) -> None:
         """Writes every tensor, quantized or as it is."""
         wanted = set(self._names)
-        if texts:
+        changed: dict[str, Tensor] = {}
+        if self._method != "rtn":
             for layer in self._model.calibrated(texts):
+                if self._method != "gptq":
+                    changed |= smooth(layer, wanted, self.target.scheme, awq=self._method == "awq")
                 for name in [name for name in layer.linears if name in wanted]:
-                    self._round(name, layer.linears[name], layer.moments.get(name))
+                    linear = layer.linears[name]
+                    linear.weight.copy_(self._round(name, linear.weight, layer.seen.moments.get(name)))
                     wanted.discard(name)
         for name in sorted(wanted):
-            self._round(name, None, None)
+            self._round(name, self._checkpoint.read(f"{name}.weight").to(self._device), None)
         quantized = {f"{name}.weight" for name in self._names}
         for name in sorted(self._checkpoint.names - quantized):
-            self._writer.add(name, self._checkpoint.read(name))
+            self._writer.add(name, changed[name] if name in changed else self._checkpoint.read(name))
         self._writer.close()
 
-    def _round(self, name: str, linear: nn.Linear | None, moments: Moments | None) -> None:
-        """`linear` gets what is stored, for the layers behind it."""
-        plain = self._checkpoint.read(f"{name}.weight")
-        weight, scheme = plain.to(self._device), self.target.scheme
+    def _round(self, name: str, weight: Tensor, moments: Moments | None) -> Tensor:
+        """Writes a matrix, and returns what is stored of it."""
+        scheme = self.target.scheme
         if moments is None or not moments.count:
             method, rounded = "rtn", round_to_nearest(weight, scheme)
+        elif self._method == "awq":
+            method, rounded = "awq", round_to_nearest(weight, scheme)
         else:
-            method, rounded = "gptq", gptq(weight, moments.sum, scheme)
+            method, rounded = self._method, gptq(weight, moments.sum, scheme)
         found = rounded.dequantize()
         error = found - weight.float()
         output_error = None
         if moments is not None and moments.count:
             output_error = (_norm(error, moments.sum) / _norm(weight.float(), moments.sum)).item()
-        if linear is not None:
-            linear.weight.copy_(found)
-        for suffix, tensor in self._parts(rounded, plain.dtype).items():
+        for suffix, tensor in self._parts(rounded).items():
             self._writer.add(f"{name}.{suffix}", tensor)
         self.reports[name] = MatrixReport(
             method=method, weight_error=(error.norm() / weight.float().norm()).item(), output_error=output_error
         )
         self._progress(len(self.reports), len(self._names))
+        return found
 
-    def _parts(self, rounded: Rounded, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _parts(self, rounded: Rounded) -> dict[str, Tensor]:
         """compressed-tensors' tensors of a matrix. Scales stay float32: rounded with the model they would be others
         than those that the values were made for."""
         scale = rounded.scale if rounded.scale.dim() > 1 else rounded.scale.unsqueeze(-1)

@@ -31,8 +31,8 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
     parser.add_argument("--scheme", required=True, metavar="NAME", help="int4, int8, int8-w8a8, fp8 or fp8-w8a16")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="made by this command")
     parser.add_argument(
-        "--method", choices=["auto", "rtn", "gptq"], default="auto",
-        help="round to nearest, or GPTQ, which --calibration makes the default",
+        "--method", choices=["auto", "rtn", "gptq", "awq", "smoothquant"], default="auto",
+        help="rtn: round to nearest; the others need --calibration, with which gptq is the default",
     )  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE", help='texts, or *.jsonl with "text" in each line')
     parser.add_argument("--samples", type=int, default=128, help="pieces of the calibration texts")
@@ -55,11 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("samples", "length"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} is {getattr(arguments, name)}; expected 1 or more")
-    if arguments.method == "gptq" and arguments.calibration is None:
-        raise ConfigError("--method gptq looks at what layers are fed: give it texts, --calibration FILE")
+    method = arguments.method
+    if method == "auto":
+        method = "rtn" if arguments.calibration is None else "gptq"
+    if method != "rtn" and arguments.calibration is None:
+        raise ConfigError(f"--method {method} looks at what layers are fed: give it texts, --calibration FILE")
     source = resolve_folder(arguments.model)
     texts: Sequence[Sequence[int]] = ()
-    if arguments.calibration is not None and arguments.method != "rtn":
+    if method != "rtn":
         tokenizer = load_tokenizer(EngineConfig(model=str(source)), load_model_config(str(source)))
         length, most = arguments.length, arguments.samples
         texts = cut(read_texts(arguments.calibration), tokenizer, length=length, most=most)
@@ -70,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             source,
             arguments.output,
             chosen,
+            method,
             [torch.tensor(piece) for piece in texts],
             torch.device(arguments.torch_device),
             lambda done, total: progress.update(task, completed=done, total=total),
