@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from quantized_kit import held_matrix, products
 from safetensors.torch import load_file, save_file
 
+from anychip import LLM, SamplingParams
 from anychip.compress.by_layer import CalibratedLayer, LayerByLayer
 from anychip.compress.gptq import gptq
 from anychip.compress.quantize import quantize
@@ -182,7 +183,7 @@ def test_a_norm_with_another_reader_is_left_alone():
         layer(x)
     assert seen.feeds == {"norm": ["linear"]}
     held = [parameter.clone() for parameter in layer.parameters()]
-    found = CalibratedLayer(layer, {"linear": layer.linear}, seen, lambda name: name, lambda: layer(x).detach())
+    found = CalibratedLayer(layer, {"linear": layer.linear}, seen, lambda name: name, {}, lambda: layer(x).detach())
     assert smooth(found, ["linear"], INT4, awq=False) == {}
     assert all(torch.equal(now, before) for now, before in zip(layer.parameters(), held, strict=True))
 
@@ -228,6 +229,28 @@ def test_sizes_that_move_into_norms_leave_less_to_round_away(tmp_path):
         )
         nearest = total_error(tmp_path / "plain", tmp_path / "nearest", "gptq")
     assert max(costs.values()) < 0.9 * nearest
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_scales_of_a_kv_cache_let_its_range_be_used(family, kind, tmp_path):
+    make_checkpoint(family, tmp_path / "plain")
+    given = texts()
+    quantize(tmp_path / "plain", tmp_path / "out", TARGETS["int8"], "rtn", given, CPU, lambda *_: None, kind)
+    with open_llm(Case(family, 64, True, False, True, "cpu"), tmp_path / "out", kv_cache_dtype=kind) as llm:
+        layers = [layer.attention.layer for layer in llm.engine.executor.worker.program.model.layers]
+        assert all(float(layer.k_scale.max()) < 1 and float(layer.v_scale.max()) < 1 for layer in layers)
+        assert {layer.k_scale.numel() for layer in layers} == ({1} if kind == "fp8" else {layers[0].k_scale.numel()})
+        scaled = score(llm, given)
+    with open_llm(Case(family, 64, True, False, True, "cpu"), tmp_path / "plain") as llm:
+        plain_scores = score(llm, given)
+    assert abs(scaled - plain_scores) < 0.05 * abs(plain_scores)
+
+
+def score(llm: LLM, given: list[torch.Tensor]) -> float:
+    """Sum of the log-probabilities of texts."""
+    outputs = llm.generate([text.tolist() for text in given], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    return sum(entry.chosen for output in outputs for entry in output.prompt_logprobs)
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "gemma3", "phi3"])
@@ -281,6 +304,7 @@ def test_the_command_reports_what_it_cost(tmp_path, capsys):
 
 def refusals() -> dict[str, tuple[list[str], str]]:
     return {
+        "kv scales": (["--scheme", "int4", "--kv-scales", "fp8"], "--kv-scales looks at what layers are fed"),
         "scheme": (["--scheme", "int3"], "choose one of int4, int8"),
         "calibration": (["--scheme", "int4", "--method", "gptq"], "--calibration FILE"),
         "short": (["--scheme", "int4", "--calibration", "SHORT"], "fewer than one piece of 512"),

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from anychip.compress.attention import WATCHED, greatest
 from anychip.compress.watching import Watched, watched
 from anychip.errors import Unsupported
 from anychip.models.transformers_buffers import fill_buffers
@@ -33,6 +34,8 @@ class CalibratedLayer:
     linears: dict[str, nn.Linear]
     seen: Watched
     stored_name: Callable[[str], str]
+    greatest_kv: dict[str, tuple[Tensor, Tensor]]
+    """By attention module of the whole model, as attention.greatest has them."""
     first_output: Callable[[], Tensor]
     """The layer's output for the first text, with the weights that it has now."""
 
@@ -45,7 +48,7 @@ class LayerByLayer:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation="sdpa"
+                config, attn_implementation=WATCHED
             ).eval()
         self.name = type(self._model).__name__
         self._layers_name, self._layers = self._decoder_layers(config.num_hidden_layers)
@@ -83,6 +86,7 @@ class LayerByLayer:
                 linears,
                 seen,
                 stored_name=partial(self._stored_name, prefix),
+                greatest_kv={f"{prefix}.{name}": found for name, found in greatest(layer).items()},
                 first_output=partial(self._run, layer, states[0], arguments[0][index]),
             )
             states = [self._run(layer, state, given[index]) for state, given in zip(states, arguments, strict=True)]

@@ -17,13 +17,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from anychip.compress.by_layer import LayerByLayer
+from anychip.compress.by_layer import CalibratedLayer, LayerByLayer
 from anychip.compress.gptq import Moments, gptq
 from anychip.compress.rounding import Rounded, round_to_nearest
 from anychip.compress.smoothing import smooth
-from anychip.compress.targets import Target
+from anychip.compress.targets import KV_SCHEMES, Target
 from anychip.compress.writer import ShardWriter
 from anychip.errors import CheckpointError, ConfigError, Unsupported
+from anychip.ops.reference.quantized import INT8_MAX
+from anychip.plugin_api import FP8_MAX
 from anychip.quantization.packing import pack
 from anychip.weights.checkpoint import Checkpoint
 
@@ -32,6 +34,9 @@ Progress = Callable[[int, int], None]
 
 Method = Literal["rtn", "gptq", "awq", "smoothquant"]
 """smoothquant: its factors, and then GPTQ."""
+
+KVScales = Literal["fp8", "int8"]
+_LEAST_SCALE = 1e-12
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _INT8_OFFSET = 128
@@ -55,6 +60,7 @@ def quantize(
     texts: Sequence[Tensor],
     device: torch.device,
     progress: Progress,
+    kv_scales: KVScales | None = None,
 ) -> dict[str, MatrixReport]:
     """Writes folder `out` whole or not at all, and returns what became of each matrix. Raises ConfigError where `out`
     is there or the source is quantized, CheckpointError and Unsupported for what cannot be read."""
@@ -66,8 +72,10 @@ def quantize(
     partial.mkdir(parents=True)
     try:
         job = _Job(Checkpoint(source), ShardWriter(partial), target, method, device, progress)
-        job.run(texts)
-        config["quantization_config"] = job.target.config(job.ignored)
+        job.run(texts, kv_scales)
+        config["quantization_config"] = job.target.config(job.ignored) | (
+            {} if kv_scales is None else {"kv_cache_scheme": dict(KV_SCHEMES[kv_scales])}
+        )
         (partial / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
         for path in source.iterdir():
             if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
@@ -114,14 +122,16 @@ class _Job:
                 [f"no linear layer of {self._model.name} fits: their columns are {sorted({*columns.values()})}"],
             )
 
-    def run(self, texts: Sequence[Tensor]) -> None:
+    def run(self, texts: Sequence[Tensor], kv_scales: KVScales | None) -> None:
         """Writes every tensor, quantized or as it is."""
         wanted = set(self._names)
         changed: dict[str, Tensor] = {}
-        if self._method != "rtn":
+        if self._method != "rtn" or kv_scales is not None:
             for layer in self._model.calibrated(texts):
-                if self._method != "gptq":
+                if self._method in ("awq", "smoothquant"):
                     changed |= smooth(layer, wanted, self.target.scheme, awq=self._method == "awq")
+                if kv_scales is not None:
+                    self._write_kv_scales(layer, kv_scales)
                 for name in [name for name in layer.linears if name in wanted]:
                     linear = layer.linears[name]
                     linear.weight.copy_(self._round(name, linear.weight, layer.seen.moments.get(name)))
@@ -133,10 +143,17 @@ class _Job:
             self._writer.add(name, changed[name] if name in changed else self._checkpoint.read(name))
         self._writer.close()
 
+    def _write_kv_scales(self, layer: CalibratedLayer, kind: KVScales) -> None:
+        """One for the layer in fp8, whose range is wide; one for each head in int8."""
+        for name, found in layer.greatest_kv.items():
+            for which, magnitudes in zip(("k_scale", "v_scale"), found, strict=True):
+                scale = magnitudes.max().view(1) / FP8_MAX if kind == "fp8" else magnitudes / INT8_MAX
+                self._writer.add(f"{name}.{which}", scale.clamp(min=_LEAST_SCALE))
+
     def _round(self, name: str, weight: Tensor, moments: Moments | None) -> Tensor:
         """Writes a matrix, and returns what is stored of it."""
         scheme = self.target.scheme
-        if moments is None or not moments.count:
+        if moments is None or not moments.count or self._method == "rtn":
             method, rounded = "rtn", round_to_nearest(weight, scheme)
         elif self._method == "awq":
             method, rounded = "awq", round_to_nearest(weight, scheme)

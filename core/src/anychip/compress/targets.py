@@ -76,6 +76,10 @@ TARGETS: Mapping[str, Target] = {
 """By the names that the schemes have everywhere."""
 
 
+KV_SCHEMES: Mapping[str, Mapping[str, Any]] = {"fp8": _side("float", 8, "tensor"), "int8": _side("int", 8, "attn_head")}
+"""kv_cache_scheme, by --kv-cache-dtype."""
+
+
 def target(name: str) -> Target:
     """Raises ConfigError for a scheme that is not made here."""
     if name not in TARGETS:

@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
         help="rtn: round to nearest; the others need --calibration, with which gptq is the default",
     )  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE", help='texts, or *.jsonl with "text" in each line')
+    parser.add_argument("--kv-scales", choices=["fp8", "int8"], help="scales of a KV cache of that --kv-cache-dtype")
     parser.add_argument("--samples", type=int, default=128, help="pieces of the calibration texts")
     parser.add_argument("--length", type=int, default=512, help="tokens of a piece")
     parser.add_argument("--torch-device", default="cpu", help="where layers are computed: cpu, cuda, npu, ...")
@@ -58,11 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     method = arguments.method
     if method == "auto":
         method = "rtn" if arguments.calibration is None else "gptq"
-    if method != "rtn" and arguments.calibration is None:
-        raise ConfigError(f"--method {method} looks at what layers are fed: give it texts, --calibration FILE")
+    needs = f"--method {method}" if method != "rtn" else "--kv-scales" if arguments.kv_scales else None
+    if needs is not None and arguments.calibration is None:
+        raise ConfigError(f"{needs} looks at what layers are fed: give it texts, --calibration FILE")
     source = resolve_folder(arguments.model)
     texts: Sequence[Sequence[int]] = ()
-    if method != "rtn":
+    if needs is not None:
         tokenizer = load_tokenizer(EngineConfig(model=str(source)), load_model_config(str(source)))
         length, most = arguments.length, arguments.samples
         texts = cut(read_texts(arguments.calibration), tokenizer, length=length, most=most)
@@ -77,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             [torch.tensor(piece) for piece in texts],
             torch.device(arguments.torch_device),
             lambda done, total: progress.update(task, completed=done, total=total),
+            arguments.kv_scales,
         )
     found = None
     if arguments.evaluate is not None:
