@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from anychip import LLM, SamplingParams
 from anychip.compress.by_layer import CalibratedLayer, LayerByLayer
+from anychip.compress.command import REPORT
 from anychip.compress.gptq import gptq
 from anychip.compress.quantize import quantize
 from anychip.compress.rounding import round_to_nearest, scales_of, stored
@@ -23,7 +24,6 @@ from anychip.compress.targets import TARGETS
 from anychip.compress.watching import watched
 from anychip.compress.writer import ShardWriter
 from anychip.entrypoints.cli.main import main
-from anychip.entrypoints.cli.quantize import REPORT
 from anychip.errors import ConfigError
 from anychip.ops.reference.canonical import stored_numbers
 from anychip.plugin_api import QuantScheme

@@ -29,6 +29,9 @@ COMMANDS = {
 }
 """Each is a module of this package with add_options(parser, environment) and run(arguments)."""
 
+_ELSEWHERE = {"quantize": "anychip.compress.command"}
+"""Modules of commands that load torch into their own process, which this package does not."""
+
 IN_EXTRAS = {"conformance": "conformance", "new-plugin": "conformance", "diff-numerics": "conformance"}
 """Commands that packages of ours contribute, and the extra that brings each."""
 
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, summary in COMMANDS.items():
             command = commands.add_parser(name, help=summary, description=summary)
             if name in argv[:1]:  # the others' modules stay unread: `devices` needs no web server
-                module = import_module(f"anychip.entrypoints.cli.{name.replace('-', '_')}")
+                module = import_module(_ELSEWHERE.get(name, f"anychip.entrypoints.cli.{name.replace('-', '_')}"))
                 module.add_options(command, environment)
                 command.set_defaults(run=module.run)
         if argv[:1] and argv[0] not in COMMANDS:  # --help too lists what other packages bring

@@ -6,22 +6,30 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from anychip.compress.targets import target
+from anychip.compress.texts import cut, perplexity, read_texts
 from anychip.config import EngineConfig, Environment
+from anychip.entrypoints.cli.serve import size
 from anychip.errors import ConfigError
 from anychip.hub import resolve_folder
 from anychip.launch.build import load_tokenizer
+from anychip.launch.llm import LLM
 from anychip.model_config import load_model_config
 
-if TYPE_CHECKING:
-    from anychip.compress.quantize import MatrixReport
+try:
+    from anychip.compress.quantize import MatrixReport, quantize
+except ModuleNotFoundError as error:
+    raise ConfigError(
+        "`anychip quantize` runs transformers' code, which is not installed: pip install anychip[transformers]"
+    ) from error
 
 REPORT = "quantization_report.json"
 
@@ -46,12 +54,6 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from anychip.compress.quantize import quantize
-    from anychip.compress.targets import target
-    from anychip.compress.texts import cut, read_texts
-
     chosen = target(arguments.scheme)
     for name in ("samples", "length"):
         if getattr(arguments, name) < 1:
@@ -94,9 +96,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _perplexity(model: str, arguments: argparse.Namespace) -> float:
-    from anychip.compress.texts import cut, perplexity, read_texts
-    from anychip.launch.llm import LLM
-
     with LLM(model, device=arguments.device, executor="inline") as llm:
         assert llm.tokenizer is not None
         length = min(arguments.length, llm.engine.max_model_len - 1)
@@ -105,8 +104,6 @@ def _perplexity(model: str, arguments: argparse.Namespace) -> float:
 
 
 def _size(folder: Path) -> str:
-    from anychip.entrypoints.cli.serve import size
-
     return size(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
 
 
