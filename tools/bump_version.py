@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INIT = "core/src/anychip/__init__.py"
 CHANGELOG = "CHANGELOG.md"
+CHART = "deploy/helm/anychip/Chart.yaml"
 
 
 def current_version(root: Path) -> str:
@@ -44,11 +45,25 @@ def changes(root: Path, new: str, date: str) -> dict[Path, str]:
             raise SystemExit(f"{path.relative_to(root)} is not at version {old}")
         text = text.replace(f'\nversion = "{old}"\n', f'\nversion = "{new}"\n')
         edited[path] = re.sub(rf'"(anychip(?:-\w+)?)=={re.escape(old)}"', rf'"\1=={new}"', text)
+    edited[root / CHART] = _chart((root / CHART).read_text(), old, new)
     log = (root / CHANGELOG).read_text()
     if "\n## Unreleased\n" not in log:
         raise SystemExit(f'{CHANGELOG} has no section "Unreleased": nothing to release')
     edited[root / CHANGELOG] = log.replace("\n## Unreleased\n", f"\n## {new} ({date})\n", 1)
     return edited
+
+
+def _chart(text: str, old: str, new: str) -> str:
+    """The chart of a version: Helm takes semantic versions alone, with a dash before rc1; images have the package's."""
+    for field, was, will in (("version", _semantic(old), _semantic(new)), ("appVersion", old, new)):
+        if f"\n{field}: {was}\n" not in text:
+            raise SystemExit(f"{CHART}: {field} is not {was}")
+        text = text.replace(f"\n{field}: {was}\n", f"\n{field}: {will}\n")
+    return text
+
+
+def _semantic(version: str) -> str:
+    return re.sub(r"(?<=\d)(?=(?:a|b|rc)\d)", "-", version)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = ["CHANGELOG.md", "core/src/anychip/__init__.py", "core/pyproject.toml", "conformance/pyproject.toml"]
+FILES += ["deploy/helm/anychip/Chart.yaml"]
 FILES += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
 
 
@@ -37,6 +38,14 @@ def test_one_command_sets_every_version(workspace):
             assert set(re.findall(r'"anychip(?:-\w+)?==(.+?)"', text)) <= {"3.4.5"}, name
     assert '__version__ = "3.4.5"' in (workspace / "core/src/anychip/__init__.py").read_text()
     assert "\n## 3.4.5 (2027-01-02)\n" in (workspace / "CHANGELOG.md").read_text()
+    chart = (workspace / "deploy/helm/anychip/Chart.yaml").read_text()
+    assert "\nversion: 3.4.5\n" in chart and "\nappVersion: 3.4.5\n" in chart
+
+
+def test_a_chart_of_a_version_before_a_release_has_the_dash_that_helm_asks_for(workspace):
+    assert bump(workspace, "3.4.5rc1").returncode == 0
+    chart = (workspace / "deploy/helm/anychip/Chart.yaml").read_text()
+    assert "\nversion: 3.4.5-rc1\n" in chart and "\nappVersion: 3.4.5rc1\n" in chart
 
 
 def test_nothing_is_written_when_something_does_not_fit(workspace):
