@@ -21,8 +21,8 @@ _HEADS = (Sharded(dim=0),)
 
 
 class LatentAttention:
-    """`spec` holds this rank's head count; `scale` multiplies q.k. `query_rank`: queries are made from a latent of their
-    own of this size; None: from the hidden states. `norm_eps` is that of the latents' norms. `bias`: whether the
+    """`spec` holds this rank's head count; `scale` multiplies q.k. `query_rank`: queries are made from a latent of
+    their own of this size; None: from the hidden states. `norm_eps` is that of the latents' norms. `bias`: whether the
     projections from and to the hidden states add one."""
 
     placed_tensors = MappingProxyType({"k_up": _HEADS, "v_up": _HEADS})
@@ -117,7 +117,9 @@ class LatentAttention:
     @property
     def accepts(self) -> ActFormat:
         first = self.query if self.query_down is None else self.query_down
-        return first.accepts if first.accepts == self.row.accepts else "plain"
+        if first.accepts == self.row.accepts:
+            return self.row.accepts
+        return "plain"
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         spec = self.spec

@@ -55,8 +55,8 @@ class WideQKNorm:
         self.communicator = builder.mesh.axis("tp")
         self.eps = eps
         self.q_weight, self.k_weight = (
-            self._wanted(builder, f"{name}.{module}.weight", *each)
-            for module, *each in zip(("q_norm", "k_norm"), sizes, spans, strict=True)
+            self._wanted(builder, f"{name}.{module}.weight", size, span)
+            for module, size, span in zip(("q_norm", "k_norm"), sizes, spans, strict=True)
         )
 
     @staticmethod

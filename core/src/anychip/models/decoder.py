@@ -35,7 +35,8 @@ from anychip.types import DType
 
 
 class DecoderLayer(Protocol):
-    attention: Attention | LatentAttention
+    @property
+    def attention(self) -> Attention | LatentAttention: ...
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """(this layer's output before its residual sum, the residual) -> the same of the next."""
@@ -96,10 +97,9 @@ class Decoder:
         )
 
     @classmethod
-    def attention_specs(
-        cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
-    ) -> Sequence[CacheSpec]:
-        """By layer, for one rank of a mesh: full attention, or the window if `layer_types` says so."""
+    def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> Sequence[Any]:
+        """The CacheSpec of every layer, for one rank of a mesh: full attention, or the window if `layer_types` says
+        so."""
         softcap = config.get("attn_logit_softcapping") if cls.attention_softcap else None
         full = replace(full_attention(config, shape, dtype), kv_dtype=kv_dtype, softcap=softcap)
         windowed = replace(full, window=cls.window(config))

@@ -1,5 +1,5 @@
-"""MiniMax-M2: a share of each head rotated, a norm over the queries and over the keys of all heads, and experts that are
-picked by corrected sigmoids (config.json: MiniMaxM2ForCausalLM)."""
+"""MiniMax-M2: a share of each head rotated, a norm over the queries and over the keys of all heads, and experts that
+are picked by corrected sigmoids (config.json: MiniMaxM2ForCausalLM)."""
 
 from __future__ import annotations
 

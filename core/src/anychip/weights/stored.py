@@ -42,11 +42,11 @@ class StoredTensors:
         }
         further = sorted(index for index in indexes if index >= first)
         if further:
+            named = f"{'layer' if len(further) == 1 else 'layers'} {', '.join(map(str, further))}"
             self._register.elsewhere += tuple(f"{_LAYERS}{index}." for index in further)
             self._register.notes += (
-                f"the checkpoint has tensors of {'layer' if len(further) == 1 else 'layers'} "
-                f"{', '.join(map(str, further))}, and config.json describes {first} layers, counted from 0: they are left "
-                "out (such layers predict further tokens)",
+                f"the checkpoint has tensors of {named}, counted from 0, and config.json describes {first} layers: "
+                "they are left out (such layers predict further tokens)",
             )
 
     def _names(self) -> frozenset[str]:
