@@ -116,10 +116,9 @@ class LatentAttention:
 
     @property
     def accepts(self) -> ActFormat:
+        """What both products of the hidden states take: plain values, where they differ."""
         first = self.query if self.query_down is None else self.query_down
-        if first.accepts == self.row.accepts:
-            return self.row.accepts
-        return "plain"
+        return self.row.accepts if first.accepts == self.row.accepts else ActFormat(dtype=self.spec.dtype)
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         spec = self.spec
