@@ -1,5 +1,5 @@
-"""Latent attention without a look at the host, over a new cache: its absorbed form, which is attention of all heads over
-one key and value head, the rows."""
+"""Latent attention without a look at the host, over a new cache: its absorbed form, which is attention of all heads
+over one key and value head, the rows."""
 
 from __future__ import annotations
 
