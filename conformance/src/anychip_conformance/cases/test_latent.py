@@ -17,6 +17,11 @@ DECODE = (Row(0, 3, 1), Row(1, 0, 1), Row(2, 5, 1))
 PREFILL = (Row(0, 0, 20), Row(0, 0, 1))
 CHUNKS = (Row(0, 7, 30), Row(1, -1, 2), Row(0, 0, 5), Row(1, 4, 1))
 
+LONG = (Row(2, 3, 57), Row(3, 1, 2), Row(1, 0, 1))
+"""Rows of so many queries that expanding their context pays, beside others."""
+FAR = (Row(72, 9, 1), Row(70, 0, 3), Row(66, 5, 55), Row(0, 2, 1))
+"""Contexts that are cut into chunks, whichever form attends to them."""
+
 
 @kind(
     "latent.attend",
@@ -30,6 +35,11 @@ CHUNKS = (Row(0, 7, 30), Row(1, -1, 2), Row(0, 0, 5), Row(1, 4, 1))
         LatentCase(rows=CHUNKS, window=9),
         LatentCase(rows=DECODE, window=20, rope=True),
         *each_dtype(LatentCase(rows=CHUNKS, rope=True, seed=1)),
+        LatentCase(rows=LONG, rope=True),
+        LatentCase(rows=LONG, latent_dim=64, nope_dim=8, v_dim=8, rope_dim=8, seed=2),
+        LatentCase(rows=LONG, window=40, seed=3),
+        LatentCase(rows=FAR, rope=True, num_heads=2, seed=4),
+        LatentCase(rows=FAR, window=1100, num_heads=2, seed=5),
     ],
 )
 def attend(device: Device, case: LatentCase) -> None:

@@ -55,7 +55,7 @@ CANNOT = {
 }
 """Families and devices that are refused together, and why."""
 
-_TWO_GROUPS = ("gemma2", "gemma3", "gpt-oss", "qwen2")
+_TWO_GROUPS = ("gemma2", "gemma3", "gpt-oss", "qwen2", "qwen2-moe")
 """Families whose layers differ in their attention, so that a request holds blocks of two groups."""
 
 _VALUES: tuple[Sequence[Any], ...] = (

@@ -23,6 +23,8 @@ from anychip.plugin_api import (
     FusedMoE,
     GroupSpec,
     KVPlan,
+    LatentBackend,
+    LatentSpec,
     Mesh,
     MeshShape,
     ModelSource,
@@ -44,6 +46,7 @@ from anychip_conformance.fakes.functional import (
     outputs,
     tensors,
 )
+from anychip_conformance.fakes.functional_latents import FunctionalLatent
 
 R = TypeVar("R")
 GroupOf = tuple[str, tuple[int, ...]]
@@ -98,11 +101,16 @@ class SpmdPlatform(Platform):
         kv_write="functional",
         collectives="compiler",
         stale_kv="must_be_finite",
+        mla=True,
     )
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return FunctionalAttention(spec)
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        self.check(spec)
+        return FunctionalLatent(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

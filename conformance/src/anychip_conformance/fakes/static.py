@@ -24,6 +24,8 @@ from anychip.plugin_api import (
     EnteringRow,
     FusedMoE,
     KVPlan,
+    LatentBackend,
+    LatentSpec,
     Mesh,
     ModelSource,
     MoESpec,
@@ -53,6 +55,7 @@ from anychip_conformance.fakes.functional import (
     outputs,
     tensors,
 )
+from anychip_conformance.fakes.functional_latents import FunctionalLatent
 from anychip_conformance.fakes.functional_states import FunctionalStates
 
 _MAX_TOKENS = 64
@@ -136,6 +139,7 @@ class StaticPlatform(Platform):
         kv_write="functional",
         attention_lse=True,
         stale_kv="must_be_finite",
+        mla=True,
         recurrences=frozenset({"gated_sum"}),
     )
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
@@ -143,6 +147,10 @@ class StaticPlatform(Platform):
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return FunctionalAttention(spec)
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        self.check(spec)
+        return FunctionalLatent(spec)
 
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)

@@ -20,6 +20,8 @@ _MODULES = (
     "addressing",
     "storage",
     "latents",
+    "latent_forms",
+    "latent_ranks",
     "states",
     "ops",
     "products",

@@ -91,7 +91,7 @@ class LatentMixer:
 
     @property
     def accepts(self) -> ActFormat:
-        return "plain" if self.query.accepts != self.row.accepts else self.query.accepts
+        return self.row.accepts if self.query.accepts == self.row.accepts else ActFormat(dtype=self.spec.dtype)
 
     def __call__(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         spec = self.spec

@@ -9,7 +9,7 @@ from torch import Tensor
 from anychip.layers.build import Builder
 from anychip.layers.kv_scales import want_kv_scales
 from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from anychip.layers.norm import RMSNorm
+from anychip.layers.norm import RMSNorm, WideQKNorm
 from anychip.plugin_api import (
     KV_HEADS,
     ActFormat,
@@ -32,7 +32,8 @@ def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
 
 class Attention:
     """`spec` holds this rank's head counts; `scale` multiplies q.k. `fused_qkv` names the one checkpoint matrix that
-    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`."""
+    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`. Queries
+    and keys are normed by head (`qk_norm_eps`) or over all heads (`wide_qk_norm_eps`), where an eps is given."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Attention:
         output_bias: bool | None = None,
         qk_norm_eps: float | None = None,
         qk_norm_unit_offset: bool = False,
+        wide_qk_norm_eps: float | None = None,
         fused_qkv: str | None = None,
     ) -> None:
         dim = spec.head_dim
@@ -94,6 +96,14 @@ class Attention:
                 q_weight=q_norm.weight, k_weight=k_norm.weight, eps=qk_norm_eps, unit_offset=qk_norm_unit_offset
             )
 
+        self.wide_qk_norm: WideQKNorm | None = None
+        if wide_qk_norm_eps is not None:
+            sizes, placed = (q_rows, kv_rows), (heads, kv_heads)
+            spans = [
+                builder.held((rows, hidden_size), place, "heads")[0] for rows, place in zip(sizes, placed, strict=True)
+            ]
+            self.wide_qk_norm = WideQKNorm(builder, name=name, sizes=sizes, spans=spans, eps=wide_qk_norm_eps)
+
     @staticmethod
     def _wanted(builder: Builder, name: str, size: int, span: Span) -> Tensor:
         """This rank's share of a vector [size], float32."""
@@ -111,5 +121,7 @@ class Attention:
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        if self.wide_qk_norm is not None:
+            q, k = self.wide_qk_norm(q, k)
         attended = context.attend(self.backend, self.layer, q, k, v, rope=self.rope, qk_norm=self.qk_norm)
         return self.output(attended.flatten(1))

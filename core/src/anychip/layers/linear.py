@@ -163,6 +163,10 @@ class RowParallelLinear(_PackedLinear):
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.matmul_reduce(x=x, kernel=self.kernel, packed=self.packed, communicator=self.communicator)
 
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum."""
+        return self.kernel.apply(x, self.packed)
+
 
 class ReplicatedLinear(ColumnParallelLinear):
     """The whole product on every rank: routers, and projections that do not split."""

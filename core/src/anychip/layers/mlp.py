@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
-from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span
+from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span, WeightView
 from anychip.weights.matrix import Matrix
 
 EXPERTS, FEATURES = Sharded(dim=0, axis="ep"), Sharded(dim=1)
@@ -68,19 +68,26 @@ class GatedMLP:
         return self.gate_up.accepts
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self._inner(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum over ranks, for who adds it to another part."""
+        return self.down.partial(self._inner(x))
+
+    def _inner(self, x: Tensor) -> Tensor:
         hidden = self.gate_up(x)
-        if not self.gate_up.has_epilogue:
-            hidden = self.ops.gate_up_act_quant(
-                gate_up=hidden, activation=self.activation, out_format=self.down.accepts
-            )
-        return self.down(hidden)
+        if self.gate_up.has_epilogue:
+            return hidden
+        return self.ops.gate_up_act_quant(gate_up=hidden, activation=self.activation, out_format=self.down.accepts)
 
 
 class SparseMoE:
     """A rank holds its share of the experts along ep, and of each its share of the intermediate features along tp;
     outputs are summed over both.
 
-    `names` are those of the expert's gate, up and down matrices.
+    `names` are those of the expert's gate, up and down matrices. `shared` is an expert that every token goes through;
+    `shared_gate` names the module that weights it, if one does. `correction` names the tensor [num_experts] that is
+    added to the scores for picking, where MoESpec.router_bias says that there is one.
     """
 
     def __init__(
@@ -93,6 +100,9 @@ class SparseMoE:
         router: str = "gate",
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         router_bias: bool = False,
+        correction: str = "",
+        shared: GatedMLP | None = None,
+        shared_gate: str = "",
     ) -> None:
         placed = (EXPERTS, FEATURES)
         extents = (spec.num_experts, intermediate_size, spec.hidden_size)
@@ -106,6 +116,15 @@ class SparseMoE:
             out_features=spec.num_experts,
             bias=router_bias,
         )
+        self.shared = shared
+        self.shared_gate: ReplicatedLinear | None = None
+        if shared_gate:
+            plain = replace(builder, formats=builder.formats.for_router())
+            module = f"{name}.{shared_gate}"
+            self.shared_gate = ReplicatedLinear(plain, name=module, in_features=spec.hidden_size, out_features=1)
+        self.correction: Tensor | None = None
+        if spec.router_bias:
+            self.correction = self._wanted(builder, f"{name}.{correction}", spec.num_experts)
         # One scheme for gate, up and down: its groups divide the features of both.
         modules = self.modules(f"{name}.experts", spec.num_experts, names)
         scheme = builder.scheme(modules, gcd(spec.hidden_size, intermediate_size))
@@ -149,6 +168,17 @@ class SparseMoE:
                     ),
                 )
 
+    @staticmethod
+    def _wanted(builder: Builder, name: str, size: int) -> Tensor:
+        """A vector [size], float32 as the scores are."""
+        held = builder.platform.empty((size,), "float32", "weights")
+
+        def take(view: WeightView) -> None:
+            held.copy_(view.read((0, size)))
+
+        builder.weights.want(name, (size,), take)
+        return held
+
     def _expert_map(self, builder: Builder) -> Tensor:
         """[num_experts]: an expert's place among those held here, -1 for one that is elsewhere."""
         places = torch.full((self.spec.num_experts,), -1)
@@ -168,8 +198,21 @@ class SparseMoE:
         return self.router.accepts
 
     def __call__(self, x: Tensor) -> Tensor:
-        partial = self.kernel.apply(x, self.router(x), self.packed, ep=self.ep, expert_map=self.expert_map)
+        partial = self.kernel.apply(
+            x,
+            self.router(x),
+            self.packed,
+            router_bias=self.correction,
+            shared=None if self.shared is None else self._shared(self.shared, x),
+            ep=self.ep,
+            expert_map=self.expert_map,
+        )
         return self.communicator.all_reduce(partial)
+
+    def _shared(self, shared: GatedMLP, x: Tensor) -> Tensor:
+        """This rank's part of what every token gets."""
+        partial = shared.partial(x)
+        return partial if self.shared_gate is None else partial * self.shared_gate(x).sigmoid()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,17 @@
-"""RMS norm, alone or fused with the residual sum before it."""
+"""RMS norm, alone or fused with the residual sum before it, and over all heads at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
-from anychip.plugin_api import ActFormat, WeightView
+from anychip.plugin_api import ActFormat, Sharded, Span, WeightView
+
+_FEATURES = (Sharded(dim=0),)
 
 
 class RMSNorm:
@@ -35,3 +41,43 @@ class RMSNorm:
             unit_offset=self.unit_offset,
             out_format=out_format,
         )
+
+
+class WideQKNorm:
+    """RMS norms over the queries and over the keys of all heads, which ranks divide: they add up their squares. `spans`
+    are this rank's share of the `sizes` values of both. Where ranks repeat a head, all are repeated as often, so the
+    mean over what the ranks hold is that over all heads."""
+
+    placed_tensors = MappingProxyType({"q_weight": _FEATURES, "k_weight": _FEATURES})
+
+    def __init__(self, builder: Builder, *, name: str, sizes: Sequence[int], spans: Sequence[Span], eps: float) -> None:
+        self.ops = builder.ops
+        self.communicator = builder.mesh.axis("tp")
+        self.eps = eps
+        self.q_weight, self.k_weight = (
+            self._wanted(builder, f"{name}.{module}.weight", size, span)
+            for module, size, span in zip(("q_norm", "k_norm"), sizes, spans, strict=True)
+        )
+
+    @staticmethod
+    def _wanted(builder: Builder, name: str, size: int, span: Span) -> Tensor:
+        held = builder.platform.empty((span.count,), builder.dtype, "weights")
+
+        def load(view: WeightView) -> None:
+            held.copy_(view.read(span.bounds))
+
+        builder.weights.want(name, (size,), load)
+        return held
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [num_tokens, heads, head_dim]."""
+        flat, weights = (q.flatten(1), k.flatten(1)), (self.q_weight, self.k_weight)
+        if self.communicator.size == 1:
+            normed = [self.ops.rms_norm(x=x, weight=w, eps=self.eps) for x, w in zip(flat, weights, strict=True)]
+        else:
+            wide = [x.float() for x in flat]
+            squares = torch.stack([x.pow(2).mean(dim=-1) for x in wide])  # [2, num_tokens]
+            mean = self.communicator.all_reduce(squares) / self.communicator.size
+            factors = (mean + self.eps).rsqrt().unsqueeze(-1)
+            normed = [w * (x * f).to(q.dtype) for x, f, w in zip(wide, factors, weights, strict=True)]
+        return normed[0].view(q.shape), normed[1].view(k.shape)

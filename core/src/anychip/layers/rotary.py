@@ -20,10 +20,19 @@ from anychip.plugin_api import NUM_AXES, Rope
 Parameters = dict[str, Any]
 
 
-def make_rope(config: ModelConfig, parameters: Parameters, device: str, *, partial: bool = False) -> Rope:
+def make_rope(
+    config: ModelConfig,
+    parameters: Parameters,
+    device: str,
+    *,
+    partial: bool = False,
+    head_dim: int | None = None,
+    interleaved: bool = False,
+) -> Rope:
     """cos and sin for every position, float32. `partial`: the family rotates a share of each head if config.json says
-    so; the others rotate whole heads and do not read the field. Raises Unsupported for a scaling that is not known."""
-    rotary_dim = int(config.head_dim * _rotated_share(config, parameters, partial))
+    so; the others rotate whole heads and do not read the field. `head_dim` None: the attention's own; `interleaved` as
+    Rope has it. Raises Unsupported for a scaling that is not known."""
+    rotary_dim = int((head_dim or config.head_dim) * _rotated_share(config, parameters, partial))
     theta = float(parameters.get("rope_theta") or config.rope_theta)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     try:
@@ -36,6 +45,7 @@ def make_rope(config: ModelConfig, parameters: Parameters, device: str, *, parti
         cos=(angles.cos() * amplitude).to(device),
         sin=(angles.sin() * amplitude).to(device),
         rotary_dim=rotary_dim,
+        interleaved=interleaved,
         axes=None if axes is None else axes.to(device),
     )
 
@@ -131,12 +141,24 @@ def _yarn_amplitude(factor: float, parameters: Parameters) -> float:
     given = parameters.get("attention_factor")
     if given is not None:
         return float(given)
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return mscale(float(above)) / mscale(float(below)) if above and below else mscale(1.0)
+    if above and below:
+        return yarn_mscale(factor, float(above)) / yarn_mscale(factor, float(below))
+    return yarn_mscale(factor, 1.0)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """What longer contexts multiply attention's temperature by (Peng et al., section 3.4), weighted."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def yarn_scale(parameters: Parameters) -> float:
+    """What families with latent attention multiply the scale of q.k by: where `mscale_all_dim` is given, the
+    temperature of the whole product stands here and not in cos and sin."""
+    weight = float(parameters.get("mscale_all_dim") or 0.0)
+    if _kind(parameters) == "default" or not weight:
+        return 1.0
+    return yarn_mscale(float(parameters["factor"]), weight) ** 2
 
 
 def _longrope(wavelengths: Tensor, parameters: Parameters, config: ModelConfig) -> tuple[Tensor, float]:

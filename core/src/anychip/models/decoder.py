@@ -13,6 +13,7 @@ from anychip.errors import CheckpointError, Unsupported
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
+from anychip.layers.latent import LatentAttention
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
@@ -21,10 +22,12 @@ from anychip.plugin_api import (
     FINAL,
     KV_HEADS,
     Activation,
-    AttentionBackend,
     AttentionSpec,
+    CacheBackend,
+    CacheSpec,
     ForwardContext,
     MeshShape,
+    MoESpec,
     Rope,
     Sharded,
 )
@@ -32,7 +35,8 @@ from anychip.types import DType
 
 
 class DecoderLayer(Protocol):
-    attention: Attention
+    @property
+    def attention(self) -> Attention | LatentAttention: ...
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """(this layer's output before its residual sum, the residual) -> the same of the next."""
@@ -62,7 +66,7 @@ class Decoder:
     unit_offset_norm = False
     final_softcap: float | None = None
 
-    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[CacheSpec]) -> None:
         self.config = config
         self.ops = builder.ops
         self.vocab_size = config.vocab_size
@@ -93,10 +97,9 @@ class Decoder:
         )
 
     @classmethod
-    def attention_specs(
-        cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType
-    ) -> list[AttentionSpec]:
-        """By layer, for one rank of a mesh: full attention, or the window if `layer_types` says so."""
+    def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> Sequence[Any]:
+        """The CacheSpec of every layer, for one rank of a mesh: full attention, or the window if `layer_types` says
+        so."""
         softcap = config.get("attn_logit_softcapping") if cls.attention_softcap else None
         full = replace(full_attention(config, shape, dtype), kv_dtype=kv_dtype, softcap=softcap)
         windowed = replace(full, window=cls.window(config))
@@ -113,7 +116,7 @@ class Decoder:
         return ["full_attention"] * config.num_layers
 
     @property
-    def attention(self) -> list[AttentionBackend]:
+    def attention(self) -> list[CacheBackend]:
         return [layer.attention.backend for layer in self.layers]
 
     def rope(self, builder: Builder) -> Rope:
@@ -130,7 +133,8 @@ class Decoder:
             raise Unsupported(self.config.architecture, [f"{field} {name!r}; known are {', '.join(_ACTIVATIONS)}"])
         return _ACTIVATIONS[name]
 
-    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> DecoderLayer:
+    def layer(self, builder: Builder, index: int, spec: Any, rope: Rope) -> DecoderLayer:
+        """`spec` is the one that attention_specs has for the layer."""
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
 
     def self_attention(
@@ -158,6 +162,21 @@ class Decoder:
             name=f"model.layers.{index}.mlp",
             hidden_size=self.config.hidden_size,
             intermediate_size=self.config.intermediate_size,
+            activation=self.activation,
+            **differences,
+        )
+
+    def experts_spec(
+        self, builder: Builder, *, num_experts: int, top_k: int, intermediate_size: int, **differences: Any
+    ) -> MoESpec:
+        """Experts as the feed-forward block is, each of this rank's share of `intermediate_size`; a family's
+        differences in plugin_api.MoESpec's fields."""
+        return MoESpec(
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden_size=self.config.hidden_size,
+            intermediate_size=builder.split(intermediate_size, "expert features").count,
+            dtype=builder.dtype,
             activation=self.activation,
             **differences,
         )
@@ -230,7 +249,7 @@ class PreNormLayer:
         builder: Builder,
         config: ModelConfig,
         index: int,
-        attention: Attention,
+        attention: Attention | LatentAttention,
         mlp: GatedMLP | SparseMoE,
     ) -> None:
         name = f"model.layers.{index}"

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from anychip.layers.build import Builder
+from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.decoder import Decoder, PreNormLayer
-from anychip.plugin_api import AttentionSpec, ForwardContext, Rope
+from anychip.plugin_api import AttentionSpec, CacheSpec, ForwardContext, Rope
 
 
 class Granite(Decoder):
-    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[CacheSpec]) -> None:
         self.embedding_scale = float(config.get("embedding_multiplier", 1.0))
         self.logits_scaling = float(config.get("logits_scaling", 1.0))
         super().__init__(config, builder, specs)
@@ -23,10 +24,12 @@ class Granite(Decoder):
         config = self.config
         bias, scale = bool(config.get("attention_bias", False)), float(config.get("attention_multiplier", 1.0))
         attention = self.self_attention(builder, index, spec, rope, scale=scale, bias=bias)
-        mlp = self.gated_mlp(builder, index, bias=bool(config.get("mlp_bias", False)))
-        layer = GraniteLayer(builder, config, index, attention, mlp)
+        layer = GraniteLayer(builder, config, index, attention, self.feed_forward(builder, index))
         layer.multiplier = float(config.get("residual_multiplier", 1.0))
         return layer
+
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        return self.gated_mlp(builder, index, bias=bool(self.config.get("mlp_bias", False)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return super().logits(hidden) / self.logits_scaling

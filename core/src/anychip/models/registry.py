@@ -14,16 +14,23 @@ from anychip.registry.blame import imported
 from anychip.types import DType
 
 NATIVE = {
+    "DeepseekV2ForCausalLM": "anychip.models.deepseek:DeepseekV2",
+    "DeepseekV3ForCausalLM": "anychip.models.deepseek:DeepseekV3",
     "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
+    "Glm4MoeForCausalLM": "anychip.models.glm4_moe:Glm4MoE",
     "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
     "GraniteForCausalLM": "anychip.models.granite:Granite",
+    "GraniteMoeForCausalLM": "anychip.models.granite_moe:GraniteMoE",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
+    "MiniMaxM2ForCausalLM": "anychip.models.minimax_m2:MiniMaxM2",
     "MinistralForCausalLM": "anychip.models.mistral:Ministral",
     "MistralForCausalLM": "anychip.models.mistral:Mistral",
     "MixtralForCausalLM": "anychip.models.mixtral:Mixtral",
+    "OlmoeForCausalLM": "anychip.models.olmoe:Olmoe",
     "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
     "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
+    "Qwen2MoeForCausalLM": "anychip.models.qwen2_moe:Qwen2MoE",
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
 }

@@ -31,7 +31,9 @@ class WeightRegister:
     ignored: tuple[str, ...] = ()
     """Endings of tensor names that a checkpoint may hold and the model does not use."""
     elsewhere: tuple[str, ...] = ()
-    """Beginnings of names that other ranks want."""
+    """Beginnings of names that other ranks want, or that nobody does."""
+    notes: tuple[str, ...] = ()
+    """What of the checkpoint is left out, for whoever starts it to read."""
     optional: set[str] = field(default_factory=set)
     """Wanted names that a checkpoint may lack."""
     rename: Callable[[str], str] = str

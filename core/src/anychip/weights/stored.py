@@ -6,6 +6,8 @@ from anychip.errors import CheckpointError
 from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.register import WeightRegister
 
+_LAYERS = "model.layers."
+
 
 class StoredTensors:
     """`checkpoint` None: weights are made up."""
@@ -29,6 +31,23 @@ class StoredTensors:
             return True
         assert self._checkpoint is not None, "names come from a checkpoint"
         return self._checkpoint.same(given[weight], given[other])
+
+    def leave_out_layers(self, first: int) -> None:
+        """Tensors of layers `first` and on are nobody's: published checkpoints have layers that predict further tokens
+        (MTP) behind those that config.json describes. A note says which."""
+        indexes = {
+            int(index)
+            for name in map(self._register.place, self._names())
+            if name.startswith(_LAYERS) and (index := name[len(_LAYERS) :].partition(".")[0]).isdigit()
+        }
+        further = sorted(index for index in indexes if index >= first)
+        if further:
+            named = f"{'layer' if len(further) == 1 else 'layers'} {', '.join(map(str, further))}"
+            self._register.elsewhere += tuple(f"{_LAYERS}{index}." for index in further)
+            self._register.notes += (
+                f"the checkpoint has tensors of {named}, counted from 0, and config.json describes {first} layers: "
+                "they are left out (such layers predict further tokens)",
+            )
 
     def _names(self) -> frozenset[str]:
         try:

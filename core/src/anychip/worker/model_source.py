@@ -72,6 +72,8 @@ class CheckpointSource:
         self.got_on: Callable[[str], None] = lambda doing: None
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
+        self.notes: tuple[str, ...] = ()
+        """What of the checkpoint the last built layers leave out."""
 
     @property
     def config_json(self) -> Mapping[str, Any]:
@@ -164,7 +166,9 @@ class CheckpointSource:
             stored=StoredTensors(None if made_up else self.checkpoint, register),
             kv_scales=self.kv_dtype != self.dtype,
         )
-        return self.family(self.model, builder, self.attention_specs(mesh.shape))
+        model = self.family(self.model, builder, self.attention_specs(mesh.shape))
+        self.notes = register.notes
+        return model
 
 
 def resolve_dtype(asked: str, checkpoint: str, platform: Platform) -> DType:

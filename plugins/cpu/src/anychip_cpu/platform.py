@@ -21,6 +21,8 @@ from anychip.plugin_api import (
     Communicator,
     FusedMoE,
     GroupSpec,
+    LatentBackend,
+    LatentSpec,
     LinearKernel,
     LinearSpec,
     MemoryInfo,
@@ -36,6 +38,7 @@ from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
 from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
+from anychip_cpu.latent import CpuLatent
 from anychip_cpu.linear import CpuLinear
 from anychip_cpu.memory import HUGE_PAGE, peak_resident, zeroed
 from anychip_cpu.moe import GroupedMoE
@@ -54,8 +57,8 @@ class CpuPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
-        mla=True,  # both by the reference
-        recurrences=frozenset({"gated_sum"}),
+        mla=True,
+        recurrences=frozenset({"gated_sum"}),  # by the reference
     )
     profiled_tokens = 64
 
@@ -119,6 +122,10 @@ class CpuPlatform(Platform):
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return SdpaPagedAttention(spec) if self.kernels is None else CpuPagedAttention(spec, self.kernels, self.isa)
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        self.check(spec)
+        return CpuLatent(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

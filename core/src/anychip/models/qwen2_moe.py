@@ -1,0 +1,63 @@
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with a mixture of experts, beside one that a gate weights for every token
+(config.json: Qwen2MoeForCausalLM)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anychip.layers.build import Builder
+from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.model_config import ModelConfig
+from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
+from anychip.models.qwen2 import Qwen2
+from anychip.plugin_api import AttentionSpec, Rope
+
+
+class Qwen2MoE(Qwen2):
+    @classmethod
+    def layer_types(cls, config: ModelConfig) -> list[str]:
+        given = given_layer_types(config)
+        if not config.get("use_sliding_window"):
+            return ["full_attention"] * config.num_layers
+        before = int(config.get("max_window_layers", 28))
+        return given or [
+            "full_attention" if index % 2 or index >= before else "sliding_attention"
+            for index in range(config.num_layers)
+        ]
+
+    def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> PreNormLayer:
+        bias = bool(self.config.get("qkv_bias", True))
+        attention = self.self_attention(builder, index, spec, rope, bias=bias, output_bias=False)
+        return PreNormLayer(builder, self.config, index, attention, self.feed_forward(builder, index))
+
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        if not is_sparse(self.config, index):
+            return self.gated_mlp(builder, index)
+        shared = GatedMLP(
+            builder,
+            name=f"model.layers.{index}.mlp.shared_expert",
+            hidden_size=self.config.hidden_size,
+            intermediate_size=int(self.config.need("shared_expert_intermediate_size")),
+            activation=self.activation,
+        )
+        return experts(self, builder, index, shared=shared, shared_gate="shared_expert_gate")
+
+
+def is_sparse(config: ModelConfig, index: int) -> bool:
+    """Whether a layer of a Qwen has experts."""
+    sparse_step = int(config.get("decoder_sparse_step", 1))
+    return index not in (config.get("mlp_only_layers") or []) and (index + 1) % sparse_step == 0
+
+
+def experts(family: Decoder, builder: Builder, index: int, **differences: Any) -> SparseMoE:
+    """A Qwen's experts, with a family's differences in layers.mlp.SparseMoE's arguments."""
+    config, size = family.config, int(family.config.need("moe_intermediate_size"))
+    spec = family.experts_spec(
+        builder,
+        num_experts=int(config.get("num_local_experts") or config.need("num_experts")),  # since transformers 5
+        top_k=int(config.need("num_experts_per_tok")),
+        intermediate_size=size,
+        renormalize=bool(config.get("norm_topk_prob", False)),
+    )
+    name = f"model.layers.{index}.mlp"
+    return SparseMoE(builder, name=name, spec=spec, intermediate_size=size, **differences)
