@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
-from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span
+from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span, StepAdapters
 from anychip.weights.matrix import Matrix
 
 EXPERTS, FEATURES = Sharded(dim=0, axis="ep"), Sharded(dim=1)
@@ -51,6 +51,7 @@ class GatedMLP:
             projections=projections,
             bias=bias,
             epilogue=activation if plain else None,  # it has no other format
+            adapts=True,
         )
         self.down = RowParallelLinear(
             builder,
@@ -59,6 +60,7 @@ class GatedMLP:
             placed=(Sharded(dim=1),),
             out_features=hidden_size,
             bias=bias,
+            adapts=True,
         )
         self.activation = activation
         self.ops = builder.ops
@@ -67,13 +69,13 @@ class GatedMLP:
     def accepts(self) -> ActFormat:
         return self.gate_up.accepts
 
-    def __call__(self, x: Tensor) -> Tensor:
-        hidden = self.gate_up(x)
+    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        hidden = self.gate_up(x, adapters)
         if not self.gate_up.has_epilogue:
             hidden = self.ops.gate_up_act_quant(
                 gate_up=hidden, activation=self.activation, out_format=self.down.accepts
             )
-        return self.down(hidden)
+        return self.down(hidden, adapters)
 
 
 class SparseMoE:
@@ -105,6 +107,7 @@ class SparseMoE:
             in_features=spec.hidden_size,
             out_features=spec.num_experts,
             bias=router_bias,
+            adapts=True,
         )
         # One scheme for gate, up and down: its groups divide the features of both.
         modules = self.modules(f"{name}.experts", spec.num_experts, names)
@@ -167,8 +170,10 @@ class SparseMoE:
     def accepts(self) -> ActFormat:
         return self.router.accepts
 
-    def __call__(self, x: Tensor) -> Tensor:
-        partial = self.kernel.apply(x, self.router(x), self.packed, ep=self.ep, expert_map=self.expert_map)
+    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        """The experts take no adapters; the router does."""
+        chosen = self.router(x, adapters)
+        partial = self.kernel.apply(x, chosen, self.packed, ep=self.ep, expert_map=self.expert_map)
         return self.communicator.all_reduce(partial)
 
 

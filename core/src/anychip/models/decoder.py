@@ -91,6 +91,7 @@ class Decoder:
             hidden_size=config.hidden_size,
             tied=self.embedding if config.tie_word_embeddings else None,
         )
+        self.adapter_sites = builder.adapter_sites
 
     @classmethod
     def attention_specs(
@@ -244,4 +245,4 @@ class PreNormLayer:
         hidden, residual = self.input_norm.with_residual(hidden, residual, self.attention.accepts)
         hidden = self.attention(hidden, context)
         hidden, residual = self.mlp_norm.with_residual(hidden, residual, self.mlp.accepts)
-        return self.mlp(hidden), residual
+        return self.mlp(hidden, context.adapters), residual

@@ -56,6 +56,7 @@ class CpuPlatform(Platform):
         collectives="runtime",
         mla=True,  # both by the reference
         recurrences=frozenset({"gated_sum"}),
+        lora=True,
     )
     profiled_tokens = 64
 
