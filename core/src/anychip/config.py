@@ -174,6 +174,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Requests that one key may have open at once."""
     admin_port: int | None = None
     admin_key: str | None = None
+    adapter_folder: str | None = None
+    """Where adapters may be loaded from while the server runs; None: from nowhere."""
     cors_origins: tuple[str, ...] = ()
     ui: bool = True
     lenient: bool = False
