@@ -21,6 +21,11 @@ _MOST_DRAFTS = 64
 
 _DRAFT = "draft:"
 
+_MOST_ADAPTERS = 16
+"""Slots for adapters where nobody says how many."""
+LEAST_ADAPTER_RANK = 16
+"""What a slot has room for where nobody says, and no adapter has more."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine runs and how. Sizes are in tokens, sequences or bytes; None means that anychip chooses.
@@ -64,6 +69,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Prompt tokens that may bring embeddings of their own at once, over all requests that run."""
     taps: tuple[int, ...] = ()
     """Layers whose hidden states the workers can show: 0 is the first, -1 is behind the final norm."""
+    adapters: dict[str, str] = {}
+    """Folders of adapters in PEFT's form, by the name that requests give as their model."""
+    max_adapters: int | None = None
+    """Adapters that the requests of one step may have between them; None: as many as `adapters`, up to 16."""
+    max_adapter_rank: int | None = None
+    """The largest rank that an adapter may have; None: that of `adapters`, and 16 at least."""
     policy: str = "fcfs"
     max_waiting: int = 4096
     max_waiting_tokens: int = 4_000_000
@@ -83,7 +94,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         at_least = {
             "max_num_seqs": 1, "max_num_batched_tokens": 1, "tensor_parallel_size": 1, "max_model_len": 2,
             "block_size": 1, "num_kv_blocks": 2, "kv_cache_bytes": 1, "max_waiting": 1, "max_waiting_tokens": 1,
-            "max_drafts": 1,
+            "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -91,6 +102,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{name} is {value}; expected {least} or more")
         if self.max_drafts > _MOST_DRAFTS:
             raise ConfigError(f"max_drafts is {self.max_drafts}; expected {_MOST_DRAFTS} or less")
+        if self.adapters and self.max_adapters == 0:
+            raise ConfigError("max_adapters is 0 and adapters are given; leave max_adapters out, or the adapters")
         if self.max_embeddings < 0:
             raise ConfigError(f"max_embeddings is {self.max_embeddings}; expected 0 or more")
         for name in ("timeout_s", "start_timeout_s", "step_timeout_s"):
@@ -125,6 +138,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.max_num_batched_tokens or _HOST_TOKENS
 
     @property
+    def resolved_max_adapters(self) -> int:
+        """Slots for adapters on the device."""
+        return min(len(self.adapters), _MOST_ADAPTERS) if self.max_adapters is None else self.max_adapters
+
+    @property
+    def resolved_max_adapter_rank(self) -> int:
+        """The rank that a slot has room for. Where adapters are given, `adapters.with_ranks` has filled it."""
+        return self.max_adapter_rank or LEAST_ADAPTER_RANK
+
+    @property
     def draft_model(self) -> str | None:
         """The model that drafts, where one does: folder, repository or the embedded one."""
         return self.speculate.removeprefix(_DRAFT) if self.speculate and self.speculate.startswith(_DRAFT) else None
@@ -151,6 +174,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Requests that one key may have open at once."""
     admin_port: int | None = None
     admin_key: str | None = None
+    adapter_folder: str | None = None
+    """Where adapters may be loaded from while the server runs; None: from nowhere."""
     cors_origins: tuple[str, ...] = ()
     ui: bool = True
     lenient: bool = False

@@ -11,6 +11,7 @@
     │   ├── RequestTimeout         408, past its deadline
     │   ├── ConfigError            a setting, before anything is loaded
     │   ├── CheckpointError        names the tensor and the file
+    │   ├── AdapterRefused         names what of an adapter is not served, or does not fit
     │   ├── KVCacheTooSmall        says what would fit
     │   ├── DeviceUnavailable      a named device that cannot start
     │   └── PortInUse
@@ -113,6 +114,12 @@ class CheckpointError(UserError):
     """A checkpoint's file or tensor does not fit the model."""
 
     code = "invalid_checkpoint"
+
+
+class AdapterRefused(UserError):
+    """An adapter is not whole, is of a kind that is not served, or does not fit the model."""
+
+    code = "invalid_adapter"
 
 
 class KVCacheTooSmall(UserError):
@@ -222,6 +229,7 @@ _BY_NAME: dict[str, type[AnychipError]] = {
     cls.__name__: cls
     for cls in (
         InvalidRequest, ContextTooLong, UnknownModel, QueueFull, RequestTimeout, ConfigError, CheckpointError,
+        AdapterRefused,
         KVCacheTooSmall, DeviceUnavailable, PortInUse, PluginImportFailed, PluginFailed, IncompatiblePlugin,
         InvalidOverride, StepFailed, OutputFailed, EngineHung,
     )

@@ -3,6 +3,7 @@
 API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, Heartbeat, EngineFailed.
 Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerProgress, WorkerReady, StepResult,
                                                                             WorkerFailed.
+Both ways down: LoadAdapter, DropAdapter. Both ways up: AdapterReport.
 
 Index arrays travel as little-endian int32 bytes: one pass each way, however many rows run.
 """
@@ -67,6 +68,27 @@ class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
     request_id: str
     index: int | None = None
     reason: FinishReason = "abort"
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """An adapter's folder is to be read and kept on the host, beside steps; AdapterReport says when it is done. One
+    that is there already is reported at once."""
+
+    digest: bytes
+    folder: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """No request will have the adapter any more; those that have it end first."""
+
+    digest: bytes
+
+
+class AdapterReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """An adapter is loaded, on one rank or on all; or `error`, class name and message, says why it is not."""
+
+    digest: bytes
+    error: tuple[str, str] | None = None
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -303,6 +325,15 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     logit_bias: dict[int, float] = {}
     """By token id. The workers count the row's tokens themselves."""
     extras: PromptExtras | None = None
+    adapter_slot: int = -1
+    """The device's slot of the row's adapter; -1: it has none."""
+
+
+class AdapterSlot(msgspec.Struct, frozen=True, array_like=True):
+    """From this step on, the device's slot holds the adapter of this digest."""
+
+    slot: int
+    digest: bytes
 
 
 class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -316,7 +347,8 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     computed beyond was drafted and not drawn; it is told before the slot's next step.
     `num_proposed` int32 bytes [num_rows] (b"": nothing) says how many tokens the workers' draft model is to draft
     behind what the row draws; the row has blocks for them.
-    Order of effects: finished, new rows, rewinds, new blocks, copies, zeros, forward.
+    `adapters` are those that slots of the device get with this step.
+    Order of effects: finished, new rows, rewinds, new blocks, copies, zeros, adapters, forward.
     """
 
     step_id: int
@@ -331,6 +363,7 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     drafts: bytes = b""
     rewinds: bytes = b""
     num_proposed: bytes = b""
+    adapters: list[AdapterSlot] = []
 
 
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -361,7 +394,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the draft model drafted: int32 [sum of num_proposed]; -1 where it has not caught up with a row."""
 
 
-ToEngine = AddRequest | Abort | Shutdown
-FromEngine = EngineReady | Outputs | Heartbeat | EngineFailed
-ToWorker = StepDecision | LateInputs | Shutdown
-FromWorker = WorkerProgress | WorkerReady | StepResult | WorkerFailed
+ToEngine = AddRequest | Abort | LoadAdapter | DropAdapter | Shutdown
+FromEngine = EngineReady | Outputs | Heartbeat | AdapterReport | EngineFailed
+ToWorker = StepDecision | LateInputs | LoadAdapter | DropAdapter | Shutdown
+FromWorker = WorkerProgress | WorkerReady | StepResult | AdapterReport | WorkerFailed

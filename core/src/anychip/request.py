@@ -72,11 +72,11 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline", "enters", "epoch", "extras",
-        "finish_reason", "fork_of", "index", "is_beam", "max_output", "media_marks", "next_change_at",
-        "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt", "output_token_ids",
-        "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id", "sampling",
-        "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant", "whole",
+        "adapter", "adapter_slot", "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline",
+        "enters", "epoch", "extras", "finish_reason", "fork_of", "index", "is_beam", "max_output", "media_marks",
+        "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt",
+        "output_token_ids", "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id",
+        "sampling", "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -115,6 +115,8 @@ class Request:
         self.arrival = arrival
         self.priority = priority
         self.prefix_root = prefix_root  # of the tokens that it has computed, or will
+        self.adapter = prefix_root.adapter  # None: it has none
+        self.adapter_slot = -1  # the device's, while it has a slot; -1: none
         self.media_marks = media_marks or {}  # what the block hashes take beside the tokens, by hash block
         self.fork_of = fork_of  # whose prompt it may share, until it has a slot
         self.processors = processors

@@ -8,12 +8,15 @@ from collections import deque
 from anychip.engine.engine_core import EngineCore
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import (
+    AdapterReport,
     AddRequest,
     CacheGroup,
     DeviceRules,
+    DropAdapter,
     KVCacheConfig,
     KVGroup,
     LateInputs,
+    LoadAdapter,
     MemoryPlan,
     StateGroup,
     StepDecision,
@@ -42,6 +45,7 @@ def make_scheduler(
     rules: DeviceRules | None = None,
     policy: SchedulingPolicy | None = None,
     speculator: Speculator | None = None,
+    max_adapters: int = 0,
 ) -> Scheduler:
     if num_states is None:  # with block 0, and one to spare
         num_states = max_num_seqs + 2 if any(isinstance(group, StateGroup) for group in groups) else 0
@@ -52,6 +56,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         speculator=speculator,
+        max_adapters=max_adapters,
     )
 
 
@@ -104,11 +109,26 @@ class FakeExecutor:
         self._sampling: dict[int, int] = {}
         self._pending: deque[int] = deque()
         self._token_of = token_of
+        self.reports: list[AdapterReport] = []
+        self.adapters: set[bytes] = set()
 
     def expect(self, step_id: int, rows: int) -> None:
         self._sampling[step_id] = rows
 
+    def load_adapter(self, message: LoadAdapter) -> None:
+        self.adapters.add(message.digest)
+        self.reports.append(AdapterReport(message.digest))
+
+    def drop_adapter(self, message: DropAdapter) -> None:
+        self.adapters.remove(message.digest)
+
+    def adapter_reports(self) -> list[AdapterReport]:
+        reports, self.reports = self.reports, []
+        return reports
+
     def launch(self, decision: StepDecision) -> None:
+        missing = [each for each in decision.adapters if each.digest not in self.adapters]
+        assert not missing, f"slots are filled with adapters that are not here: {missing}"
         self.calls.append(f"launch {decision.step_id}")
         self._pending.append(decision.step_id)
 
@@ -127,6 +147,12 @@ class FakeExecutor:
 
     def close(self, reason: str) -> None:
         self.calls.append("close")
+
+
+def load_adapters(core: EngineCore, *digests: bytes) -> None:
+    for digest in digests:
+        core.adapters.load(LoadAdapter(digest, "somewhere"))
+    assert [report.digest for report in core.tend_adapters()] == list(digests)
 
 
 def make_core(scheduler: Scheduler, *, max_in_flight: int = 1, seed: int = 0, **executor: object) -> EngineCore:

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import msgspec
 import pytest
-from engine_kit import TOKEN, add_message, make_core, make_request, make_scheduler, run_to_end
+from engine_kit import TOKEN, add_message, load_adapters, make_core, make_request, make_scheduler, run_to_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,7 +161,7 @@ GROUPS = st.sampled_from([(KVGroup(4),), (KVGroup(4), KVGroup(8)), (KVGroup(8), 
 @settings(max_examples=100, deadline=None)
 @given(several=st.lists(prompts(versions=False), min_size=2, max_size=6), groups=GROUPS)
 def test_a_request_finds_the_longest_prefix_that_one_before_it_computed(several, groups):
-    scheduler = make_scheduler(num_blocks=1024, groups=groups, budget=256)
+    scheduler = make_scheduler(num_blocks=1024, groups=groups, budget=256, max_adapters=1)
     finest, coarsest = min(g.block_size for g in groups), max(g.block_size for g in groups)
     computed: list[list[tuple]] = []
     for number, prompt in enumerate(several):
@@ -237,10 +237,11 @@ class Device:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), groups=GROUPS, num_blocks=st.sampled_from([60, 400]))
+@given(data=st.data(), groups=GROUPS, num_blocks=st.sampled_from([80, 400]))  # the longest request fits
 def test_no_request_ever_reads_what_other_weights_or_other_media_computed(data, groups, num_blocks):
-    scheduler, device = make_scheduler(num_blocks=num_blocks, groups=groups, budget=24), Device(groups)
-    core = make_core(scheduler, max_in_flight=data.draw(st.integers(1, 2)))
+    scheduler = make_scheduler(num_blocks=num_blocks, groups=groups, budget=24, max_adapters=1)
+    core, device = make_core(scheduler, max_in_flight=data.draw(st.integers(1, 2))), Device(groups)
+    load_adapters(core, IMAGE)
     inputs = InputProcessor(
         tokenizer=None, vocab_size=1000, max_model_len=120, eos_token_ids=(2,), hash_block_size=core.hash_block_size
     )
@@ -339,7 +340,8 @@ def test_a_beam_that_takes_over_blocks_takes_their_weights_version():
 
 
 def test_hashes_that_were_made_under_other_weights_are_made_again():
-    core = make_core(make_scheduler())
+    core = make_core(make_scheduler(max_adapters=1))
+    load_adapters(core, OTHER)
     inputs = InputProcessor(tokenizer=None, vocab_size=1000, max_model_len=99, eos_token_ids=(2,), hash_block_size=4)
     options = RequestOptions(cache_salt="x", adapter=OTHER, media=(MediaSpan(6, 9, IMAGE),))
 

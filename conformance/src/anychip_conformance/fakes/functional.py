@@ -21,6 +21,7 @@ from anychip.ops.reference import (
     forward_pass,
 )
 from anychip.plugin_api import (
+    AdapterStack,
     AttentionBackend,
     AttentionLayer,
     BatchView,
@@ -153,8 +154,10 @@ def forward_body(
     *,
     tap_layers: Sequence[int] = (),
     embeddings: Tensor | None = None,
+    stacks: Sequence[AdapterStack] = (),
 ) -> Passed:
-    """One forward pass over functional caches. `embeddings`: the buffer of embeddings, where the program has one."""
+    """One forward pass over functional caches. `embeddings`: the buffer of embeddings, `stacks`: the adapters by site,
+    where the program has them."""
     plans: list[Any] = [
         functional_plan(
             fields["positions"],
@@ -169,8 +172,9 @@ def forward_body(
         rows = fields["query_start"], fields["seq_lens"], fields["state_blocks"]
         plans += [functional_state_plan(*rows, len(fields["input_ids"]))] * len(kv.states)
     return forward_pass(
-        model, ops, plans, kv.layer_groups, caches, last_ids, fields, tap_layers=tap_layers, embeddings=embeddings
-    )
+        model, ops, plans, kv.layer_groups, caches, last_ids, fields,
+        tap_layers=tap_layers, embeddings=embeddings, stacks=stacks,
+    )  # fmt: skip
 
 
 def chosen_scores(values: Sequence[Tensor], targets: np.ndarray | None) -> Scores | None:

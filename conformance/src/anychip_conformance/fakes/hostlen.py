@@ -366,6 +366,7 @@ class HostlenPlatform(Platform):
         padding="dummy_request",
         stale_kv="must_be_finite",
         graph_level=GraphLevel.FULL,
+        lora=True,
     )
 
     def __init__(self, context: PlatformContext) -> None:

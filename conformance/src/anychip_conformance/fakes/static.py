@@ -13,9 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, Passed, draw_tokens, write_embeddings
+from anychip.ops.reference import EditState, Passed, blank_stacks, draw_tokens, write_adapters, write_embeddings
 from anychip.plugin_api import (
+    ADAPTERS,
     DRAFTS,
+    AdapterEntry,
+    AdapterSite,
+    AdapterStack,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
@@ -43,6 +47,7 @@ from anychip.plugin_api import (
     StepRules,
     forward_features,
     sampling_features,
+    sites_of,
 )
 from anychip.plugin_api.step_layout import blank_sampling_inputs, blank_step_inputs
 from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
@@ -74,6 +79,7 @@ class Held:
     last_ids: Tensor  # [max_slots + 1]
     edits: EditState
     embeddings: Tensor  # [max_embeddings, hidden_size]
+    adapters: list[AdapterStack]  # by site
 
 
 class DonatedState:
@@ -141,6 +147,7 @@ class StaticPlatform(Platform):
         stale_kv="must_be_finite",
         mla=True,
         recurrences=frozenset({"gated_sum"}),
+        lora=True,
     )
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
 
@@ -186,7 +193,13 @@ class StaticStepProgram(StepProgram):
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
         edits = EditState.blank(self.limits.max_slots, self.vocab_size)
         embeddings = torch.zeros(self.limits.max_embeddings, self.model.hidden_size)
-        return DonatedState(Held(self._new_caches(), last_ids, edits, embeddings))
+        return DonatedState(Held(self._new_caches(), last_ids, edits, embeddings, self._new_stacks()))
+
+    def _new_stacks(self) -> list[AdapterStack]:
+        def empty(shape: Sequence[int], dtype: str) -> Tensor:
+            return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+
+        return blank_stacks(self.adapter_sites, self.limits.max_adapters, self.limits.max_adapter_rank, empty)
 
     def _new_caches(self) -> list[Tensor]:
         # Functional caches cannot share a buffer between groups: each layer has its own.
@@ -225,15 +238,25 @@ class StaticStepProgram(StepProgram):
         fields = tensors(blank.arena, blank.sections)
         names = list(fields)
 
-        def step(caches: list[Tensor], last_ids: Tensor, embeddings: Tensor, *values: Tensor) -> tuple[object, ...]:
+        def step(
+            caches: list[Tensor], last_ids: Tensor, embeddings: Tensor, adapters: list[list[Tensor]], *values: Tensor
+        ) -> tuple[object, ...]:
             given = dict(zip(names, values, strict=True))
+            sites = self.adapter_sites if adapters else ()
+            stacks = [_stack_of(site, tensors) for site, tensors in zip(sites, adapters, strict=True)]
             return forward_body(
                 self.model, self.ops, self.kv, caches, last_ids, given,
-                tap_layers=self.limits.taps, embeddings=embeddings,
+                tap_layers=self.limits.taps, embeddings=embeddings, stacks=stacks,
             ).flat()  # fmt: skip
 
         held = self.initial_state(self._num_blocks, self._num_states).take()
-        self._steps[key] = self._compile(step, (held.caches, held.last_ids, held.embeddings, *fields.values()))
+        example = (held.caches, held.last_ids, held.embeddings, self._stacks_of(held, key), *fields.values())
+        self._steps[key] = self._compile(step, example)
+
+    @staticmethod
+    def _stacks_of(held: Held, key: ShapeKey) -> list[list[Tensor]]:
+        """A step without adapters is not given any."""
+        return [list(stack.tensors) for stack in held.adapters] if ADAPTERS in key.features else []
 
     @torch.inference_mode()
     def _compile_sampler(self, key: ShapeKey) -> None:
@@ -284,6 +307,16 @@ class StaticStepProgram(StepProgram):
         write_embeddings(held.embeddings, rows)
         return DonatedState(held)
 
+    @property
+    def adapter_sites(self) -> Sequence[AdapterSite]:
+        return sites_of(self.model) if self.limits.max_adapters else ()
+
+    @torch.inference_mode()
+    def adapt(self, state: DonatedState, entries: Sequence[AdapterEntry]) -> DonatedState:
+        held = state.take()
+        write_adapters(held.adapters, self.adapter_sites, entries)
+        return DonatedState(held)
+
     def taps(self, hidden: StaticHidden) -> Sequence[Tensor]:
         return hidden.taps
 
@@ -294,7 +327,8 @@ class StaticStepProgram(StepProgram):
             raise UncompiledShape(f"no compiled step for {inputs.key}")
         held = state.take()
         fields = tensors(inputs.arena, inputs.sections)
-        passed = Passed.of(step(held.caches, held.last_ids, held.embeddings, *fields.values()))
+        stacks = self._stacks_of(held, inputs.key)
+        passed = Passed.of(step(held.caches, held.last_ids, held.embeddings, stacks, *fields.values()))
         scores = chosen_scores(passed.scores, inputs.score_targets)
         hidden = StaticHidden(passed.logits, fields["sample_slots"], scores, passed.pooled, passed.taps)
         return DonatedState(replace(held, caches=passed.caches)), hidden
@@ -311,6 +345,11 @@ class StaticStepProgram(StepProgram):
         last_ids, counts, drawn = draw(held.last_ids, edits, hidden.logits.float(), hidden.slots, *fields.values())
         held = replace(held, last_ids=last_ids, edits=replace(held.edits, counts=counts))
         return DonatedState(held), outputs(drawn, late.num_samples, hidden.scores, hidden.pooled)
+
+
+def _stack_of(site: AdapterSite, tensors: Sequence[Tensor]) -> AdapterStack:
+    down, up, scales, ranks = tensors
+    return AdapterStack(down=down, up=up, scales=scales, ranks=ranks, offsets=site.offsets)
 
 
 def _tensors_of(edits: EditState) -> list[Tensor]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from anychip.engine.adapters import EngineAdapters
 from anychip.engine.extras import NO_EXTRAS, ServedExtras, check_extras
 from anychip.engine.grammars import PendingGrammars
 from anychip.engine.logits_processors import make_processors
@@ -28,8 +29,8 @@ Refused = tuple[RequestId, AnychipError]
 
 
 class Admission:
-    """`seed` makes the seeds of requests that bring none reproducible. `grammars` None: no structured output. `clock`
-    counts seconds from any moment."""
+    """`seed` makes the seeds of requests that bring none reproducible. `grammars` None: no structured output.
+    `adapters` None: a request's is believed to be there. `clock` counts seconds from any moment."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Admission:
         seed: int,
         grammars: PendingGrammars | None = None,
         served: ServedExtras = NO_EXTRAS,
+        adapters: EngineAdapters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -49,6 +51,7 @@ class Admission:
         self.max_waiting_tokens = max_waiting_tokens
         self.grammars = grammars
         self.served = served
+        self.adapters = adapters
         self._clock = clock
         self._seeds = random.Random(seed)
         self._arrivals = 0
@@ -58,6 +61,11 @@ class Admission:
     def num_pending(self) -> int:
         """Requests whose grammars are being compiled."""
         return 0 if self.grammars is None else len(self.grammars)
+
+    @property
+    def pending_adapters(self) -> Iterable[bytes | None]:
+        """Of requests that have not entered the scheduler."""
+        return () if self.grammars is None else [message.adapter for message, _ in self.grammars.waiting]
 
     def add(self, message: AddRequest) -> None:
         """Accepts a request of `n` sequences. Raises UserError, with nothing kept, when it cannot be. One that asks
@@ -120,6 +128,8 @@ class Admission:
             )
         check_token_ids(message.prompt, self.vocab_size)
         check_prefix(message.adapter, message.media, num_prompt)
+        if message.adapter is not None and self.adapters is not None:
+            self.adapters.check(message.adapter)
         if message.extras is not None:
             check_extras(message, message.extras, self.served)
         self._check_blocks(message)

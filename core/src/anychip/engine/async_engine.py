@@ -19,11 +19,14 @@ from anychip.engine.outputs import Pieces, RequestOutput
 from anychip.errors import AnychipError, EngineDead, EngineHung, RequestAborted, RequestTimeout, rebuild
 from anychip.messages import (
     Abort,
+    AdapterReport,
     AddRequest,
+    DropAdapter,
     EngineFailed,
     EngineReady,
     EngineStats,
     Heartbeat,
+    LoadAdapter,
     Outputs,
     Shutdown,
     ToEngine,
@@ -51,6 +54,7 @@ class AsyncEngine:
         self._context = zmq.asyncio.Context()
         self._ids = itertools.count(1)
         self._mailboxes: dict[str, _Mailbox] = {}
+        self._adapters: dict[bytes, asyncio.Future[None]] = {}  # those that are being read, by digest
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._reader: asyncio.Task[None] | None = None
         self.dead: AnychipError | None = None
@@ -131,6 +135,23 @@ class AsyncEngine:
             self._end(engine_id, RequestAborted(f"request {request_id} was aborted"))
         return bool(found)
 
+    async def load_adapter(self, message: LoadAdapter) -> None:
+        """Waits until the engine has the adapter. Raises AdapterRefused, or what ended the engine. One load of a digest
+        at a time."""
+        if self.dead is not None:
+            raise self.dead
+        loaded = self._adapters[message.digest] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message)
+            await loaded
+        finally:
+            del self._adapters[message.digest]
+
+    def drop_adapter(self, digest: bytes) -> None:
+        """Requests that have the adapter go on, and no other begins with it."""
+        if self.dead is None:
+            self._send(DropAdapter(digest))
+
     def _end(self, engine_id: str, error: AnychipError) -> None:
         """Ends an open request from aside."""
         self._mailboxes[engine_id].put(error)
@@ -159,6 +180,9 @@ class AsyncEngine:
             self._ready.set_exception(error)
         for mailbox in self._mailboxes.values():
             mailbox.put(self.dead)
+        for loaded in self._adapters.values():
+            if not loaded.done():
+                loaded.set_exception(self.dead)
 
     async def close(self) -> None:
         """Asks the engine to stop and closes the sockets."""
@@ -199,8 +223,19 @@ class AsyncEngine:
                 self._on_heartbeat(message)
                 if message.stats is not None:
                     self._on_stats(message.stats)
+            elif isinstance(message, AdapterReport):
+                self._adapter_loaded(message)
             else:
                 await self._deliver(message)
+
+    def _adapter_loaded(self, report: AdapterReport) -> None:
+        loaded = self._adapters.get(report.digest)
+        if loaded is None or loaded.done():
+            return
+        if report.error is None:
+            loaded.set_result(None)
+        else:
+            loaded.set_exception(rebuild(*report.error))
 
     async def _deliver(self, message: Outputs) -> None:
         if message.stats is not None:

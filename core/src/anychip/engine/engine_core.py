@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+from anychip.engine.adapters import EngineAdapters
 from anychip.engine.admission import Admission, Refused
 from anychip.engine.extras import NO_EXTRAS, ServedExtras
 from anychip.engine.grammars import PendingGrammars
 from anychip.engine.logits_processors import late_inputs
 from anychip.errors import DeviceFault, StepFailed
 from anychip.executor.protocol import Executor
-from anychip.messages import AddRequest, SequenceDelta
+from anychip.messages import AdapterReport, AddRequest, SequenceDelta
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
 from anychip.types import FinishReason, RequestId
@@ -45,6 +46,7 @@ class EngineCore:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_in_flight = max_in_flight
+        self.adapters = EngineAdapters(executor, scheduler)
         self.admission = Admission(
             scheduler,
             vocab_size=vocab_size,
@@ -53,6 +55,7 @@ class EngineCore:
             seed=seed,
             grammars=grammars,
             served=served,
+            adapters=self.adapters,
         )
         self.in_flight: deque[ScheduledStep] = deque()
         self._unreported: list[SequenceDelta] = []
@@ -90,6 +93,11 @@ class EngineCore:
                     ends.append(SequenceDelta(request.request_id, request.index, untold, finish_reason=reason))
         return ends
 
+    def tend_adapters(self) -> list[AdapterReport]:
+        """Lets go of adapters that leave and that nobody has; what became of those that are read."""
+        self.adapters.let_go(self.admission.pending_adapters)
+        return self.adapters.poll() if self.adapters.loading else []
+
     @property
     def has_work(self) -> bool:
         return bool(self.in_flight or self._unreported or self.scheduler.has_work or self.admission.num_pending)
@@ -100,6 +108,7 @@ class EngineCore:
         launched = self._launch()
         deltas = self._take_in_oldest(launched)
         self._sample(launched)
+        self.adapters.let_go(self.admission.pending_adapters)
         return deltas + self._take_unreported()
 
     def _let_enter(self) -> None:

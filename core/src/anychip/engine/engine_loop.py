@@ -16,9 +16,11 @@ from anychip.executor.progress import Progress
 from anychip.messages import (
     Abort,
     AddRequest,
+    DropAdapter,
     EngineFailed,
     EngineReady,
     FromEngine,
+    LoadAdapter,
     Outputs,
     SequenceDelta,
     Shutdown,
@@ -29,6 +31,8 @@ log = logging.getLogger("anychip.engine")
 
 _IDLE_POLL_MS = 500
 """An idle engine looks that often whether its workers live."""
+_ADAPTER_POLL_MS = 5
+"""And, while an adapter is read, whether that is done."""
 
 
 class EngineLoop:
@@ -59,6 +63,9 @@ class EngineLoop:
         while not self._stopping:
             self._progress.turned()
             deltas = self._take_messages(core, wait=not core.has_work)
+            if not core.adapters.is_settled:
+                for report in core.tend_adapters():
+                    self.send(report)
             if core.has_work:
                 deltas += core.step()
             if deltas:
@@ -71,7 +78,7 @@ class EngineLoop:
 
     def _take_messages(self, core: EngineCore, *, wait: bool) -> list[SequenceDelta]:
         deltas: list[SequenceDelta] = []
-        if wait and not self._requests.poll(_IDLE_POLL_MS):
+        if wait and not self._requests.poll(_IDLE_POLL_MS if core.adapters.is_settled else _ADAPTER_POLL_MS):
             core.executor.check()
         while self._requests.poll(0):
             frame = self._requests.recv()
@@ -91,6 +98,10 @@ class EngineLoop:
                 return [_refused(message.request_id, error)]
         elif isinstance(message, Abort):
             return core.abort(message.request_id, message.index, message.reason)
+        elif isinstance(message, LoadAdapter):
+            core.adapters.load(message)
+        elif isinstance(message, DropAdapter):
+            core.adapters.drop(message)
         elif isinstance(message, Shutdown):
             self._stopping = True
         return []

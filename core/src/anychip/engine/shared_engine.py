@@ -6,7 +6,8 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -17,6 +18,8 @@ from anychip.errors import AnychipError, EngineDead, RequestAborted
 from anychip.messages import Abort, AddRequest, SequenceDelta
 
 log = logging.getLogger("anychip.engine")
+
+T = TypeVar("T")
 
 _Mailbox = deque[RequestOutput | Exception]
 """What a run has not yielded yet, in the order in which it came."""
@@ -69,6 +72,16 @@ class SharedEngine:
             self._fail_all(EngineDead(f"the engine was closed: {reason}"))
             self._engine.drain()
             self._engine.close(reason)
+        finally:
+            self._end_turn()
+
+    def tend(self, call: Callable[[EngineCore], T]) -> T:
+        """Calls with the engine between two of its steps, and returns what comes of it."""
+        self._wait_for_turn()
+        try:
+            if self._closed:
+                raise EngineDead("the engine is closed")
+            return call(self._engine)
         finally:
             self._end_turn()
 

@@ -23,6 +23,7 @@ _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's makers may have recommended values for."""
 
 _MAX_SHOWN = 200
+_MAX_NAMES = 20
 _TRACE_HEADERS = ("traceparent", "tracestate")
 
 
@@ -46,6 +47,14 @@ def sampling_params(body: object, defaults: Mapping[str, float], **asked: Any) -
     if given.get("top_k") == -1:  # vLLM's word for no limit
         given["top_k"] = 0
     return SamplingParams(**{**defaults, **given}, **asked)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedModel:
+    """What a request's `model` names: the model itself, or an adapter of it by the digest that the name has now."""
+
+    name: str
+    adapter: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -75,10 +84,16 @@ class Serving:
         """What clients call the model."""
         return self.llm.config.public_name
 
-    def check_model(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> AskedModel:
         """Raises UnknownModel."""
-        if model is not None and model != self.model:
-            raise UnknownModel(f"model {model[:_MAX_SHOWN]!r} does not exist; this server serves {self.model!r}")
+        if model is None or model == self.model:
+            return AskedModel(self.model)
+        adapter = self.llm.adapters.names.get(model)
+        if adapter is None:
+            names = [self.model, *(each.name for each in self.llm.adapters.names)]
+            served = ", ".join(repr(name) for name in names[:_MAX_NAMES]) + (", ..." if names[_MAX_NAMES:] else "")
+            raise UnknownModel(f"model {model[:_MAX_SHOWN]!r} does not exist; this server serves {served}")
+        return AskedModel(adapter.name, adapter.digest)
 
     def options(self, caller: Caller, deadline: float | None, **more: object) -> RequestOptions:
         """Of a request by a key's holder. Raises InvalidRequest."""

@@ -6,7 +6,7 @@ from collections import deque
 
 from anychip.executor.progress import Progress
 from anychip.executor.protocol import PendingResult, StepWorker
-from anychip.messages import LateInputs, StepDecision, StepResult, WorkerReady
+from anychip.messages import AdapterReport, DropAdapter, LateInputs, LoadAdapter, StepDecision, StepResult, WorkerReady
 
 
 class InlineExecutor:
@@ -17,6 +17,7 @@ class InlineExecutor:
         self.ready: WorkerReady = worker.ready
         self._progress = progress
         self._pending: deque[PendingResult] = deque()
+        self._reports: deque[AdapterReport] = deque()  # the worker's thread appends
 
     def launch(self, decision: StepDecision) -> None:
         self._progress.launching(decision)
@@ -41,6 +42,15 @@ class InlineExecutor:
             raise
         self._progress.collected()
         return result
+
+    def load_adapter(self, message: LoadAdapter) -> None:
+        self.worker.load_adapter(message, self._reports.append)
+
+    def drop_adapter(self, message: DropAdapter) -> None:
+        self.worker.drop_adapter(message)
+
+    def adapter_reports(self) -> list[AdapterReport]:
+        return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def check(self) -> None:
         """The worker lives as long as this process."""

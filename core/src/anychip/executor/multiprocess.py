@@ -19,8 +19,11 @@ import zmq
 from anychip.errors import AnychipError, DeviceFault, EngineDead, EngineHung, Fault, rebuild
 from anychip.executor.progress import Progress
 from anychip.messages import (
+    AdapterReport,
+    DropAdapter,
     FromWorker,
     LateInputs,
+    LoadAdapter,
     Shutdown,
     StepDecision,
     StepResult,
@@ -75,6 +78,8 @@ class MultiprocessExecutor:
         self._peers_timeout_s = peers_timeout_s
         self._expected: deque[int] = deque()  # ids of the steps in flight
         self._faults: dict[int, list[WorkerFailed]] = {}  # by step
+        self._early: deque[StepResult] = deque()  # came while reports of adapters were looked for
+        self._reported: dict[bytes, list[AdapterReport]] = {}  # by adapter, of the workers that have spoken
         self._to_workers: list[zmq.Socket[bytes]] = []
         self._children: list[ChildProcess] = []
         try:
@@ -122,7 +127,7 @@ class MultiprocessExecutor:
             if len(faults) == len(self._children):
                 del self._faults[step_id]
                 raise _common_fault(faults)
-            message = self._receive()
+            message = self._early.popleft() if self._early else self._receive()
             if isinstance(message, StepResult):
                 if faults or message.step_id != step_id:
                     self._disagree(step_id)
@@ -147,6 +152,26 @@ class MultiprocessExecutor:
             fatal=True,
             ranks=[fault.rank for fault in faults],
         )
+
+    # -- adapters -----------------------------------------------------------------------------------------
+
+    def load_adapter(self, message: LoadAdapter) -> None:
+        self._broadcast(self._encoder.encode(message))
+
+    def drop_adapter(self, message: DropAdapter) -> None:
+        self._broadcast(self._encoder.encode(message))
+
+    def adapter_reports(self) -> list[AdapterReport]:
+        while self._results.poll(0):
+            message = self._receive()
+            if isinstance(message, StepResult):
+                self._early.append(message)
+        whole = [digest for digest, reports in self._reported.items() if len(reports) == len(self._children)]
+        found = []
+        for digest in whole:
+            reports = self._reported.pop(digest)
+            found.append(next((report for report in reports if report.error is not None), reports[0]))
+        return found
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -212,6 +237,8 @@ class MultiprocessExecutor:
             self.check()
             return None
         message: FromWorker = self._decoder.decode(self._results.recv())
+        if isinstance(message, AdapterReport):
+            self._reported.setdefault(message.digest, []).append(message)
         if isinstance(message, WorkerFailed):
             if message.step_id is None:
                 raise _error_of(message)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from anychip.messages import LateInputs, StepDecision, StepResult, WorkerReady
+from anychip.messages import AdapterReport, DropAdapter, LateInputs, LoadAdapter, StepDecision, StepResult, WorkerReady
 
 
 class Executor(Protocol):
@@ -25,6 +26,18 @@ class Executor(Protocol):
         EngineHung when one makes no progress."""
         ...
 
+    def load_adapter(self, message: LoadAdapter) -> None:
+        """Asks every worker to read an adapter, beside the steps."""
+        ...
+
+    def drop_adapter(self, message: DropAdapter) -> None:
+        """No later step has the adapter."""
+        ...
+
+    def adapter_reports(self) -> list[AdapterReport]:
+        """Of the adapters that all workers have read, or that one has refused, since the last call. Does not wait."""
+        ...
+
     def check(self) -> None:
         """Raises EngineDead when a worker is gone. Called while nothing is in flight."""
         ...
@@ -39,6 +52,8 @@ class StepWorker(Protocol):
 
     def launch(self, decision: StepDecision) -> None: ...
     def sample(self, late: LateInputs) -> PendingResult: ...
+    def load_adapter(self, message: LoadAdapter, report: Callable[[AdapterReport], None]) -> None: ...
+    def drop_adapter(self, message: DropAdapter) -> None: ...
     def close(self, reason: str) -> None: ...
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 import msgspec
 
+from anychip.adapter_files import with_ranks
 from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
@@ -21,6 +22,7 @@ from anychip.errors import AnychipError, QueueFull, RequestAborted, RequestTimeo
 from anychip.hub import located
 from anychip.launch.build import load_tokenizer
 from anychip.launch.engine_process import EngineProcess
+from anychip.launch.served_adapters import ServedAdapters
 from anychip.messages import AddRequest, EngineReady, EngineStats, WorkerReady
 from anychip.model_config import load_model_config
 from anychip.observability.flow import Flow
@@ -43,7 +45,8 @@ class AsyncLLM:
     most `restarts` times in ten minutes; requests fail until it is ready."""
 
     def __init__(self, config: EngineConfig, *, restarts: int = 5, otel_endpoint: str | None = None) -> None:
-        self.config = located(config)
+        self.config = with_ranks(located(config))
+        self.adapters = ServedAdapters(config.public_name, lambda: self.engine)
         self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
@@ -73,6 +76,8 @@ class AsyncLLM:
         )
         self.grammars = self._grammar_checker()
         self._adopt(ready)
+        for name, folder in self.config.adapters.items():
+            await self.adapters.load(name, folder)
         self._supervisor = asyncio.create_task(self._supervise())
         return ready.worker
 
@@ -251,6 +256,7 @@ class AsyncLLM:
         process = await EngineProcess.begin(self.config)
         try:
             ready = await process.engine.ready()
+            await self.adapters.load_again(process.engine)
         except BaseException:
             await process.end(0.0)
             if process.engine.dead is not None:

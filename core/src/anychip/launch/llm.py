@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,17 +15,20 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from anychip.adapter_files import with_ranks
 from anychip.config import EngineConfig
 from anychip.engine.embedded_prompt import EmbeddedPrompt
+from anychip.engine.engine_core import EngineCore
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.engine.shared_engine import SharedEngine
-from anychip.errors import InvalidRequest
+from anychip.errors import InvalidRequest, rebuild
 from anychip.hub import located
+from anychip.launch.adapters import AdapterNames, read_named
 from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
-from anychip.messages import WorkerReady
+from anychip.messages import DropAdapter, LoadAdapter, WorkerReady
 from anychip.model_config import load_model_config
 from anychip.prompt_extras import Pooling, PoolingKind, PromptExtras
 from anychip.registry.plugins import load_plugins
@@ -34,6 +39,8 @@ Conversation = Sequence[Mapping[str, Any]]
 """Messages with "role" and "content"."""
 
 _WHOLE = RequestOptions(whole=True)
+_ADAPTER_POLL_S = 0.002
+"""While an adapter is read."""
 
 
 class LLM:
@@ -49,7 +56,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "quickstart", **settings: Any) -> None:
-        self.config = located(EngineConfig(model=model, **settings))
+        self.config = with_ranks(located(EngineConfig(model=model, **settings)))
         model_config = load_model_config(self.config.model)
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer:
@@ -70,6 +77,14 @@ class LLM:
         )
         self.outputs = OutputProcessor(self.tokenizer)
         _ = self._shared  # made before threads can ask for it
+        self.adapters = AdapterNames(self.config.public_name)
+        self._adapters_change = threading.Lock()
+        try:
+            for name, folder in self.config.adapters.items():
+                self.load_adapter(name, folder)
+        except BaseException:
+            self.close()
+            raise
 
     @functools.cached_property
     def _shared(self) -> SharedEngine:
@@ -89,16 +104,65 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """One output per prompt, in order. A prompt is text or token ids; one SamplingParams serves all, and without
-        any the model's own defaults do. Raises what ended a request on the way, such as StepFailed; the others end
-        with it."""
+        any the model's own defaults do. `adapter` is the name of one that is loaded, for all prompts, or a name or None
+        for each. Raises what ended a request on the way, such as StepFailed; the others end with it."""
         several = _as_list(prompts)
         params = self._each(sampling, len(several))
         pieces: list[list[RequestOutput]] = [[] for _ in several]
-        for number, output in self._run(several, params, _WHOLE):
+        for number, output in self._run(several, params, self._with_adapters(adapter, len(several))):
             pieces[number].append(output)
         return [merge(outputs) for outputs in pieces]
+
+    def load_adapter(self, name: str, folder: str, *, replace: bool = False) -> None:
+        """Reads an adapter in PEFT's form; `generate` takes it by its name from then on. With `replace`, a name that is
+        taken gets the new content. Raises AdapterRefused, with everything as it was.
+
+        Example:
+            with LLM("path/to/model", max_adapters=4) as llm:
+                llm.load_adapter("sql", "path/to/adapter")
+                llm.generate("Which table has the orders?", adapter="sql")
+        """
+        named = read_named(name, folder)
+        self.adapters.check_new(named, replace=replace)
+        message = LoadAdapter(named.digest, named.folder)
+        with self._adapters_change:
+            self._shared.tend(lambda engine: engine.adapters.load(message))
+            while not (reports := self._shared.tend(EngineCore.tend_adapters)):
+                time.sleep(_ADAPTER_POLL_S)
+        for report in reports:
+            if report.error is not None:
+                raise rebuild(*report.error)
+        self._drop_adapter(self.adapters.add(named))
+
+    def unload_adapter(self, name: str) -> None:
+        """No request begins with the adapter any more; those that have it end first. Raises UnknownModel."""
+        self._drop_adapter(self.adapters.remove(name))
+
+    def _drop_adapter(self, digest: bytes | None) -> None:
+        def drop(engine: EngineCore) -> None:
+            if digest is not None:
+                engine.adapters.drop(DropAdapter(digest))
+                engine.tend_adapters()
+
+        self._shared.tend(drop)
+
+    def _with_adapters(
+        self, adapter: str | Sequence[str | None] | None, count: int
+    ) -> RequestOptions | Sequence[RequestOptions]:
+        """Raises UnknownModel."""
+        if adapter is None:
+            return _WHOLE
+        names = [adapter] * count if isinstance(adapter, str) else list(adapter)
+        if len(names) != count:
+            raise InvalidRequest(f"{count} prompts and {len(names)} adapters", param="adapter")
+        return [
+            _WHOLE if name is None else RequestOptions(whole=True, adapter=self.adapters.find(name).digest)
+            for name in names
+        ]
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: PoolingKind = "last", normalize: bool = True
@@ -177,13 +241,18 @@ class LLM:
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], options: RequestOptions | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
     ) -> Generator[tuple[int, RequestOutput], None, None]:
-        """Outputs as they come, each with its prompt's number."""
+        """Outputs as they come, each with its prompt's number. `options` are those of each, or of all."""
         self.inputs.weights_version = self.engine.weights_version
+        each = options if isinstance(options, Sequence) else [options] * len(prompts)
         # Every prompt is checked before the first is accepted.
         requests = [
-            self.inputs.process("", prompt, sampling, options) for prompt, sampling in zip(prompts, params, strict=True)
+            self.inputs.process("", prompt, sampling, option)
+            for prompt, sampling, option in zip(prompts, params, each, strict=True)
         ]
         return self._shared.run(requests)
 

@@ -23,7 +23,9 @@ from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.launch.build import load_worker
 from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
 from anychip.messages import (
+    DropAdapter,
     FromWorker,
+    LoadAdapter,
     Shutdown,
     StepDecision,
     StepResult,
@@ -94,6 +96,12 @@ class WorkerProcess:
         decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
         failed_id = -1
         while not isinstance(message := decoder.decode(self._decisions.recv()), Shutdown):
+            if isinstance(message, LoadAdapter):
+                worker.load_adapter(message, self._send)
+                continue
+            if isinstance(message, DropAdapter):
+                worker.drop_adapter(message)
+                continue
             if message.step_id == failed_id:  # the late inputs of a step that was not launched
                 continue
             try:

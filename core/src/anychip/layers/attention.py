@@ -70,7 +70,9 @@ class Attention:
                 Projection("k", fused, kv_rows, kv_heads, first=q_rows, of=rows),
                 Projection("v", fused, kv_rows, kv_heads, first=q_rows + kv_rows, of=rows),
             ]
-        self.qkv = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
+        self.qkv = ColumnParallelLinear(
+            builder, in_features=hidden_size, projections=projections, bias=bias, adapts=True
+        )
         self.output = RowParallelLinear(
             builder,
             name=f"{name}.o_proj",
@@ -78,6 +80,7 @@ class Attention:
             placed=(Sharded(dim=1, unit=dim),),
             out_features=hidden_size,
             bias=bias if output_bias is None else output_bias,
+            adapts=True,
         )
         self.heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
         self.head_dim = dim
@@ -120,8 +123,9 @@ class Attention:
         return self.qkv.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        adapters = context.adapters
+        q, k, v = self.qkv(x, adapters).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
         if self.wide_qk_norm is not None:
             q, k = self.wide_qk_norm(q, k)
         attended = context.attend(self.backend, self.layer, q, k, v, rope=self.rope, qk_norm=self.qk_norm)
-        return self.output(attended.flatten(1))
+        return self.output(attended.flatten(1), adapters)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from anychip.errors import ConfigError
 from anychip.plugin_api import (
     KV_HEADS,
+    AdapterSite,
     AttentionSpec,
     Mesh,
     Ops,
@@ -37,6 +38,10 @@ class Builder:
     stored: StoredTensors
     kv_scales: bool = False
     """Whether the KV cache is quantized, so that layers want its scales."""
+    takes_adapters: bool = False
+    """Whether requests may have adapters, so that products note where those go."""
+    adapter_sites: list[AdapterSite] = field(default_factory=list)
+    """Of the products built so far."""
 
     def scheme(self, modules: Sequence[str], in_features: int) -> QuantScheme | None:
         """The one scheme of modules that are packed into one product."""

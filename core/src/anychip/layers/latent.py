@@ -23,7 +23,8 @@ _HEADS = (Sharded(dim=0),)
 class LatentAttention:
     """`spec` holds this rank's head count; `scale` multiplies q.k. `query_rank`: queries are made from a latent of
     their own of this size; None: from the hidden states. `norm_eps` is that of the latents' norms. `bias`: whether the
-    projections from and to the hidden states add one."""
+    projections from and to the hidden states add one. Adapters
+    may stand beside every projection but kv_b_proj, which is no product here."""
 
     placed_tensors = MappingProxyType({"k_up": _HEADS, "v_up": _HEADS})
     _stored: QuantizedMatrix
@@ -49,7 +50,12 @@ class LatentAttention:
         query, query_in = f"{name}.q_proj", hidden_size
         if query_rank is not None:
             self.query_down = ReplicatedLinear(
-                builder, name=f"{name}.q_a_proj", in_features=hidden_size, out_features=query_rank, bias=bias
+                builder,
+                name=f"{name}.q_a_proj",
+                in_features=hidden_size,
+                out_features=query_rank,
+                bias=bias,
+                adapts=True,
             )
             self.query_norm = RMSNorm(builder, name=f"{name}.q_a_layernorm", size=query_rank, eps=norm_eps)
             query, query_in = f"{name}.q_b_proj", query_rank
@@ -57,9 +63,15 @@ class LatentAttention:
             builder,
             in_features=query_in,
             projections=[Projection("q", query, num_heads * query_dim, (Sharded(dim=0, unit=query_dim),))],
+            adapts=True,
         )
         self.row = ReplicatedLinear(
-            builder, name=f"{name}.kv_a_proj_with_mqa", in_features=hidden_size, out_features=spec.row_dim, bias=bias
+            builder,
+            name=f"{name}.kv_a_proj_with_mqa",
+            in_features=hidden_size,
+            out_features=spec.row_dim,
+            bias=bias,
+            adapts=True,
         )
         self.row_norm = RMSNorm(builder, name=f"{name}.kv_a_layernorm", size=spec.latent_dim, eps=norm_eps)
         self.output = RowParallelLinear(
@@ -69,6 +81,7 @@ class LatentAttention:
             placed=(Sharded(dim=1, unit=spec.v_dim),),
             out_features=hidden_size,
             bias=bias,
+            adapts=True,
         )
         self.spec, self.rope = spec, rope
         self.backend = builder.platform.latent(spec)
@@ -121,14 +134,14 @@ class LatentAttention:
         return self.row.accepts if first.accepts == self.row.accepts else ActFormat(dtype=self.spec.dtype)
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        spec = self.spec
-        query = x if self.query_down is None else self.query_norm(self.query_down(x))
+        spec, adapters = self.spec, context.adapters
+        query = x if self.query_down is None else self.query_norm(self.query_down(x, adapters))
         q_nope, q_rope = (
-            self.query(query)
+            self.query(query, adapters)
             .view(-1, spec.num_heads, spec.nope_dim + spec.rope_dim)
             .split_with_sizes([spec.nope_dim, spec.rope_dim], dim=-1)
         )
-        latent, k_rope = self.row(x).split_with_sizes([spec.latent_dim, spec.rope_dim], dim=-1)
+        latent, k_rope = self.row(x, adapters).split_with_sizes([spec.latent_dim, spec.rope_dim], dim=-1)
         latent = self.row_norm(latent)
         attended = context.attend_latent(self.backend, self.layer, q_nope, q_rope, latent, k_rope, rope=self.rope)
-        return self.output(attended.flatten(1))
+        return self.output(attended.flatten(1), adapters)

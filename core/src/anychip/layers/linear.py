@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anychip.layers.build import Builder
-from anychip.plugin_api import REPLICATED, ActFormat, LinearKernel, LinearPart, LinearSpec, Placed, Span, WeightView
+from anychip.plugin_api import (
+    REPLICATED,
+    ActFormat,
+    AdaptedPart,
+    AdapterSite,
+    LinearKernel,
+    LinearPart,
+    LinearSpec,
+    Placed,
+    Span,
+    StepAdapters,
+    WeightView,
+)
 from anychip.weights.matrix import Matrix
 
 
@@ -26,14 +38,37 @@ class Projection:
 
 
 class _PackedLinear:
-    """A kernel and its weights; what the two kinds of parallel projection share."""
+    """A kernel and its weights; what the two kinds of parallel projection share. `site`: where adapters go; None: the
+    product takes none."""
 
     kernel: LinearKernel
+    site: AdapterSite | None = None
 
     def __init__(self, builder: Builder, spec: LinearSpec) -> None:
+        self.ops = builder.ops
         self.kernel = builder.platform.linear(spec)
         self.packed = self.kernel.begin()
         builder.weights.finishers.append(self._finish)
+
+    def adapt(self, builder: Builder, in_features: int, columns: Span, parts: Sequence[AdaptedPart]) -> None:
+        """Notes that the product takes adapters of these modules, whose matrices have `in_features` columns."""
+        spec, sites = self.kernel.spec, builder.adapter_sites
+        self.site = AdapterSite(
+            index=len(sites),
+            in_features=in_features,
+            columns=columns,
+            out_features=spec.out_features,
+            parts=tuple(parts),
+            dtype=spec.dtype,
+        )
+        sites.append(self.site)
+
+    def product(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        """This rank's part of the product, with the adapters of the step's tokens."""
+        y = self.kernel.apply(x, self.packed)
+        if adapters is None or self.site is None:
+            return y
+        return self.ops.add_low_rank(x=x, y=y, stack=adapters.stacks[self.site.index], slots=adapters.slots)
 
     def _finish(self) -> None:
         self.packed = self.kernel.finish(self.packed)
@@ -49,7 +84,8 @@ class _PackedLinear:
 
     @property
     def accepts(self) -> ActFormat:
-        return self.kernel.accepts
+        """Plain values where adapters read them too."""
+        return self.kernel.accepts if self.site is None else ActFormat(dtype=self.kernel.spec.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +111,11 @@ class ColumnParallelLinear(_PackedLinear):
         projections: Sequence[Projection],
         bias: bool = False,
         epilogue: str | None = None,
+        adapts: bool = False,
     ) -> None:
-        """`epilogue` is taken where the device has it for this product: `has_epilogue` tells."""
+        """`epilogue` is taken where the device has it for this product: `has_epilogue` tells. `adapts`: whoever calls
+        the product gives it the step's adapters."""
+        adapts = adapts and builder.takes_adapters
         parts, spans, offset = [], [], 0
         for each in projections:
             span, _ = builder.held((each.rows, in_features), each.placed, f"rows of {each.name}")
@@ -84,7 +123,8 @@ class ColumnParallelLinear(_PackedLinear):
             spans.append(span.after(each.first))
             offset += span.count
         scheme = builder.scheme([projection.name for projection in projections], in_features)
-        fused = scheme is None and epilogue in builder.platform.capabilities.epilogues
+        # An adapter is added before the activation.
+        fused = scheme is None and not adapts and epilogue in builder.platform.capabilities.epilogues
         spec = LinearSpec(
             in_features=in_features,
             out_features=offset,
@@ -96,6 +136,12 @@ class ColumnParallelLinear(_PackedLinear):
         )
         super().__init__(builder, spec)
         self.has_epilogue = fused
+        if adapts:
+            adapted = [
+                AdaptedPart(module=each.name, rows=each.of or each.rows, held=span, offset=part.offset)
+                for each, span, part in zip(projections, spans, parts, strict=True)
+            ]
+            self.adapt(builder, in_features, Span(0, in_features), adapted)
         for projection, span in zip(projections, spans, strict=True):
             name, rows = projection.name, projection.of or projection.rows
             builder.formats.want(
@@ -112,8 +158,8 @@ class ColumnParallelLinear(_PackedLinear):
             if bias:
                 self.want_bias(builder, name, rows, span, projection.part)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernel.apply(x, self.packed)
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        return self.product(x, adapters)
 
 
 class RowParallelLinear(_PackedLinear):
@@ -128,8 +174,10 @@ class RowParallelLinear(_PackedLinear):
         placed: Placed,
         out_features: int,
         bias: bool = False,
+        adapts: bool = False,
     ) -> None:
-        """`placed` divides the matrix [out_features, in_features] by columns, along tp."""
+        """`placed` divides the matrix [out_features, in_features] by columns, along tp. `adapts`: whoever calls the
+        product gives it the step's adapters."""
         scheme = builder.scheme([name], in_features)
         self.communicator = builder.mesh.axis("tp")
         bias_here = bias and self.communicator.rank == 0  # the sum over ranks must hold it once
@@ -143,7 +191,10 @@ class RowParallelLinear(_PackedLinear):
             scheme=scheme,
         )
         super().__init__(builder, spec)
-        self.ops = builder.ops
+        if adapts and builder.takes_adapters:
+            self.adapt(
+                builder, in_features, columns, [AdaptedPart(module=name, rows=out_features, held=rows, offset=0)]
+            )
         builder.formats.want(
             builder.weights,
             Matrix(
@@ -160,17 +211,24 @@ class RowParallelLinear(_PackedLinear):
         elif bias:
             builder.weights.want(f"{name}.bias", (out_features,), lambda view: None)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        if adapters is not None and self.site is not None:  # the sum over ranks holds what each one's columns add
+            return self.communicator.all_reduce(self.product(x, adapters))
         return self.ops.matmul_reduce(x=x, kernel=self.kernel, packed=self.packed, communicator=self.communicator)
-
-    def partial(self, x: Tensor) -> Tensor:
-        """This rank's part of the sum."""
-        return self.kernel.apply(x, self.packed)
 
 
 class ReplicatedLinear(ColumnParallelLinear):
     """The whole product on every rank: routers, and projections that do not split."""
 
-    def __init__(self, builder: Builder, *, name: str, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        *,
+        name: str,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        adapts: bool = False,
+    ) -> None:
         projection = Projection("all", name, out_features)
-        super().__init__(builder, in_features=in_features, projections=[projection], bias=bias)
+        super().__init__(builder, in_features=in_features, projections=[projection], bias=bias, adapts=adapts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
-from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span, WeightView
+from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span, StepAdapters, WeightView
 from anychip.weights.matrix import Matrix
 
 EXPERTS, FEATURES = Sharded(dim=0, axis="ep"), Sharded(dim=1)
@@ -51,6 +51,7 @@ class GatedMLP:
             projections=projections,
             bias=bias,
             epilogue=activation if plain else None,  # it has no other format
+            adapts=True,
         )
         self.down = RowParallelLinear(
             builder,
@@ -59,6 +60,7 @@ class GatedMLP:
             placed=(Sharded(dim=1),),
             out_features=hidden_size,
             bias=bias,
+            adapts=True,
         )
         self.activation = activation
         self.ops = builder.ops
@@ -67,15 +69,15 @@ class GatedMLP:
     def accepts(self) -> ActFormat:
         return self.gate_up.accepts
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._inner(x))
+    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        return self.down(self._inner(x, adapters), adapters)
 
-    def partial(self, x: Tensor) -> Tensor:
+    def partial(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         """This rank's part of the sum over ranks, for who adds it to another part."""
-        return self.down.partial(self._inner(x))
+        return self.down.product(self._inner(x, adapters), adapters)
 
-    def _inner(self, x: Tensor) -> Tensor:
-        hidden = self.gate_up(x)
+    def _inner(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        hidden = self.gate_up(x, adapters)
         if self.gate_up.has_epilogue:
             return hidden
         return self.ops.gate_up_act_quant(gate_up=hidden, activation=self.activation, out_format=self.down.accepts)
@@ -115,6 +117,7 @@ class SparseMoE:
             in_features=spec.hidden_size,
             out_features=spec.num_experts,
             bias=router_bias,
+            adapts=True,
         )
         self.shared = shared
         self.shared_gate: ReplicatedLinear | None = None
@@ -197,21 +200,22 @@ class SparseMoE:
     def accepts(self) -> ActFormat:
         return self.router.accepts
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        """The experts take no adapters; the router and what every token goes through do."""
         partial = self.kernel.apply(
             x,
-            self.router(x),
+            self.router(x, adapters),
             self.packed,
             router_bias=self.correction,
-            shared=None if self.shared is None else self._shared(self.shared, x),
+            shared=None if self.shared is None else self._shared(self.shared, x, adapters),
             ep=self.ep,
             expert_map=self.expert_map,
         )
         return self.communicator.all_reduce(partial)
 
-    def _shared(self, shared: GatedMLP, x: Tensor) -> Tensor:
+    def _shared(self, shared: GatedMLP, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         """This rank's part of what every token gets."""
-        partial = shared.partial(x)
+        partial = shared.partial(x, adapters)
         return partial if self.shared_gate is None else partial * self.shared_gate(x).sigmoid()
 
 

@@ -95,6 +95,7 @@ class Decoder:
             hidden_size=config.hidden_size,
             tied=self.embedding if config.tie_word_embeddings else None,
         )
+        self.adapter_sites = builder.adapter_sites
 
     @classmethod
     def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> Sequence[Any]:
@@ -263,4 +264,4 @@ class PreNormLayer:
         hidden, residual = self.input_norm.with_residual(hidden, residual, self.attention.accepts)
         hidden = self.attention(hidden, context)
         hidden, residual = self.mlp_norm.with_residual(hidden, residual, self.mlp.accepts)
-        return self.mlp(hidden), residual
+        return self.mlp(hidden, context.adapters), residual

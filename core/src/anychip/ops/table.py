@@ -11,7 +11,7 @@ from typing import Any, cast
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.ops.reference import REFERENCE_OPS, CompositeOps
 from anychip.plugin_api import Platform, RegionCompiler
-from anychip.plugin_api.ops import COMPILED_OPS, COMPOSITE_OPS, OP_VERSIONS, Ops
+from anychip.plugin_api.ops import ADAPTER_OPS, COMPILED_OPS, COMPOSITE_OPS, OP_VERSIONS, Ops
 
 STEP_PROGRAM = "the step program"
 """What serves an op that a compiled step holds."""
@@ -40,6 +40,7 @@ def resolve_platform_ops(platform: Platform, *, require_native: bool = False) ->
         require_native=require_native,
         compiler=platform.compiler(),
         compiled_steps=platform.context.manifest.seam == "step",
+        never_run=frozenset() if platform.capabilities.lora else ADAPTER_OPS,
     )
     return replace(table, notes=(*table.notes, *platform.notes))
 
@@ -51,12 +52,14 @@ def resolve_ops(
     require_native: bool = False,
     compiler: RegionCompiler | None = None,
     compiled_steps: bool = False,
+    never_run: frozenset[str] = frozenset(),
 ) -> OpTable:
     """A compiler makes COMPILED_OPS out of the reference, where they have no override. With `compiled_steps` a step
-    program runs whatever has no override, and none of it as reference. Raises InvalidOverride for an unknown op, a
-    newer version or a wrong signature; Unsupported when require_native is set and a single op has no override."""
+    program runs whatever has no override, and none of it as reference. Nothing needs to serve ops that are `never_run`.
+    Raises InvalidOverride for an unknown op, a newer version or a wrong signature; Unsupported when require_native is
+    set and a single op has no override."""
     chosen = SimpleNamespace(**REFERENCE_OPS)
-    served_by = dict.fromkeys(REFERENCE_OPS, "reference")
+    served_by = dict.fromkeys((name for name in REFERENCE_OPS if name not in never_run), "reference")
     notes = []
     for name, override in overrides.items():
         note = check_override(platform, name, override)

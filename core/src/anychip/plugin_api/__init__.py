@@ -5,6 +5,16 @@ Start at PlatformManifest and Platform; docs/writing-a-plugin.md walks through t
 
 from anychip.config import EngineConfig
 from anychip.errors import DeviceFault, Unsupported
+from anychip.plugin_api.adapters import (
+    NO_ADAPTER,
+    AdaptedPart,
+    AdapterEntry,
+    AdapterSite,
+    AdapterStack,
+    LowRank,
+    StepAdapters,
+    sites_of,
+)
 from anychip.plugin_api.attention import (
     AttentionBackend,
     AttentionLayer,
@@ -20,6 +30,7 @@ from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.forward_extras import FINAL, ForwardExtras, Turning
 from anychip.plugin_api.graph import (
+    ADAPTERS,
     DRAFTS,
     EDITS,
     EMBEDDINGS,
@@ -92,22 +103,23 @@ from anychip.plugin_api.version import API_VERSION
 from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
-    "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "EMBEDDINGS", "FINAL", "FP8_MAX", "INT4_ZERO", "IN_PROMPT",
-    "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MROPE", "NAMED", "NULL_BLOCK", "NUM_AXES",
-    "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES", "SCORES", "TAPS",
-    "VALUES", "ActFormat", "Activation", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView",
-    "CacheBackend", "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator",
-    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall",
-    "EmbeddingRows", "EncoderSpec", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext",
-    "ForwardExtras", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexSpec",
-    "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec",
-    "MemoryInfo", "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec",
+    "ADAPTERS", "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "EMBEDDINGS", "FINAL", "FP8_MAX", "INT4_ZERO",
+    "IN_PROMPT", "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MROPE", "NAMED", "NO_ADAPTER",
+    "NULL_BLOCK", "NUM_AXES", "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES",
+    "SCORES", "TAPS", "VALUES", "ActFormat", "Activation", "AdaptedPart", "AdapterEntry", "AdapterSite", "AdapterStack",
+    "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "CacheBackend", "CacheSpec",
+    "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator", "CompileReport", "Decision",
+    "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows", "EncoderSpec",
+    "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE",
+    "GraphCapture", "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan",
+    "LatentBackend", "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo",
+    "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec",
     "ParserManifest", "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform",
     "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest",
     "QKNorm", "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler",
     "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey",
-    "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView", "StepInputs",
-    "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology", "Turning", "Unsupported",
-    "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features", "held", "hookimpl",
-    "latent_page_bytes", "op_override", "plain_bytes", "sampling_features",
+    "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView", "StepAdapters",
+    "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology", "Turning",
+    "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features", "held",
+    "hookimpl", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features", "sites_of",
 ]  # fmt: skip

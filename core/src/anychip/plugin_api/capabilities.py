@@ -68,6 +68,7 @@ class Capabilities:
     streams: bool = False
     batch_invariant: bool = False
     lora: bool = False
+    """Whether steps may have adapters: the op add_low_rank is right here, and a step program implements `adapt`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,3 +149,7 @@ class StepLimits:
     """Rows of the buffer of embeddings. 0: no step has the feature EMBEDDINGS."""
     mrope: bool = False
     """Whether steps may have the feature MROPE: the model's rotary embedding has sections."""
+    max_adapters: int = 0
+    """Slots for adapters. 0: no step has the feature ADAPTERS."""
+    max_adapter_rank: int = 0
+    """The largest rank that an adapter may have."""

@@ -22,6 +22,9 @@ TAPS, POOLED, EMBEDDINGS, MROPE = "taps", "pooled", "embeddings", "mrope"
 """More features of a forward pass: hidden states of some tokens behind some layers are wanted, the sum of final hidden
 states by row, some tokens take rows of the buffer of embeddings, rotary positions have three axes."""
 
+ADAPTERS = "adapters"
+"""One more: some tokens have an adapter."""
+
 LOGPROBS, MASKS, EDITS, DRAFTS = "logprobs", "masks", "edits", "drafts"
 """Features of a sampling: some of its samples ask for log-probabilities, have a mask, have penalties or biases, are
 followed by a drafted token."""
@@ -44,7 +47,7 @@ def forward_features(limits: StepLimits) -> list[tuple[str, ...]]:
     a device that compiles ahead must prepare for each shape."""
     possible = {
         SCORES: True, TAPS: bool(limits.taps), POOLED: limits.pools, EMBEDDINGS: limits.max_embeddings > 0,
-        MROPE: limits.mrope,
+        MROPE: limits.mrope, ADAPTERS: limits.max_adapters > 0,
     }  # fmt: skip
     found: list[tuple[str, ...]] = [()]
     for feature in (feature for feature, may_be in possible.items() if may_be):
@@ -105,11 +108,11 @@ class ShapePolicy:
 
 
 class CapturedShapes(ShapePolicy):
-    """Steps in which every row has one token come in a few shapes, `keys`, each with a graph, with taps or without.
-    Others are filled up to a few numbers of tokens, `pieces`, as far as those go; larger ones keep their sizes. The
-    keys are in order of size, and the numbers of tokens rise."""
+    """Steps in which every row has one token come in a few shapes, `keys`, each with a graph: plain, with taps or with
+    adapters. Others are filled up to a few numbers of tokens, `pieces`, as far as those go; larger ones keep their
+    sizes. The keys are in order of size, and the numbers of tokens rise."""
 
-    captured: tuple[tuple[str, ...], ...] = ((), (TAPS,))
+    captured: tuple[tuple[str, ...], ...] = ((), (TAPS,), (ADAPTERS,))
     """Features of steps that have graphs."""
 
     def __init__(self, keys: Sequence[ShapeKey], pieces: Sequence[int]) -> None:

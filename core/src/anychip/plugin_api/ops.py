@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anychip.plugin_api.adapters import AdapterStack
     from anychip.plugin_api.communicator import Communicator
     from anychip.plugin_api.linear import ActFormat, LinearKernel, Packed
 
@@ -35,10 +36,14 @@ OP_VERSIONS = {
     "residual_norm_quant": 1,
     "gate_up_act_quant": 1,
     "matmul_reduce": 1,
+    "add_low_rank": 1,
 }
-"""Every op that a platform may override; the last four are composite."""
+"""Every op that a platform may override."""
 
 COMPOSITE_OPS = frozenset({"qkv_norm_rope", "residual_norm_quant", "gate_up_act_quant", "matmul_reduce"})
+
+ADAPTER_OPS = frozenset({"add_low_rank"})
+"""Run only where Capabilities.lora is declared."""
 
 COMPILED_OPS = frozenset({"gate_up_act_quant", "gated_activation", "residual_norm_quant", "rms_norm", "softcap"})
 """What Platform.compiler is asked to compile: regions that read and write each value once."""
@@ -186,4 +191,11 @@ class Ops(Protocol):
 
     def matmul_reduce(self, *, x: Tensor, kernel: LinearKernel, packed: Packed, communicator: Communicator) -> Tensor:
         """kernel.apply, then all_reduce."""
+        ...
+
+    def add_low_rank(self, *, x: Tensor, y: Tensor, stack: AdapterStack, slots: Tensor) -> Tensor:
+        """y [num_tokens, out_features] plus, for the token t with slot s, scale * (x[t] down[s]^T) up[s]^T, part by
+        part of the stack; x [num_tokens, in_features], slots [num_tokens] int32. Sums are taken in float32, also that
+        between the two products. A token whose slot is negative keeps its bits, whatever the slots hold. y may be
+        overwritten, and returned."""
         ...

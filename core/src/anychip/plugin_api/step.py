@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anychip.errors import Unsupported
+from anychip.plugin_api.adapters import AdapterEntry, AdapterSite, StepAdapters
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer
 from anychip.plugin_api.cache import Cache, CacheBackend
 from anychip.plugin_api.cache_specs import CacheSpec
@@ -55,6 +56,8 @@ class ForwardContext:
     run_outside_graph: RunOutsideGraph | None = None
     """Given while a step is captured in pieces: attention then runs between the pieces."""
     extras: ForwardExtras | None = None
+    adapters: StepAdapters | None = None
+    """None: no token of the step has one."""
 
     def attend(
         self,
@@ -142,6 +145,8 @@ class StepModel(Protocol):
         """[num_rows, vocab_size], whole on every rank."""
         ...
 
+    # A model whose products take adapters lists them: adapter_sites (plugin_api.adapters.sites_of).
+
 
 class ModelSource(Protocol):
     """A checkpoint that can be built for any rank of any mesh: what step_program is given."""
@@ -209,6 +214,16 @@ class StepProgram:
         """Writes the buffer of embeddings, before the forward pass of the step in which a request that brings some
         enters. Earlier steps may still read what they had there."""
         raise Unsupported("step program", ["embed is not implemented"])
+
+    @property
+    def adapter_sites(self) -> Sequence[AdapterSite]:
+        """The products that take adapters, as the first rank that the program runs has them."""
+        return ()
+
+    def adapt(self, state: State, entries: Sequence[AdapterEntry]) -> State:
+        """Fills slots of adapters, before the forward pass of the first step that reads them. Earlier steps may still
+        read what they had there."""
+        raise Unsupported("step program", ["adapt is not implemented"])
 
     def forward(self, state: State, inputs: StepInputs) -> tuple[State, Hidden]:
         raise Unsupported("step program", ["forward is not implemented"])

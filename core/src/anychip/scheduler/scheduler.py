@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from bisect import insort
+from collections.abc import Iterator
 
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.messages import DeviceRules, EngineStats, SequenceDelta, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
+from anychip.scheduler.adapters import AdapterSlots
 from anychip.scheduler.beams import Beams
 from anychip.scheduler.drafting import Drafting
 from anychip.scheduler.policy import SchedulingPolicy
@@ -38,6 +40,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         speculator: Speculator | None = None,
         max_embeddings: int = 0,
+        max_adapters: int = 0,
     ) -> None:
         check_rules(rules, max_num_batched_tokens, max_num_seqs)
         self.kv = kv
@@ -48,7 +51,8 @@ class Scheduler:
         takes_drafts = rules.takes_drafts and kv.shares  # a state that took in a token cannot give it back
         self.drafting = Drafting(kv, speculator) if speculator is not None and takes_drafts else None
         self._beams = Beams(kv)
-        self.waiting = WaitingQueue(kv, policy, self._beams, max_embeddings)
+        self.adapters = AdapterSlots(max_adapters)
+        self.waiting = WaitingQueue(kv, policy, self._beams, self.adapters, max_embeddings)
         self.running: list[Request] = []  # by policy key
         self.requests: dict[RequestId, dict[int, Request]] = {}
         """All requests that have not ended, by id and by index of the sequence."""
@@ -75,6 +79,10 @@ class Scheduler:
     def sequences(self, request_id: RequestId) -> list[Request]:
         """A request's sequences that have not ended."""
         return list(self.requests.get(request_id, {}).values())
+
+    def all_sequences(self) -> Iterator[Request]:
+        """Of all requests that have not ended."""
+        return (one for sequences in self.requests.values() for one in sequences.values())
 
     def abort(self, request_id: RequestId, index: int, reason: FinishReason = "abort") -> bool:
         """Ends a request in any state; steps in flight for it are dropped when they return."""
@@ -105,7 +113,7 @@ class Scheduler:
 
     def weights_changed(self) -> None:
         """The next step runs under other weights: what the old ones computed is not shared from now on."""
-        self.kv.weights_changed(one for sequences in self.requests.values() for one in sequences.values())
+        self.kv.weights_changed(self.all_sequences())
 
     @property
     def has_work(self) -> bool:
@@ -218,6 +226,8 @@ class Scheduler:
             self.prefix_queries += request.num_prompt
             self.prefix_hits += shared
         request.slot = self._free_slots.pop()
+        if request.adapter is not None:
+            request.adapter_slot = self.adapters.take(request.adapter)
         self.waiting.free_embeddings -= request.num_embedded
         request.enters = True
         request.fork_of = None
@@ -233,6 +243,7 @@ class Scheduler:
             finished_slots=finished,
             rewinds=b"" if self.drafting is None else self.drafting.take_rewinds(),
             zero_new_blocks=self.rules.zero_new_blocks,
+            adapters=self.adapters.take_filled(),
         )
         self.kv.launched(step_id)
         return step
@@ -308,6 +319,7 @@ class Scheduler:
         returned, cannot go on. Blocks that it was to fill may be on offer already, so the prefix cache is emptied."""
         self.kv.retired(step.decision.step_id)
         self.kv.pool.forget()
+        self.adapters.refill(step.decision.adapters)
         return {request.request_id for request in step.requests}
 
     def _advance_beams(self, request: Request, likeliest: TokenLogprobs) -> list[SequenceDelta]:
@@ -341,6 +353,8 @@ class Scheduler:
 
     def _give_up_slot(self, request: Request) -> None:
         assert request.slot is not None
+        if request.adapter is not None:
+            self.adapters.release(request.adapter)
         self._free_slots.append(request.slot)
         self._finished_slots.append(request.slot)
         self.waiting.free_embeddings += request.num_embedded

@@ -11,7 +11,7 @@ import numpy as np
 
 from anychip.drafts import Drafted, Drafts, Speculation
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import NewRow, StepDecision
+from anychip.messages import AdapterSlot, NewRow, StepDecision
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.step_room import StepRoom
@@ -110,7 +110,14 @@ class StepDraft:
             self.room.take_drafts(self.drafted.counts)
 
     def to_step(
-        self, step_id: int, kv: KVCacheManager, *, finished_slots: list[int], rewinds: bytes, zero_new_blocks: bool
+        self,
+        step_id: int,
+        kv: KVCacheManager,
+        *,
+        finished_slots: list[int],
+        rewinds: bytes,
+        zero_new_blocks: bool,
+        adapters: list[AdapterSlot],
     ) -> ScheduledStep:
         """The step as it is launched: from now on its rows count as computed, and the tokens that it draws as
         promised."""
@@ -152,6 +159,7 @@ class StepDraft:
             drafts=b"" if drafted is None else drafted.token_ids.tobytes(),
             rewinds=rewinds,
             num_proposed=array("i", self.num_proposed).tobytes() if self.num_proposed else b"",
+            adapters=adapters,
         )
         return step
 
@@ -181,4 +189,5 @@ def _new_row(request: Request) -> NewRow:
         frequency_penalty=edits.frequency_penalty,
         logit_bias=dict(edits.logit_bias),
         extras=request.extras,
+        adapter_slot=request.adapter_slot,
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.request import Request, RequestStatus
+from anychip.scheduler.adapters import AdapterSlots
 from anychip.scheduler.beams import Beams
 from anychip.scheduler.policy import Key, SchedulingPolicy
 from anychip.scheduler.step import StepDraft
@@ -26,8 +27,16 @@ class WaitingQueue:
     """`requests` is sorted by policy key; `num_tokens` counts the tokens of their prompts. `free_embeddings` counts the
     rows of the workers' buffer of embeddings that no request with a slot has."""
 
-    def __init__(self, kv: KVCacheManager, policy: SchedulingPolicy, beams: Beams, max_embeddings: int = 0) -> None:
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        policy: SchedulingPolicy,
+        beams: Beams,
+        adapters: AdapterSlots,
+        max_embeddings: int = 0,
+    ) -> None:
         self.free_embeddings = max_embeddings
+        self._adapters = adapters
         self.requests: list[Request] = []
         self.num_tokens = 0
         self._kv = kv
@@ -51,11 +60,15 @@ class WaitingQueue:
         `enter(request, shared)` gives one that has its blocks a slot; so many of its tokens are in shared blocks."""
         room, kv = draft.room, self._kv
         admitted: set[Request] = set()
+        starved = False  # whether a request has waited too long for its adapter's slot
         coming = self._coming(draft)
         for request in self.requests:
             if len(admitted) == num_slots or room.is_full:
                 break
             if (kv.shares and _waits_for_parent(request)) or (request.is_beam and self._beams.waits(request)):
+                continue
+            if request.adapter is not None and (starved or not self._adapters.has_room(request.adapter)):
+                starved = starved or self._adapters.is_starved(request)
                 continue
             if any(kv.shareable(request, at) in hashes for at, hashes in coming.items()):
                 continue  # this very step computes what the request would compute again: a step later it is shared

@@ -61,6 +61,8 @@ def prepare_all(
         taps=(),
         pooling=False,
         max_embeddings=0,
+        adapters={},
+        max_adapters=0,
     )
     source = CheckpointSource(
         config=config,
@@ -80,6 +82,8 @@ def prepare_all(
         pools=False,
         max_embeddings=0,
         mrope=False,
+        max_adapters=0,
+        max_adapter_rank=0,
     )
     policy = platform.shape_policy(limits)
     draft = replace(

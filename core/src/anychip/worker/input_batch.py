@@ -16,6 +16,7 @@ from anychip.plugin_api import (
     EDITS,
     LOGPROBS,
     MASKS,
+    NO_ADAPTER,
     NULL_BLOCK,
     EmbeddingRows,
     EnteringRow,
@@ -82,6 +83,7 @@ class InputBatch:
         self._score_until = np.zeros(slots, dtype=np.int32)
         self.score_top = np.zeros(slots, dtype=np.int32)
         self._extras = RowExtras(limits)
+        self._adapters = np.full(slots, NO_ADAPTER, dtype=np.int32) if limits.max_adapters else None
 
     # -- deltas -------------------------------------------------------------------------------------------
 
@@ -129,6 +131,7 @@ class InputBatch:
             entering=entering,
             embeddings=embeddings,
             extras=self._extras.step(slots, starts, counts) if self._extras else None,
+            adapters=None if self._adapters is None else _any_adapters(self._adapters[slots]),
         )
 
     def _enter_extras(self, rows: Sequence[NewRow]) -> list[EmbeddingRows]:
@@ -164,6 +167,8 @@ class InputBatch:
         self._score_from[slot] = row.score_from
         self._score_until[slot] = row.num_prompt - 1  # the last token is followed by no prompt
         self.score_top[slot] = row.score_top
+        if self._adapters is not None:
+            self._adapters[slot] = row.adapter_slot
         self._ints["num_biases"][slot] = len(row.logit_bias)
         penalized = row.repetition_penalty != 1 or row.presence_penalty != 0 or row.frequency_penalty != 0
         self._edited[slot] = penalized or bool(row.logit_bias)
@@ -245,6 +250,8 @@ class InputBatch:
             self._fill_targets(views["score_targets"], rows)
         if rows.extras is not None:
             rows.extras.fill(views, key.num_reqs)
+        if rows.adapters is not None:
+            _fill(views, layout, adapter_slots=np.repeat(rows.adapters, rows.counts))
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
         rows.draws = array_views(staged[draws_at:], draws)
@@ -336,6 +343,11 @@ class InputBatch:
             all_greedy=not self._floats["temperature"][slots].any(),
             staged_at=staged_at,
         )
+
+
+def _any_adapters(slots: np.ndarray) -> np.ndarray | None:
+    """The slots of a step's rows; None where no row has an adapter."""
+    return slots if (slots != NO_ADAPTER).any() else None
 
 
 def _samples_of(sampling: np.ndarray, num_drafts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from anychip.messages import LateInputs, StepDecision, StepResult, TokenLogprobs
+from anychip.messages import AdapterSlot, LateInputs, StepDecision, StepResult, TokenLogprobs
 from anychip.plugin_api import HostOutputs, Scores, StepInputs, StepOutputs, StepProgram
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.step_rows import StepRows
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from anychip.plugin_api import AdapterEntry
 
 
 TapReader = Callable[[StepInputs, Sequence["Tensor"]], None]
@@ -31,6 +33,8 @@ class ModelRunner:
         self._launched: tuple[StepRows, StepInputs, object] | None = None
         self.read_taps: TapReader = lambda inputs, taps: None
         """Is shown each step's taps: a proposer that reads the model's hidden states, for one."""
+        self.adapter_entries: Callable[[Sequence[AdapterSlot]], Sequence[AdapterEntry]] = lambda slots: ()
+        """Finds what is to be in slots of adapters."""
 
     def launch(self, decision: StepDecision) -> None:
         """Applies the deltas and starts the forward pass."""
@@ -42,6 +46,8 @@ class ModelRunner:
             self._state = self.program.enter(self._state, rows.entering)
         if rows.embeddings:
             self._state = self.program.embed(self._state, rows.embeddings)
+        if decision.adapters:
+            self._state = self.program.adapt(self._state, self.adapter_entries(decision.adapters))
         inputs = self.batch.step_inputs(rows)
         self._state, hidden = self.program.forward(self._state, inputs)
         if inputs.num_tapped:

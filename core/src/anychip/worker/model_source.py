@@ -165,6 +165,7 @@ class CheckpointSource:
             formats=CheckedFormat(inner, self.platform),
             stored=StoredTensors(None if made_up else self.checkpoint, register),
             kv_scales=self.kv_dtype != self.dtype,
+            takes_adapters=self.config.resolved_max_adapters > 0,
         )
         model = self.family(self.model, builder, self.attention_specs(mesh.shape))
         self.notes = register.notes

@@ -24,6 +24,7 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     WeightView,
+    sites_of,
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
@@ -91,7 +92,11 @@ class AbsentRanks(Communicator):
 
 def _weights(prepared: Preparation, mesh: Mesh) -> int:
     with FakeTensorMode():
-        return held_bytes(prepared.source.build_layers(mesh, WeightRegister()))
+        model = prepared.source.build_layers(mesh, WeightRegister())
+        stacks = (
+            site.nbytes(prepared.limits.max_adapters, prepared.limits.max_adapter_rank) for site in sites_of(model)
+        )
+        return held_bytes(model) + sum(stacks)
 
 
 def _first_layers(prepared: Preparation) -> ModelConfig:

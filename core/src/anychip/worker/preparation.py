@@ -11,6 +11,7 @@ from anychip.errors import ConfigError, Unsupported
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
+    ADAPTERS,
     FINAL,
     TAPS,
     CacheBackend,
@@ -134,6 +135,8 @@ def prepare(
 ) -> Preparation:
     """`contributed` and `quant_formats` as CheckpointSource has them."""
     config = spec.config
+    if config.resolved_max_adapters and not platform.capabilities.lora:
+        raise Unsupported(platform.name, ["adapters (LoRA): leave --adapter and --max-adapters out"])
     source = CheckpointSource(
         config=config,
         model=model,
@@ -191,6 +194,8 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         pools=config.pooling,
         max_embeddings=config.max_embeddings,
         mrope="mrope_section" in rope_parameters(model),
+        max_adapters=config.resolved_max_adapters,
+        max_adapter_rank=config.resolved_max_adapter_rank if config.resolved_max_adapters else 0,
     )
 
 
@@ -204,11 +209,12 @@ def _checked_taps(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
 
 
 def affordable_graphs(platform: Platform, policy: ShapePolicy, limits: StepLimits) -> list[ShapeKey]:
-    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Where there are taps, each
-    shape has a graph with them and one without."""
+    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Where there are taps or
+    adapters, each shape has a graph with them and one without."""
     free = platform.memory(platform.context.device_indexes[0]).free
     graphs = platform.graph_capture()
     keys = policy.keys()
-    if limits.taps and graphs.level >= GraphLevel.FULL:
-        keys = [replace(key, features=features) for key in keys for features in (key.features, (TAPS,))]
+    also = [(name,) for name, asked in ((TAPS, limits.taps), (ADAPTERS, limits.max_adapters)) if asked]
+    if also and graphs.level >= GraphLevel.FULL:
+        keys = [replace(key, features=features) for key in keys for features in (key.features, *also)]
     return list(keys if free is None else graphs.affordable(keys, int(free * _GRAPHS_SHARE)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from anychip.plugin_api import SCORES, EmbeddingRows, EnteringRow
+from anychip.plugin_api import ADAPTERS, SCORES, EmbeddingRows, EnteringRow
 from anychip.worker.row_extras import StepExtras, Views
 
 
@@ -26,6 +26,7 @@ class StepRows:
     entering: list[EnteringRow] = field(default_factory=list)  # new rows with penalties or biases
     embeddings: list[EmbeddingRows] = field(default_factory=list)  # of new rows
     extras: StepExtras | None = None
+    adapters: np.ndarray | None = None  # [num_rows] the slot of each row's adapter; None: no row has one
     draws: Views = field(default_factory=dict)  # what drawing takes, as it was staged with the step
 
     @property
@@ -40,5 +41,7 @@ class StepRows:
     @property
     def features(self) -> tuple[str, ...]:
         """Of the forward pass, in ShapeKey's order."""
-        scored = (SCORES,) if self.scored.any() else ()
-        return scored if self.extras is None else scored + self.extras.features
+        found: tuple[str, ...] = (SCORES,) if self.scored.any() else ()
+        if self.extras is not None:
+            found += self.extras.features
+        return found if self.adapters is None else (*found, ADAPTERS)

@@ -9,10 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, arena_views, draw_tokens, pooled_sums, write_embeddings
+from anychip.ops.reference import (
+    EditState,
+    arena_views,
+    blank_stacks,
+    draw_tokens,
+    pooled_sums,
+    write_adapters,
+    write_embeddings,
+)
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     TAPS,
+    AdapterEntry,
+    AdapterSite,
     Communicator,
     CompileReport,
     EmbeddingRows,
@@ -27,11 +37,13 @@ from anychip.plugin_api import (
     RunOutsideGraph,
     SamplingInputs,
     ShapeKey,
+    StepAdapters,
     StepInputs,
     StepLimits,
     StepModel,
     StepOutputs,
     StepProgram,
+    sites_of,
 )
 from anychip.plugin_api.step_layout import blank_step_inputs
 from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
@@ -81,13 +93,21 @@ class TorchStepProgram(StepProgram):
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size if edits else 0, self.device)
         self._embeddings = blank_embeddings(limits, model.hidden_size, self.device)
+        self._sites = sites_of(model) if limits.max_adapters else ()
+        self._adapters = blank_stacks(
+            self._sites,
+            limits.max_adapters,
+            limits.max_adapter_rank,
+            lambda shape, dtype: platform.empty(shape, dtype, "adapters"),
+        )
         self._caches = LayerCaches(platform, model.attention, kv)
 
     # -- preparation --------------------------------------------------------------------------------------
 
     def initial_state(self, num_blocks: int, num_states: int = 0) -> TorchState:
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
-        self._state = TorchState(self._caches.make(num_blocks, num_states), last_ids, self._edits, self._embeddings)
+        caches = self._caches.make(num_blocks, num_states)
+        self._state = TorchState(caches, last_ids, self._edits, self._embeddings, self._adapters)
         return self._state
 
     @torch.inference_mode()
@@ -124,6 +144,15 @@ class TorchStepProgram(StepProgram):
         write_embeddings(state.embeddings, rows)
         return state
 
+    @property
+    def adapter_sites(self) -> Sequence[AdapterSite]:
+        return self._sites
+
+    @torch.inference_mode()
+    def adapt(self, state: TorchState, entries: Sequence[AdapterEntry]) -> TorchState:
+        write_adapters(state.adapters, self._sites, entries)
+        return state
+
     # -- a step -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -140,9 +169,11 @@ class TorchStepProgram(StepProgram):
         plans = self._caches.plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
         ids, extras = known_ids(state, fields), state.extras(fields, self.limits)
-        hidden, taps = self._in_pieces(ids, fields, plans, extras)
+        adapters = state.step_adapters(fields)
+        hidden, taps = (None, ()) if adapters is not None else self._in_pieces(ids, fields, plans, extras)
         if hidden is None:
-            hidden = self.model.forward(ids, fields["positions"], self._context(state, plans, extras=extras))
+            context = self._context(state, plans, extras=extras, adapters=adapters)
+            hidden = self.model.forward(ids, fields["positions"], context)
             taps = () if extras is None else extras.tapped()
         scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
         pooled = None
@@ -160,8 +191,9 @@ class TorchStepProgram(StepProgram):
         plans: Sequence[object],
         run_outside_graph: RunOutsideGraph | None = None,
         extras: ForwardExtras | None = None,
+        adapters: StepAdapters | None = None,
     ) -> ForwardContext:
-        return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph, extras)
+        return ForwardContext(plans, state.caches, self.kv.layer_groups, run_outside_graph, extras, adapters)
 
     def _in_pieces(
         self, ids: Tensor, fields: Mapping[str, Tensor], plans: Sequence[object], extras: ForwardExtras | None
@@ -246,7 +278,8 @@ class TorchStepProgram(StepProgram):
 
         def step() -> Tensor | None:
             extras = self._state.extras(fields, self.limits)
-            context = self._context(self._state, plans, extras=extras)
+            adapters = self._state.step_adapters(fields)
+            context = self._context(self._state, plans, extras=extras, adapters=adapters)
             hidden = self.model.forward(known_ids(self._state, fields), fields["positions"], context)
             if extras is not None:
                 taps[:] = extras.tapped()  # the run that counts is the last

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference import EditState, arena_views
-from anychip.plugin_api import Event, ForwardExtras, HostOutputs, Scores, StepInputs, StepLimits
+from anychip.plugin_api import (
+    AdapterStack,
+    Event,
+    ForwardExtras,
+    HostOutputs,
+    Scores,
+    StepAdapters,
+    StepInputs,
+    StepLimits,
+)
 from anychip.plugin_api.step_layout import sampling_layout, staged_size
 
 SCORE_NAMES = ("scores", "score_ids", "score_tops")
@@ -22,10 +31,16 @@ class TorchState:
     last_ids: Tensor  # [max_slots + 1] int32; the extra one takes what padded rows sample
     edits: EditState
     embeddings: Tensor | None  # [max_embeddings, hidden_size] float32; None where limits have none
+    adapters: Sequence[AdapterStack] = ()  # by site; () where limits have no slots
 
     def extras(self, fields: Mapping[str, Tensor], limits: StepLimits) -> ForwardExtras | None:
         """Of a step with these arrays."""
         return ForwardExtras.of(fields, tap_layers=limits.taps, embeddings=self.embeddings)
+
+    def step_adapters(self, fields: Mapping[str, Tensor]) -> StepAdapters | None:
+        """Of a step with these arrays; None: no token has one."""
+        slots = fields.get("adapter_slots")
+        return None if slots is None else StepAdapters(slots, self.adapters)
 
 
 @dataclass(slots=True)

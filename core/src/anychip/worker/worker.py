@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 
@@ -10,10 +10,20 @@ import msgspec
 
 from anychip.config import WorkerSpec
 from anychip.errors import InvalidOverride, Unsupported
-from anychip.messages import KVCacheConfig, LateInputs, MemoryPlan, StepDecision, StepResult, WorkerReady
+from anychip.messages import (
+    DropAdapter,
+    KVCacheConfig,
+    LateInputs,
+    LoadAdapter,
+    MemoryPlan,
+    StepDecision,
+    StepResult,
+    WorkerReady,
+)
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
+    AdapterSite,
     Capabilities,
     CompileReport,
     Mesh,
@@ -24,6 +34,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import Plugins, load_plugins
+from anychip.worker.adapters import AdapterStore, Report
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.draft_runner import DraftRunner
 from anychip.worker.kv_plan import fresh_state, kv_cache_config
@@ -68,7 +79,7 @@ class Worker:
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
-            pending = prepared.kept_bytes
+            pending = prepared.kept_bytes + _stack_bytes(program.adapter_sites, limits)
         else:
             mesh = prepared.mesh(self.spec, self.platform.communicator)
             program = self._torch_program(prepared, mesh)
@@ -86,10 +97,13 @@ class Worker:
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state)
+        self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank)
+        self.runner.adapter_entries = self.adapters.entries
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
         weights, notes = source.held_bytes, (*prepared.notes, *source.notes, str(source.progress))
+        weights += _stack_bytes(program.adapter_sites, limits)
         if prepared.draft is not None and drafting is not None:
             self._start_drafting(prepared.draft, drafting, blocks)
             weights += prepared.draft.source.held_bytes
@@ -115,7 +129,9 @@ class Worker:
     @staticmethod
     def _check_features(program: StepProgram, limits: StepLimits) -> None:
         """Raises Unsupported where the configuration asks for what the program leaves to StepProgram's defaults."""
-        asked = {"taps": bool(limits.taps), "embed": limits.max_embeddings > 0}
+        asked = {
+            "taps": bool(limits.taps), "embed": limits.max_embeddings > 0, "adapt": limits.max_adapters > 0,
+        }  # fmt: skip
         missing = [
             f"{name} is not implemented"
             for name, wanted in asked.items()
@@ -203,7 +219,17 @@ class Worker:
                 return WorkerResult(self.platform, result)
             return WorkerResult(self.platform, result, self.drafter.sampled(self._launched, result))
 
+    # -- adapters -----------------------------------------------------------------------------------------
+
+    def load_adapter(self, message: LoadAdapter, report: Report) -> None:
+        """Reads an adapter beside the steps."""
+        self.adapters.load(message, report)
+
+    def drop_adapter(self, message: DropAdapter) -> None:
+        self.adapters.drop(message.digest)
+
     def close(self, reason: str) -> None:
+        self.adapters.close()
         with explained(self.platform):
             try:
                 self.program.close()
@@ -223,6 +249,11 @@ class WorkerResult:
         with explained(self.platform):
             result = self.result.fetch()
         return msgspec.structs.replace(result, proposed=self.proposed) if self.proposed else result
+
+
+def _stack_bytes(sites: Sequence[AdapterSite], limits: StepLimits) -> int:
+    """What the slots of adapters take on one rank."""
+    return sum(site.nbytes(limits.max_adapters, limits.max_adapter_rank) for site in sites)
 
 
 def _declared(capabilities: Capabilities) -> dict[str, str]:

@@ -59,6 +59,7 @@ class CpuPlatform(Platform):
         collectives="runtime",
         mla=True,
         recurrences=frozenset({"gated_sum"}),  # by the reference
+        lora=True,
     )
     profiled_tokens = 64
 

@@ -150,11 +150,13 @@ def anthropic_routes(serving: Serving) -> APIRouter:
 
 async def accept_message(serving: Serving, body: MessagesBody, caller: Caller) -> MessageAnswer:
     """Checks everything before anything runs. Raises UserError."""
-    serving.check_model(body.model)
+    asked = serving.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"
-    turn = _turn(body, body.sampling(serving.llm.sampling_defaults), serving.options(caller, None))
+    turn = _turn(
+        body, body.sampling(serving.llm.sampling_defaults), serving.options(caller, None, adapter=asked.adapter)
+    )
     accepted = await Turn.accept(serving.llm, serving.parsers, message_id, turn)
-    return MessageAnswer(turn=accepted, model=serving.model, message_id=message_id)
+    return MessageAnswer(turn=accepted, model=asked.name, message_id=message_id)
 
 
 def _turn(body: ConversationBody, sampling: SamplingParams, *options: Any) -> TurnRequest:

@@ -65,6 +65,13 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     schedule.add_argument("--max-drafts", type=int, default=unset, help="tokens drafted behind a sequence in one step")
     schedule.add_argument("--pooling", action="store_true", default=unset, help="serve vectors of prompts as well")
     schedule.add_argument("--max-embeddings", type=parse_count, default=unset, help="tokens that may bring embeddings")
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--adapter", dest="adapters", action="append", default=[], metavar="NAME=FOLDER",
+        help="a LoRA adapter in PEFT's form, which requests ask for as their model; repeatable",
+    )  # fmt: skip
+    adapters.add_argument("--max-adapters", type=int, default=unset, help="adapters that a step may hold")
+    adapters.add_argument("--max-adapter-rank", type=int, default=unset, help="the largest rank of one")
     schedule.add_argument("--no-overlap", dest="overlap", action="store_false", default=unset)
     schedule.add_argument("--seed", type=int, default=unset)
     schedule.add_argument("--step-timeout-s", type=float, default=unset, help="a step that takes longer is a hang")
@@ -77,6 +84,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         name: value for name, value in vars(arguments).items() if name in EngineConfig.__struct_fields__
     }
     values["device_options"] = parse_device_options(arguments.device_options)
+    values["adapters"] = parse_adapters(arguments.adapters)
     return EngineConfig(**values)
 
 
@@ -90,6 +98,8 @@ def engine_arguments(config: EngineConfig) -> list[str]:
         option = name.replace("_", "-")
         if name == "device_options":
             arguments += [f"--device-opt={key}={text}" for key, text in value.items()]
+        elif name == "adapters":
+            arguments += [f"--adapter={key}={folder}" for key, folder in value.items()]
         elif value is False:
             arguments.append(f"--no-{option}")
         else:
@@ -107,11 +117,23 @@ def parse_count(text: str) -> int:
 
 def parse_device_options(texts: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE of every --device-opt. Raises ConfigError."""
-    return dict(_pair(text) for text in texts)
+    return dict(_pair(text, "--device-opt", "KEY=VALUE") for text in texts)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """NAME=FOLDER of every --adapter. Raises ConfigError, also for two of one name."""
+    found: dict[str, str] = {}
+    for name, folder in (_pair(text, "--adapter", "NAME=FOLDER") for text in texts):
+        if not name or not folder:
+            raise ConfigError(f"--adapter {name}={folder} is not NAME=FOLDER")
+        if name in found:
+            raise ConfigError(f"--adapter {name} is given twice, for {found[name]} and {folder}; names differ")
+        found[name] = folder
+    return found
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--device-opt {text!r} is not KEY=VALUE")
+        raise ConfigError(f"{option} {text!r} is not {form}")
     return key, value

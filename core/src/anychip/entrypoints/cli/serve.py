@@ -33,6 +33,9 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
     keys.add_argument("--api-keys", default=unset, metavar="FILE", help="several, hashed: `anychip hash-key`")
     keys.add_argument("--key-concurrency", type=int, default=unset, help="requests that one key may have open")
     keys.add_argument("--admin-port", type=int, default=unset)
+    keys.add_argument(
+        "--adapter-folder", default=unset, metavar="FOLDER", help="where the admin port may load adapters from"
+    )
     keys.add_argument("--admin-key", default=environment.admin_key, help="also ANYCHIP_ADMIN_KEY")
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat-template", default=unset, metavar="FILE", help="instead of the checkpoint's")

@@ -101,7 +101,7 @@ class ChatAnswer:
 
 async def accept_chat(serving: Serving, body: ChatBody, caller: Caller) -> ChatAnswer:
     """Checks everything before anything runs. Raises UserError."""
-    serving.check_model(body.model)
+    asked = serving.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     messages, prefill = body.conversation()
@@ -121,6 +121,7 @@ async def accept_chat(serving: Serving, body: ChatBody, caller: Caller) -> ChatA
             priority=body.priority,
             cache_salt=body.cache_salt,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
+            adapter=asked.adapter,
         ),
         add_generation_prompt=body.add_generation_prompt or body.continue_final_message,
         template_variables=body.template_variables(),
@@ -131,7 +132,7 @@ async def accept_chat(serving: Serving, body: ChatBody, caller: Caller) -> ChatA
         reply=Reply(
             reply_id=reply_id,
             kind="chat.completion.chunk" if body.stream else "chat.completion",
-            model=serving.model,
+            model=asked.name,
             tokenizer=serving.llm.tokenizer,
             return_token_ids=body.return_token_ids,
         ),

@@ -125,7 +125,7 @@ class CompletionAnswer:
 
 async def accept_completion(serving: Serving, body: CompletionBody, caller: Caller) -> CompletionAnswer:
     """Checks everything before anything runs. Raises UserError."""
-    serving.check_model(body.model)
+    asked = serving.check_model(body.model)
     prompts = body.prompts()
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request", param="prompt")
@@ -137,6 +137,7 @@ async def accept_completion(serving: Serving, body: CompletionBody, caller: Call
         cache_salt=body.cache_salt,
         add_special_tokens=body.add_special_tokens,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
+        adapter=asked.adapter,
     )
     reply_id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
     streams = [
@@ -153,7 +154,7 @@ async def accept_completion(serving: Serving, body: CompletionBody, caller: Call
         reply=Reply(
             reply_id=reply_id,
             kind="text_completion",
-            model=serving.model,
+            model=asked.name,
             tokenizer=serving.llm.tokenizer,
             return_token_ids=body.return_token_ids,
         ),

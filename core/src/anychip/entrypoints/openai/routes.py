@@ -43,22 +43,24 @@ def openai_routes(serving: Serving) -> APIRouter:
     async def detokenize_ids(request: Request) -> Response:
         return JsonResponse(await detokenize(serving, await read_body(request, DetokenizeBody, lenient=lenient)))
 
-    def card() -> dict[str, Any]:
-        return {
-            "id": serving.model,
+    def card(name: str) -> dict[str, Any]:
+        """Of the model, or of an adapter, whose `parent` is the model."""
+        about = {
+            "id": name,
             "object": "model",
             "created": created,
             "owned_by": "anychip",
             "max_model_len": serving.llm.max_model_len,
         }
+        return about if name == serving.model else {**about, "root": name, "parent": serving.model}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+        names = [serving.model, *(adapter.name for adapter in serving.llm.adapters.names)]
+        return {"object": "list", "data": [card(name) for name in names]}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        serving.check_model(model)
-        return card()
+        return card(serving.check_model(model).name)
 
     return router

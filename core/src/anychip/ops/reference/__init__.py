@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import functional, quantized, sampling
+from anychip.ops.reference import adapters, functional, quantized, sampling
+from anychip.ops.reference.adapters import add_low_rank, blank_stacks, write_adapters
 from anychip.ops.reference.arena import arena_views
 from anychip.ops.reference.attention import (
     BYTE_RANGES,
@@ -59,10 +60,11 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights",
     "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator", "ReferenceAttention",
-    "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "arena_views",
-    "attend_gathered", "attend_row", "attend_row_with_lse", "can_widen", "dequantize", "draw_tokens", "forward_pass",
-    "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
-    "reference_linear", "sampling", "softmax_with_sinks", "token_scores", "write_embeddings",
+    "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views",
+    "attend_gathered", "attend_row", "attend_row_with_lse", "blank_stacks", "can_widen", "dequantize", "draw_tokens",
+    "forward_pass", "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums",
+    "quantized", "reference_linear", "sampling", "softmax_with_sinks", "token_scores", "write_adapters",
+    "write_embeddings",
 ]  # fmt: skip
 
 
@@ -95,7 +97,7 @@ REFERENCE = _ReferenceKernels()
 
 
 def _reference_ops() -> dict[str, Callable[..., Any]]:
-    sources = (functional, sampling, CompositeOps(functional))
+    sources = (functional, sampling, adapters, CompositeOps(functional))
     return {name: next(getattr(s, name) for s in sources if hasattr(s, name)) for name in OP_VERSIONS}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference.step import pooled_sums
+from anychip.plugin_api.adapters import AdapterStack, StepAdapters
 from anychip.plugin_api.forward_extras import ForwardExtras
 from anychip.plugin_api.ops import Ops
 from anychip.plugin_api.step import ForwardContext, StepModel
@@ -47,14 +48,17 @@ def forward_pass(
     *,
     tap_layers: Sequence[int] = (),
     embeddings: Tensor | None = None,
+    stacks: Sequence[AdapterStack] = (),
 ) -> Passed:
     """Reads no value on the host, and its shapes follow from its arguments'. `plans` by KV group, `caches` by layer,
     last_ids [max_slots + 1] int32, `fields` the step's arrays on the device, `embeddings` the buffer of embeddings
-    where the program has one."""
+    and `stacks` the adapters by site, where the program has them."""
     ids = fields["input_ids"]
     ids = torch.where(ids < 0, last_ids[fields["token_slots"]], ids)
     extras = ForwardExtras.of(fields, tap_layers=tap_layers, embeddings=embeddings)
-    context = ForwardContext(plans, list(caches), layer_groups, extras=extras)
+    slots = fields.get("adapter_slots")
+    adapters = None if slots is None else StepAdapters(slots, stacks)
+    context = ForwardContext(plans, list(caches), layer_groups, extras=extras, adapters=adapters)
     hidden = model.forward(ids, fields["positions"], context)
     logits = model.logits(hidden[fields["logits_indices"]])
     scores: tuple[Tensor, ...] = ()

@@ -106,7 +106,7 @@ async def accept_response(
     serving: Serving, store: ResponseStore, body: ResponsesBody, caller: Caller
 ) -> ResponseAnswer:
     """Checks everything before anything runs. Raises UserError."""
-    serving.check_model(body.model)
+    asked = serving.check_model(body.model)
     messages = body.messages()
     if not messages:
         raise InvalidRequest("input is empty", param="input")
@@ -119,7 +119,7 @@ async def accept_response(
     turn = await Turn.accept(
         serving.llm,
         serving.parsers,
-        (builder := ResponseBuilder(body, serving.model)).response_id,
+        (builder := ResponseBuilder(body, asked.name)).response_id,
         TurnRequest(
             messages=system + conversation,
             sampling=body.sampling(serving.llm.sampling_defaults),
@@ -131,6 +131,7 @@ async def accept_response(
                 priority=body.priority,
                 cache_salt=body.cache_salt,
                 truncate_prompt_tokens=-1 if body.truncation == "auto" else None,
+                adapter=asked.adapter,
             ),
             template_variables=(
                 {"reasoning_effort": body.reasoning.effort} if body.reasoning and body.reasoning.effort else {}
@@ -140,7 +141,7 @@ async def accept_response(
     return ResponseAnswer(
         turn=turn,
         builder=builder,
-        reply=Reply(reply_id="", kind="response", model=serving.model, tokenizer=serving.llm.tokenizer),
+        reply=Reply(reply_id="", kind="response", model=asked.name, tokenizer=serving.llm.tokenizer),
         store=None if body.store is False else store,
         tenant=caller.tenant,
         messages=conversation,
