@@ -15,6 +15,8 @@ _GEMMA: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "tie_word_embeddings": True,
 }
+_ONLY_STATES: dict[str, Any] = {"num_attention_heads": 0, "intermediate_size": 0, "max_position_embeddings": 2**20}
+"""Of models without attention. No position is their last; requests must have some length."""
 
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Gemma2ForCausalLM": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -43,16 +45,42 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 1000000.0,
     },
+    "Mamba2ForCausalLM": {
+        **_ONLY_STATES,
+        "num_heads": 128,
+        "head_dim": 64,
+        "state_size": 128,
+        "n_groups": 8,
+        "conv_kernel": 4,
+        "layer_norm_epsilon": 1e-5,
+        "use_conv_bias": True,
+    },
     "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     "Qwen2ForCausalLM": {**_QWEN, "num_key_value_heads": 32},
     "Qwen3ForCausalLM": {**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
     "Qwen3MoeForCausalLM": {**_QWEN, "num_key_value_heads": 4},
+    "Qwen3NextForCausalLM": {
+        "head_dim": 256,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.25,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
 }
 """By architecture, for those with a native family."""
+
+_ALIASES: Mapping[str, Mapping[str, str]] = {
+    "Mamba2ForCausalLM": {"rms_norm_eps": "layer_norm_epsilon"},
+}
+"""By architecture: fields of model_config.py that its config.json has under another name."""
 
 
 def with_defaults(architecture: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with what its family puts in place of fields that it leaves out. A null is given, not left out, but
     for rope_parameters, whose null means the default in every family."""
     given = {name: value for name, value in document.items() if name != "rope_parameters" or value is not None}
-    return {**FAMILY_DEFAULTS.get(architecture, {}), **given}
+    document = {**FAMILY_DEFAULTS.get(architecture, {}), **given}
+    return document | {ours: document[theirs] for ours, theirs in _ALIASES.get(architecture, {}).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def load_model_config(model: str) -> ModelConfig:
             num_layers=int(raw["num_hidden_layers"]),
             num_heads=num_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads)),
             intermediate_size=int(_intermediate_size(architectures[0], raw)),
             max_positions=int(raw["max_position_embeddings"]),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
@@ -116,8 +117,8 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing; a checkpoint needs its config.json")
         return {}
     try:
-        content = msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError as error:
+        content = json.loads(path.read_bytes())  # takes Infinity, which the library writes for time_step_limit
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")

@@ -20,6 +20,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -37,6 +39,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -158,6 +162,29 @@ def _gpt_oss(common: Settings) -> PreTrainedModel:
     return GptOssForCausalLM(GptOssConfig(**common, **experts, rope_parameters=rope, tie_word_embeddings=False))
 
 
+def _mamba2(common: Settings) -> PreTrainedModel:
+    sizes = {"num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 16}
+    without = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    return Mamba2ForCausalLM(Mamba2Config(**_without(common, *without), **sizes, tie_word_embeddings=False))
+
+
+def _qwen3_next(common: Settings) -> PreTrainedModel:
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    }
+    states = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+    }
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**common, **experts, **states, tie_word_embeddings=False))
+
+
 def _olmo2(common: Settings) -> PreTrainedModel:
     return Olmo2ForCausalLM(Olmo2Config(**_without(common, "head_dim"), tie_word_embeddings=False))
 
@@ -195,6 +222,8 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "phi3": _phi3,
     "granite": _granite,
     "gpt-oss": _gpt_oss,
+    "mamba2": _mamba2,
+    "qwen3-next": _qwen3_next,
 }
 """What has a native family."""
 
@@ -216,7 +245,7 @@ def make_checkpoint(family: str, folder: Path, **settings: Any) -> PreTrainedMod
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Ones and zeros would hide a norm, a bias or a sink that is left out.
-            if any(word in name for word in ("norm", "bias", "sinks")):
+            if any(word in name for word in ("norm", "bias", "sinks")) or name.endswith((".D", ".A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.config._attn_implementation = "eager"
     model.eval().save_pretrained(folder)

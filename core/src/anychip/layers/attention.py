@@ -13,6 +13,7 @@ from anychip.layers.norm import RMSNorm
 from anychip.plugin_api import (
     KV_HEADS,
     ActFormat,
+    AttentionBackend,
     AttentionLayer,
     AttentionSpec,
     ForwardContext,
@@ -32,7 +33,8 @@ def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
 
 class Attention:
     """`spec` holds this rank's head counts; `scale` multiplies q.k. `fused_qkv` names the one checkpoint matrix that
-    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`."""
+    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`. `gated`:
+    behind each head's query the projection has a gate, whose sigmoid multiplies what the head attends to."""
 
     def __init__(
         self,
@@ -51,10 +53,12 @@ class Attention:
         qk_norm_eps: float | None = None,
         qk_norm_unit_offset: bool = False,
         fused_qkv: str | None = None,
+        gated: bool = False,
     ) -> None:
         dim = spec.head_dim
-        heads, kv_heads = (Sharded(dim=0, unit=dim),), _rows_of_kv_heads(spec)
-        q_rows, kv_rows = num_heads * dim, num_kv_heads * dim
+        q_dim = 2 * dim if gated else dim
+        heads, kv_heads = (Sharded(dim=0, unit=q_dim),), _rows_of_kv_heads(spec)
+        q_rows, kv_rows = num_heads * q_dim, num_kv_heads * dim
         if fused_qkv is None:
             projections = [
                 Projection("q", f"{name}.q_proj", q_rows, heads),
@@ -72,12 +76,13 @@ class Attention:
         self.output = RowParallelLinear(
             builder,
             name=f"{name}.o_proj",
-            in_features=q_rows,
+            in_features=num_heads * dim,
             placed=(Sharded(dim=1, unit=dim),),
             out_features=hidden_size,
             bias=bias if output_bias is None else output_bias,
         )
-        self.heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        self.gated = gated
+        self.heads = [spec.num_heads * (2 if gated else 1), spec.num_kv_heads, spec.num_kv_heads]
         self.head_dim = dim
         self.backend = builder.platform.attention(spec)
         self.layer = AttentionLayer(index=index, scale=scale, ops=builder.ops)
@@ -106,10 +111,19 @@ class Attention:
         return held
 
     @property
+    def backends(self) -> list[AttentionBackend]:
+        return [self.backend]
+
+    @property
     def accepts(self) -> ActFormat:
         return self.qkv.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        gate: Tensor | None = None
+        if self.gated:
+            q, gate = (part.contiguous() for part in q.reshape(len(q), -1, 2, self.head_dim).unbind(2))
         attended = context.attend(self.backend, self.layer, q, k, v, rope=self.rope, qk_norm=self.qk_norm)
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         return self.output(attended.flatten(1))

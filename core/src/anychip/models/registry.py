@@ -18,6 +18,7 @@ NATIVE = {
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
     "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
     "GraniteForCausalLM": "anychip.models.granite:Granite",
+    "Mamba2ForCausalLM": "anychip.models.mamba2:Mamba2LM",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
     "MinistralForCausalLM": "anychip.models.mistral:Ministral",
     "MistralForCausalLM": "anychip.models.mistral:Mistral",
@@ -26,6 +27,7 @@ NATIVE = {
     "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
+    "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
 }
 
 

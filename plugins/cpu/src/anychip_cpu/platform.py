@@ -15,6 +15,7 @@ from torch import Tensor, UntypedStorage
 
 from anychip.ops.reference import WidenedLinear, WidenedMoE, can_widen, reference_linear
 from anychip.plugin_api import (
+    RECURRENCES,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
@@ -55,7 +56,7 @@ class CpuPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
         mla=True,  # both by the reference
-        recurrences=frozenset({"gated_sum"}),
+        recurrences=frozenset(RECURRENCES),
     )
     profiled_tokens = 64
 
