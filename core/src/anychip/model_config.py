@@ -62,7 +62,7 @@ def load_model_config(model: str) -> ModelConfig:
             architecture=architectures[0],
             vocab_size=int(raw["vocab_size"]),
             hidden_size=int(raw["hidden_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
+            num_layers=_num_layers(raw),
             num_heads=num_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads)),
@@ -85,6 +85,12 @@ def load_model_config(model: str) -> ModelConfig:
 
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _num_layers(raw: dict[str, Any]) -> int:
+    """Given, or as many as have a kind: hybrids may leave it out."""
+    kinds = raw.get("layer_types") or raw.get("layers_block_type")
+    return int(raw["num_hidden_layers"] if "num_hidden_layers" in raw or not kinds else len(kinds))
 
 
 def _intermediate_size(architecture: str, raw: dict[str, Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -31,10 +33,14 @@ def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
     return tuple(replace(each, dim=0, unit=spec.head_dim) for each in spec.pages if each.dim == KV_HEADS)
 
 
+_NAMES = MappingProxyType({"output": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"})
+
+
 class Attention:
     """`spec` holds this rank's head counts; `scale` multiplies q.k. `fused_qkv` names the one checkpoint matrix that
     holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`. `gated`:
-    behind each head's query the projection has a gate, whose sigmoid multiplies what the head attends to."""
+    behind each head's query the projection has a gate, whose sigmoid multiplies what the head attends to.
+    `names` are the checkpoint's for the output projection and the norms of queries and keys."""
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class Attention:
         qk_norm_unit_offset: bool = False,
         fused_qkv: str | None = None,
         gated: bool = False,
+        names: Mapping[str, str] = _NAMES,
     ) -> None:
         dim = spec.head_dim
         q_dim = 2 * dim if gated else dim
@@ -75,7 +82,7 @@ class Attention:
         self.qkv = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
         self.output = RowParallelLinear(
             builder,
-            name=f"{name}.o_proj",
+            name=f"{name}.{names['output']}",
             in_features=num_heads * dim,
             placed=(Sharded(dim=1, unit=dim),),
             out_features=hidden_size,
@@ -93,8 +100,8 @@ class Attention:
         self.rope = rope
         self.qk_norm: QKNorm | None = None
         if qk_norm_eps is not None:
-            q_norm = RMSNorm(builder, name=f"{name}.q_norm", size=dim, eps=qk_norm_eps)
-            k_norm = RMSNorm(builder, name=f"{name}.k_norm", size=dim, eps=qk_norm_eps)
+            q_norm = RMSNorm(builder, name=f"{name}.{names['q_norm']}", size=dim, eps=qk_norm_eps)
+            k_norm = RMSNorm(builder, name=f"{name}.{names['k_norm']}", size=dim, eps=qk_norm_eps)
             self.qk_norm = QKNorm(
                 q_weight=q_norm.weight, k_weight=k_norm.weight, eps=qk_norm_eps, unit_offset=qk_norm_unit_offset
             )

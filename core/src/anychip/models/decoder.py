@@ -167,13 +167,13 @@ class Decoder:
 
     def gated_mlp(self, builder: Builder, index: int, **differences: Any) -> GatedMLP:
         """Llama's feed-forward block, with a family's differences in layers.mlp.GatedMLP's arguments."""
+        settings: dict[str, Any] = {"name": f"model.layers.{index}.mlp", **differences}
         return GatedMLP(
             builder,
-            name=f"model.layers.{index}.mlp",
             hidden_size=self.config.hidden_size,
             intermediate_size=self.config.intermediate_size,
             activation=self.activation,
-            **differences,
+            **settings,
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
