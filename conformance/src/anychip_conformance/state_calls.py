@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ class StateCall:
             if row.context:
                 held[block] = state
         cache = backend.import_arrays(cache, range(num_blocks), {"sum": device.tensor(held, "float32")})
-        view, key = _view(device, case, blocks)
+        view, key = state_rows_view(device, case.rows, blocks, pad_tokens=case.pad_tokens, pad_rows=case.pad_rows)
         shape = (key.num_tokens, case.width)
         x = device.tensor(rng.normal(size=shape), case.dtype)
         gate = device.tensor(rng.uniform(0.0, 1.0, size=shape).round(3), case.dtype)
@@ -148,12 +149,15 @@ def gated_sums(x: np.ndarray, gate: np.ndarray, first: np.ndarray) -> Bounded:
     return Bounded(np.stack(sums), np.stack(sizes) * growth)
 
 
-def _view(device: Device, case: StateCase, blocks: list[int]) -> tuple[StateView, ShapeKey]:
-    queries = [row.query for row in case.rows]
+def state_rows_view(
+    device: Device, rows: Sequence[StateRow], blocks: list[int], *, pad_tokens: int, pad_rows: int
+) -> tuple[StateView, ShapeKey]:
+    """A step of these rows, padded."""
+    queries = [row.query for row in rows]
     num_tokens, num_rows, dummies = sum(queries), len(queries), device.capabilities.padding == "dummy_request"
     key = ShapeKey(
-        num_tokens=num_tokens + max(case.pad_tokens, case.pad_rows if dummies else 0),
-        num_reqs=num_rows + case.pad_rows,
+        num_tokens=num_tokens + max(pad_tokens, pad_rows if dummies else 0),
+        num_reqs=num_rows + pad_rows,
         num_samples=num_rows,
         max_query_len=max(queries),
         num_pages=1,
@@ -161,7 +165,7 @@ def _view(device: Device, case: StateCase, blocks: list[int]) -> tuple[StateView
     starts = np.full(key.num_reqs + 1, num_tokens)
     starts[: num_rows + 1] = np.concatenate(([0], np.cumsum(queries)))
     lengths = np.zeros(key.num_reqs)
-    lengths[:num_rows] = [row.context + row.query if row.query else 0 for row in case.rows]
+    lengths[:num_rows] = [row.context + row.query if row.query else 0 for row in rows]
     if dummies:
         starts[num_rows:] = np.minimum(num_tokens + np.arange(len(starts) - num_rows), key.num_tokens)
         lengths[num_rows:] = np.diff(starts[num_rows:])

@@ -201,6 +201,8 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """How many requests of the maximum length fit at once."""
     num_states: int = 0
     """Blocks of the states' pool, block 0 included; 0: the model keeps no states."""
+    state_bytes: int = 0
+    """Bytes of one sequence's states, whatever its length."""
 
 
 class KVGroup(msgspec.Struct, frozen=True, tag="tokens"):

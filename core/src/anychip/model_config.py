@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ def load_model_config(model: str) -> ModelConfig:
             architecture=architectures[0],
             vocab_size=int(raw["vocab_size"]),
             hidden_size=int(raw["hidden_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
+            num_layers=_num_layers(raw),
             num_heads=num_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads)),
             intermediate_size=int(_intermediate_size(architectures[0], raw)),
             max_positions=int(raw["max_position_embeddings"]),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
@@ -84,6 +85,12 @@ def load_model_config(model: str) -> ModelConfig:
 
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _num_layers(raw: dict[str, Any]) -> int:
+    """Given, or as many as have a kind: hybrids may leave it out."""
+    kinds = raw.get("layer_types") or raw.get("layers_block_type")
+    return int(raw["num_hidden_layers"] if "num_hidden_layers" in raw or not kinds else len(kinds))
 
 
 def _intermediate_size(architecture: str, raw: dict[str, Any]) -> Any:
@@ -116,8 +123,8 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing; a checkpoint needs its config.json")
         return {}
     try:
-        content = msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError as error:
+        content = json.loads(path.read_bytes())  # takes Infinity, which the library writes for time_step_limit
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")

@@ -39,6 +39,7 @@ from anychip_conformance.fakes.spmd import SpmdStepProgram
 from anychip_conformance.fakes.static import StaticPlatform, StaticStepProgram
 from anychip_conformance.faulty import FaultyOptions
 from anychip_conformance.faulty.plain import InvariantMoE, PlainAttention, PlainLinear, plain_communicator
+from anychip_conformance.faulty.recurrences import PlainRecurrence
 from anychip_conformance.faulty.registry import Fault, all_faults, find
 from anychip_conformance.faulty.states import PlainStates
 
@@ -90,7 +91,8 @@ class FaultyPlatform(Platform):
 
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)
-        backend: StateBackend = self._part("state", PlainStates)(spec)
+        honest = self._part("state", PlainStates) if spec.recurrence == "gated_sum" else PlainRecurrence
+        backend: StateBackend = self._part("recurrence", honest)(spec)
         return backend
 
     def linear(self, spec: LinearSpec) -> LinearKernel:

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 Part = Literal[
-    "attention", "latent", "state", "linear", "moe", "op", "op of a rank", "communicator", "shapes", "graphs",
-    "hostlen attention", "step", "mesh",
+    "attention", "latent", "state", "recurrence", "linear", "moe", "op", "op of a rank", "communicator", "shapes",
+    "graphs", "hostlen attention", "step", "mesh",
 ]  # fmt: skip
 P = TypeVar("P")
 
@@ -23,6 +23,7 @@ _MODULES = (
     "latent_forms",
     "latent_ranks",
     "states",
+    "recurrences",
     "ops",
     "products",
     "formats",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from anychip.layers.norm import RMSNorm, WideQKNorm
 from anychip.plugin_api import (
     KV_HEADS,
     ActFormat,
+    AttentionBackend,
     AttentionLayer,
     AttentionSpec,
     ForwardContext,
@@ -30,10 +33,15 @@ def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
     return tuple(replace(each, dim=0, unit=spec.head_dim) for each in spec.pages if each.dim == KV_HEADS)
 
 
+_NAMES = MappingProxyType({"output": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"})
+
+
 class Attention:
     """`spec` holds this rank's head counts; `scale` multiplies q.k. `fused_qkv` names the one checkpoint matrix that
     holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`. Queries
-    and keys are normed by head (`qk_norm_eps`) or over all heads (`wide_qk_norm_eps`), where an eps is given."""
+    and keys are normed by head (`qk_norm_eps`) or over all heads (`wide_qk_norm_eps`), where an eps is given. `gated`:
+    behind each head's query the projection has a gate, whose sigmoid multiplies what the head attends to. `names` are
+    the checkpoint's for the output projection and the norms of queries and keys."""
 
     def __init__(
         self,
@@ -53,10 +61,13 @@ class Attention:
         qk_norm_unit_offset: bool = False,
         wide_qk_norm_eps: float | None = None,
         fused_qkv: str | None = None,
+        gated: bool = False,
+        names: Mapping[str, str] = _NAMES,
     ) -> None:
         dim = spec.head_dim
-        heads, kv_heads = (Sharded(dim=0, unit=dim),), _rows_of_kv_heads(spec)
-        q_rows, kv_rows = num_heads * dim, num_kv_heads * dim
+        q_dim = 2 * dim if gated else dim
+        heads, kv_heads = (Sharded(dim=0, unit=q_dim),), _rows_of_kv_heads(spec)
+        q_rows, kv_rows = num_heads * q_dim, num_kv_heads * dim
         if fused_qkv is None:
             projections = [
                 Projection("q", f"{name}.q_proj", q_rows, heads),
@@ -75,14 +86,15 @@ class Attention:
         )
         self.output = RowParallelLinear(
             builder,
-            name=f"{name}.o_proj",
-            in_features=q_rows,
+            name=f"{name}.{names['output']}",
+            in_features=num_heads * dim,
             placed=(Sharded(dim=1, unit=dim),),
             out_features=hidden_size,
             bias=bias if output_bias is None else output_bias,
             adapts=True,
         )
-        self.heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        self.gated = gated
+        self.heads = [spec.num_heads * (2 if gated else 1), spec.num_kv_heads, spec.num_kv_heads]
         self.head_dim = dim
         self.backend = builder.platform.attention(spec)
         self.layer = AttentionLayer(index=index, scale=scale, ops=builder.ops)
@@ -93,8 +105,8 @@ class Attention:
         self.rope = rope
         self.qk_norm: QKNorm | None = None
         if qk_norm_eps is not None:
-            q_norm = RMSNorm(builder, name=f"{name}.q_norm", size=dim, eps=qk_norm_eps)
-            k_norm = RMSNorm(builder, name=f"{name}.k_norm", size=dim, eps=qk_norm_eps)
+            q_norm = RMSNorm(builder, name=f"{name}.{names['q_norm']}", size=dim, eps=qk_norm_eps)
+            k_norm = RMSNorm(builder, name=f"{name}.{names['k_norm']}", size=dim, eps=qk_norm_eps)
             self.qk_norm = QKNorm(
                 q_weight=q_norm.weight, k_weight=k_norm.weight, eps=qk_norm_eps, unit_offset=qk_norm_unit_offset
             )
@@ -119,13 +131,22 @@ class Attention:
         return held
 
     @property
+    def backends(self) -> list[AttentionBackend]:
+        return [self.backend]
+
+    @property
     def accepts(self) -> ActFormat:
         return self.qkv.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         adapters = context.adapters
         q, k, v = self.qkv(x, adapters).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        gate: Tensor | None = None
+        if self.gated:
+            q, gate = (part.contiguous() for part in q.reshape(len(q), -1, 2, self.head_dim).unbind(2))
         if self.wide_qk_norm is not None:
             q, k = self.wide_qk_norm(q, k)
         attended = context.attend(self.backend, self.layer, q, k, v, rope=self.rope, qk_norm=self.qk_norm)
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         return self.output(attended.flatten(1), adapters)

@@ -80,7 +80,7 @@ class Decoder:
             # A number of the host: a tensor made in a step would be a copy to the device, which no capture takes.
             self.embedding_scale = rounded(self.embedding_scale, builder.dtype)
         rope = self.rope(builder)
-        self.layers = [self.layer(builder, index, specs[index], rope) for index in range(config.num_layers)]
+        self.layers = self.build_layers(builder, specs, rope)
         self.norm = RMSNorm(
             builder,
             name="model.norm",
@@ -120,8 +120,11 @@ class Decoder:
     def attention(self) -> list[CacheBackend]:
         return [layer.attention.backend for layer in self.layers]
 
-    def rope(self, builder: Builder) -> Rope:
-        """The rotary embedding that `layer` is given."""
+    def build_layers(self, builder: Builder, specs: Sequence[Any], rope: Any) -> list[Any]:
+        return [self.layer(builder, index, specs[index], rope) for index in range(self.config.num_layers)]
+
+    def rope(self, builder: Builder) -> Rope | None:
+        """The rotary embedding that `layer` is given; None: the family has none."""
         device = builder.platform.default_device
         return make_rope(self.config, rope_parameters(self.config), device, partial=self.partial_rotary)
 
@@ -139,15 +142,26 @@ class Decoder:
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
 
     def self_attention(
-        self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope | None, **differences: Any
+        self,
+        builder: Builder,
+        index: int,
+        spec: AttentionSpec,
+        rope: Rope | None,
+        *,
+        at: int | None = None,
+        **differences: Any,
     ) -> Attention:
-        """Llama's attention, with a family's differences in layers.attention.Attention's arguments."""
+        """Llama's attention, with a family's differences in layers.attention.Attention's arguments. `at` is the place
+        of `spec` among the model's, where that is not the layer's."""
         config = self.config
-        settings: dict[str, Any] = {"scale": config.head_dim**-0.5, **differences}
+        settings: dict[str, Any] = {
+            "scale": config.head_dim**-0.5,
+            "name": f"model.layers.{index}.self_attn",
+            **differences,
+        }
         return Attention(
             builder,
-            name=f"model.layers.{index}.self_attn",
-            index=index,
+            index=index if at is None else at,
             spec=spec,
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,
@@ -158,13 +172,13 @@ class Decoder:
 
     def gated_mlp(self, builder: Builder, index: int, **differences: Any) -> GatedMLP:
         """Llama's feed-forward block, with a family's differences in layers.mlp.GatedMLP's arguments."""
+        settings: dict[str, Any] = {"name": f"model.layers.{index}.mlp", **differences}
         return GatedMLP(
             builder,
-            name=f"model.layers.{index}.mlp",
             hidden_size=self.config.hidden_size,
             intermediate_size=self.config.intermediate_size,
             activation=self.activation,
-            **differences,
+            **settings,
         )
 
     def experts_spec(

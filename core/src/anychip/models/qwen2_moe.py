@@ -28,19 +28,21 @@ class Qwen2MoE(Qwen2):
     def layer(self, builder: Builder, index: int, spec: AttentionSpec, rope: Rope) -> PreNormLayer:
         bias = bool(self.config.get("qkv_bias", True))
         attention = self.self_attention(builder, index, spec, rope, bias=bias, output_bias=False)
-        return PreNormLayer(builder, self.config, index, attention, self.feed_forward(builder, index))
+        return PreNormLayer(builder, self.config, index, attention, feed_forward(self, builder, index))
 
-    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
-        if not is_sparse(self.config, index):
-            return self.gated_mlp(builder, index)
-        shared = GatedMLP(
-            builder,
-            name=f"model.layers.{index}.mlp.shared_expert",
-            hidden_size=self.config.hidden_size,
-            intermediate_size=int(self.config.need("shared_expert_intermediate_size")),
-            activation=self.activation,
-        )
-        return experts(self, builder, index, shared=shared, shared_gate="shared_expert_gate")
+
+def feed_forward(family: Decoder, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+    """A block, or experts beside one that every token goes through as far as its gate says."""
+    if not is_sparse(family.config, index):
+        return family.gated_mlp(builder, index)
+    shared = GatedMLP(
+        builder,
+        name=f"model.layers.{index}.mlp.shared_expert",
+        hidden_size=family.config.hidden_size,
+        intermediate_size=int(family.config.need("shared_expert_intermediate_size")),
+        activation=family.activation,
+    )
+    return experts(family, builder, index, shared=shared, shared_gate="shared_expert_gate")
 
 
 def is_sparse(config: ModelConfig, index: int) -> bool:

@@ -14,25 +14,35 @@ from anychip.registry.blame import imported
 from anychip.types import DType
 
 NATIVE = {
+    "BambaForCausalLM": "anychip.models.bamba:Bamba",
     "DeepseekV2ForCausalLM": "anychip.models.deepseek:DeepseekV2",
     "DeepseekV3ForCausalLM": "anychip.models.deepseek:DeepseekV3",
+    "FalconH1ForCausalLM": "anychip.models.falcon_h1:FalconH1",
     "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
     "Glm4MoeForCausalLM": "anychip.models.glm4_moe:Glm4MoE",
     "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
     "GraniteForCausalLM": "anychip.models.granite:Granite",
     "GraniteMoeForCausalLM": "anychip.models.granite_moe:GraniteMoE",
+    "GraniteMoeHybridForCausalLM": "anychip.models.granite_hybrid:GraniteHybrid",
+    "JambaForCausalLM": "anychip.models.jamba:Jamba",
+    "Lfm2ForCausalLM": "anychip.models.lfm2:Lfm2",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
+    "Mamba2ForCausalLM": "anychip.models.mamba2:Mamba2LM",
+    "MambaForCausalLM": "anychip.models.mamba:MambaLM",
+    "MiniMaxForCausalLM": "anychip.models.minimax:MiniMax",
     "MiniMaxM2ForCausalLM": "anychip.models.minimax_m2:MiniMaxM2",
     "MinistralForCausalLM": "anychip.models.mistral:Ministral",
     "MistralForCausalLM": "anychip.models.mistral:Mistral",
     "MixtralForCausalLM": "anychip.models.mixtral:Mixtral",
+    "NemotronHForCausalLM": "anychip.models.nemotron_h:NemotronH",
     "OlmoeForCausalLM": "anychip.models.olmoe:Olmoe",
     "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
     "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
     "Qwen2MoeForCausalLM": "anychip.models.qwen2_moe:Qwen2MoE",
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
+    "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
 }
 
 

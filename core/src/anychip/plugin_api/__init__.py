@@ -78,8 +78,9 @@ from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
+from anychip.plugin_api.recurrences import RECURRENCES, Recurrence
 from anychip.plugin_api.sharding import KV_HEADS, REPLICATED, HeldTensor, Placed, Sharded, Span, held
-from anychip.plugin_api.state import RECURRENCES, StateBackend, StateLayer, StateSpec, StateView
+from anychip.plugin_api.state import StateBackend, StateLayer, StateSpec, StateView, state_spec
 from anychip.plugin_api.step import (
     CompileReport,
     ForwardContext,
@@ -116,10 +117,11 @@ __all__ = [
     "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec",
     "ParserManifest", "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform",
     "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest",
-    "QKNorm", "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler",
-    "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey",
-    "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView", "StepAdapters",
-    "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology", "Turning",
-    "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features", "held",
-    "hookimpl", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features", "sites_of",
+    "QKNorm", "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels",
+    "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
+    "ShapeKey", "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView",
+    "StepAdapters", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology",
+    "Turning", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features",
+    "held", "hookimpl", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features", "sites_of",
+    "state_spec",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from anychip.errors import Unsupported
 from anychip.plugin_api.cache import Cache, CacheBackend, CanonicalArray, plain_bytes
 from anychip.plugin_api.plan import Plan, Recorder
+from anychip.plugin_api.recurrences import RECURRENCES
 from anychip.types import DType
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
 
     from anychip.plugin_api.graph import ShapeKey
     from anychip.plugin_api.ops import Ops
-
-RECURRENCES: Mapping[str, str] = {
-    "gated_sum": "inputs x and gate [num_tokens, *shape] of the state array sum; sum = gate * sum + x, and the output "
-    "is sum, in float32 throughout",
-}
-"""What a state layer may compute, by name: its inputs, its arrays, and what comes out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +38,16 @@ class StateSpec:
     def canonical(self, block_size: int) -> tuple[CanonicalArray, ...]:
         """A sequence's state, however many tokens it has taken in."""
         return self.arrays
+
+
+def state_spec(recurrence: str, dtype: DType, *, invariant: bool = False, **dims: int) -> StateSpec:
+    """The spec of a recurrence whose arrays have dimensions of these sizes, as RECURRENCES names them."""
+    known = RECURRENCES[recurrence]
+    arrays = tuple(
+        CanonicalArray(name, tuple(dims[dim] for dim in shape), dtype if name in known.narrow else "float32")
+        for name, shape in known.arrays.items()
+    )
+    return StateSpec(recurrence=recurrence, arrays=arrays, dtype=dtype, invariant=invariant)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,8 +111,8 @@ class StateBackend(CacheBackend):
     def forward(
         self, inputs: Mapping[str, Tensor], cache: Cache, plan: Plan, layer: StateLayer
     ) -> tuple[Tensor, Cache]:
-        """The recurrence's output for every token [num_tokens, ...], and the cache with every row's state after its
-        last token. `inputs` are those that RECURRENCES names. Padded tokens come back as zeros.
+        """The recurrence's output for every token [num_tokens, ...] in the spec's dtype, and the cache with every row's
+        state after its last token. `inputs` are those that RECURRENCES names. Padded tokens come back as zeros.
 
         However a sequence's tokens are spread over steps, states and outputs are the same up to rounding.
         """

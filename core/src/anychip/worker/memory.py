@@ -121,4 +121,5 @@ def memory_plan(
         kv_tokens=(num_blocks - 1) * min(kv.block_sizes, default=0) // max(1, len(kv.block_sizes)),
         max_concurrency=(num_blocks - 1) / pages if pages else slots,
         num_states=prepared.num_states,
+        state_bytes=kv.state_bytes,
     )

@@ -102,12 +102,16 @@ def _weights(prepared: Preparation, mesh: Mesh) -> int:
 def _first_layers(prepared: Preparation) -> ModelConfig:
     """The model, cut after the layers among which every kind of attention is found, and not before the fourth: an
     allocator needs a few to settle."""
-    specs = list(prepared.source.attention_specs(prepared.mesh_shape))
-    count = min(len(specs), max(_LEAST_LAYERS, 1 + max(specs.index(spec) for spec in set(specs))))
-    raw = {**prepared.model.raw, "num_hidden_layers": count}
-    if raw.get("layer_types"):
-        raw["layer_types"] = raw["layer_types"][:count]
-    return msgspec.structs.replace(prepared.model, num_layers=count, raw=raw)
+    source, model = prepared.source, prepared.model
+    every = set(source.attention_specs(prepared.mesh_shape))
+    for count in range(min(_LEAST_LAYERS, model.num_layers), model.num_layers):
+        raw = {**model.raw, "num_hidden_layers": count}
+        if raw.get("layer_types"):
+            raw["layer_types"] = raw["layer_types"][:count]
+        first = msgspec.structs.replace(model, num_layers=count, raw=raw)
+        if set(source.family.attention_specs(first, prepared.mesh_shape, source.dtype, source.kv_dtype)) == every:
+            return first
+    return model
 
 
 def _activations(prepared: Preparation, mesh: Mesh) -> PeakMemory:

@@ -15,6 +15,7 @@ from torch import Tensor, UntypedStorage
 
 from anychip.ops.reference import WidenedLinear, WidenedMoE, can_widen, reference_linear
 from anychip.plugin_api import (
+    RECURRENCES,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
@@ -58,7 +59,7 @@ class CpuPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
         mla=True,
-        recurrences=frozenset({"gated_sum"}),  # by the reference
+        recurrences=frozenset(RECURRENCES),  # by the reference
         lora=True,
     )
     profiled_tokens = 64

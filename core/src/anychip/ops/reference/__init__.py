@@ -32,7 +32,8 @@ from anychip.ops.reference.latent import ReferenceLatent
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
-from anychip.ops.reference.state import DenseStates, GatedSum, gated_sum_chunked, gated_sum_recurrent, reference_state
+from anychip.ops.reference.scans import gated_sum_chunked, gated_sum_recurrent
+from anychip.ops.reference.state import RULES, DenseStates, ReferenceStates, reference_state
 from anychip.ops.reference.step import (
     Drawn,
     EditState,
@@ -58,13 +59,13 @@ from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 
 __all__ = [
-    "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "CompositeOps", "DenseCacheAttention", "DenseStates", "DenseWeights",
-    "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator", "ReferenceAttention",
-    "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views",
-    "attend_gathered", "attend_row", "attend_row_with_lse", "blank_stacks", "can_widen", "dequantize", "draw_tokens",
-    "forward_pass", "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums",
-    "quantized", "reference_linear", "sampling", "softmax_with_sinks", "token_scores", "write_adapters",
-    "write_embeddings",
+    "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "RULES", "CompositeOps", "DenseCacheAttention", "DenseStates",
+    "DenseWeights", "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator",
+    "ReferenceAttention", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates", "WidenedLinear",
+    "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row", "attend_row_with_lse", "blank_stacks",
+    "can_widen", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked", "gated_sum_recurrent",
+    "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling", "softmax_with_sinks", "token_scores",
+    "write_adapters", "write_embeddings",
 ]  # fmt: skip
 
 

@@ -1,18 +1,33 @@
-"""Reference state layers: plain storage for any state, and the recurrences, one sequence at a time."""
+"""Reference state layers: plain storage for any state, and every recurrence over it. Rows of one token advance all at
+once in recurrent form, and a row of more tokens by itself in chunked form."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import NULL_BLOCK, StateBackend, StateLayer, StateSpec, StateView, Unsupported
+from anychip.ops.reference.delta_rules import GatedDelta, Kda, Wkv7
+from anychip.ops.reference.scans import CausalConv, GatedSum, Lightning, SelectiveScan, Ssd
+from anychip.ops.reference.state_rules import Rule, States
+from anychip.plugin_api import RECURRENCES, Recorder, ShapeKey, StateBackend, StateLayer, StateSpec, StateView
 
 _ALIGN = 64
-
-States = dict[str, Tensor]
-"""By array of the spec: [num_blocks, *shape]."""
+RULES: Mapping[str, Rule] = {
+    "gated_sum": GatedSum(),
+    "causal_conv": CausalConv(),
+    "selective_scan": SelectiveScan(),
+    "ssd": Ssd(),
+    "gated_delta": GatedDelta(),
+    "kda": Kda(),
+    "lightning": Lightning(),
+    "wkv7": Wkv7(),
+}
+"""By recurrence."""
+assert RULES.keys() == RECURRENCES.keys()
 
 
 class DenseStates(StateBackend):
@@ -48,57 +63,93 @@ class DenseStates(StateBackend):
         return cache
 
 
-class GatedSum(DenseStates):
-    """The recurrence gated_sum: a token by itself where a row has one, and all of a longer chunk at once."""
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """A row of several tokens."""
+
+    tokens: slice
+    block: int
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """A step's rows by how they are computed. The rows of one token: their tokens, blocks and whether each is its
+    sequence's first, [rows] all; then the longer rows."""
+
+    tokens: Tensor
+    blocks: Tensor
+    fresh: Tensor
+    longer: tuple[StateRow, ...]
+
+
+def row_plan(view: StateView) -> RowPlan:
+    counts = view.host_query_lens
+    starts = np.cumsum(counts) - counts
+    device, is_fresh = view.state_blocks.device, view.is_fresh()
+    ones, more = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1).tolist()
+    rows = torch.from_numpy(ones).to(device)
+    blocks, fresh = (view.state_blocks.tolist(), is_fresh.tolist()) if more else ([], [])
+    return RowPlan(
+        tokens=torch.from_numpy(starts[ones]).to(device).long(),
+        blocks=view.state_blocks[rows].long(),
+        fresh=is_fresh[rows],
+        longer=tuple(
+            StateRow(slice(int(starts[row]), int(starts[row] + counts[row])), blocks[row], fresh[row]) for row in more
+        ),
+    )
+
+
+class ReferenceStates(DenseStates):
+    """Any recurrence, by its rule."""
 
     name = "reference"
 
+    def __init__(self, spec: StateSpec) -> None:
+        super().__init__(spec)
+        self.rule = RULES[spec.recurrence]
+        self.like = RECURRENCES[spec.recurrence].like
+
+    def plan(
+        self,
+        view: StateView,
+        shape: ShapeKey,
+        *,
+        group: int,
+        into: RowPlan | None = None,
+        recorder: Recorder | None = None,
+    ) -> RowPlan:
+        return row_plan(view)
+
     def forward(
-        self, inputs: Mapping[str, Tensor], cache: States, plan: StateView, layer: StateLayer
+        self, inputs: Mapping[str, Tensor], cache: States, plan: RowPlan, layer: StateLayer
     ) -> tuple[Tensor, States]:
-        x, gate, sums = inputs["x"], inputs["gate"], cache["sum"]
-        result = torch.zeros_like(x)
-        starts, fresh = plan.query_start.tolist(), plan.is_fresh().tolist()
-        for row, block in enumerate(plan.state_blocks.tolist()):
-            begin, end = starts[row], starts[row + 1]
-            if end == begin or block == NULL_BLOCK:
-                continue
-            first = torch.zeros_like(sums[block]) if fresh[row] else sums[block]
-            advance = gated_sum_recurrent if end - begin == 1 else gated_sum_chunked
-            found = advance(x[begin:end].float(), gate[begin:end].float(), first)
-            result[begin:end] = found.to(x.dtype)
-            sums[block] = found[-1]
+        result = torch.zeros_like(inputs[self.like], memory_format=torch.contiguous_format)
+        weights = {name: weight.float() for name, weight in layer.weights.items()}
+        if len(plan.tokens):
+            mine = {name: given[plan.tokens].float() for name, given in inputs.items()}
+            found, after = self.rule.step(mine, self._before(cache, plan.blocks, plan.fresh), weights)
+            result[plan.tokens] = found.to(result.dtype)
+            for name, held in cache.items():
+                held[plan.blocks] = after[name].to(held.dtype)
+        for row in plan.longer:
+            mine = {name: given[row.tokens].float() for name, given in inputs.items()}
+            first = {
+                name: torch.zeros_like(held[row.block], dtype=torch.float32) if row.fresh else held[row.block].float()
+                for name, held in cache.items()
+            }
+            found, after = self.rule.chunk(mine, first, weights)
+            result[row.tokens] = found.to(result.dtype)
+            for name, held in cache.items():
+                held[row.block] = after[name].to(held.dtype)
         return result, cache
 
-
-def gated_sum_recurrent(x: Tensor, gate: Tensor, first: Tensor) -> Tensor:
-    """The sums after each token [num_tokens, *shape], from the sum `first` [*shape] before them; all float32."""
-    sums, last = [], first
-    for added, kept in zip(x, gate, strict=True):
-        last = kept * last + added
-        sums.append(last)
-    return torch.stack(sums)
-
-
-def gated_sum_chunked(x: Tensor, gate: Tensor, first: Tensor) -> Tensor:
-    """As gated_sum_recurrent, in as many rounds as the logarithm of the number of tokens: after a round that looks back
-    `reach` tokens, each place holds what the last 2 * `reach` tokens make of any sum before them."""
-    added, kept = x.clone(), gate.clone()
-    added[0] += kept[0] * first
-    reach = 1
-    while reach < len(x):
-        more, before = added[:-reach].clone(), kept[:-reach].clone()
-        added[reach:] += kept[reach:] * more
-        kept[reach:] = kept[reach:] * before
-        reach *= 2
-    return added
-
-
-_RECURRENCES: dict[str, type[StateBackend]] = {"gated_sum": GatedSum}
+    @staticmethod
+    def _before(cache: States, blocks: Tensor, fresh: Tensor) -> States:
+        """The states of rows before their token, float32: zeros where it is the first."""
+        before = {name: held[blocks].float() for name, held in cache.items()}
+        return {name: held.masked_fill(fresh.view(-1, *[1] * (held.dim() - 1)), 0.0) for name, held in before.items()}
 
 
 def reference_state(spec: StateSpec) -> StateBackend:
-    """Raises Unsupported for a recurrence that has no reference."""
-    if spec.recurrence not in _RECURRENCES:
-        raise Unsupported("state backend reference", [f"has no recurrence {spec.recurrence}"])
-    return _RECURRENCES[spec.recurrence](spec)
+    return ReferenceStates(spec)

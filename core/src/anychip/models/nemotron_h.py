@@ -1,0 +1,94 @@
+"""Nemotron-H: every layer is one block: a Mamba-2 mixer, attention without positions, or a feed-forward block
+(config.json: NemotronHForCausalLM)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from anychip.errors import Unsupported
+from anychip.layers.build import Builder
+from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
+from anychip.layers.plain_mlp import SquaredReluMLP
+from anychip.model_config import ModelConfig
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds
+from anychip.plugin_api import MeshShape, Rope, StateSpec
+from anychip.types import DType
+
+FEED_FORWARD = "mlp"
+_PATTERN = {"M": STATE, "*": ATTENTION, "-": FEED_FORWARD}
+"""hybrid_override_pattern's letters."""
+
+
+class NemotronH(Hybrid):
+    renamed = MappingProxyType(
+        {"backbone.": "model.", "model.embeddings.": "model.embed_tokens.", "model.norm_f.": "model.norm."}
+    )
+
+    @classmethod
+    def wanted_name(cls, name: str) -> str:
+        for theirs, ours in cls.renamed.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+        return name
+
+    @classmethod
+    def kinds(cls, config: ModelConfig) -> list[str]:
+        for field in ("layer_types", "layers_block_type"):
+            if config.get(field) is not None:
+                return known_kinds(config, field, {FEED_FORWARD: FEED_FORWARD})
+        letters = config.need("hybrid_override_pattern")[: config.num_layers]
+        if unknown := sorted({*letters} - _PATTERN.keys()):
+            reason = f"hybrid_override_pattern has {', '.join(unknown)}; known are M, * and -"
+            raise Unsupported(config.architecture, [reason])
+        return [_PATTERN[letter] for letter in letters]
+
+    @classmethod
+    def sizes(cls, config: ModelConfig) -> Mamba2Sizes:
+        return Mamba2Sizes(
+            heads=int(config.need("mamba_num_heads")),
+            head_dim=int(config.need("mamba_head_dim")),
+            state_dim=int(config.need("ssm_state_size")),
+            groups=int(config.need("n_groups")),
+            width=int(config.need("conv_kernel")),
+        )
+
+    @classmethod
+    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
+        return cls.sizes(config).specs(shape, dtype)
+
+    def rope(self, builder: Builder) -> None:
+        """Order is in the states."""
+
+    def hybrid_layer(
+        self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
+    ) -> BlockLayer:
+        config, name = self.config, f"model.layers.{index}"
+        if kind == FEED_FORWARD:
+            return BlockLayer(builder, config, name, blocks={"norm": self.feed_forward(builder, f"{name}.mixer")})
+        if kind == ATTENTION:
+            attention = self.self_attention(builder, index, specs[at], None, at=at, name=f"{name}.mixer")
+            return BlockLayer(builder, config, name, mixer=("norm", attention))
+        mamba = Mamba2(
+            builder,
+            name=f"{name}.mixer",
+            index=at,
+            specs=specs[at : at + 2],
+            sizes=self.sizes(config),
+            hidden_size=config.hidden_size,
+            norm_eps=config.norm_eps,
+            bias=bool(config.get("use_bias", False)),
+            conv_bias=bool(config.get("use_conv_bias")),
+            dt_limits=(float(config.need("time_step_min")), math.inf),
+        )
+        return BlockLayer(builder, config, name, mixer=("norm", mamba))
+
+    def feed_forward(self, builder: Builder, name: str) -> SquaredReluMLP:
+        config = self.config
+        if (activation := config.get("mlp_hidden_act", "relu2")) != "relu2":
+            raise Unsupported(config.architecture, [f"mlp_hidden_act {activation!r}; known is relu2"])
+        bias = bool(config.get("mlp_bias", False))
+        size = config.intermediate_size
+        return SquaredReluMLP(builder, name=name, hidden_size=config.hidden_size, intermediate_size=size, bias=bias)

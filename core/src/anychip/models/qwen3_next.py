@@ -1,0 +1,71 @@
+"""Qwen3-Next: three gated delta nets for each layer of gated attention, and experts of which one is shared
+(config.json: Qwen3NextForCausalLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anychip.layers.build import Builder
+from anychip.layers.gated_delta_net import DeltaSizes, GatedDeltaNet
+from anychip.model_config import ModelConfig
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds
+from anychip.models.qwen2_moe import feed_forward
+from anychip.plugin_api import MeshShape, Rope, StateSpec
+from anychip.types import DType
+
+
+class Qwen3Next(Hybrid):
+    partial_rotary = True
+    unit_offset_norm = True
+
+    @classmethod
+    def kinds(cls, config: ModelConfig) -> list[str]:
+        if config.get("layer_types") is not None:
+            return known_kinds(config, "layer_types")
+        every = int(config.get("full_attention_interval", 4))
+        return [STATE if (index + 1) % every else ATTENTION for index in range(config.num_layers)]
+
+    @classmethod
+    def sizes(cls, config: ModelConfig) -> DeltaSizes:
+        return DeltaSizes(
+            key_heads=int(config.need("linear_num_key_heads")),
+            value_heads=int(config.need("linear_num_value_heads")),
+            key_dim=int(config.need("linear_key_head_dim")),
+            value_dim=int(config.need("linear_value_head_dim")),
+            width=int(config.need("linear_conv_kernel_dim")),
+        )
+
+    @classmethod
+    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
+        return cls.sizes(config).specs(shape, dtype)
+
+    def hybrid_layer(
+        self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
+    ) -> BlockLayer:
+        config, name = self.config, f"model.layers.{index}"
+        mixer: Mixer
+        if kind == ATTENTION:
+            mixer = self.self_attention(
+                builder,
+                index,
+                specs[at],
+                rope,
+                at=at,
+                bias=bool(config.get("attention_bias", False)),
+                qk_norm_eps=config.norm_eps,
+                qk_norm_unit_offset=True,
+                gated=True,
+            )
+        else:
+            mixer = GatedDeltaNet(
+                builder,
+                name=f"{name}.linear_attn",
+                index=at,
+                specs=specs[at : at + 2],
+                sizes=self.sizes(config),
+                hidden_size=config.hidden_size,
+                eps=config.norm_eps,
+            )
+        blocks = {"post_attention_layernorm": feed_forward(self, builder, index)}
+        return BlockLayer(builder, config, name, mixer=("input_layernorm", mixer), blocks=blocks, unit_offset=True)
