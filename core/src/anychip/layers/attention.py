@@ -32,7 +32,8 @@ def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
 
 class Attention:
     """`spec` holds this rank's head counts; `scale` multiplies q.k. `fused_qkv` names the one checkpoint matrix that
-    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`."""
+    holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`.
+    `input_size` None: as `hidden_size`, which the output has."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Attention:
         qk_norm_eps: float | None = None,
         qk_norm_unit_offset: bool = False,
         fused_qkv: str | None = None,
+        input_size: int | None = None,
     ) -> None:
         dim = spec.head_dim
         heads, kv_heads = (Sharded(dim=0, unit=dim),), _rows_of_kv_heads(spec)
@@ -68,7 +70,9 @@ class Attention:
                 Projection("k", fused, kv_rows, kv_heads, first=q_rows, of=rows),
                 Projection("v", fused, kv_rows, kv_heads, first=q_rows + kv_rows, of=rows),
             ]
-        self.qkv = ColumnParallelLinear(builder, in_features=hidden_size, projections=projections, bias=bias)
+        self.qkv = ColumnParallelLinear(
+            builder, in_features=input_size or hidden_size, projections=projections, bias=bias
+        )
         self.output = RowParallelLinear(
             builder,
             name=f"{name}.o_proj",
