@@ -57,9 +57,16 @@ def norm_weight() -> Tensor:
 
 
 def write_eagle3(
-    folder: Path, *, layers: Sequence[int] | None = (0, 1, 2), own_embedding: bool = False, **changes: Any
+    folder: Path,
+    *,
+    layers: Sequence[int] | None = (0, 1, 2),
+    own_embedding: bool = False,
+    lacks: str = "",
+    first_token: int = 0,
+    **changes: Any,
 ) -> dict[str, Tensor]:
-    """`layers` None: the config names none. Returns the weights."""
+    """`layers` None: the config names none. `first_token` is added to the ids of the tokens that it drafts, and
+    `changes` go into its config. Returns the weights."""
     torch.manual_seed(3)
     kept = torch.randperm(VOCAB_SIZE)[:NUM_DRAFT_TOKENS].sort().values
     weights = layer_weights("midlayer", 2 * HIDDEN_SIZE) | {
@@ -68,7 +75,7 @@ def write_eagle3(
         "norm.weight": norm_weight(),
         "fc.weight": torch.randn(HIDDEN_SIZE, 3 * HIDDEN_SIZE) * 0.15,
         "lm_head.weight": torch.randn(NUM_DRAFT_TOKENS, HIDDEN_SIZE) * 0.3,
-        "d2t": kept - torch.arange(NUM_DRAFT_TOKENS),
+        "d2t": kept + first_token - torch.arange(NUM_DRAFT_TOKENS),
         "t2d": torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill_(0, kept, True),
     }
     if own_embedding:
@@ -76,6 +83,7 @@ def write_eagle3(
     config = CONFIG | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": NUM_DRAFT_TOKENS}
     if layers is not None:
         config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
+    weights.pop(lacks, None)
     return write(folder, config | changes, weights)
 
 

@@ -27,9 +27,7 @@ def check_speculation(config: EngineConfig, model: ModelConfig, own_tokenizer: C
         if not source:
             raise ConfigError("--speculate eagle names no head; give eagle:HEAD, with a folder or a repository")
         if config.taps:
-            raise ConfigError(
-                f"taps {config.taps} and --speculate eagle: a head reads taps of its own; give one of both"
-            )
+            raise ConfigError(f"a head reads taps of its own; give taps {config.taps} or --speculate eagle, not both")
         load_head_config(source, model)
     if kind == "draft":
         if not source:
