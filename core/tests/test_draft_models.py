@@ -205,18 +205,12 @@ def test_a_draft_model_of_another_tokenizer_is_refused_with_both_named(folder, t
         ("draft:", "give draft:MODEL"),
         ("draft:no/such/folder", "is not a folder"),
         ("mtp", "LlamaForCausalLM"),
-        ("eagle", "not implemented; there are ngram, suffix, auto and draft:MODEL"),
-        (f"eagle:{QUICKSTART}", "not implemented; there are ngram, suffix, auto and draft:MODEL"),
+        ("mtp", "there are ngram, suffix, auto, draft:MODEL and eagle:HEAD"),
         ("medusa", "no such proposer; there are auto, draft:MODEL"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_what_does(speculate, words):
     assert words in refusal(speculate)
-
-
-def test_a_head_for_another_hidden_size_is_refused_with_both_sizes(folder):
-    said = refusal(f"eagle:{checkpoint(folder, 'llama')}")
-    assert "64 elements" in said and "384" in said
 
 
 def test_heads_that_nobody_reads_are_named(folder, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from heads_kit import write_eagle1, write_eagle3
 from hostile_proposers import HOSTILE, LATE_S, MISBEHAVING, found_by_name  # noqa: F401 - a fixture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -42,9 +43,11 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "qwen3-moe", "gpt-oss")
 
 DRAFT_MODELS = ("itself", "another")
 """The target's own checkpoint, and one of another family with the same tokenizer: nearly always right, and wrong."""
+HEADS = {"eagle3": write_eagle3, "eagle1": write_eagle1}
+"""Of random weights: nearly always wrong."""
 TWO_PROGRAMS = ("cpu", "cpu-tp2", "fake-hostlen")
-"""Devices of the torch seam, which run a draft model."""
-PROPOSERS = ("ngram", "suffix", "auto", *HOSTILE, *DRAFT_MODELS)
+"""Devices of the torch seam, which run a draft model or a head."""
+PROPOSERS = ("ngram", "suffix", "auto", *HOSTILE, *DRAFT_MODELS, *HEADS)
 MAX_DRAFTS = 5
 ROUNDS = 2
 """The second finds the first one's prompts in the prefix cache, and its answers among what was said before."""
@@ -98,7 +101,8 @@ class DraftedCase:
 def drafted_product() -> list[DraftedCase]:
     cases = [case for case in full_product() if case.family in FAMILIES]
     drafted = [DraftedCase(case, proposer) for case in cases for proposer in PROPOSERS]
-    return [each for each in drafted if each.proposer not in DRAFT_MODELS or each.case.device in TWO_PROGRAMS]
+    on_the_device = (*DRAFT_MODELS, *HEADS)
+    return [each for each in drafted if each.proposer not in on_the_device or each.case.device in TWO_PROGRAMS]
 
 
 def drafted_pairs(drafted: DraftedCase) -> set[Any]:
@@ -153,7 +157,11 @@ class Workplace:
 
     def speculate(self, drafted: DraftedCase) -> str:
         """The setting."""
-        family = drafted.case.family
+        family, head = drafted.case.family, self._folder / drafted.proposer
+        if drafted.proposer in HEADS:
+            if not head.exists():
+                HEADS[drafted.proposer](head)
+            return f"eagle:{head}"
         if drafted.proposer not in DRAFT_MODELS:
             return drafted.proposer
         if drafted.proposer == "another":
@@ -212,7 +220,7 @@ def test_every_request_gets_the_tokens_that_it_gets_without_drafts(drafted, work
     check(drafted, workplace)
 
 
-@pytest.mark.parametrize("proposer", ["right", "raising", "another"])
+@pytest.mark.parametrize("proposer", ["right", "raising", "another", "eagle3"])
 def test_requests_of_every_kind_get_the_tokens_that_they_get_without_drafts(proposer, workplace):
     case = Case("llama", budget=64, prefix_caching=True, preemption=True, overlap=True, device="cpu")
     check(DraftedCase(case, proposer), workplace)

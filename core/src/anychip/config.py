@@ -19,7 +19,7 @@ _HOST_ROWS, _HOST_TOKENS = 128, 2048
 _MOST_DRAFTS = 64
 """Behind one sequence in one step: longer runs are hardly ever drawn, and each row's logits are set aside for them."""
 
-_DRAFT = "draft:"
+_DRAFT, _HEAD = "draft:", "eagle:"
 
 _MOST_ADAPTERS = 16
 """Slots for adapters where nobody says how many."""
@@ -60,7 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tensor_parallel_size: int = 1
     executor: Literal["auto", "inline", "multiprocess"] = "auto"
     speculate: str | None = None
-    """What drafts tokens: ngram, suffix, auto, draft:MODEL or a plugin's; None: nothing does."""
+    """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD or a plugin's; None: nothing does."""
     max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
     pooling: bool = False
@@ -150,12 +150,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def draft_model(self) -> str | None:
         """The model that drafts, where one does: folder, repository or the embedded one."""
-        return self.speculate.removeprefix(_DRAFT) if self.speculate and self.speculate.startswith(_DRAFT) else None
+        return _named(self.speculate, _DRAFT)
+
+    @property
+    def draft_head(self) -> str | None:
+        """The head that drafts from the model's hidden states, where one does: folder or repository."""
+        return _named(self.speculate, _HEAD)
+
+    @property
+    def drafts_in_workers(self) -> bool:
+        """Whether what drafts runs on the device."""
+        return self.draft_model is not None or self.draft_head is not None
 
     @property
     def max_in_flight(self) -> int:
         """Steps between launch and result: 2 lets scheduling run under the device's work."""
         return 2 if self.overlap else 1
+
+
+def _named(speculate: str | None, kind: str) -> str | None:
+    return speculate.removeprefix(kind) if speculate and speculate.startswith(kind) else None
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

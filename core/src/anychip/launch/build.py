@@ -98,7 +98,7 @@ def _speculator(config: EngineConfig, model: ModelConfig, proposer: Proposer, re
         vocab_size=model.vocab_size,
         costs=costs,
         draft_costs=passes,
-        drafts_in_workers=config.draft_model is not None,
+        drafts_in_workers=config.drafts_in_workers,
     )
 
 

@@ -1,5 +1,5 @@
 """Refuses what --speculate cannot run before any device is opened: models that do not go together, heads that nobody
-reads yet. Does not load weights."""
+reads. Does not load weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
+from anychip.head_config import load_head_config
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.tokenizer.tokenizer import Tokenizer
 
-_THERE_ARE = "there are ngram, suffix, auto and draft:MODEL"
+_THERE_ARE = "there are ngram, suffix, auto, draft:MODEL and eagle:HEAD"
 
 _HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """Keys of config.json with the number of layers that predict tokens beyond the next one."""
@@ -18,12 +19,16 @@ _HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules"
 
 def check_speculation(config: EngineConfig, model: ModelConfig, own_tokenizer: Callable[[], Tokenizer]) -> None:
     """`own_tokenizer` loads the target's. Raises ConfigError, which names both sides of what does not fit, and
-    CheckpointError for a draft model whose files cannot be read."""
+    CheckpointError for a draft model or a head whose files cannot be read."""
     kind, _, source = (config.speculate or "").partition(":")
     if kind == "mtp":
         raise _no_such_heads(model)
     if kind == "eagle":
-        raise _no_eagle(source, model)
+        if not source:
+            raise ConfigError("--speculate eagle names no head; give eagle:HEAD, with a folder or a repository")
+        if config.taps:
+            raise ConfigError(f"a head reads taps of its own; give taps {config.taps} or --speculate eagle, not both")
+        load_head_config(source, model)
     if kind == "draft":
         if not source:
             raise ConfigError("--speculate draft names no model; give draft:MODEL, with a folder or a repository")
@@ -65,14 +70,3 @@ def _no_such_heads(model: ModelConfig) -> ConfigError:
         f"--speculate mtp is not implemented: {model.folder} has such heads ({has}), and nothing here reads them; "
         f"{_THERE_ARE}"
     )
-
-
-def _no_eagle(source: str, model: ModelConfig) -> ConfigError:
-    if source:
-        head = load_model_config(source)
-        if head.hidden_size != model.hidden_size:
-            return ConfigError(
-                f"--speculate eagle: the head {head.folder} is for hidden states of {head.hidden_size} elements, and "
-                f"the target {model.folder} has {model.hidden_size}"
-            )
-    return ConfigError(f"--speculate eagle:HEAD is not implemented; {_THERE_ARE}")

@@ -41,7 +41,8 @@ class Attention:
     holds queries, keys and values below one another, where a family has that. `output_bias` None: as `bias`. Queries
     and keys are normed by head (`qk_norm_eps`) or over all heads (`wide_qk_norm_eps`), where an eps is given. `gated`:
     behind each head's query the projection has a gate, whose sigmoid multiplies what the head attends to. `names` are
-    the checkpoint's for the output projection and the norms of queries and keys."""
+    the checkpoint's for the output projection and the norms of queries and keys. `input_size` None: as `hidden_size`,
+    which the output has."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Attention:
         fused_qkv: str | None = None,
         gated: bool = False,
         names: Mapping[str, str] = _NAMES,
+        input_size: int | None = None,
     ) -> None:
         dim = spec.head_dim
         q_dim = 2 * dim if gated else dim
@@ -82,7 +84,7 @@ class Attention:
                 Projection("v", fused, kv_rows, kv_heads, first=q_rows + kv_rows, of=rows),
             ]
         self.qkv = ColumnParallelLinear(
-            builder, in_features=hidden_size, projections=projections, bias=bias, adapts=True
+            builder, in_features=input_size or hidden_size, projections=projections, bias=bias, adapts=True
         )
         self.output = RowParallelLinear(
             builder,

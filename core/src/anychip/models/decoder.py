@@ -130,12 +130,7 @@ class Decoder:
 
     @property
     def activation(self) -> Activation:
-        """Raises Unsupported for one that no kernel has."""
-        field, default = self.activation_field
-        name = self.config.get(field, default)
-        if name not in _ACTIVATIONS:
-            raise Unsupported(self.config.architecture, [f"{field} {name!r}; known are {', '.join(_ACTIVATIONS)}"])
-        return _ACTIVATIONS[name]
+        return known_activation(self.config, *self.activation_field)
 
     def layer(self, builder: Builder, index: int, spec: Any, rope: Rope) -> DecoderLayer:
         """`spec` is the one that attention_specs has for the layer."""
@@ -216,6 +211,14 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)
         return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
+
+
+def known_activation(config: ModelConfig, field: str, default: str) -> Activation:
+    """What config.json names in a field. Raises Unsupported for one that no kernel has."""
+    name = config.get(field, default)
+    if name not in _ACTIVATIONS:
+        raise Unsupported(config.architecture, [f"{field} {name!r}; known are {', '.join(_ACTIVATIONS)}"])
+    return _ACTIVATIONS[name]
 
 
 def rounded(value: float, dtype: DType) -> float:

@@ -27,6 +27,7 @@ PROPOSERS = {
     "suffix": "anychip.speculation.text_index:SuffixLookup",
     "auto": "anychip.speculation.text_index:SuffixLookup",
     "draft:MODEL": "anychip.speculation.draft_model:DraftModel",
+    "eagle:HEAD": "anychip.speculation.draft_model:DraftModel",
 }
 
 
@@ -34,6 +35,6 @@ def make_proposer(name: str, contributed: Mapping[str, str]) -> Proposer:
     """`contributed` maps names to the dotted classes that plugins bring. Raises ConfigError for others."""
     unknown = f"--speculate {name}: no such proposer"
     kind, _, source = name.partition(":")
-    known = f"{kind}:MODEL" if source else name
+    known = next((each for each in (*PROPOSERS, *contributed) if source and each.startswith(f"{kind}:")), name)
     proposer: Proposer = made_by_name(known, PROPOSERS, contributed, unknown=unknown)
     return proposer

@@ -1,6 +1,6 @@
-"""What a draft model needs of a worker: its source, its cache under the target's blocks, limits and shapes.
+"""What a draft model or a head needs of a worker: its source, its cache under the target's blocks, limits and shapes.
 
-docs/decisions/0042 says why its cache lies there.
+docs/decisions/0042 says why its cache lies there, and 0051 what a head needs beside it.
 """
 
 from __future__ import annotations
@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import cast
 
 import msgspec
 
 from anychip.config import WorkerSpec
 from anychip.errors import ConfigError, Unsupported
+from anychip.head_config import HeadConfig, load_head_config
 from anychip.model_config import ModelConfig, load_model_config
+from anychip.models.eagle import OWN_TAP, HeadFamily
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
+    TAPS,
     CacheBackend,
     CacheSpec,
     EncoderSpec,
@@ -27,6 +31,8 @@ from anychip.plugin_api import (
     StateSpec,
 )
 from anychip.plugin_api.refusals import among
+from anychip.weights.checkpoint import Checkpoint
+from anychip.worker.head_steps import HEAD_FEATURES, HeadShapes, num_feature_rows
 from anychip.worker.kv_plan import BackendFor
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.preparation import Preparation, affordable_graphs, prepare
@@ -40,20 +46,66 @@ def prepare_all(
     contributed: dict[str, str],
     quant_formats: Mapping[str, str] | None = None,
 ) -> Preparation:
-    """`prepare`, with the draft model's part where the configuration names one and the device takes drafts. Raises
-    Unsupported where the device cannot run a second model, or the caches do not fit together."""
+    """`prepare`, with the part of the draft model or the head where the configuration names one and the device takes
+    drafts. Raises Unsupported where the device cannot run a second model, or the caches do not fit together."""
+    config = spec.config
+    head = None if config.draft_head is None else load_head_config(config.draft_head, model)
+    if head is not None:
+        spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=head.taps))
     target = prepare(spec, model, platform, ops, contributed, quant_formats)
-    name = spec.config.draft_model
-    if name is None or not target.limits.max_drafts:
+    if (head is None and config.draft_model is None) or not target.limits.max_drafts:
         return target
+    what = "a draft model" if head is None else "a head that drafts"
     if platform.context.manifest.seam == "step":
         raise Unsupported(
             platform.name,
-            ["a draft model: its step program runs one model; --speculate ngram, suffix and auto need no second one"],
+            [f"{what}: its step program runs one model; --speculate ngram, suffix and auto need no second one"],
         )
+    source = _source(target, head, ops, contributed, quant_formats)
+    backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
+    kv, group = plan_under(source.attention_specs(target.mesh_shape), backend_for, target.kv)
+    limits = replace(
+        target.limits,
+        max_drafts=0,
+        max_pages=(target.limits.max_pages[group],) * len(kv.specs),
+        taps=() if head is None else (OWN_TAP,),
+        pools=False,
+        max_embeddings=0 if head is None else num_feature_rows(target.limits, config.max_in_flight),
+        mrope=False,
+        max_adapters=0,
+        max_adapter_rank=0,
+    )
+    policy, always = platform.shape_policy(limits), () if head is None else HEAD_FEATURES
+    draft = replace(
+        target,
+        config=source.config,
+        model=source.model,
+        source=source,
+        kv=kv,
+        limits=limits,
+        policy=policy if head is None else HeadShapes(policy),
+        keys=affordable_graphs(platform, policy, limits, always=always),
+        pieces=policy.pieces() if head is None else (),
+        lies_under=group,
+        head=head,
+    )
+    if head is not None:
+        target = replace(target, keys=affordable_graphs(platform, target.policy, target.limits, always=(TAPS,)))
+    return replace(target, draft=draft)
+
+
+def _source(
+    target: Preparation,
+    head: HeadConfig | None,
+    ops: OpTable,
+    contributed: dict[str, str],
+    quant_formats: Mapping[str, str] | None,
+) -> CheckpointSource:
+    """Of the draft model, in its own dtype, or of the head, in the target's: its features are the target's."""
+    model = load_model_config(target.config.draft_model or "") if head is None else head.model
     config = msgspec.structs.replace(
-        spec.config,
-        model=name,
+        target.config,
+        model=model.folder,
         model_impl="native",
         quantization=None,
         revision=None,
@@ -63,42 +115,21 @@ def prepare_all(
         max_embeddings=0,
         adapters={},
         max_adapters=0,
+        dtype=target.config.dtype if head is None else target.source.dtype,
     )
-    source = CheckpointSource(
+    family = None
+    if head is not None:
+        made_up = config.load_format == "dummy"
+        family = HeadFamily(head, frozenset() if made_up else Checkpoint(Path(model.folder)).names)
+    return CheckpointSource(
         config=config,
-        model=load_model_config(name),
-        platform=platform,
+        model=model,
+        platform=target.platform,
         ops=ops,
         contributed=contributed,
         quant_formats=quant_formats,
+        family=family,
     )
-    backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
-    kv, group = plan_under(source.attention_specs(target.mesh_shape), backend_for, target.kv)
-    limits = replace(
-        target.limits,
-        max_drafts=0,
-        max_pages=(target.limits.max_pages[group],) * len(kv.specs),
-        taps=(),
-        pools=False,
-        max_embeddings=0,
-        mrope=False,
-        max_adapters=0,
-        max_adapter_rank=0,
-    )
-    policy = platform.shape_policy(limits)
-    draft = replace(
-        target,
-        config=config,
-        model=source.model,
-        source=source,
-        kv=kv,
-        limits=limits,
-        policy=policy,
-        keys=affordable_graphs(platform, policy, limits),
-        pieces=policy.pieces(),
-        lies_under=group,
-    )
-    return replace(target, draft=draft)
 
 
 def plan_under(specs: Sequence[CacheSpec], backend_for: BackendFor, target: KVPlan) -> tuple[KVPlan, int]:

@@ -8,7 +8,6 @@ all of the target's steps in launch order. Decides nothing: the engine says who 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import StepLimits, StepRules
 from anychip.types import cdiv
 from anychip.worker.draft_coverage import Coverage
+from anychip.worker.draft_decisions import changed, new_blocks, passed
 from anychip.worker.model_runner import DrawnIds, ModelRunner, RunnerResult
 
 _NO_GUESS = -1
@@ -74,8 +74,7 @@ class DraftRunner:
 
     def _follow(self, decision: StepDecision, result: RunnerResult) -> DrawnIds:
         """Takes in what a step changed and drew."""
-        changes = np.frombuffer(decision.new_blocks, dtype=np.int32).reshape(-1, 4)
-        changes = changes[changes[:, 1] == self._group]
+        changes = new_blocks(decision, self._group)
         coverage, size = self.coverage, self.coverage.block_size
         fresh: list[int] = changes[:, 3].tolist()
         for row in decision.new_rows:
@@ -85,7 +84,7 @@ class DraftRunner:
         if len(changes):
             coverage.take(changes[:, 0], changes[:, 2], changes[:, 3])
         if entering or len(changes) or decision.finished_slots:
-            self.runner.batch.apply(self._changed(entering, changes, decision.finished_slots))
+            self.runner.batch.apply(changed(entering, changes, decision.finished_slots, num_groups=self._num_groups))
         if decision.copies or decision.zeros:
             self.runner.edit(decision.copies, decision.zeros)
         drawn = result.drawn()
@@ -97,13 +96,6 @@ class DraftRunner:
         table = row.block_ids[self._group]
         count = self.coverage.enter(row.slot, table, row.num_computed)
         return NewRow(row.slot, row.token_ids, row.num_prompt, count, [table] * self._num_groups)
-
-    def _changed(self, entering: list[NewRow], changes: np.ndarray, finished: list[int]) -> StepDecision:
-        """A step of the draft model without rows."""
-        groups = np.arange(self._num_groups, dtype=np.int32).repeat(len(changes))
-        new_blocks = np.tile(changes, (self._num_groups, 1))
-        new_blocks[:, 1] = groups
-        return _decision(new_rows=entering, new_blocks=new_blocks.tobytes(), finished_slots=finished)
 
     # -- drafts -------------------------------------------------------------------------------------------
 
@@ -183,30 +175,10 @@ class DraftRunner:
         self._guesses[reached, : drafts.shape[1]] = drafts[drafting]
 
     def _launch(self, slots: np.ndarray, counts: np.ndarray) -> RunnerResult:
-        self.runner.launch(_decision(slots=slots.astype(np.int32).tobytes(), num_tokens=counts.tobytes()))
+        self.runner.launch(passed(slots, counts))
         return self.runner.sample(LateInputs(0, {}))
 
 
 class FirstPass(NamedTuple):
     rows: np.ndarray  # indexes of the target's step's rows
     counts: np.ndarray  # tokens of each
-
-
-def _decision(
-    *,
-    slots: bytes = b"",
-    num_tokens: bytes = b"",
-    new_rows: Sequence[NewRow] = (),
-    new_blocks: bytes = b"",
-    finished_slots: Sequence[int] = (),
-) -> StepDecision:
-    return StepDecision(
-        step_id=0,
-        slots=slots,
-        num_tokens=num_tokens,
-        new_rows=list(new_rows),
-        new_blocks=new_blocks,
-        finished_slots=list(finished_slots),
-        copies=[],
-        zeros=[],
-    )

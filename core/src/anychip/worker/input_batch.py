@@ -5,7 +5,7 @@ Everything is numpy on the host. Ids that only the device knows are left as -1 i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +84,8 @@ class InputBatch:
         self.score_top = np.zeros(slots, dtype=np.int32)
         self._extras = RowExtras(limits)
         self._adapters = np.full(slots, NO_ADAPTER, dtype=np.int32) if limits.max_adapters else None
+        self.every_step: Callable[[StepRows], None] | None = None
+        """Adds to a step what all steps have, whatever its rows ask for: taps of every token, for one."""
 
     # -- deltas -------------------------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class InputBatch:
         if num_drafts is not None:
             sample_rows, behind = _samples_of(sampling, num_drafts)
         scored = np.minimum(ends, self._score_until[slots]) - np.maximum(starts, self._score_from[slots])
-        return StepRows(
+        rows = StepRows(
             step_id=decision.step_id,
             slots=slots,
             counts=counts,
@@ -133,6 +135,9 @@ class InputBatch:
             extras=self._extras.step(slots, starts, counts) if self._extras else None,
             adapters=None if self._adapters is None else _any_adapters(self._adapters[slots]),
         )
+        if self.every_step is not None:
+            self.every_step(rows)
+        return rows
 
     def _enter_extras(self, rows: Sequence[NewRow]) -> list[EmbeddingRows]:
         """What new rows write into the buffer of embeddings."""

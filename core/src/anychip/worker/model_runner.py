@@ -78,6 +78,7 @@ class DrawnIds(NamedTuple):
     """A step's rows, and what counts of what they drew, a row's tokens in order."""
 
     row_slots: np.ndarray  # [num_rows]
+    row_starts: np.ndarray  # [num_rows] tokens that were computed before
     row_ends: np.ndarray  # [num_rows] tokens that are computed, drafts among them
     slots: np.ndarray  # [num_drawn]
     positions: np.ndarray  # [num_drawn]
@@ -127,7 +128,7 @@ class RunnerResult:
         of = rows.sample_rows[kept]
         ends = rows.starts + rows.counts
         ids = np.asarray(host.token_ids, dtype=np.int32)[kept]
-        return DrawnIds(rows.slots, ends, rows.slots[of], ends[of] - rows.behind[kept], ids)
+        return DrawnIds(rows.slots, rows.starts, ends, rows.slots[of], ends[of] - rows.behind[kept], ids)
 
     def _logprobs(self, host: HostOutputs, kept: Sequence[int]) -> dict[int, TokenLogprobs]:
         """By place among the kept samples."""

@@ -14,7 +14,7 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
-from anychip.models.registry import find_family
+from anychip.models.registry import ModelFamily, find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
     AXES,
@@ -44,7 +44,8 @@ _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 class CheckpointSource:
     """`progress` says what the last `build` read, `held_bytes` what the weights of the models built so far take, on the
     host or, once released, on their program's device. `got_on` hears of every tensor that is read. `contributed` are
-    packages' model families by architecture, `quant_formats` their containers by method, both as dotted classes."""
+    packages' model families by architecture, `quant_formats` their containers by method, both as dotted classes.
+    `family` None: the architecture's."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class CheckpointSource:
         ops: OpTable,
         contributed: dict[str, str],
         quant_formats: Mapping[str, str] | None = None,
+        family: ModelFamily | None = None,
     ) -> None:
         self.config = config
         # Rotary tables, and which of a model's rotary factors apply, follow the length that is served.
@@ -66,7 +68,7 @@ class CheckpointSource:
         self.vocab_size = model.vocab_size
         self.dtype = resolve_dtype(config.dtype, model.dtype, platform)
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
-        self.family = find_family(model, config, contributed)
+        self.family = family or find_family(model, config, contributed)
         self.quant_formats = quant_formats or {}
         self.checkpoint = Checkpoint(Path(model.folder))
         self.got_on: Callable[[str], None] = lambda doing: None

@@ -8,6 +8,7 @@ from functools import cache
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError, Unsupported
+from anychip.head_config import HeadConfig
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
@@ -29,7 +30,8 @@ from anychip.plugin_api import (
     edit_state_bytes,
 )
 from anychip.plugin_api.version import check_shape_policy
-from anychip.types import cdiv
+from anychip.types import cdiv, itemsize
+from anychip.worker.head_steps import HeadSteps, tap_every_token
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
@@ -61,10 +63,12 @@ class Preparation:
     """The draft model's, which runs beside this one."""
     lies_under: int | None = None
     """Of a draft model: the target's group under whose blocks its cache lies."""
+    head: HeadConfig | None = None
+    """What the draft model is a head by; None: it is a model of its own."""
 
     def new_batch(self) -> InputBatch:
         capabilities = self.platform.capabilities
-        return InputBatch(
+        batch = InputBatch(
             limits=self.limits,
             block_sizes=self.kv.block_sizes,
             slot_dtype=capabilities.slot_dtype,
@@ -74,6 +78,11 @@ class Preparation:
             ring=StagingRing(self.platform, depth=2 * (self.config.max_in_flight + 1)),
             states=bool(self.kv.states),
         )
+        if self.head is not None:
+            batch.every_step = HeadSteps()
+        elif self.draft is not None and self.draft.head is not None:
+            batch.every_step = tap_every_token
+        return batch
 
     @property
     def num_states(self) -> int:
@@ -89,11 +98,19 @@ class Preparation:
 
     @property
     def kept_bytes(self) -> int:
-        """Of what a program's state holds beside the caches: what logits are edited by, and embeddings. A draft model's
-        holds none of it."""
+        """Of what states hold beside the caches: what logits are edited by, and embeddings; of a draft model's state
+        what a head reads."""
         limits, model = self.limits, self.model
         embeddings = 4 * limits.max_embeddings * model.hidden_size
-        return edit_state_bytes(limits.max_slots, model.vocab_size) + embeddings
+        features = 0 if self.draft is None else self.draft.feature_bytes
+        return edit_state_bytes(limits.max_slots, model.vocab_size) + embeddings + features
+
+    @property
+    def feature_bytes(self) -> int:
+        """Of the features that a head reads; 0: it is none."""
+        if self.head is None:
+            return 0
+        return self.limits.max_embeddings * self.model.hidden_size * itemsize(self.source.dtype)
 
     @property
     def graph_bytes(self) -> int:
@@ -208,13 +225,18 @@ def _checked_taps(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     return config.taps
 
 
-def affordable_graphs(platform: Platform, policy: ShapePolicy, limits: StepLimits) -> list[ShapeKey]:
-    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Where there are taps or
-    adapters, each shape has a graph with them and one without."""
+def affordable_graphs(
+    platform: Platform, policy: ShapePolicy, limits: StepLimits, *, always: tuple[str, ...] = ()
+) -> list[ShapeKey]:
+    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Steps `always` have some
+    features. Where there are taps or adapters beyond those, each shape has a graph with them and one without."""
     free = platform.memory(platform.context.device_indexes[0]).free
     graphs = platform.graph_capture()
     keys = policy.keys()
-    also = [(name,) for name, asked in ((TAPS, limits.taps), (ADAPTERS, limits.max_adapters)) if asked]
+    if always:
+        keys = [replace(key, features=always) for key in keys]
+    asked = ((TAPS, bool(limits.taps) and TAPS not in always), (ADAPTERS, limits.max_adapters > 0))
+    also = [(*always, name) for name, is_asked in asked if is_asked]
     if also and graphs.level >= GraphLevel.FULL:
         keys = [replace(key, features=features) for key in keys for features in (key.features, *also)]
     return list(keys if free is None else graphs.affordable(keys, int(free * _GRAPHS_SHARE)))

@@ -65,7 +65,7 @@ _SCORED_AT_ONCE = 128
 class TorchStepProgram(StepProgram):
     """`communicators` are those that the model's layers use: a capture must know them. `pieces` are the numbers of
     tokens of steps that are captured in pieces. Without `edits` no step has penalties or biases, and no state is kept
-    for them."""
+    for them. `embeddings` None: the buffer is its own."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class TorchStepProgram(StepProgram):
         communicators: Sequence[Communicator],
         pieces: Sequence[int] = (),
         edits: bool = True,
+        embeddings: Tensor | None = None,
     ) -> None:
         self.platform = platform
         self.model = model
@@ -92,7 +93,9 @@ class TorchStepProgram(StepProgram):
         self._pieces = Captured(self._capture_pieces)
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size if edits else 0, self.device)
-        self._embeddings = blank_embeddings(limits, model.hidden_size, self.device)
+        if embeddings is None:
+            embeddings = blank_embeddings(limits, model.hidden_size, self.device)
+        self.embeddings = embeddings
         self._sites = sites_of(model) if limits.max_adapters else ()
         self._adapters = blank_stacks(
             self._sites,
@@ -107,7 +110,7 @@ class TorchStepProgram(StepProgram):
     def initial_state(self, num_blocks: int, num_states: int = 0) -> TorchState:
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
         caches = self._caches.make(num_blocks, num_states)
-        self._state = TorchState(caches, last_ids, self._edits, self._embeddings, self._adapters)
+        self._state = TorchState(caches, last_ids, self._edits, self.embeddings, self._adapters)
         return self._state
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from typing import Any
 
 import msgspec
 
@@ -21,6 +22,7 @@ from anychip.messages import (
     WorkerReady,
 )
 from anychip.model_config import ModelConfig, load_model_config
+from anychip.models.eagle import EagleHead, HeadFamily, TargetParts
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
     AdapterSite,
@@ -37,6 +39,7 @@ from anychip.registry.plugins import Plugins, load_plugins
 from anychip.worker.adapters import AdapterStore, Report
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.draft_runner import DraftRunner
+from anychip.worker.head_runner import HeadRunner
 from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
@@ -53,7 +56,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, got_on: Callable[[str], None] = lambda doing: None) -> None:
         self.spec = spec
-        self.drafter: DraftRunner | None = None
+        self.drafter: DraftRunner | HeadRunner | None = None
         self._got_on = got_on
         self._launched: StepDecision | None = None
         self._step_costs = self._draft_costs = tuple[tuple[int, float], ...]()
@@ -86,6 +89,8 @@ class Worker:
             activations = measure_largest_step(prepared, program)
             pending = 0
             if prepared.draft is not None:
+                if isinstance(family := prepared.draft.source.family, HeadFamily):
+                    family.target = TargetParts.of(program.model)
                 drafting = self._torch_program(prepared.draft, mesh)
                 passes = measure_largest_step(prepared.draft, drafting)  # never while the target's step runs
                 activations = max(activations, passes, key=lambda peak: peak.nbytes)
@@ -99,15 +104,17 @@ class Worker:
         self.runner = ModelRunner(program, prepared.new_batch(), state)
         self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank)
         self.runner.adapter_entries = self.adapters.entries
+        if prepared.draft is not None and drafting is not None:
+            self._start_drafting(prepared.draft, drafting, blocks)
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
         weights, notes = source.held_bytes, (*prepared.notes, *source.notes, str(source.progress))
         weights += _stack_bytes(program.adapter_sites, limits)
         if prepared.draft is not None and drafting is not None:
-            self._start_drafting(prepared.draft, drafting, blocks)
             weights += prepared.draft.source.held_bytes
-            notes += (f"draft model {prepared.draft.source.progress}",)
+            what = "draft model" if prepared.draft.head is None else f"{prepared.draft.head.kind} head"
+            notes += (f"{what} {prepared.draft.source.progress}",)
         memory = memory_plan(prepared, blocks, weights=weights, activations=activations, graphs=graphs)
         kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
         self.ready = self._report(kv, memory, report, notes)
@@ -171,8 +178,12 @@ class Worker:
         return {name: f"{source}: no override" if source == "reference" else source for name, source in served.items()}
 
     def _torch_program(self, prepared: Preparation, mesh: Mesh) -> TorchStepProgram:
-        """Of the model, or of the draft model."""
+        """Of the model, of the draft model, or of the head."""
         model = prepared.source.build(mesh)
+        features = None
+        if prepared.head is not None:
+            shape = (prepared.limits.max_embeddings, model.hidden_size)
+            features = self.platform.empty(shape, prepared.source.dtype, "features").zero_()
         return TorchStepProgram(
             platform=self.platform,
             model=model,
@@ -182,6 +193,7 @@ class Worker:
             communicators=mesh.opened,
             pieces=prepared.pieces,
             edits=prepared.lies_under is None,
+            embeddings=features,
         )
 
     def _start_drafting(self, prepared: Preparation, program: TorchStepProgram, num_blocks: int) -> None:
@@ -192,17 +204,24 @@ class Worker:
         runner = ModelRunner(program, prepared.new_batch(), state)
         self._draft_costs = measure_steps(runner, prepared.limits, prepared.kv, num_blocks, temperature=0.0)
         assert prepared.lies_under is not None, "a draft model lies under a group"
+        shared: dict[str, Any] = {
+            "group": prepared.lies_under,
+            "num_groups": len(prepared.kv.specs),
+            "limits": prepared.limits,
+            "depth": prepared.config.max_in_flight,
+        }
+        if isinstance(program.model, EagleHead) and program.embeddings is not None:
+            head = HeadRunner(runner, program.model.join, program.embeddings, **shared)
+            self.drafter, self.runner.read_taps = head, head.read
+            return
         self.drafter = DraftRunner(
             runner,
-            group=prepared.lies_under,
-            num_groups=len(prepared.kv.specs),
             block_size=prepared.kv.block_sizes[0],
             num_blocks=num_blocks,
-            limits=prepared.limits,
             rules=self.platform.step_rules,
             max_drafts=prepared.config.max_drafts,
             max_positions=prepared.source.model.max_positions,
-            depth=prepared.config.max_in_flight,
+            **shared,
         )
 
     # -- steps --------------------------------------------------------------------------------------------
