@@ -201,8 +201,12 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """How many requests of the maximum length fit at once."""
     num_states: int = 0
     """Blocks of the states' pool, block 0 included; 0: the model keeps no states."""
-    state_bytes: int = 0
-    """Bytes of one sequence's states, whatever its length."""
+    kv_token: int = 0
+    """Bytes that a token takes in all layers that keep its keys and values."""
+    latent_token: int = 0
+    """Bytes that a token takes in all layers that keep a latent row of it."""
+    state_sequence: int = 0
+    """Bytes that a sequence takes in all layers that keep a state of it, whatever its length."""
 
 
 class KVGroup(msgspec.Struct, frozen=True, tag="tokens"):

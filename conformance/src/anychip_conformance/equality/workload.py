@@ -51,6 +51,10 @@ class Case:
 CANNOT = {
     ("stablelm", "cpu-tp2"): "transformers has no tensor-parallel plan for it",
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
+    **{
+        (family, "fake-hostlen"): "it stands for devices without latent attention, and refuses it by name"
+        for family in ("deepseek-v2", "deepseek-v3")
+    },
     ("phi", "fake-spmd"): "two key-value heads over four devices, whose replication is not in transformers' plan",
 }
 """Families and devices that are refused together, and why."""

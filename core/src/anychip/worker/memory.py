@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
-from anychip.plugin_api import PeakMemory, StepProgram
+from anychip.plugin_api import AttentionSpec, KVPlan, LatentSpec, PagedSpec, PeakMemory, StepProgram
 from anychip.prompt_extras import PromptExtras
 from anychip.types import cdiv
 from anychip.worker.kv_plan import fresh_state
@@ -121,5 +121,13 @@ def memory_plan(
         kv_tokens=(num_blocks - 1) * min(kv.block_sizes, default=0) // max(1, len(kv.block_sizes)),
         max_concurrency=(num_blocks - 1) / pages if pages else slots,
         num_states=prepared.num_states,
-        state_bytes=kv.state_bytes,
+        kv_token=_token_bytes(kv, AttentionSpec),
+        latent_token=_token_bytes(kv, LatentSpec),
+        state_sequence=kv.state_bytes,
     )
+
+
+def _token_bytes(kv: KVPlan, kind: type[PagedSpec]) -> int:
+    """Of a token in all layers of a kind: its share of a page, where no window has passed it."""
+    groups = [group for group in kv.layer_groups if 0 <= group < len(kv.specs) and isinstance(kv.specs[group], kind)]
+    return sum(kv.page_bytes // kv.block_sizes[group] for group in groups)

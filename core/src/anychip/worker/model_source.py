@@ -82,8 +82,10 @@ class CheckpointSource:
         return self.model.raw
 
     def attention_specs(self, shape: MeshShape) -> Sequence[CacheSpec]:
-        if self.model.num_heads % shape.tp:
-            raise ConfigError(f"{self.model.num_heads} attention heads do not split evenly over {shape.tp} ranks")
+        heads = self.model.num_heads
+        if heads % shape.tp:
+            would = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ConfigError(f"{heads} attention heads do not split evenly over {shape.tp} ranks; {would} would")
         return self.family.attention_specs(self.model, shape, self.dtype, self.kv_dtype)
 
     def build(self, mesh: Mesh) -> StepModel:

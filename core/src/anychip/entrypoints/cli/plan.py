@@ -42,8 +42,14 @@ def show(name: str, plan: EnginePlan) -> None:
     states = f", {memory.num_states - 1} states" if memory.num_states else ""
     held = f"{memory.num_blocks - 1} blocks, {memory.kv_tokens} tokens{states}"
     table.add_row("KV cache", size(memory.kv_cache), held)
-    if memory.num_states:
-        table.add_row("states", size(memory.state_bytes), "of each sequence, whatever its length")
+    for what, nbytes in (
+        ("keys and values", memory.kv_token),
+        ("latent rows", memory.latent_token),
+    ):
+        if nbytes:
+            table.add_row("  of a token", f"{nbytes} B", f"{what}, in all layers")
+    if memory.state_sequence:
+        table.add_row("  of a sequence", f"{memory.state_sequence} B", "states, in all layers, whatever its length")
     total = memory.weights + memory.activations + memory.graphs + memory.kv_cache
     table.add_row("together", size(total), "" if plan.total is None else f"of {size(plan.total)}")
     table.add_row("context", str(plan.max_model_len), f"of the model's {plan.model.max_positions}")
