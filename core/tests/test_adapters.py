@@ -218,7 +218,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] 
         "lm_head: the model has no such product that takes an adapter; .* o_proj, q_proj",
     ),
     "an expert": (
-        {}, renamed("self_attn.q_proj", "mlp.experts.0.up_proj"), "experts.0.up_proj: adapters of experts are not served"
+        {}, renamed("self_attn.q_proj", "mlp.experts.0.up_proj"), "up_proj: adapters of experts are not served"
     ),
     "an embedding": (
         {}, with_one("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 2)),
