@@ -21,6 +21,7 @@ COMMANDS = {
     "hash-key": "make an API key, and the line of --api-keys for it",
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
+    "merge-adapter": "write a checkpoint that has a LoRA adapter in its weights",
     "plan": "say how much memory a model would take, before it is loaded",
     "bench": "measure throughput, latency, start-up, or a server under load",
     "devices": "list installed devices, and why others cannot run",
