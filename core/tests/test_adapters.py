@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from anychip import LLM, SamplingParams
 from anychip.adapter_files import AdapterFolder
 from anychip.config import EngineConfig, ServerConfig
+from anychip.entrypoints.cli.main import main
 from anychip.entrypoints.http.admin import make_admin_app
 from anychip.entrypoints.http.app import make_app
 from anychip.errors import AdapterRefused, ConfigError, UnknownModel, Unsupported
@@ -218,7 +219,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] 
         "lm_head: the model has no such product that takes an adapter; .* o_proj, q_proj",
     ),
     "an expert": (
-        {}, renamed("self_attn.q_proj", "mlp.experts.0.up_proj"), "experts.0.up_proj: adapters of experts are not served"
+        {}, renamed("self_attn.q_proj", "mlp.experts.0.up_proj"), "up_proj: adapters of experts are not served"
     ),
     "an embedding": (
         {}, with_one("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 2)),
@@ -279,6 +280,19 @@ def test_the_digest_is_of_the_content(base: Base, tmp_path: Path) -> None:
     assert AdapterFolder(one).digest() == AdapterFolder(other).digest(), "spelling is no content"
     (one / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 17}))
     assert AdapterFolder(one).digest() != AdapterFolder(other).digest()
+
+
+def test_a_merged_checkpoint_draws_what_the_adapter_draws(base: Base, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert main(["merge-adapter", str(base.folder), base.adapters["a4"], "--output", str(merged)]) == 0
+    with LLM(str(merged), device="cpu", dtype="float32", skip_tokenizer=True, max_model_len=96) as llm:
+        assert drawn(llm, None) == base.expected["a4"]
+    assert main(["merge-adapter", str(base.folder), base.adapters["a4"], "--output", str(merged)]) == 2, "it is there"
+    other = tmp_path / "other"
+    TinyAdapter(seed=1, rank=2, targets=("q_proj",)).save(base.model, other)
+    renamed("self_attn.q_proj", "self_attn.nothing")(other)
+    assert main(["merge-adapter", str(base.folder), str(other), "--output", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 # -- over HTTP --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from anychip.worker.worker import Worker
 from anychip_conformance.choices import widest
 from anychip_conformance.device import Device
 from anychip_conformance.equality import NUM_LAYERS, VOCAB_SIZE
+from anychip_conformance.equality.tiny_adapters import TinyAdapter
 from anychip_conformance.oracle.streams import stream_bound
 
 MAX_MODEL_LEN = 96
@@ -98,6 +99,16 @@ class Checkpoint:
     def _evaluated(self, ids: list[int], weights: str, compute: torch.dtype) -> np.ndarray:
         model = self.model.to(getattr(torch, weights)).to(compute)
         return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())
+
+
+class Merged(Checkpoint):
+    """A checkpoint's weights with an adapter merged in, in float32; nothing on disk."""
+
+    def __init__(self, base: Checkpoint, adapter: TinyAdapter) -> None:
+        self.model = adapter.merged(base.model)
+
+    def close(self) -> None:
+        return None
 
 
 def checkpoint(device: Device, family: str) -> Checkpoint:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from anychip.messages import LateInputs, NewRow, StepDecision, StepResult
+from anychip.messages import AdapterSlot, LateInputs, NewRow, StepDecision, StepResult
+from anychip.plugin_api import NO_ADAPTER
 from anychip.prompt_extras import PromptExtras
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
@@ -57,12 +58,14 @@ class StepDriver:
         drafts: dict[int, list[int]] | None = None,
         rewinds: dict[int, int] | None = None,
         extras: dict[int, PromptExtras] | None = None,
+        adapters: list[AdapterSlot] | None = None,
+        adapter_slots: dict[int, int] | None = None,
     ) -> StepResult:
         """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
         slot: how many this step computes, its `drafts` among them. `masks` by place among the samples: the token ids
         that may be drawn. `rewinds` by slot: how many of its tokens are computed after all.
-        `edits` and `extras` by slot, of new ones. `scored` slots, when they are new, report their prompt's
-        log-probabilities."""
+        `edits`, `extras` and `adapter_slots` by slot, of new ones; `adapters` are what the device's slots of adapters
+        get. `scored` slots, when they are new, report their prompt's log-probabilities."""
         broken = self._rules.broken_by(list(tokens.values()))
         self._device.limit(broken, not broken)
         self._step += 1
@@ -75,6 +78,7 @@ class StepDriver:
                 edits=(edits or {}).get(slot, _NO_EDITS),
                 scored=slot in (scored or ()),
                 extras=(extras or {}).get(slot),
+                adapter_slot=(adapter_slots or {}).get(slot, NO_ADAPTER),
             )
             for slot, (ids, blocks) in (new or {}).items()
         ]
@@ -91,6 +95,7 @@ class StepDriver:
                 num_drafts=_packed([len((drafts or {}).get(slot, ())) for slot in tokens]) if drafts else b"",
                 drafts=_packed([token for slot in tokens for token in (drafts or {}).get(slot, ())]),
                 rewinds=_packed([number for pair in (rewinds or {}).items() for number in pair]),
+                adapters=adapters or [],
             )
         )
         packed = {place: _bitmask(allowed) for place, allowed in (masks or {}).items()}
@@ -106,6 +111,7 @@ class StepDriver:
         edits: RowEdits,
         scored: bool,
         extras: PromptExtras | None,
+        adapter_slot: int,
     ) -> NewRow:
         num_prompt = len(ids) - edits.num_output
         return NewRow(
@@ -123,6 +129,7 @@ class StepDriver:
             frequency_penalty=edits.frequency,
             logit_bias=edits.biases,
             extras=extras,
+            adapter_slot=adapter_slot,
         )
 
     def close(self) -> None:

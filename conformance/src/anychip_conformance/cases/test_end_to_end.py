@@ -74,20 +74,24 @@ def check_greedy(device: Device, case: EngineCase) -> None:
         if case.mode == "prefix":
             again = [output.outputs[0].token_ids for output in llm.generate(prompts(), sampling)]
             assert again == outputs, "tokens over a cached prefix differ from those without"
-    cache = device.resources.setdefault("expected tokens", {})
-    for index, (prompt, got) in enumerate(zip(prompts(), outputs, strict=True)):
-        key = (case.family, index)
-        if key not in cache:
-            cache[key] = expected_tokens(device, model, prompt)
-        tokens, margins, bounds = cache[key]
-        for place, (wanted, token) in enumerate(zip(tokens, got, strict=True)):
-            if wanted == token:
-                continue
-            assert margins[place] < bounds[place], (
-                f"prompt of {len(prompt)} tokens: token {place} is {token}, expected {wanted}, {margins[place]:.3g} "
-                f"ahead of its second; evaluations may differ by {bounds[place]:.3g}"
-            )
-            break  # after an excused difference the texts go their own ways
+    for index, got in enumerate(outputs):
+        check_tokens(device, model, case.family, index, got)
+
+
+def check_tokens(device: Device, model: Checkpoint, name: str, index: int, got: list[int]) -> None:
+    """Of the prompt of that index. What is expected of it is worked out once per `name` of a model."""
+    cache, prompt = device.resources.setdefault("expected tokens", {}), prompts()[index]
+    if (name, index) not in cache:
+        cache[name, index] = expected_tokens(device, model, prompt)
+    tokens, margins, bounds = cache[name, index]
+    for place, (wanted, token) in enumerate(zip(tokens, got, strict=True)):
+        if wanted == token:
+            continue
+        assert margins[place] < bounds[place], (
+            f"{name}, prompt of {len(prompt)} tokens: token {place} is {token}, expected {wanted}, "
+            f"{margins[place]:.3g} ahead of its second; evaluations may differ by {bounds[place]:.3g}"
+        )
+        break  # after an excused difference the texts go their own ways
 
 
 @kind(

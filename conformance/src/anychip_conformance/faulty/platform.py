@@ -67,6 +67,7 @@ class FaultyPlatform(Platform):
         mla=True,
         recurrences=frozenset(RECURRENCES),
         epilogues=frozenset(get_args(Activation)),
+        lora=True,
     )
 
     def __init__(self, context: PlatformContext) -> None:

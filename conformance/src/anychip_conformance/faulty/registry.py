@@ -36,6 +36,7 @@ _MODULES = (
     "step_drafts",
     "step_drafts_results",
     "step_extras",
+    "adapters",
 )
 
 

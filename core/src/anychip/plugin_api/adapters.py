@@ -63,7 +63,7 @@ class AdapterStack:
     """The adapters of one site, by slot. What lies beyond an adapter's own rank is zero, and so is an empty slot."""
 
     down: Tensor  # [max_adapters, num_parts, max_rank, in_features]
-    up: Tensor  # [max_adapters, out_features, max_rank], a part's rows where they stand in the product
+    up: Tensor  # [max_adapters, max_rank, out_features], a part's columns where they stand in the product
     scales: Tensor  # [max_adapters, num_parts] float32
     ranks: Tensor  # [max_adapters, num_parts] int32; 0: the adapter leaves the part as it is
     offsets: tuple[int, ...]  # AdapterSite.offsets

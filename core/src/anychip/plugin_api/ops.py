@@ -194,7 +194,7 @@ class Ops(Protocol):
         ...
 
     def add_low_rank(self, *, x: Tensor, y: Tensor, stack: AdapterStack, slots: Tensor) -> Tensor:
-        """y [num_tokens, out_features] plus, for the token t with slot s, scale * (x[t] down[s]^T) up[s]^T, part by
+        """y [num_tokens, out_features] plus, for the token t with slot s, scale * (x[t] down[s]^T) up[s], part by
         part of the stack; x [num_tokens, in_features], slots [num_tokens] int32. Sums are taken in float32, also that
         between the two products. A token whose slot is negative keeps its bits, whatever the slots hold. y may be
         overwritten, and returned."""

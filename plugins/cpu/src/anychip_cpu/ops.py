@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import DRAWN, ActFormat, op_override
-from anychip_cpu.native import DTYPES, Kernels
+from anychip.plugin_api import DRAWN, ActFormat, AdapterStack, op_override
+from anychip_cpu.native import DTYPES, Kernels, fields
 
 CODES = {torch.float32: DTYPES["float32"], torch.bfloat16: DTYPES["bfloat16"]}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_clamped": 2}
@@ -37,7 +37,7 @@ class CpuOps:
     def overrides(self) -> Mapping[str, Callable[..., Any]]:
         names = (
             "embedding", "rms_norm", "gated_activation", "apply_token_masks", "edit_logits", "sample",
-            "residual_norm_quant", "gate_up_act_quant",
+            "residual_norm_quant", "gate_up_act_quant", "add_low_rank",
         )  # fmt: skip
         return {"count_tokens": count_tokens} | {name: getattr(self, name) for name in names}
 
@@ -158,3 +158,21 @@ class CpuOps:
             ints[0].data_ptr(), top_p.data_ptr(), min_p.data_ptr(), *(t.data_ptr() for t in ints[1:]), ids.data_ptr(),
         )  # fmt: skip
         return ids
+
+    @op_override("add_low_rank", version=1)
+    def add_low_rank(self, *, x: Tensor, y: Tensor, stack: AdapterStack, slots: Tensor) -> Tensor:
+        """In place; rows of y must be whole, as every product's are."""
+        held, ldx = rows_of(x)
+        if y.stride(-1) != 1:
+            y = y.contiguous()
+        num_slots, num_parts, max_rank, width = stack.down.shape
+        offsets = torch.tensor(stack.offsets, dtype=torch.int64)
+        slots = slots.to(torch.int32).contiguous()
+        described = fields(
+            stack.down.data_ptr(), stack.up.data_ptr(), stack.scales.data_ptr(), stack.ranks.data_ptr(),
+            num_slots, num_parts, max_rank, width, y.shape[-1], offsets.data_ptr(),
+        )  # fmt: skip
+        self._kernels.add_low_rank(
+            CODES[y.dtype], held.data_ptr(), ldx, y.data_ptr(), y.stride(0), described, slots.data_ptr(), len(slots)
+        )
+        return y

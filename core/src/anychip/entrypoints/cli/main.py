@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "continue a text",
     "chat": "talk to a model in the terminal",
     "quantize": "make a quantized checkpoint of a plain one",
+    "merge-adapter": "write a checkpoint that has a LoRA adapter in its weights",
     "plan": "say how much memory a model would take, before it is loaded",
     "bench": "measure throughput, latency, start-up, or a server under load",
     "devices": "list installed devices, and why others cannot run",

@@ -18,7 +18,7 @@ def add_low_rank(*, x: Tensor, y: Tensor, stack: AdapterStack, slots: Tensor) ->
         changes = []
         for part, (begin, end) in enumerate(zip(stack.offsets, stack.offsets[1:], strict=False)):
             inner = wide @ stack.down[slot, part].float().T  # [num_tokens, max_rank]
-            change = inner @ stack.up[slot, begin:end].float().T
+            change = inner @ stack.up[slot, :, begin:end].float()
             changes.append(change * stack.scales[slot, part])
         total = (y.float() + torch.cat(changes, dim=-1)).to(y.dtype)
         y = torch.where((slots == slot).unsqueeze(-1), total, y)
@@ -36,7 +36,7 @@ def blank_stacks(
     return [
         AdapterStack(
             down=zeros((max_adapters, len(site.parts), max_rank, site.columns.count), site.dtype),
-            up=zeros((max_adapters, site.out_features, max_rank), site.dtype),
+            up=zeros((max_adapters, max_rank, site.out_features), site.dtype),
             scales=zeros((max_adapters, len(site.parts)), "float32"),
             ranks=zeros((max_adapters, len(site.parts)), "int32"),
             offsets=site.offsets,
@@ -59,14 +59,14 @@ def write_adapters(
 def _write(
     stack: AdapterStack, site: AdapterSite, part: AdaptedPart, index: int, slot: int, module: LowRank | None
 ) -> None:
-    down, up = stack.down[slot, index], stack.up[slot, part.offset : part.offset + part.held.count]
+    down, up = stack.down[slot, index], stack.up[slot, :, part.offset : part.offset + part.held.count]
     rank = 0 if module is None else module.rank
     if module is not None:
         left, right = site.columns.bounds
         first, last = part.held.bounds
         down[:rank].copy_(module.down[:, left:right])
-        up[:, :rank].copy_(module.up[first:last])
+        up[:rank].copy_(module.up[first:last].T)
     down[rank:].zero_()
-    up[:, rank:].zero_()
+    up[rank:].zero_()
     stack.scales[slot, index].fill_(0.0 if module is None else module.scale)
     stack.ranks[slot, index].fill_(rank)

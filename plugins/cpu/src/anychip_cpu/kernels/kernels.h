@@ -3,6 +3,7 @@
 
 #include "attention_types.h"
 #include "elementwise.h"
+#include "low_rank_types.h"
 #include "moe_types.h"
 #include "weights.h"
 
@@ -15,5 +16,6 @@ void norm(const Norm& a);
 void gate(const Gate& a);
 void attention(const AttentionCall& call);
 void moe(const Moe& a);
+void low_rank(const LowRank& a);
 
 }  // namespace anychip

@@ -217,6 +217,24 @@ PyObject* fused_moe(PyObject*, Args args, Py_ssize_t count) {
   return without_gil([&] { moe(m); });
 }
 
+// (type, x, ldx, y, ldy, stack, slot of each token, tokens); the stack's bytes hold down, up, scales, ranks, slots, parts,
+// max rank, inputs, outputs, and the address of the offsets of the parts
+PyObject* add_low_rank(PyObject*, Args args, Py_ssize_t count) {
+  struct Stack {
+    int64_t down, up, scales, ranks, slots, parts, max_rank, in, out, offsets;
+  };
+  Arguments a(args, count);
+  LowRank l;
+  l.type = a.type(), l.x = a.address<void>(), l.ldx = a.integer(), l.y = a.address<void>(), l.ldy = a.integer();
+  const Stack s = *a.structure<Stack>();
+  l.slot_of = a.address<int32_t>(), l.tokens = a.integer();
+  if (a.failed()) return nullptr;
+  l.down = (const void*)s.down, l.up = (const void*)s.up;
+  l.scales = (const float*)s.scales, l.ranks = (const int32_t*)s.ranks, l.offsets = (const int64_t*)s.offsets;
+  l.slots = s.slots, l.parts = s.parts, l.max_rank = s.max_rank, l.in = s.in, l.out = s.out;
+  return without_gil([&] { low_rank(l); });
+}
+
 // (type, logits, bias, tokens, experts, ld, top_k, sigmoid, renormalize, scale, weights, ids)
 PyObject* route_tokens(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -295,6 +313,7 @@ PyMethodDef methods[] = {
     ENTRY("attention", paged_attention),
     ENTRY("route", route_tokens),
     ENTRY("moe", fused_moe),
+    ENTRY("add_low_rank", add_low_rank),
     ENTRY("sample", sample_tokens),
     ENTRY("edit_logits", edit_row_logits),
     ENTRY("apply_token_masks", mask_tokens),

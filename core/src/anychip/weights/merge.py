@@ -1,0 +1,74 @@
+"""Writes a checkpoint whose weights have an adapter merged in: W + scale * B A, worked out in float32."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anychip.errors import AdapterRefused, ConfigError
+from anychip.plugin_api import LowRank, WeightView
+from anychip.weights.adapter import LoadedAdapter, load_adapter
+from anychip.weights.checkpoint import Checkpoint
+from anychip.weights.files import SafetensorsFile
+
+_WEIGHT = ".weight"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def merge_adapter(model: str, adapter: str, output: str) -> int:
+    """Returns how many matrices were changed. Raises AdapterRefused for an adapter that does not fit, ConfigError for
+    an output that is there already; nothing is written then."""
+    base, target = Checkpoint(Path(model)), Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already, and is no empty folder; give another --output")
+    loaded = load_adapter(Path(adapter))
+    _check(base, loaded)
+    target.mkdir(parents=True, exist_ok=True)
+    for listed in base.files:
+        file = SafetensorsFile(listed.path)
+        try:
+            tensors = {name: _merged(name, view, loaded) for name, view in file.views()}
+            save_file(tensors, target / listed.path.name, metadata={"format": "pt"})
+        finally:
+            file.close()
+    for path in base.folder.iterdir():  # configuration and tokenizer, and the index, whose names stay
+        if path.is_file() and path.suffix not in _OTHER_WEIGHTS:
+            shutil.copy(path, target / path.name)
+    return len(loaded.modules)
+
+
+def _check(base: Checkpoint, loaded: LoadedAdapter) -> None:
+    """Before anything is written."""
+    config = msgspec.json.decode((base.folder / "config.json").read_bytes())
+    if config.get("quantization_config"):
+        raise AdapterRefused(
+            f"{base.folder} is quantized, and an adapter is merged into plain weights; serve it beside the quantized "
+            "base with --adapter, or merge it into the checkpoint that the base was made from"
+        )
+    left = dict(loaded.modules)
+    for name, view in base.views():
+        matrices = left.pop(name.removesuffix(_WEIGHT), None) if name.endswith(_WEIGHT) else None
+        if matrices is None:
+            continue
+        wanted = (matrices.up.shape[0], matrices.down.shape[1])
+        if view.shape != wanted or not view.dtype.is_floating_point:
+            raise AdapterRefused(
+                f"{name} is {list(view.shape)} of {view.dtype}; the adapter is for a matrix of {list(wanted)}, and was "
+                "trained on another base"
+            )
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise AdapterRefused(f"{base.folder} has no {next(iter(left))}{_WEIGHT}{more}, which the adapter changes")
+
+
+def _merged(name: str, view: WeightView, loaded: LoadedAdapter) -> Tensor:
+    weight = view.read()
+    module: LowRank | None = loaded.modules.get(name.removesuffix(_WEIGHT)) if name.endswith(_WEIGHT) else None
+    if module is None:
+        return weight
+    change = module.scale * (module.up.float() @ module.down.float())
+    return (weight.float() + change).to(weight.dtype)
