@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -58,7 +59,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     overlap: bool = True
     tensor_parallel_size: int = 1
-    executor: Literal["auto", "inline", "multiprocess"] = "auto"
+    executor: Literal["auto", "inline", "multiprocess", "ray"] = "auto"
+    nodes: tuple[str, ...] = ()
+    """Hosts that share the ranks, this one first: its name or address is where the others find it."""
+    node_port: int = 7345
+    cluster_key: str | None = None
+    """A file with the secret that all hosts have."""
     speculate: str | None = None
     """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD or a plugin's; None: nothing does."""
     max_drafts: int = 8
@@ -120,6 +126,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"executor inline drives one worker, tensor_parallel_size is {self.tensor_parallel_size}; "
                 "use executor multiprocess"
+            )
+
+        self._check_nodes()
+
+    def _check_nodes(self) -> None:
+        """Raises ConfigError for hosts that cannot share the ranks."""
+        if not self.nodes:
+            return
+        if self.executor in ("inline", "ray"):
+            raise ConfigError(f"executor {self.executor} has no use for nodes; leave one of them out")
+        if self.cluster_key is None:
+            raise ConfigError("nodes takes a cluster_key: whoever reaches the port could join; `openssl rand -hex 32`")
+        if len(set(self.nodes)) < len(self.nodes) or not all(self.nodes):
+            raise ConfigError(f"nodes are {', '.join(map(repr, self.nodes))}; expected names that differ")
+        if self.tensor_parallel_size % len(self.nodes):
+            fits = [n for n in (self.tensor_parallel_size // len(self.nodes) * len(self.nodes),) if n]
+            larger = (self.tensor_parallel_size // len(self.nodes) + 1) * len(self.nodes)
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, which {len(self.nodes)} nodes cannot share "
+                f"evenly; give {' or '.join(map(str, [*fits, larger]))}"
             )
 
     @property
@@ -225,6 +251,15 @@ def _check_key(name: str, key: str | None) -> None:
         raise ConfigError(f"{name} begins or ends with white space, which no client can send; {remedy}")
 
 
+class WorkerLink(msgspec.Struct, frozen=True):
+    """Where a worker gets its steps and leaves its results: endpoints of the engine's sockets."""
+
+    decisions: str
+    results: str
+    key_file: str = ""
+    """Has the key that the sockets ask for; "": they ask for none."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's place: its rank, the devices that its process drives, where ranks meet."""
 
@@ -237,6 +272,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     probe: dict[str, Any]
     """What the plugin's probe found, as plain values: it is asked once, by who chooses the device."""
+    link: WorkerLink | None = None
+    """Known when the engine's sockets are bound."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,6 +302,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         return cls(**{known[key]: value for key, value in found.items() if key in known})
 
 
-def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment of a child process: this one's, with a platform's additions."""
-    return {**os.environ, **extra}
+def child_environment(extra: Mapping[str, str], unset: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child process: this one's, with a platform's additions, and with `unset` where it has no
+    such variable."""
+    return {**(unset or {}), **os.environ, **extra}

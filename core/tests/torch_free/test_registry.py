@@ -11,7 +11,8 @@ import pytest
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable, IncompatiblePlugin, PluginImportFailed
-from anychip.launch.build import fill_unset, worker_spec
+from anychip.launch.build import fill_unset
+from anychip.launch.worker_spec import worker_spec
 from anychip.plugin_api import (
     API_VERSION,
     Decision,

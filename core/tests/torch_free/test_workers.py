@@ -13,8 +13,9 @@ import pytest
 from engine_kit import TOKEN, add_message, make_core, make_scheduler
 
 import anychip.launch.worker_main as worker_main
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig, WorkerLink, WorkerSpec
 from anychip.errors import DeviceFault, EngineDead, EngineHung
+from anychip.executor.links import FolderLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.progress import Progress
 from anychip.messages import (
@@ -125,16 +126,20 @@ def start(monkeypatch):
 
         monkeypatch.setattr(worker_main, "load_worker", load_worker)
 
-        def child(rank: int) -> Thread:
+        def child(rank: int, link: WorkerLink) -> Thread:
             spec = WorkerSpec(
                 config=EngineConfig(), device="fake", device_indexes=(rank,), rank=rank, world_size=world_size,
-                store="", folder=folder, probe={},
+                store="", folder=folder, probe={}, link=link,
             )  # fmt: skip
             children.append(Thread(spec))
             return children[-1]
 
         executor = MultiprocessExecutor(
-            folder=Path(folder), world_size=world_size, start=child, progress=Progress(**progress), peers_timeout_s=1.0
+            links=FolderLinks(Path(folder)),
+            world_size=world_size,
+            start=child,
+            progress=Progress(**progress),
+            peers_timeout_s=1.0,
         )
         executors.append(executor)
         executor.samples, executor.children = samples, children

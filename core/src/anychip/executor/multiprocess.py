@@ -1,6 +1,6 @@
 """One process per device. Decisions go to every worker, results come from rank 0, faults from every rank.
 
-The processes are started by launch/; this side owns the sockets, and notices deaths and hangs.
+The processes are started by launch/, here or on other hosts; this side notices deaths and hangs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn, Protocol
 
 import msgspec
 import zmq
 
+from anychip.config import WorkerLink
 from anychip.errors import AnychipError, DeviceFault, EngineDead, EngineHung, Fault, rebuild
+from anychip.executor.links import Links
 from anychip.executor.progress import Progress
 from anychip.messages import (
     AdapterReport,
@@ -43,35 +44,31 @@ class ChildProcess(Protocol):
     """A started worker process."""
 
     pid: int
+    """0: it runs on another host."""
 
-    def exit_code(self) -> int | None: ...
+    def exit_code(self) -> int | None:
+        """None while it runs. Raises EngineDead where nobody can say any more."""
+        ...
+
     def show_stack(self) -> None: ...
     def kill(self) -> None: ...
     def stop(self, deadline_s: float) -> None: ...
 
 
-def decision_endpoint(folder: Path, rank: int) -> str:
-    return f"ipc://{folder}/worker-{rank}"
-
-
-def result_endpoint(folder: Path) -> str:
-    return f"ipc://{folder}/results"
-
-
 class MultiprocessExecutor:
-    """`start` launches the worker of a rank, which connects to the sockets in `folder`. A rank may be `peers_timeout_s`
-    later with a fault than the others."""
+    """`start` launches the worker of a rank, which connects to the sockets that `links` has bound. A rank may be
+    `peers_timeout_s` later with a fault than the others."""
 
     def __init__(
         self,
         *,
-        folder: Path,
+        links: Links,
         world_size: int,
-        start: Callable[[int], ChildProcess],
+        start: Callable[[int, WorkerLink], ChildProcess],
         progress: Progress,
         peers_timeout_s: float,
     ) -> None:
-        self._context = zmq.Context()
+        self._links = links
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._progress = progress
@@ -83,15 +80,15 @@ class MultiprocessExecutor:
         self._to_workers: list[zmq.Socket[bytes]] = []
         self._children: list[ChildProcess] = []
         try:
+            self._results, results = links.bind(zmq.PULL, "results")
+            decisions = []
             for rank in range(world_size):
-                socket = self._context.socket(zmq.PUSH)
-                socket.bind(decision_endpoint(folder, rank))
+                socket, endpoint = links.bind(zmq.PUSH, f"worker-{rank}")
                 self._to_workers.append(socket)
-            self._results = self._context.socket(zmq.PULL)
-            self._results.bind(result_endpoint(folder))
+                decisions.append(endpoint)
             for rank in range(world_size):
-                self._children.append(start(rank))
-                progress.pids = tuple(child.pid for child in self._children)
+                self._children.append(start(rank, WorkerLink(decisions[rank], results)))
+                progress.pids = tuple(child.pid for child in self._children if child.pid)
             self.ready = self._await_ready(world_size)
         except BaseException:
             self.close("start failed")
@@ -206,7 +203,7 @@ class MultiprocessExecutor:
         deadline = time.monotonic() + 5.0
         for child in self._children:
             child.stop(max(0.0, deadline - time.monotonic()))
-        self._context.destroy(linger=0)
+        self._links.close()
 
     def _end_hung(self, waited_s: float, doing: str, option: str) -> NoReturn:
         """Ends the workers, whose stacks go to the log: they will not end when asked."""

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import msgspec
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig, WorkerLink, WorkerSpec
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.extras import ServedExtras
 from anychip.engine.grammars import PendingGrammars
 from anychip.errors import ConfigError
 from anychip.executor.inline import InlineExecutor
+from anychip.executor.links import FolderLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.progress import Progress
 from anychip.executor.protocol import Executor, StepWorker
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.child import Child
 from anychip.launch.draft_model import check_speculation
+from anychip.launch.hosts.workers import open_hosted
 from anychip.launch.kv_fit import check_fits, longest_that_fits
+from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api.manifest import Decision, Placement
@@ -49,9 +52,10 @@ def build_engine(
     progress = progress or progress_of(config)
     policy = make_policy(config.policy, plugins.policies)
     proposer = None if config.speculate is None else make_proposer(config.speculate, plugins.proposers)
-    chosen = choose_device(config, plugins)
+    hosted = open_hosted(config, plugins, progress)
+    chosen = choose_device(config, plugins) if hosted is None else hosted.chosen
     config = fill_unset(config, chosen.decision)
-    executor = _start_executor(config, chosen, folder, progress)
+    executor = _start_executor(config, chosen, folder, progress) if hosted is None else hosted.start(config, folder)
     notes = (f"device {chosen.manifest.name}: {chosen.reason}", *chosen.decision.notes, *executor.ready.notes)
     executor.ready = msgspec.structs.replace(executor.ready, notes=notes)
     try:
@@ -170,25 +174,16 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path, pr
     if not needs_processes and config.executor != "multiprocess":
         return InlineExecutor(load_worker(specs[0], progress.start_got_on), progress)
 
-    def start(rank: int) -> Child:
-        return Child("anychip.launch.worker_main", specs[rank], environments[rank])
+    def start(rank: int, link: WorkerLink) -> Child:
+        spec = msgspec.structs.replace(specs[rank], link=link)
+        return Child("anychip.launch.worker_main", spec, environments[rank])
 
     return MultiprocessExecutor(
-        folder=folder, world_size=world_size, start=start, progress=progress, peers_timeout_s=config.timeout_s
-    )
-
-
-def worker_spec(config: EngineConfig, chosen: ChosenDevice, folder: Path, rank: int) -> WorkerSpec:
-    """What the worker of one rank is told."""
-    return WorkerSpec(
-        config=config,
-        device=chosen.manifest.name,
-        device_indexes=chosen.indexes if chosen.per_host else (chosen.indexes[rank],),
-        rank=rank,
-        world_size=1 if chosen.per_host else len(chosen.indexes),
-        store=f"file://{folder}/store",
-        folder=str(folder),
-        probe=msgspec.to_builtins(chosen.candidate.probe),
+        links=FolderLinks(folder),
+        world_size=world_size,
+        start=start,
+        progress=progress,
+        peers_timeout_s=config.timeout_s,
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from anychip.config import EngineSpec, WorkerSpec, child_environment
+from anychip.config import child_environment
 
 log = logging.getLogger("anychip.engine")
 
@@ -32,13 +32,20 @@ _KILL_S = 5.0
 
 
 class Child:
-    """`python -m module`, given `spec` on standard input as one line of JSON. Raises OSError."""
+    """`python -m module`, given `spec` on standard input as one line of JSON; environments as
+    config.child_environment has them. Raises OSError."""
 
-    def __init__(self, module: str, spec: EngineSpec | WorkerSpec, extra_env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        spec: msgspec.Struct,
+        extra_env: Mapping[str, str] | None = None,
+        unset_env: Mapping[str, str] | None = None,
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
-            env=child_environment(dict(extra_env or {})),
+            env=child_environment(extra_env or {}, unset_env),
             start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops its children in order
         )
         self.pid = self._process.pid

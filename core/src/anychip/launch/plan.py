@@ -8,9 +8,10 @@ from pathlib import Path
 
 from anychip.config import EngineConfig
 from anychip.hub import located
-from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len, worker_spec
+from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len
 from anychip.launch.draft_model import check_speculation
 from anychip.launch.kv_fit import check_fits
+from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.registry.devices import choose_device

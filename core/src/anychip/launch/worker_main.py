@@ -11,15 +11,14 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import zmq
 
 from anychip.config import Environment, WorkerSpec
 from anychip.errors import AnychipError, DeviceFault, fault_of
-from anychip.executor.multiprocess import decision_endpoint, result_endpoint
 from anychip.executor.protocol import PendingResult, StepWorker
+from anychip.keyed_sockets import ClusterKey
 from anychip.launch.build import load_worker
 from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
 from anychip.messages import (
@@ -60,10 +59,14 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self._context = zmq.Context()
-        self._decisions = self._context.socket(zmq.PULL)
-        self._decisions.connect(decision_endpoint(Path(spec.folder), spec.rank))
-        self._results = self._context.socket(zmq.PUSH)
-        self._results.connect(result_endpoint(Path(spec.folder)))
+        assert spec.link is not None, "whoever starts a worker knows where its engine is"
+        self._decisions, self._results = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+        if spec.link.key_file:
+            key = ClusterKey.of_file(spec.link.key_file)
+            key.use(self._decisions)
+            key.use(self._results)
+        self._decisions.connect(spec.link.decisions)
+        self._results.connect(spec.link.results)
         self._encoder = msgspec.msgpack.Encoder()
         self._sending = threading.Lock()
         self._flying: queue.SimpleQueue[_Flying | None] = queue.SimpleQueue()

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class GroupSpec:
     """`ranks` are world ranks in group order; `purpose` names the axis of the mesh along which they lie.
 
-    `store` is where ranks meet: "file:///path" for one host, "tcp://host:port" across hosts.
+    `store` is where ranks meet: "file:///path" for one host, "tcp://host:port" across hosts, and
+    "keyed://host:port?file" where they need the key in a file (ProcessGroupCommunicator knows all three).
     """
 
     ranks: tuple[int, ...]

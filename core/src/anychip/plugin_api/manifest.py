@@ -142,6 +142,7 @@ class PlatformManifest:
     negotiate: Callable[[EngineConfig, ProbeResult], Decision] = accept
     worker_env: Callable[[EngineConfig, Placement], Mapping[str, str]] = no_environment
     ray_resource: str = ""
+    """What Ray calls the device: "GPU", "TPU", a name of its own; "": the host's CPUs."""
     exclusive: bool = False
     """The device admits one process at a time."""
     runtime_imports: Sequence[str] = ()

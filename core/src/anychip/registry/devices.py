@@ -134,18 +134,23 @@ def _choose_auto(plugins: Plugins) -> tuple[Candidate, str]:
     )  # fmt: skip
 
 
+def named_manifest(name: str, plugins: Plugins) -> PlatformManifest:
+    """Whether its device is here or not. Raises DeviceUnavailable where no plugin brings it."""
+    manifest = plugins.platforms.get(name)
+    if manifest is not None:
+        return manifest
+    for broken in plugins.broken:
+        if broken.package.removeprefix("anychip-") == name:
+            raise DeviceUnavailable(f"device {name!r}: {broken.error}") from broken.error
+    raise DeviceUnavailable(
+        f"device {name!r} is unknown; installed are {', '.join(sorted(plugins.platforms)) or 'none'}; "
+        f'try pip install "anychip[{name}]"'
+    )
+
+
 def choose_named(name: str, plugins: Plugins) -> Candidate:
     """The platform of that name, which can run. Raises DeviceUnavailable with cause and remedy."""
-    manifest = plugins.platforms.get(name)
-    if manifest is None:
-        for broken in plugins.broken:
-            if broken.package.removeprefix("anychip-") == name:
-                raise DeviceUnavailable(f"device {name!r}: {broken.error}") from broken.error
-        raise DeviceUnavailable(
-            f"device {name!r} is unknown; installed are {', '.join(sorted(plugins.platforms)) or 'none'}; "
-            f'try pip install "anychip[{name}]"'
-        )
-    chosen = candidate(manifest)
+    chosen = candidate(named_manifest(name, plugins))
     if chosen.problems:
         remedy = f"; {chosen.remedy}" if chosen.remedy else ""
         raise DeviceUnavailable(f"device {name!r} cannot start: {'; '.join(chosen.problems)}{remedy}")

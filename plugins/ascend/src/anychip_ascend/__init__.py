@@ -42,6 +42,7 @@ MANIFEST = PlatformManifest(
     requirements=REQUIREMENTS,
     negotiate=negotiate,
     worker_env=worker_env,
+    ray_resource="NPU",
     runtime_imports=("torch_npu",),
     auto_select=False,  # it has never run on a device: who names it knows
 )

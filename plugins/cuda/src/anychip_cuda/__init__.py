@@ -37,6 +37,7 @@ MANIFEST = PlatformManifest(
     negotiate=gpu_limits,
     requirements=(Requirement(kind="package", name="torch", range=">=2.9", remedy="pip install 'torch>=2.9'"), TRITON),
     worker_env=worker_env,
+    ray_resource="GPU",
     priority=10,
 )
 

@@ -18,6 +18,7 @@ MANIFEST = PlatformManifest(
     seam="torch",
     topology="process_per_device",
     options=GpuOptions,
+    ray_resource="GPU",
     negotiate=gpu_limits,
     requirements=(
         Requirement(kind="package", name="torch", range=">=2.9", remedy="install torch's ROCm build, 2.9 or later"),

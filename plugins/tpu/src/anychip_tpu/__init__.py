@@ -56,6 +56,7 @@ MANIFEST = PlatformManifest(
     options=TpuOptions,
     negotiate=negotiate,
     worker_env=worker_env,
+    ray_resource="TPU",
     requirements=(
         Requirement(kind="package", name="torch", range=">=2.9", remedy=REMEDIES["xla"]),
         Requirement(kind="package", name="torch_xla", range=">=2.9", remedy=REMEDIES["xla"], optional=True),

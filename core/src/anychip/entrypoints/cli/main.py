@@ -17,6 +17,7 @@ from anychip.registry.plugins import load_plugins
 
 COMMANDS = {
     "serve": "serve a model over HTTP with OpenAI's and Anthropic's APIs",
+    "join": "make this host one of the nodes of a server on another",
     "run-batch": "answer the requests of an OpenAI batch file",
     "hash-key": "make an API key, and the line of --api-keys for it",
     "generate": "continue a text",

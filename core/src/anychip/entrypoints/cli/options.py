@@ -27,7 +27,16 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
         help="an option of the device's plugin; `anychip devices` lists them",
     )  # fmt: skip
     device.add_argument("--tensor-parallel-size", type=int, default=unset)
-    device.add_argument("--executor", choices=["auto", "inline", "multiprocess"], default=unset)
+    device.add_argument("--executor", choices=["auto", "inline", "multiprocess", "ray"], default=unset)
+    device.add_argument(
+        "--nodes",
+        type=parse_names,
+        default=unset,
+        metavar="HOST,HOST",
+        help="hosts that share the ranks, this one first",
+    )
+    device.add_argument("--node-port", type=int, default=unset, help="where `anychip join` finds this host")
+    device.add_argument("--cluster-key", default=unset, metavar="FILE", help="the secret that all nodes have")
     device.add_argument("--require-native", action="store_true", default=unset, help="refuse reference ops")
     model = parser.add_argument_group("model")
     model.add_argument("--served-model-name", default=unset)
@@ -100,6 +109,8 @@ def engine_arguments(config: EngineConfig) -> list[str]:
             arguments += [f"--device-opt={key}={text}" for key, text in value.items()]
         elif name == "adapters":
             arguments += [f"--adapter={key}={folder}" for key, folder in value.items()]
+        elif name == "nodes":
+            arguments.append(f"--{option}={','.join(value)}")
         elif value is False:
             arguments.append(f"--no-{option}")
         else:
@@ -113,6 +124,11 @@ def parse_count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 4096, 4k or 2G")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def parse_device_options(texts: Sequence[str]) -> dict[str, str]:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from anychip.keyed_sockets import ClusterKey
+from anychip.ops.reference.keyed_store import KeyedStore
 from anychip.plugin_api import Communicator, DeviceFault, GroupSpec, Unsupported
 
 _dist: Any = torch.distributed
@@ -38,8 +40,13 @@ class ProcessGroupCommunicator(Communicator):
         elif kind == "tcp":
             host, _, port = place.rpartition(":")
             store = _dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        elif kind == "keyed":
+            address, _, key_file = place.partition("?")
+            store = KeyedStore(address, ClusterKey.of_file(key_file), timedelta(seconds=spec.timeout_s))
         else:
-            raise Unsupported(f"communicator {self.name}", [f"store {spec.store!r}; known are file:// and tcp://"])
+            raise Unsupported(
+                f"communicator {self.name}", [f"store {spec.store!r}; known are file://, tcp:// and keyed://"]
+            )
         # Addresses of a group that was closed stay in the store: one that is opened again meets under a new name.
         name = f"{spec.purpose}-{'-'.join(map(str, spec.ranks))}-{self._generation}"
         return self.make_group(_dist.PrefixStore(name, store), timedelta(seconds=spec.timeout_s))
