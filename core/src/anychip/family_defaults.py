@@ -16,7 +16,46 @@ _GEMMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+_BERT: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
+_ROBERTA: dict[str, Any] = {**_BERT, "pad_token_id": 1}
+
+ENCODERS = ("Bert", "DistilBert", "MPNet", "ModernBert", "NomicBert", "Roberta", "XLMRoberta")
+"""What the names of architectures begin with whose tokens all see each other."""
+
+_RENAMED: Mapping[str, Mapping[str, str]] = {
+    "DistilBertModel": {
+        "dim": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_layers": "num_hidden_layers",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+    },
+    "NomicBertModel": {
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps",
+        "rotary_emb_base": "rope_theta",
+    },
+}
+"""Fields that a family calls otherwise than others do."""
+
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "BertModel": _BERT,
+    "DistilBertModel": {"hidden_act": "gelu", "max_position_embeddings": 512},
+    "MPNetModel": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "pad_token_id": 1},
+    "ModernBertModel": {"max_position_embeddings": 8192},
+    "NomicBertModel": {**_BERT, "hidden_act": "silu", "max_position_embeddings": 2048, "rope_theta": 1000.0},
+    "RobertaModel": _ROBERTA,
+    "XLMRobertaModel": _ROBERTA,
     "Gemma2ForCausalLM": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "Gemma3ForCausalLM": _GEMMA,
     "GptOssForCausalLM": {
@@ -50,9 +89,37 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """By architecture, for those with a native family."""
 
+_BODIES = ("ForSequenceClassification", "ForMaskedLM", "Model")
+"""Endings of architectures that are a family's layers with another head, or without any."""
+
+
+def base_architecture(architecture: str) -> str:
+    """The architecture under which a family is known that has these layers, whatever the head behind them."""
+    for ending in _BODIES:
+        if architecture.endswith(ending):
+            stem = architecture.removesuffix(ending)
+            return f"{stem}Model" if stem in ENCODERS else f"{stem}ForCausalLM"
+    return architecture
+
+
+def is_encoder(architecture: str) -> bool:
+    """Whether all tokens of a sequence see each other, as far as native families go."""
+    return base_architecture(architecture).removesuffix("Model") in ENCODERS
+
+
+def first_position(architecture: str, document: Mapping[str, Any]) -> int:
+    """Learned positions that stand before the first token's: RoBERTa counts on from its padding token's id."""
+    base = base_architecture(architecture)
+    if base in ("RobertaModel", "XLMRobertaModel"):
+        return int(document["pad_token_id"]) + 1
+    return 2 if base == "MPNetModel" else 0
+
 
 def with_defaults(architecture: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with what its family puts in place of fields that it leaves out. A null is given, not left out, but
     for rope_parameters, whose null means the default in every family."""
     given = {name: value for name, value in document.items() if name != "rope_parameters" or value is not None}
-    return {**FAMILY_DEFAULTS.get(architecture, {}), **given}
+    base = base_architecture(architecture)
+    renamed = _RENAMED.get(base, {})
+    given = {renamed.get(name, name): value for name, value in given.items()}
+    return {**FAMILY_DEFAULTS.get(base, {}), **given}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
+from anychip.family_defaults import base_architecture
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.plugin_api import CacheSpec, MeshShape, StepModel
@@ -14,18 +15,25 @@ from anychip.registry.blame import imported
 from anychip.types import DType
 
 NATIVE = {
+    "BertModel": "anychip.models.bert:Bert",
+    "DistilBertModel": "anychip.models.distilbert:DistilBert",
     "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
     "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
     "GraniteForCausalLM": "anychip.models.granite:Granite",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
+    "MPNetModel": "anychip.models.mpnet:MPNet",
     "MinistralForCausalLM": "anychip.models.mistral:Ministral",
     "MistralForCausalLM": "anychip.models.mistral:Mistral",
     "MixtralForCausalLM": "anychip.models.mixtral:Mixtral",
+    "ModernBertModel": "anychip.models.modernbert:ModernBert",
+    "NomicBertModel": "anychip.models.nomic_bert:NomicBert",
     "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
     "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
+    "RobertaModel": "anychip.models.bert:Roberta",
+    "XLMRobertaModel": "anychip.models.bert:Roberta",
 }
 
 
@@ -47,7 +55,7 @@ def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[s
     Raises ConfigError for an architecture that nobody builds, or not in the way that model_impl asks for.
     """
     known = {**contributed, **NATIVE}
-    dotted = known.get(model.architecture)
+    dotted = known.get(model.architecture) or known.get(base_architecture(model.architecture))
     if dotted is None and config.model_impl == "native":
         raise ConfigError(
             f"architecture {model.architecture!r} has no native family; there are {', '.join(sorted(known))}; "

@@ -15,9 +15,11 @@ from anychip.plugin_api.attention import (
 )
 from anychip.plugin_api.cache import CacheBackend, CanonicalArray, plain_bytes
 from anychip.plugin_api.cache_plan import KVPlan
-from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec, PagedBackend, PagedSpec
+from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec, PagedBackend, PagedSpec
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer, EncoderSpec, EncoderView
+from anychip.plugin_api.event import Event
 from anychip.plugin_api.forward_extras import FINAL, ForwardExtras, Turning
 from anychip.plugin_api.graph import (
     DRAFTS,
@@ -28,6 +30,7 @@ from anychip.plugin_api.graph import (
     MROPE,
     POOLED,
     SCORES,
+    SEGMENTS,
     TAPS,
     CapturedShapes,
     EagerCall,
@@ -64,7 +67,7 @@ from anychip.plugin_api.mesh import AXES, Axis, Mesh, MeshShape
 from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
-from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
+from anychip.plugin_api.platform import Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
 from anychip.plugin_api.sharding import KV_HEADS, REPLICATED, HeldTensor, Placed, Sharded, Span, held
@@ -94,20 +97,21 @@ from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 __all__ = [
     "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "EMBEDDINGS", "FINAL", "FP8_MAX", "INT4_ZERO", "IN_PROMPT",
     "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MROPE", "NAMED", "NULL_BLOCK", "NUM_AXES",
-    "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES", "SCORES", "TAPS",
-    "VALUES", "ActFormat", "Activation", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView",
-    "CacheBackend", "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator",
-    "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall",
-    "EmbeddingRows", "EncoderSpec", "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext",
-    "ForwardExtras", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexSpec",
-    "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec",
-    "MemoryInfo", "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec",
-    "ParserManifest", "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform",
-    "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest",
-    "QKNorm", "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler",
-    "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey",
-    "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView", "StepInputs",
-    "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology", "Turning", "Unsupported",
-    "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features", "held", "hookimpl",
-    "latent_page_bytes", "op_override", "plain_bytes", "sampling_features",
+    "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES", "SCORES", "SEGMENTS",
+    "TAPS", "VALUES", "ActFormat", "Activation", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis",
+    "BatchView", "CacheBackend", "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest",
+    "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
+    "EagerCall", "EmbeddingRows", "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig",
+    "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture",
+    "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan", "LatentBackend",
+    "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "MemoryInfo", "Mesh", "MeshShape",
+    "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest", "PartialAttention",
+    "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
+    "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest",
+    "QuantScheme", "ReadyOutputs", "Recorder", "ReferenceKernels", "RegionCompiler", "Requirement", "Rope", "Routing",
+    "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey", "ShapePolicy", "Sharded", "Span",
+    "StateBackend", "StateLayer", "StateSpec", "StateView", "StepInputs", "StepLimits", "StepModel", "StepOutputs",
+    "StepProgram", "StepRules", "Topology", "Turning", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes",
+    "edit_state_bytes", "forward_features", "held", "hookimpl", "latent_page_bytes", "op_override", "plain_bytes",
+    "sampling_features",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ class WeightRegister:
     ignored: tuple[str, ...] = ()
     """Endings of tensor names that a checkpoint may hold and the model does not use."""
     elsewhere: tuple[str, ...] = ()
-    """Beginnings of names that other ranks want."""
+    """Beginnings of names that others want: other ranks, or who applies a head to vectors."""
     optional: set[str] = field(default_factory=set)
     """Wanted names that a checkpoint may lack."""
     rename: Callable[[str], str] = str

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+
+import msgspec
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError, Unsupported
+from anychip.messages import DeviceRules
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
@@ -28,11 +32,13 @@ from anychip.plugin_api import (
     edit_state_bytes,
 )
 from anychip.plugin_api.version import check_shape_policy
+from anychip.tasks.detect import served_task
 from anychip.types import cdiv
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.staging import StagingRing
+from anychip.worker.vector_head import VectorHead, load_head
 
 _SLOTS_PER_SPARE_STATE = 8
 """A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
@@ -75,6 +81,19 @@ class Preparation:
         )
 
     @property
+    def rules(self) -> DeviceRules:
+        """The device's; where tokens of a sequence see those behind them, a prompt is never cut as well."""
+        rules = self.platform.step_rules.for_device(self.platform.capabilities)
+        if self.draws:
+            return rules
+        return msgspec.structs.replace(rules, chunk_multiple=self.limits.max_model_len)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model can draw tokens: an encoder gives vectors alone."""
+        return not self.kv.encoders
+
+    @property
     def num_states(self) -> int:
         """Blocks of the states' pool: one for each slot, some for sequences that enter before the steps in flight have
         let go of the last ones, and block 0. 0 for a model without states."""
@@ -92,7 +111,7 @@ class Preparation:
         holds none of it."""
         limits, model = self.limits, self.model
         embeddings = 4 * limits.max_embeddings * model.hidden_size
-        return edit_state_bytes(limits.max_slots, model.vocab_size) + embeddings
+        return (edit_state_bytes(limits.max_slots, model.vocab_size) if self.draws else 0) + embeddings
 
     @property
     def graph_bytes(self) -> int:
@@ -109,6 +128,12 @@ class Preparation:
         return (
             (f"a state has no past: no {' and no '.join(unused)} for this model",) if self.kv.states and unused else ()
         )
+
+    def head(self) -> VectorHead | None:
+        """What makes of pooled vectors what the model's files describe; None: nothing does."""
+        if self.config.task in ("auto", "generate") or self.config.load_format == "dummy":
+            return None
+        return load_head(served_task(self.config, self.model), Path(self.model.folder))
 
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
         """The mesh as a worker's rank sees it, over the collectives that `communicator` opens."""
@@ -157,8 +182,9 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        keys=affordable_graphs(platform, policy, limits),
-        pieces=policy.pieces(),
+        # Graphs are of steps of one token a row, and of what lies between attention over a cache.
+        keys=() if kv.encoders else affordable_graphs(platform, policy, limits),
+        pieces=() if kv.encoders else policy.pieces(),
     )
 
 
@@ -191,6 +217,7 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         pools=config.pooling,
         max_embeddings=config.max_embeddings,
         mrope="mrope_section" in rope_parameters(model),
+        segments=bool(kv.encoders) and int(model.get("type_vocab_size") or 0) > 1,
     )
 
 

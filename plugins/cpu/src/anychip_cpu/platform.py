@@ -19,6 +19,8 @@ from anychip.plugin_api import (
     AttentionSpec,
     Capabilities,
     Communicator,
+    EncoderBackend,
+    EncoderSpec,
     FusedMoE,
     GroupSpec,
     LinearKernel,
@@ -34,6 +36,7 @@ from anychip.plugin_api import (
 from anychip_cpu import CORES_VARIABLE, CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
+from anychip_cpu.encoder import SdpaEncoder
 from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
 from anychip_cpu.linear import CpuLinear
@@ -56,6 +59,7 @@ class CpuPlatform(Platform):
         collectives="runtime",
         mla=True,  # both by the reference
         recurrences=frozenset({"gated_sum"}),
+        encoders=True,
     )
     profiled_tokens = 64
 
@@ -119,6 +123,10 @@ class CpuPlatform(Platform):
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
         return SdpaPagedAttention(spec) if self.kernels is None else CpuPagedAttention(spec, self.kernels, self.isa)
+
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        self.check(spec)
+        return SdpaEncoder(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
