@@ -119,9 +119,8 @@ class VectorInputs:
         raw = self._raw
         if raw is None:
             raise InvalidRequest("a text needs the tokenizer, which is off; send token ids", param=ask.param)
-        pair = text if isinstance(text, TextPair) else None
-        first, second = (text.first, text.second) if pair is not None else (str(text), None)
-        if pair is None and not first:
+        first, second = text if isinstance(text, TextPair) else (text, None)
+        if second is None and not first:
             raise InvalidRequest("the text is empty", param=ask.param)
         if not cut and len(first) + len(second or "") > _LETTERS_A_TOKEN * self.max_length:
             raise ContextTooLong(
@@ -143,17 +142,22 @@ class VectorInputs:
     ) -> tokenizers.Encoding:
         """As transformers cuts: special tokens stay, and of a pair the longer text loses first."""
         texts = [first] if second is None else [first, second]
-        parts = raw.encode_batch_fast(texts, add_special_tokens=False)
-        room = limit - raw.num_special_tokens_to_add(second is not None)
-        if room < len(parts):
+        whole, *others = raw.encode_batch_fast(texts, add_special_tokens=False)
+        room = limit - raw.num_special_tokens_to_add(bool(others))
+        if room < len(texts):
             raise InvalidRequest(
                 f"{limit} tokens leave no room for text beside {limit - room} special ones",
                 param="truncate_prompt_tokens",
             )
-        lengths = [room] if second is None else _shares(*(len(part.ids) for part in parts), room)
-        for part, length in zip(parts, lengths, strict=True):
-            part.truncate(length, direction="left" if left else "right")
-        return raw.post_process(*parts)
+        side = "left" if left else "right"
+        if not others:
+            whole.truncate(room, direction=side)
+            return raw.post_process(whole)
+        (other,) = others
+        lengths = _shares(len(whole.ids), len(other.ids), room)
+        whole.truncate(lengths[0], direction=side)
+        other.truncate(lengths[1], direction=side)
+        return raw.post_process(whole, other)
 
     def _prefix(self, ask: VectorAsk) -> str:
         if ask.prompt is not None:

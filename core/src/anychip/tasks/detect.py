@@ -12,7 +12,7 @@ from anychip.family_defaults import ENCODERS, is_encoder
 from anychip.model_config import ModelConfig
 from anychip.tasks.classifiers import activation_of, head_of, labels_of
 from anychip.tasks.sentence_transformers import MODULES, Described, described, read_object
-from anychip.tasks.served import ROUTES, ServedTask
+from anychip.tasks.served import ROUTES, ServedTask, Task
 
 _CLASSIFIES = "ForSequenceClassification"
 
@@ -108,14 +108,16 @@ def _embedder(config: EngineConfig, model: ModelConfig, files: Described | None)
 def _classifier(config: EngineConfig, model: ModelConfig, files: Described | None) -> ServedTask:
     head, labels = head_of(model), labels_of(model)
     encoder = is_encoder(model.architecture)
-    task = config.task if config.task != "auto" else "score" if encoder and len(labels) == 1 else "classify"
+    task: Task = "score" if encoder and len(labels) == 1 else "classify"
+    if config.task != "auto":
+        task = config.task
     if task in ("score", "reward") and len(labels) != 1:
         raise ConfigError(f"--task {task} takes a classifier of one label, and the checkpoint has {len(labels)}")
     if task == "score" and not encoder:
         raise ConfigError(f"{model.architecture} does not say how a pair becomes a prompt; --task classify or reward")
     named = None if files is None else files.activation
     return ServedTask(
-        task="classify" if task == "auto" else task,  # type: ignore[arg-type]
+        task=task,
         why=f"architecture {model.architecture} with {len(labels)} label{'s' if len(labels) > 1 else ''}",
         pooling=head.pooling,
         stages=head.stages,
