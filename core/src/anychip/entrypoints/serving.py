@@ -16,6 +16,7 @@ from anychip.errors import InvalidRequest, UnknownModel
 from anychip.launch.async_llm import AsyncLLM
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
+from anychip.tasks.detect import refusal
 
 MAX_PRIORITY = 2**31 - 1
 
@@ -79,6 +80,12 @@ class Serving:
         """Raises UnknownModel."""
         if model is not None and model != self.model:
             raise UnknownModel(f"model {model[:_MAX_SHOWN]!r} does not exist; this server serves {self.model!r}")
+
+    def check_draws(self) -> None:
+        """Raises InvalidRequest where the model gives vectors and no text."""
+        served = self.llm.served
+        if not served.draws:
+            raise InvalidRequest(refusal(served, "text"), param="model")
 
     def options(self, caller: Caller, deadline: float | None, **more: object) -> RequestOptions:
         """Of a request by a key's holder. Raises InvalidRequest."""
