@@ -69,6 +69,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD or a plugin's; None: nothing does."""
     max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
+    task: Literal["auto", "generate", "embed", "classify", "score", "reward"] = "auto"
+    """What the model serves; "auto": as its files say."""
+    vector_pooling: Literal["last", "mean", "cls"] | None = None
+    """How vectors are made of hidden states, where the files do not say."""
+    vector_dimensions: tuple[int, ...] = ()
+    """Sizes to which vectors may be cut, where the files do not say."""
     pooling: bool = False
     """Whether requests for vectors are served beside those for text."""
     max_embeddings: int = 0

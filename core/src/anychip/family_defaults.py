@@ -34,6 +34,42 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 128,
 }
 
+_BERT: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
+_ROBERTA: dict[str, Any] = {**_BERT, "pad_token_id": 1}
+
+ENCODERS = ("Bert", "DistilBert", "MPNet", "ModernBert", "NomicBert", "Roberta", "XLMRoberta")
+"""What the names of architectures begin with whose tokens all see each other."""
+
+_RENAMED: Mapping[str, Mapping[str, str]] = {
+    "Lfm2ForCausalLM": {"norm_eps": "rms_norm_eps"},
+    "Mamba2ForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
+    "MambaForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
+    "NemotronHForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
+    "DistilBertModel": {
+        "dim": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_layers": "num_hidden_layers",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+    },
+    "NomicBertModel": {
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps",
+        "rotary_emb_base": "rope_theta",
+    },
+}
+"""Fields that a family calls otherwise than others do."""
+
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "DeepseekV2ForCausalLM": {**_LATENT, "n_shared_experts": 2},
     "DeepseekV3ForCausalLM": {
@@ -47,6 +83,13 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "BambaForCausalLM": {**_MAMBA2_PARTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
     "FalconH1ForCausalLM": {**_MAMBA2_PARTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024},
+    "BertModel": _BERT,
+    "DistilBertModel": {"hidden_act": "gelu", "max_position_embeddings": 512},
+    "MPNetModel": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "pad_token_id": 1},
+    "ModernBertModel": {"max_position_embeddings": 8192},
+    "NomicBertModel": {**_BERT, "hidden_act": "silu", "max_position_embeddings": 2048, "rope_theta": 1000.0},
+    "RobertaModel": _ROBERTA,
+    "XLMRobertaModel": _ROBERTA,
     "Gemma2ForCausalLM": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "Gemma3ForCausalLM": _GEMMA,
     "Glm4MoeForCausalLM": {
@@ -92,7 +135,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "mamba_conv_bias": True,
         "max_position_embeddings": 262144,
     },
-    "Lfm2ForCausalLM": {"num_key_value_heads": 8, "norm_eps": 1e-5, "conv_L_cache": 3, "tie_word_embeddings": True},
+    "Lfm2ForCausalLM": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "conv_L_cache": 3, "tie_word_embeddings": True},
     "LlamaForCausalLM": {},
     "MiniMaxM2ForCausalLM": {
         "num_key_value_heads": 8,
@@ -115,7 +158,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "state_size": 128,
         "n_groups": 8,
         "conv_kernel": 4,
-        "layer_norm_epsilon": 1e-5,
+        "rms_norm_eps": 1e-5,
         "use_conv_bias": True,
     },
     "MambaForCausalLM": {
@@ -123,7 +166,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "state_size": 16,
         "expand": 2,
         "conv_kernel": 4,
-        "layer_norm_epsilon": 1e-5,
+        "rms_norm_eps": 1e-5,
         "use_conv_bias": True,
         "tie_word_embeddings": True,
     },
@@ -132,7 +175,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
-        "layer_norm_epsilon": 1e-5,
+        "rms_norm_eps": 1e-5,
         "ssm_state_size": 128,
         "mamba_num_heads": 128,
         "mamba_head_dim": 64,
@@ -166,18 +209,37 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """By architecture, for those with a native family."""
 
-_ALIASES: Mapping[str, Mapping[str, str]] = {
-    "Lfm2ForCausalLM": {"rms_norm_eps": "norm_eps"},
-    "Mamba2ForCausalLM": {"rms_norm_eps": "layer_norm_epsilon"},
-    "MambaForCausalLM": {"rms_norm_eps": "layer_norm_epsilon"},
-    "NemotronHForCausalLM": {"rms_norm_eps": "layer_norm_epsilon"},
-}
-"""By architecture: fields of model_config.py that its config.json has under another name."""
+_BODIES = ("ForSequenceClassification", "ForMaskedLM", "Model")
+"""Endings of architectures that are a family's layers with another head, or without any."""
+
+
+def base_architecture(architecture: str) -> str:
+    """The architecture under which a family is known that has these layers, whatever the head behind them."""
+    for ending in _BODIES:
+        if architecture.endswith(ending):
+            stem = architecture.removesuffix(ending)
+            return f"{stem}Model" if stem in ENCODERS else f"{stem}ForCausalLM"
+    return architecture
+
+
+def is_encoder(architecture: str) -> bool:
+    """Whether all tokens of a sequence see each other, as far as native families go."""
+    return base_architecture(architecture).removesuffix("Model") in ENCODERS
+
+
+def first_position(architecture: str, document: Mapping[str, Any]) -> int:
+    """Learned positions that stand before the first token's: RoBERTa counts on from its padding token's id."""
+    base = base_architecture(architecture)
+    if base in ("RobertaModel", "XLMRobertaModel"):
+        return int(document["pad_token_id"]) + 1
+    return 2 if base == "MPNetModel" else 0
 
 
 def with_defaults(architecture: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with what its family puts in place of fields that it leaves out. A null is given, not left out, but
     for rope_parameters, whose null means the default in every family."""
     given = {name: value for name, value in document.items() if name != "rope_parameters" or value is not None}
-    document = {**FAMILY_DEFAULTS.get(architecture, {}), **given}
-    return document | {ours: document[theirs] for ours, theirs in _ALIASES.get(architecture, {}).items()}
+    base = base_architecture(architecture)
+    renamed = _RENAMED.get(base, {})
+    given = {renamed.get(name, name): value for name, value in given.items()}
+    return {**FAMILY_DEFAULTS.get(base, {}), **given}

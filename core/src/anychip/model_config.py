@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from anychip.errors import CheckpointError
-from anychip.family_defaults import FAMILY_DEFAULTS, with_defaults
+from anychip.family_defaults import FAMILY_DEFAULTS, base_architecture, first_position, with_defaults
 from anychip.hub import resolve_folder
 
 
@@ -67,7 +67,7 @@ def load_model_config(model: str) -> ModelConfig:
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads)),
             intermediate_size=int(_intermediate_size(architectures[0], raw)),
-            max_positions=int(raw["max_position_embeddings"]),
+            max_positions=int(raw["max_position_embeddings"]) - first_position(architectures[0], raw),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=float(_rope_parameters(raw).get("rope_theta") or raw.get("rope_theta", 10000.0)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -95,7 +95,7 @@ def _num_layers(raw: dict[str, Any]) -> int:
 
 def _intermediate_size(architecture: str, raw: dict[str, Any]) -> Any:
     """Native families must give it: no default would suit a model of another size."""
-    if architecture in FAMILY_DEFAULTS:
+    if base_architecture(architecture) in FAMILY_DEFAULTS:
         return raw["intermediate_size"]
     return raw.get("intermediate_size") or 4 * raw["hidden_size"]
 

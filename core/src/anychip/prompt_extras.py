@@ -21,6 +21,8 @@ class Pooling(msgspec.Struct, frozen=True, array_like=True):
 
     kind: PoolingKind = "last"
     normalize: bool = True
+    head: bool = False
+    """Whether the model's own head, such as a classifier, is applied to the vector before it is normalized."""
 
     def tokens(self, num_prompt: int) -> tuple[int, int]:
         """First position whose hidden state counts, and the one behind the last."""
@@ -40,6 +42,8 @@ class PromptExtras(msgspec.Struct, frozen=True, array_like=True):
     """int32 [3, num_prompt]: rotary positions by axis (M-RoPE); b"": each token's place in the text, on all axes."""
     tap_from: int = NO_TAPS
     """First position whose hidden states go to who reads the worker's taps."""
+    second_from: int | None = None
+    """First position of a pair's second text; None: the prompt is no pair, or the model does not tell them apart."""
 
     @property
     def num_embedded(self) -> int:

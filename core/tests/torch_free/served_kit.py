@@ -21,6 +21,7 @@ from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
 from anychip.messages import TokenLogprobs
 from anychip.observability.metrics import Metrics
+from anychip.tasks.served import ServedTask
 from anychip.tokenizer.chat_template import ChatTemplate
 from anychip.tokenizer.detokenizer import Detokenizer
 from anychip.tokenizer.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class ScriptedLLM:
         self.tokenizer = byte_tokenizer()
         self.threads = InputThreads()
         self.model = type("Model", (), {"vocab_size": 256})()
+        self.served = ServedTask(task="generate", why="a script")
         self.sampling_defaults: dict[str, float] = {}
         self.max_model_len = 1 << 20
         self.inputs = InputProcessor(

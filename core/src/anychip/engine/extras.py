@@ -35,6 +35,10 @@ def check_extras(message: AddRequest, extras: PromptExtras, served: ServedExtras
         _check_embeddings(message, extras, served)
     if extras.positions:
         _check_positions(message, extras, served)
+    if extras.second_from is not None and not 0 <= extras.second_from < message.num_prompt:
+        raise InvalidRequest(
+            f"a pair's second text begins at {extras.second_from}; the prompt has {message.num_prompt} tokens"
+        )
 
 
 def _check_pooling(message: AddRequest, extras: PromptExtras, served: ServedExtras) -> None:

@@ -14,6 +14,8 @@ from anychip.messages import AddRequest
 from anychip.prefix import MediaSpan, PrefixRoot, check_prefix
 from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
+from anychip.tasks.detect import refusal
+from anychip.tasks.served import ServedTask
 from anychip.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | EmbeddedPrompt
@@ -49,7 +51,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
 class InputProcessor:
     """`tokenizer` None: prompts are token ids only, and nothing is detokenized. `hash_block_size`: tokens under one
     hash of the engine's prefix cache; None: it has none. `weights_version` is the engine's, kept up to date by who owns
-    both: under an older one the engine hashes prompts again."""
+    both: under an older one the engine hashes prompts again. `served` is the model's task; None: it draws text."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class InputProcessor:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         hash_block_size: int | None = None,
+        served: ServedTask | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -66,6 +69,7 @@ class InputProcessor:
         self.eos_token_ids = tuple(eos_token_ids)
         self.hash_block_size = hash_block_size
         self.weights_version = 0
+        self._vectors_only = None if served is None or served.draws else served
 
     def process(
         self, request_id: str, prompt: Prompt, sampling: SamplingParams, options: RequestOptions | None = None
@@ -86,6 +90,8 @@ class InputProcessor:
         asked = sampling.max_tokens
         if options.extras is not None and options.extras.pooling is not None:
             room, asked = room + 1, 1  # nothing is drawn behind the prompt
+        elif self._vectors_only is not None:
+            raise InvalidRequest(refusal(self._vectors_only, "text"), param="model")
         if room < 1 or (asked or 1) > room:
             wants = "at least 1" if asked is None else str(asked)
             raise ContextTooLong(

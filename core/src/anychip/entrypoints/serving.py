@@ -16,6 +16,7 @@ from anychip.errors import InvalidRequest, UnknownModel
 from anychip.launch.async_llm import AsyncLLM
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
+from anychip.tasks.detect import refusal
 
 MAX_PRIORITY = 2**31 - 1
 
@@ -94,6 +95,12 @@ class Serving:
             served = ", ".join(repr(name) for name in names[:_MAX_NAMES]) + (", ..." if names[_MAX_NAMES:] else "")
             raise UnknownModel(f"model {model[:_MAX_SHOWN]!r} does not exist; this server serves {served}")
         return AskedModel(adapter.name, adapter.digest)
+
+    def check_draws(self) -> None:
+        """Raises InvalidRequest where the model gives vectors and no text."""
+        served = self.llm.served
+        if not served.draws:
+            raise InvalidRequest(refusal(served, "text"), param="model")
 
     def options(self, caller: Caller, deadline: float | None, **more: object) -> RequestOptions:
         """Of a request by a key's holder. Raises InvalidRequest."""

@@ -31,7 +31,8 @@ _OFFERED_AT_ONCE = 4
 
 class KVCacheManager:
     """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share. Where
-    a group keeps states, whose past is gone, nothing is shared: there is no prefix caching, and `shares` is False."""
+    a group keeps states, whose past is gone, or no layer keeps anything, nothing is shared: there is no prefix caching,
+    and `shares` is False."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
@@ -48,7 +49,7 @@ class KVCacheManager:
         self._block_sizes = [group.block_size for group in tokens]
         alone = len(kinds) == 1 and len(tokens) == 1 and tokens[0].window is None
         self._only_size = tokens[0].block_size if alone else 0  # 0: several groups, a window, or states
-        self.shares = len(tokens) == len(config.groups)
+        self.shares = 0 < len(tokens) == len(config.groups)
         self.prefix_caching = prefix_caching and self.shares
         self.hash_block_size = finest_block_size(tokens)
         self.offer_every = self.hash_block_size * _OFFERED_AT_ONCE  # tokens of output

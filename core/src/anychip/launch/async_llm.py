@@ -23,6 +23,7 @@ from anychip.hub import located
 from anychip.launch.build import load_tokenizer
 from anychip.launch.engine_process import EngineProcess
 from anychip.launch.served_adapters import ServedAdapters
+from anychip.launch.vectors import vector_inputs, with_task
 from anychip.messages import AddRequest, EngineReady, EngineStats, WorkerReady
 from anychip.model_config import load_model_config
 from anychip.observability.flow import Flow
@@ -45,9 +46,10 @@ class AsyncLLM:
     most `restarts` times in ten minutes; requests fail until it is ready."""
 
     def __init__(self, config: EngineConfig, *, restarts: int = 5, otel_endpoint: str | None = None) -> None:
-        self.config = with_ranks(located(config))
+        config = with_ranks(located(config))
+        self.model = load_model_config(config.model)
+        self.config, self.served = with_task(config, self.model)
         self.adapters = ServedAdapters(config.public_name, lambda: self.engine)
-        self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
         self.flow = Flow()
         self.threads = InputThreads()
@@ -73,7 +75,9 @@ class AsyncLLM:
             max_model_len=self.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
             hash_block_size=ready.hash_block_size,
+            served=self.served,
         )
+        self.vectors = vector_inputs(self.config, self.model, self.served, self.tokenizer, self.max_model_len)
         self.grammars = self._grammar_checker()
         self._adopt(ready)
         for name, folder in self.config.adapters.items():

@@ -23,16 +23,21 @@ from anychip.engine.input_processor import InputProcessor, Prompt, RequestOption
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.outputs import RequestOutput
 from anychip.engine.shared_engine import SharedEngine
+from anychip.engine.vector_inputs import Text, TextPair, VectorAsk
+from anychip.engine.vector_outputs import Classified, Ranked, activated, check_dimensions, classified, cut, ranked
 from anychip.errors import InvalidRequest, rebuild
 from anychip.hub import located
 from anychip.launch.adapters import AdapterNames, read_named
 from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
+from anychip.launch.vectors import vector_inputs, with_task
 from anychip.messages import DropAdapter, LoadAdapter, WorkerReady
 from anychip.model_config import load_model_config
 from anychip.prompt_extras import Pooling, PoolingKind, PromptExtras
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
+from anychip.tasks.detect import refusal
+from anychip.tasks.served import Task
 from anychip.tokenizer.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -56,8 +61,9 @@ class LLM:
     """
 
     def __init__(self, model: str = "quickstart", **settings: Any) -> None:
-        self.config = with_ranks(located(EngineConfig(model=model, **settings)))
-        model_config = load_model_config(self.config.model)
+        config = with_ranks(located(EngineConfig(model=model, **settings)))
+        model_config = load_model_config(config.model)
+        self.config, self.served = with_task(config, model_config)
         self.tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer:
             self.tokenizer = load_tokenizer(self.config, model_config)
@@ -74,7 +80,10 @@ class LLM:
             max_model_len=self.engine.max_model_len,
             eos_token_ids=model_config.eos_token_ids,
             hash_block_size=self.engine.hash_block_size,
+            served=self.served,
         )
+        length = self.engine.max_model_len
+        self.vectors = vector_inputs(self.config, model_config, self.served, self.tokenizer, length)
         self.outputs = OutputProcessor(self.tokenizer)
         _ = self._shared  # made before threads can ask for it
         self.adapters = AdapterNames(self.config.public_name)
@@ -165,22 +174,74 @@ class LLM:
         ]
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: PoolingKind = "last", normalize: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: PoolingKind | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        prompt_name: str | None = None,
+        truncate: bool = False,
     ) -> list[np.ndarray]:
-        """A vector [hidden_size], float32, for each prompt, of the final hidden states of its tokens. Raises
-        InvalidRequest where the engine was not started with `pooling`.
+        """A vector, float32, for each prompt, as the model's files say how. A model that draws text, opened with
+        `pooling`, gives the final hidden states [hidden_size] of the last token, or as `pooling` says, of length 1.
+        Raises InvalidRequest for a model of another task, for a text that is too long and not to be cut, and for a
+        number of `dimensions` that the model does not offer.
 
         Example:
-            with LLM("path/to/model", pooling=True) as llm:
-                first, second = llm.embed(["a cat", "a dog"], pooling="mean")
+            with LLM("path/to/embedder") as llm:
+                first, second = llm.embed(["a cat", "a dog"])
         """
-        options = RequestOptions(extras=PromptExtras(pooling=Pooling(pooling, normalize)))
-        several = _as_list(prompts)
+        if self.served.draws:  # its files do not say what a vector of it is
+            kind, length = pooling or "last", True if normalize is None else normalize
+            options = RequestOptions(extras=PromptExtras(pooling=Pooling(kind, length)))
+            return self._vectors(_as_list(prompts), [options] * len(_as_list(prompts)))
+        ask = VectorAsk(
+            pooling=pooling, normalize=normalize, dimensions=dimensions, prompt_name=prompt_name, truncate=truncate
+        )
+        return self._ask(_as_list(prompts), ask, "embed")
+
+    def classify(self, texts: Text | Sequence[Text], *, truncate: bool = False) -> list[Classified]:
+        """The likeliest label of each text, and the scores of all. A TextPair is read as one text."""
+        ask = VectorAsk(truncate=truncate)
+        return [classified(self.served, one) for one in self._ask(_as_list(texts), ask, "classify", "score", "reward")]
+
+    def score(self, first: str | Sequence[str], second: str | Sequence[str], *, truncate: bool = False) -> list[float]:
+        """How well each second text goes with the first of the same place; one first text goes with all."""
+        seconds = [second] if isinstance(second, str) else list(second)
+        firsts = [first] * len(seconds) if isinstance(first, str) else list(first)
+        if len(firsts) != len(seconds):
+            raise InvalidRequest(f"{len(firsts)} first texts and {len(seconds)} second ones", param="second")
+        pairs = [TextPair(one, other) for one, other in zip(firsts, seconds, strict=True)]
+        vectors = self._ask(pairs, VectorAsk(truncate=truncate), "score")
+        return [float(activated(one, self.served.activation)[0]) for one in vectors]
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None, truncate: bool = False
+    ) -> list[Ranked]:
+        """The documents that go best with the query, best first."""
+        return ranked(self.score(query, documents, truncate=truncate), top_n)
+
+    def reward(self, texts: Text | Sequence[Text], *, truncate: bool = False) -> list[float]:
+        """A reward model's number for each text."""
+        return [float(one[0]) for one in self._ask(_as_list(texts), VectorAsk(truncate=truncate), "reward")]
+
+    def _ask(self, texts: Sequence[Any], ask: VectorAsk, *tasks: Task) -> list[np.ndarray]:
+        if self.served.task not in tasks:
+            raise InvalidRequest(refusal(self.served, tasks[0]))
+        check_dimensions(self.served, ask.dimensions)
+        found = [self.vectors.prompt(text, ask) for text in texts]
+        options = [RequestOptions(extras=each.extras) for each in found]
+        normalize = self.served.normalize if ask.normalize is None else ask.normalize
+        vectors = self._vectors([each.token_ids for each in found], options)
+        return [cut(vector, ask.dimensions, normalize=normalize) for vector in vectors]
+
+    def _vectors(self, prompts: Sequence[Prompt], options: Sequence[RequestOptions]) -> list[np.ndarray]:
         vectors: dict[int, np.ndarray] = {}
-        for number, output in self._run(several, [SamplingParams()] * len(several), options):
+        for number, output in self._run(prompts, [SamplingParams()] * len(prompts), options):
             assert output.vector is not None, "a request for a vector ends with one"
             vectors[number] = np.frombuffer(output.vector, dtype=np.float32)
-        return [vectors[number] for number in range(len(several))]
+        return [vectors[number] for number in range(len(prompts))]
 
     def default_sampling(self, **settings: Any) -> SamplingParams:
         """What the model's makers recommend, with `settings` in place of some of it."""
@@ -257,9 +318,9 @@ class LLM:
         return self._shared.run(requests)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | EmbeddedPrompt):
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | EmbeddedPrompt | TextPair):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [msgspec.convert(list(prompts), list[int])]
-    return list(prompts)  # type: ignore[arg-type]
+    return list(prompts)

@@ -11,11 +11,13 @@ from anychip.hub import located
 from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len
 from anychip.launch.draft_model import check_speculation
 from anychip.launch.kv_fit import check_fits
+from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.registry.devices import choose_device
 from anychip.registry.plugins import load_plugins
+from anychip.tasks.served import ServedTask
 
 PLANNER = "anychip.worker.planning"
 """Loaded by name: what imports this module does not reach torch."""
@@ -30,6 +32,7 @@ class EnginePlan:
     max_model_len: int
     num_devices: int
     quantization: str
+    served: ServedTask
     total: int | None
     """Bytes of memory of the first device, where its probe says."""
 
@@ -38,6 +41,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     """Raises what would keep an engine of this configuration from starting."""
     config = located(config)
     model = load_model_config(config.model)
+    config, served = with_task(config, model)
     check_length(config, model)
     check_speculation(config, model, lambda: load_tokenizer(config, model))
     chosen = choose_device(config, load_plugins())
@@ -49,6 +53,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     devices = chosen.candidate.probe.devices
     return EnginePlan(
         model=model,
+        served=served,
         worker=worker,
         max_model_len=max_model_len,
         num_devices=len(chosen.indexes),

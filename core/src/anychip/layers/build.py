@@ -36,6 +36,8 @@ class Builder:
     weights: WeightRegister
     formats: WeightFormat
     stored: StoredTensors
+    draws: bool = True
+    """Whether tokens are drawn: a model that gives vectors alone has no output head."""
     kv_scales: bool = False
     """Whether the KV cache is quantized, so that layers want its scales."""
     takes_adapters: bool = False

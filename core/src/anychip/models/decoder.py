@@ -88,13 +88,17 @@ class Decoder:
             eps=config.norm_eps,
             unit_offset=self.unit_offset_norm,
         )
-        self.head = LMHead(
-            builder,
-            name="lm_head",
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            tied=self.embedding if config.tie_word_embeddings else None,
-        )
+        self.head: LMHead | None = None
+        if builder.draws:
+            self.head = LMHead(
+                builder,
+                name="lm_head",
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                tied=self.embedding if config.tie_word_embeddings else None,
+            )
+        else:
+            builder.weights.elsewhere += ("lm_head.", "score.")  # read for the vectors' head, if at all
         self.adapter_sites = builder.adapter_sites
 
     @classmethod
@@ -209,6 +213,8 @@ class Decoder:
         return final
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if self.head is None:
+            return hidden.new_zeros(len(hidden), self.vocab_size)  # nothing is drawn; programs want the shape
         logits = self.head(hidden)
         return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
+from anychip.family_defaults import base_architecture
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.plugin_api import CacheSpec, MeshShape, StepModel
@@ -15,8 +16,10 @@ from anychip.types import DType
 
 NATIVE = {
     "BambaForCausalLM": "anychip.models.bamba:Bamba",
+    "BertModel": "anychip.models.bert:Bert",
     "DeepseekV2ForCausalLM": "anychip.models.deepseek:DeepseekV2",
     "DeepseekV3ForCausalLM": "anychip.models.deepseek:DeepseekV3",
+    "DistilBertModel": "anychip.models.distilbert:DistilBert",
     "FalconH1ForCausalLM": "anychip.models.falcon_h1:FalconH1",
     "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
@@ -35,7 +38,10 @@ NATIVE = {
     "MinistralForCausalLM": "anychip.models.mistral:Ministral",
     "MistralForCausalLM": "anychip.models.mistral:Mistral",
     "MixtralForCausalLM": "anychip.models.mixtral:Mixtral",
+    "ModernBertModel": "anychip.models.modernbert:ModernBert",
+    "MPNetModel": "anychip.models.mpnet:MPNet",
     "NemotronHForCausalLM": "anychip.models.nemotron_h:NemotronH",
+    "NomicBertModel": "anychip.models.nomic_bert:NomicBert",
     "OlmoeForCausalLM": "anychip.models.olmoe:Olmoe",
     "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
     "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
@@ -43,6 +49,8 @@ NATIVE = {
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
     "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
+    "RobertaModel": "anychip.models.bert:Roberta",
+    "XLMRobertaModel": "anychip.models.bert:Roberta",
 }
 
 
@@ -64,7 +72,7 @@ def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[s
     Raises ConfigError for an architecture that nobody builds, or not in the way that model_impl asks for.
     """
     known = {**contributed, **NATIVE}
-    dotted = known.get(model.architecture)
+    dotted = known.get(model.architecture) or known.get(base_architecture(model.architecture))
     if dotted is None and config.model_impl == "native":
         raise ConfigError(
             f"architecture {model.architecture!r} has no native family; there are {', '.join(sorted(known))}; "

@@ -25,9 +25,11 @@ from anychip.plugin_api.attention import (
 )
 from anychip.plugin_api.cache import CacheBackend, CanonicalArray, plain_bytes
 from anychip.plugin_api.cache_plan import KVPlan
-from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec, PagedBackend, PagedSpec
+from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec, PagedBackend, PagedSpec
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer, EncoderSpec, EncoderView
+from anychip.plugin_api.event import Event
 from anychip.plugin_api.forward_extras import FINAL, ForwardExtras, Turning
 from anychip.plugin_api.graph import (
     ADAPTERS,
@@ -39,6 +41,7 @@ from anychip.plugin_api.graph import (
     MROPE,
     POOLED,
     SCORES,
+    SEGMENTS,
     TAPS,
     CapturedShapes,
     EagerCall,
@@ -75,7 +78,7 @@ from anychip.plugin_api.mesh import AXES, Axis, Mesh, MeshShape
 from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
-from anychip.plugin_api.platform import Event, Platform, PlatformContext, ReferenceKernels
+from anychip.plugin_api.platform import Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
 from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
 from anychip.plugin_api.recurrences import RECURRENCES, Recurrence
@@ -107,21 +110,21 @@ __all__ = [
     "ADAPTERS", "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "EMBEDDINGS", "FINAL", "FP8_MAX", "INT4_ZERO",
     "IN_PROMPT", "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MROPE", "NAMED", "NO_ADAPTER",
     "NULL_BLOCK", "NUM_AXES", "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES",
-    "SCORES", "TAPS", "VALUES", "ActFormat", "Activation", "AdaptedPart", "AdapterEntry", "AdapterSite", "AdapterStack",
-    "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "CacheBackend", "CacheSpec",
-    "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator", "CompileReport", "Decision",
-    "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows", "EncoderSpec",
-    "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE",
-    "GraphCapture", "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan",
-    "LatentBackend", "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo",
-    "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec",
-    "ParserManifest", "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform",
-    "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest",
-    "QKNorm", "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels",
-    "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
-    "ShapeKey", "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView",
-    "StepAdapters", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology",
-    "Turning", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features",
-    "held", "hookimpl", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features", "sites_of",
-    "state_spec",
+    "SCORES", "SEGMENTS", "TAPS", "VALUES", "ActFormat", "Activation", "AdaptedPart", "AdapterEntry", "AdapterSite",
+    "AdapterStack", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "CacheBackend",
+    "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator", "CompileReport",
+    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows",
+    "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig", "EnteringRow", "Event",
+    "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec",
+    "HeldTensor", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec",
+    "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo", "Mesh", "MeshShape", "MoESpec",
+    "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest", "PartialAttention",
+    "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
+    "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest",
+    "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels", "RegionCompiler", "Requirement",
+    "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey", "ShapePolicy", "Sharded",
+    "Span", "StateBackend", "StateLayer", "StateSpec", "StateView", "StepAdapters", "StepInputs", "StepLimits",
+    "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology", "Turning", "Unsupported", "WeightView",
+    "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features", "held", "hookimpl", "latent_page_bytes",
+    "op_override", "plain_bytes", "sampling_features", "sites_of", "state_spec",
 ]  # fmt: skip

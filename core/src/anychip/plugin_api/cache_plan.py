@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anychip.plugin_api.cache_specs import PagedSpec
+from anychip.plugin_api.encoder import EncoderSpec
 from anychip.plugin_api.state import StateSpec
 
 
 @dataclass(slots=True, kw_only=True)
 class KVPlan:
-    """Groups are numbered: first those whose layers keep something by token, then one for each spec of state layers.
+    """Groups are numbered: first those whose layers keep something by token, then one for each spec of state layers,
+    then one for each spec of encoder layers, which keep nothing.
 
     Groups of tokens share a pool of `num_buffers` buffers. State layers have a pool of their own, in which every layer
     has a buffer and a sequence has one block, the same in all of them.
@@ -28,6 +30,8 @@ class KVPlan:
     """By group of states."""
     state_bytes: int = 0
     """Bytes of one sequence's block in all state layers."""
+    encoders: tuple[EncoderSpec, ...] = ()
+    """By group of encoder layers."""
 
     @property
     def block_bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
 from anychip.plugin_api.cache import CanonicalArray, stored_dtype
+from anychip.plugin_api.encoder import EncoderSpec
 from anychip.plugin_api.latent import LatentBackend, LatentSpec
 from anychip.plugin_api.sharding import REPLICATED, Placed
 from anychip.plugin_api.state import StateSpec
@@ -29,19 +30,6 @@ class IndexSpec:
 
     def canonical(self, block_size: int) -> tuple[CanonicalArray, ...]:
         return (CanonicalArray("index", (block_size, self.dim), stored_dtype(self.kv_dtype)),)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderSpec:
-    """Attention of all tokens of a sequence over each other, within one step: nothing is kept."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: DType
-
-    def canonical(self, block_size: int) -> tuple[CanonicalArray, ...]:
-        return ()
 
 
 PagedSpec = AttentionSpec | LatentSpec | IndexSpec

@@ -52,6 +52,8 @@ class Capabilities:
     """Whether LatentSpec is served: attention over one row per token that all heads share."""
     recurrences: frozenset[str] = frozenset()
     """Names of RECURRENCES that state layers may have."""
+    encoders: bool = False
+    """Whether EncoderSpec is served: attention of all tokens of a sequence over each other."""
     kv_write: Literal["in_place", "functional"] = "in_place"
     """functional: writing keys and values gives a new cache, and far block ids are not judged."""
     host_lengths: Literal["none", "upper_bound", "exact"] = "none"
@@ -153,3 +155,5 @@ class StepLimits:
     """Slots for adapters. 0: no step has the feature ADAPTERS."""
     max_adapter_rank: int = 0
     """The largest rank that an adapter may have."""
+    segments: bool = False
+    """Whether steps may have the feature SEGMENTS: the model embeds which text of a pair a token belongs to."""

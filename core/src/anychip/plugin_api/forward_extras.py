@@ -35,6 +35,8 @@ class ForwardExtras:
     embedding_rows: Tensor | None = None  # [num_tokens]
     embeddings: Tensor | None = None  # [max_embeddings, hidden_size] float32
     rope_positions: Tensor | None = None  # [NUM_AXES, num_tokens]
+    segments: Tensor | None = None  # [num_tokens] int32
+    """Which text of its row's pair a token belongs to."""
     turnings: dict[int, Turning] = field(default_factory=dict)
     """Of ropes that layers have used already, by identity."""
 
@@ -44,7 +46,8 @@ class ForwardExtras:
     ) -> ForwardExtras | None:
         """By the arrays that a step has, on the device; None where it has none of these features."""
         tapped, rows, axes = (fields.get(name) for name in ("tap_tokens", "embedding_rows", "rope_positions"))
-        if tapped is None and rows is None and axes is None:
+        segments = fields.get("segments")
+        if tapped is None and rows is None and axes is None and segments is None:
             return None
         return cls(
             tap_layers=() if tapped is None else tap_layers,
@@ -52,6 +55,7 @@ class ForwardExtras:
             embedding_rows=rows,
             embeddings=embeddings,
             rope_positions=axes,
+            segments=segments,
         )
 
     def embedded(self, hidden: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 SCORES = "scores"
 """Feature of a forward pass: some of its tokens ask for the log-probability of the token that follows them."""
 
-TAPS, POOLED, EMBEDDINGS, MROPE = "taps", "pooled", "embeddings", "mrope"
+TAPS, POOLED, EMBEDDINGS, MROPE, SEGMENTS = "taps", "pooled", "embeddings", "mrope", "segments"
 """More features of a forward pass: hidden states of some tokens behind some layers are wanted, the sum of final hidden
-states by row, some tokens take rows of the buffer of embeddings, rotary positions have three axes."""
+states by row, some tokens take rows of the buffer of embeddings, rotary positions have three axes, some rows are pairs
+of texts whose tokens say which text is theirs."""
 
 ADAPTERS = "adapters"
 """One more: some tokens have an adapter."""
@@ -47,7 +48,7 @@ def forward_features(limits: StepLimits) -> list[tuple[str, ...]]:
     a device that compiles ahead must prepare for each shape."""
     possible = {
         SCORES: True, TAPS: bool(limits.taps), POOLED: limits.pools, EMBEDDINGS: limits.max_embeddings > 0,
-        MROPE: limits.mrope, ADAPTERS: limits.max_adapters > 0,
+        MROPE: limits.mrope, SEGMENTS: limits.segments, ADAPTERS: limits.max_adapters > 0,
     }  # fmt: skip
     found: list[tuple[str, ...]] = [()]
     for feature in (feature for feature, may_be in possible.items() if may_be):

@@ -16,9 +16,11 @@ from anychip.errors import DeviceFault, Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
 from anychip.plugin_api.cache import CacheBackend
 from anychip.plugin_api.cache_plan import KVPlan
-from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec
+from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec
 from anychip.plugin_api.capabilities import Capabilities, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.encoder import EncoderBackend, EncoderSpec
+from anychip.plugin_api.event import Event
 from anychip.plugin_api.graph import GraphCapture, RegionCompiler, ShapePolicy
 from anychip.plugin_api.latent import LatentBackend, LatentSpec
 from anychip.plugin_api.linear import LinearKernel, LinearSpec
@@ -42,6 +44,7 @@ class ReferenceKernels(Protocol):
     def attention(self, spec: AttentionSpec) -> AttentionBackend: ...
     def latent(self, spec: LatentSpec) -> LatentBackend: ...
     def state(self, spec: StateSpec) -> StateBackend: ...
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend: ...
     def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel: ...
     def moe(self, spec: MoESpec, platform: Platform) -> FusedMoE: ...
     def empty(self, shape: Sequence[int], dtype: str, device: str, *, pinned: bool = False) -> Tensor: ...
@@ -170,6 +173,10 @@ class Platform:
         self.check(spec)
         return self.reference.state(spec)
 
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        self.check(spec)
+        return self.reference.encoder(spec)
+
     def cache_backend(self, spec: CacheSpec) -> CacheBackend:
         """The backend of any kind of layer, from the factory of its kind."""
         match spec:
@@ -179,7 +186,9 @@ class Platform:
                 return self.latent(spec)
             case StateSpec():
                 return self.state(spec)
-            case IndexSpec() | EncoderSpec():
+            case EncoderSpec():
+                return self.encoder(spec)
+            case IndexSpec():
                 raise Unsupported(self.name, [f"has no kernels for layers of {type(spec).__name__}"])
             case _:
                 assert_never(spec)
@@ -238,13 +247,3 @@ class Platform:
     def close(self, reason: str) -> None:
         """Called by the process that owns the devices, whatever ended it."""
         gc.collect()
-
-
-class Event:
-    """A point in the device's work. The base class is the point that has passed."""
-
-    def wait(self) -> None:
-        """Blocks the host until the point has passed."""
-
-    def query(self) -> bool:
-        return True

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from anychip.plugin_api.attention import AttentionSpec
-from anychip.plugin_api.cache_specs import CacheSpec, EncoderSpec, IndexSpec
+from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec
 from anychip.plugin_api.capabilities import Capabilities
+from anychip.plugin_api.encoder import EncoderSpec
 from anychip.plugin_api.latent import LatentSpec
 from anychip.plugin_api.linear import LinearSpec
 from anychip.plugin_api.moe import MoESpec
@@ -32,7 +33,9 @@ def undeclared(spec: CacheSpec | LinearSpec | MoESpec, capabilities: Capabilitie
     elif isinstance(spec, StateSpec):
         if spec.recurrence not in capabilities.recurrences:
             reasons.append(f"state layers of the recurrence {spec.recurrence}")
-    elif isinstance(spec, IndexSpec | EncoderSpec):
+    elif isinstance(spec, EncoderSpec):
+        reasons += [] if capabilities.encoders else ["encoder attention"]
+    elif isinstance(spec, IndexSpec):
         return reasons
     elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
         reasons.append(f"quantization {spec.scheme.name}; {among(spec.scheme.name, capabilities.quantization)}")

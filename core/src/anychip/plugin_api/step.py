@@ -20,6 +20,7 @@ from anychip.plugin_api.adapters import AdapterEntry, AdapterSite, StepAdapters
 from anychip.plugin_api.attention import AttentionBackend, AttentionLayer
 from anychip.plugin_api.cache import Cache, CacheBackend
 from anychip.plugin_api.cache_specs import CacheSpec
+from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer
 from anychip.plugin_api.forward_extras import ForwardExtras, Turning
 from anychip.plugin_api.graph import RunOutsideGraph, ShapeKey
 from anychip.plugin_api.latent import LatentBackend, LatentLayer
@@ -109,6 +110,19 @@ class ForwardContext:
     def advance(self, backend: StateBackend, layer: StateLayer, inputs: Mapping[str, Tensor]) -> Tensor:
         """StateBackend.forward on a layer's plan and cache."""
         return self._run(layer.index, lambda cache, plan, _: backend.forward(inputs, cache, plan, layer))
+
+    def encode(
+        self,
+        backend: EncoderBackend,
+        layer: EncoderLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """EncoderBackend.forward on a layer's plan."""
+        return self._run(layer.index, lambda cache, plan, _: (backend.forward(q, k, v, plan, layer, rope=rope), cache))
 
     def _turning(self, rope: Rope | None) -> Turning | None:
         """How the step's tokens turn where that is not by their places; None: as BatchView.positions says."""

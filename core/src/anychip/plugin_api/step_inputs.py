@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from anychip.plugin_api.adapters import NO_ADAPTER
-from anychip.plugin_api.graph import ADAPTERS, DRAFTS, EMBEDDINGS, MASKS, MROPE, POOLED, SCORES, TAPS, ShapeKey
+from anychip.plugin_api.graph import (
+    ADAPTERS,
+    DRAFTS,
+    EMBEDDINGS,
+    MASKS,
+    MROPE,
+    POOLED,
+    SCORES,
+    SEGMENTS,
+    TAPS,
+    ShapeKey,
+)
 from anychip.plugin_api.step_arrays import SLOT_DTYPE, Layout, array
 from anychip.prompt_extras import NUM_AXES as NUM_AXES
 from anychip.types import MAX_BIASES, NULL_BLOCK, PADDING_SLOT
@@ -58,6 +69,8 @@ class StepInputs:
     rope_positions: np.ndarray | None = array("num_axes", "num_tokens", feature=MROPE)
     """By axis, what the rotary embedding turns by in place of `positions`, which stay the tokens' places in their
     sequences."""
+    segments: np.ndarray | None = array("num_tokens", feature=SEGMENTS)
+    """Which text of its row's pair a token belongs to: 0 or 1."""
     adapter_slots: np.ndarray | None = array("num_tokens", padding=NO_ADAPTER, feature=ADAPTERS)
     """The slot of the adapter that a token has; NO_ADAPTER: none."""
     num_rows: int  # unpadded

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from anychip.plugin_api.encoder import EncoderView
 from anychip.plugin_api.graph import DRAFTS, MASKS, ShapeKey
 from anychip.plugin_api.plan import BatchView
 from anychip.plugin_api.state import StateView
@@ -141,6 +142,18 @@ def state_view(inputs: StepInputs, fields: Mapping[str, Tensor]) -> StateView:
         query_start=fields["query_start"],
         seq_lens=fields["seq_lens"],
         state_blocks=fields["state_blocks"],
+        num_reqs=inputs.key.num_reqs,
+        num_tokens=inputs.key.num_tokens,
+        max_query_len=inputs.max_query_len,
+        host_query_lens=np.diff(inputs.query_start[: inputs.num_rows + 1]),
+    )
+
+
+def encoder_view(inputs: StepInputs, fields: Mapping[str, Tensor]) -> EncoderView:
+    """A step as encoder layers see it: `fields` are the step's arrays on the device."""
+    return EncoderView(
+        query_start=fields["query_start"],
+        positions=fields["positions"],
         num_reqs=inputs.key.num_reqs,
         num_tokens=inputs.key.num_tokens,
         max_query_len=inputs.max_query_len,

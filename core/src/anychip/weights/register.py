@@ -31,7 +31,7 @@ class WeightRegister:
     ignored: tuple[str, ...] = ()
     """Endings of tensor names that a checkpoint may hold and the model does not use."""
     elsewhere: tuple[str, ...] = ()
-    """Beginnings of names that other ranks want, or that nobody does."""
+    """Beginnings of names that others want: other ranks, or who applies a head to vectors; or that nobody does."""
     notes: tuple[str, ...] = ()
     """What of the checkpoint is left out, for whoever starts it to read."""
     optional: set[str] = field(default_factory=set)

@@ -29,33 +29,36 @@ _TYPICAL_TOKENS = 4096
 
 
 BackendFor = Callable[[CacheSpec], CacheBackend]
-NO_GROUP = -1
-"""Of a layer that keeps nothing."""
 
 
 def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int | None) -> KVPlan:
     """`specs` by layer. Layers of one spec that keep something by token form groups of at most `num_buffers` layers; a
     group's n-th layer lies in the pool's n-th buffer, so a block id means the same bytes in every group and belongs to
-    one at a time. State layers have a buffer each, in a pool of their own.
+    one at a time. State layers have a buffer each, in a pool of their own. Encoder layers
+    keep nothing, and have groups for their plans alone.
 
     Raises ConfigError for a block size that the backend lacks, Unsupported for layers whose pages cannot match, and
-    for a model whose layers keep nothing.
+    for a model that mixes encoder layers with others.
     """
     by_spec: dict[PagedSpec, list[int]] = {}
     states: dict[StateSpec, list[int]] = {}
+    encoders: dict[EncoderSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         match spec:
             case EncoderSpec():
                 backend_for(spec)  # refuses it, where the device lacks it
+                encoders.setdefault(spec, []).append(layer)
             case StateSpec():
                 states.setdefault(spec, []).append(layer)
             case _:
                 by_spec.setdefault(spec, []).append(layer)
-    if not by_spec and not states:
+    if not specs:
+        raise Unsupported("KV cache", ["the model has no layers"])
+    if encoders and (by_spec or states):
         raise Unsupported(
-            "KV cache", ["the model has no layer that keeps a cache, and requests are scheduled by their blocks"]
+            "KV cache", ["the model mixes encoder layers, which need whole prompts in a step, with layers that cache"]
         )
-    layer_groups, layer_buffers = [NO_GROUP] * len(specs), [0] * len(specs)
+    layer_groups, layer_buffers = [0] * len(specs), [0] * len(specs)
     group_sizes: list[int] = []
     group_specs: list[PagedSpec] = []
     sizes = _block_sizes(list(by_spec), backend_for, block_size) if by_spec else {}
@@ -72,6 +75,9 @@ def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int
             layer_groups[layer], layer_buffers[layer] = group, num_states
             num_states += 1
         state_bytes += len(layers) * cast(StateBackend, backend_for(state)).state_bytes()
+    for group, layers in enumerate(encoders.values()):
+        for layer in layers:
+            layer_groups[layer] = group
     return KVPlan(
         block_sizes=tuple(group_sizes),
         layer_groups=tuple(layer_groups),
@@ -81,6 +87,7 @@ def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int
         specs=tuple(group_specs),
         states=tuple(states),
         state_bytes=state_bytes,
+        encoders=tuple(encoders),
     )
 
 

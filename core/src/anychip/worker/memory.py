@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
 from anychip.plugin_api import AttentionSpec, KVPlan, LatentSpec, PagedSpec, PeakMemory, StepProgram
-from anychip.prompt_extras import PromptExtras
+from anychip.prompt_extras import Pooling, PromptExtras
 from anychip.types import cdiv
 from anychip.worker.kv_plan import fresh_state
 from anychip.worker.largest_steps import largest_drafts, largest_prompts
@@ -42,6 +42,8 @@ def _peak(
     state = program.edit(fresh_state(program, prepared.kv, pool, 1 + len(lengths)), [], range(pool))
     runner = ModelRunner(program, prepared.new_batch(), state)
     extras = PromptExtras(tap_from=0) if prepared.limits.taps else None
+    if not prepared.draws:
+        extras = PromptExtras(pooling=Pooling("mean"))
     decision = made_up_step(
         lengths,
         num_drafts=[drafts] * len(lengths),
@@ -64,6 +66,8 @@ def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *,
     """
     config, kv, limits = prepared.config, prepared.kv, prepared.limits
     states = prepared.num_states * kv.state_bytes
+    if kv.encoders:
+        return 1
     if config.num_kv_blocks is not None and kv.block_sizes:
         count = config.num_kv_blocks
     else:

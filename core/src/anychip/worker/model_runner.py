@@ -11,6 +11,7 @@ from anychip.messages import AdapterSlot, LateInputs, StepDecision, StepResult, 
 from anychip.plugin_api import HostOutputs, Scores, StepInputs, StepOutputs, StepProgram
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.step_rows import StepRows
+from anychip.worker.vector_head import VectorHead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,10 @@ which the first num_tapped count. They are the device's, and hold until the next
 class ModelRunner:
     """One step is launched at a time and sampled before the next is launched; results are fetched later."""
 
-    def __init__(self, program: StepProgram, batch: InputBatch, state: object) -> None:
+    def __init__(self, program: StepProgram, batch: InputBatch, state: object, head: VectorHead | None = None) -> None:
+        """`head` makes of pooled vectors what is served, for requests that ask for it."""
         self.program = program
+        self.head = head
         self.batch = batch
         self._state = state
         self._launched: tuple[StepRows, StepInputs, object] | None = None
@@ -71,7 +74,7 @@ class ModelRunner:
         scored = [
             (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
         ]
-        return RunnerResult(rows, outputs, wanted, scored)
+        return RunnerResult(rows, outputs, wanted, scored, self.head)
 
 
 class DrawnIds(NamedTuple):
@@ -90,12 +93,18 @@ class RunnerResult:
     has (row, tokens, likeliest to report) of the rows with scored tokens."""
 
     def __init__(
-        self, rows: StepRows, outputs: StepOutputs, num_logprobs: np.ndarray, scored: Sequence[tuple[int, int, int]]
+        self,
+        rows: StepRows,
+        outputs: StepOutputs,
+        num_logprobs: np.ndarray,
+        scored: Sequence[tuple[int, int, int]],
+        head: VectorHead | None = None,
     ) -> None:
         self._rows = rows
         self._outputs = outputs
         self._num_logprobs = num_logprobs
         self._scored = scored
+        self._head = head
 
     def fetch(self) -> StepResult:
         host = self._outputs.fetch()
@@ -143,15 +152,20 @@ class RunnerResult:
 
     def _vectors(self, host: HostOutputs) -> dict[int, bytes]:
         """Of the rows whose prompt this step has finished."""
-        extras, found = self._rows.extras, dict[int, bytes]()
-        if extras is not None:
-            for each in extras.pooled:
-                if each.counts:
-                    assert host.pooled is not None, "a step with the feature POOLED gave no sums"
-                    each.vector.add(host.pooled[each.row])
-                if each.ends:
-                    found[each.row] = each.vector.whole()
-        return found
+        extras = self._rows.extras
+        if extras is None or not extras.pooled:
+            return {}
+        for each in extras.pooled:
+            if each.counts:
+                assert host.pooled is not None, "a step with the feature POOLED gave no sums"
+                each.vector.add(host.pooled[each.row])
+        ended = [each for each in extras.pooled if each.ends]
+        vectors = [each.vector.pooled() for each in ended]
+        headed = [at for at, each in enumerate(ended) if each.vector.pooling.head]
+        if headed and self._head is not None:
+            for at, vector in zip(headed, self._head(np.stack([vectors[at] for at in headed])), strict=True):
+                vectors[at] = vector
+        return {each.row: each.vector.finished(vector) for each, vector in zip(ended, vectors, strict=True)}
 
     def _scores(self, scores: Scores | None) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}

@@ -168,6 +168,7 @@ class CheckpointSource:
             weights=register,
             formats=CheckedFormat(inner, self.platform),
             stored=StoredTensors(None if made_up else self.checkpoint, register),
+            draws=self.config.task in ("auto", "generate"),
             kv_scales=self.kv_dtype != self.dtype,
             takes_adapters=self.config.resolved_max_adapters > 0,
         )

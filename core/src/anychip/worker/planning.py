@@ -71,7 +71,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     blocks = count_blocks(whole, activations, graphs, pending=weights + whole.kept_bytes)
     return WorkerReady(
         kv=kv_cache_config(whole.kv, blocks, whole.num_states),
-        rules=platform.step_rules.for_device(platform.capabilities),
+        rules=whole.rules,
         memory=memory_plan(whole, blocks, weights=weights, activations=activations, graphs=graphs),
         device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
         notes=tuple(notes),
@@ -126,6 +126,7 @@ def _activations(prepared: Preparation, mesh: Mesh) -> PeakMemory:
         kv=prepared.kv,
         limits=prepared.limits,
         communicators=mesh.opened,
+        edits=prepared.draws,
     )
     return measure_largest_step(prepared, program)
 

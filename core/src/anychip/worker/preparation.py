@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+
+import msgspec
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError, Unsupported
 from anychip.head_config import HeadConfig
+from anychip.messages import DeviceRules
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
@@ -30,12 +34,14 @@ from anychip.plugin_api import (
     edit_state_bytes,
 )
 from anychip.plugin_api.version import check_shape_policy
+from anychip.tasks.detect import served_task
 from anychip.types import cdiv, itemsize
 from anychip.worker.head_steps import HeadSteps, tap_every_token
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.staging import StagingRing
+from anychip.worker.vector_head import VectorHead, load_head
 
 _SLOTS_PER_SPARE_STATE = 8
 """A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
@@ -85,6 +91,19 @@ class Preparation:
         return batch
 
     @property
+    def rules(self) -> DeviceRules:
+        """The device's; where tokens of a sequence see those behind them, a prompt is never cut as well."""
+        rules = self.platform.step_rules.for_device(self.platform.capabilities)
+        if self.draws:
+            return rules
+        return msgspec.structs.replace(rules, chunk_multiple=self.limits.max_model_len)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model can draw tokens: an encoder gives vectors alone."""
+        return not self.kv.encoders
+
+    @property
     def num_states(self) -> int:
         """Blocks of the states' pool: one for each slot, some for sequences that enter before the steps in flight have
         let go of the last ones, and block 0. 0 for a model without states."""
@@ -103,7 +122,8 @@ class Preparation:
         limits, model = self.limits, self.model
         embeddings = 4 * limits.max_embeddings * model.hidden_size
         features = 0 if self.draft is None else self.draft.feature_bytes
-        return edit_state_bytes(limits.max_slots, model.vocab_size) + embeddings + features
+        edits = edit_state_bytes(limits.max_slots, model.vocab_size) if self.draws else 0
+        return edits + embeddings + features
 
     @property
     def feature_bytes(self) -> int:
@@ -127,6 +147,12 @@ class Preparation:
         return (
             (f"a state has no past: no {' and no '.join(unused)} for this model",) if self.kv.states and unused else ()
         )
+
+    def vector_head(self) -> VectorHead | None:
+        """What makes of pooled vectors what the model's files describe; None: nothing does."""
+        if self.config.task in ("auto", "generate") or self.config.load_format == "dummy":
+            return None
+        return load_head(served_task(self.config, self.model), Path(self.model.folder))
 
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
         """The mesh as a worker's rank sees it, over the collectives that `communicator` opens."""
@@ -177,8 +203,9 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        keys=affordable_graphs(platform, policy, limits),
-        pieces=policy.pieces(),
+        # Graphs are of steps of one token a row, and of what lies between attention over a cache.
+        keys=() if kv.encoders else affordable_graphs(platform, policy, limits),
+        pieces=() if kv.encoders else policy.pieces(),
     )
 
 
@@ -213,6 +240,7 @@ def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, k
         mrope="mrope_section" in rope_parameters(model),
         max_adapters=config.resolved_max_adapters,
         max_adapter_rank=config.resolved_max_adapter_rank if config.resolved_max_adapters else 0,
+        segments=bool(kv.encoders) and int(model.get("type_vocab_size") or 0) > 1,
     )
 
 

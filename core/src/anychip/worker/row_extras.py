@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from anychip.messages import NewRow
-from anychip.plugin_api import EMBEDDINGS, MROPE, NUM_AXES, POOLED, TAPS, EmbeddingRows, StepLimits
+from anychip.plugin_api import EMBEDDINGS, MROPE, NUM_AXES, POOLED, SEGMENTS, TAPS, EmbeddingRows, StepLimits
 from anychip.prompt_extras import NO_TAPS, Pooling
 
 Views = dict[str, np.ndarray]
@@ -28,11 +28,14 @@ class PooledVector:
     def add(self, total: np.ndarray) -> None:
         self.total = total.copy() if self.total is None else self.total + total
 
-    def whole(self) -> bytes:
-        """float32 [hidden_size]."""
+    def pooled(self) -> np.ndarray:
+        """[hidden_size] float32, before head and normalization."""
         assert self.total is not None, "no token of the prompt counted"
         first, end = self.pooling.tokens(self.num_prompt)
-        vector = self.total / np.float32(end - first)
+        return np.asarray(self.total / np.float32(end - first), dtype=np.float32)
+
+    def finished(self, vector: np.ndarray) -> bytes:
+        """float32: what is served, once the head was applied where it was asked for."""
         if self.pooling.normalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         return vector.astype(np.float32).tobytes()
@@ -57,11 +60,13 @@ class StepExtras:
     pooled_tokens: list[tuple[int, int, int]] = field(default_factory=list)  # row, first token, end
     embedded: list[tuple[int, np.ndarray]] = field(default_factory=list)  # first token, rows of the buffer
     turned: list[tuple[int, np.ndarray]] = field(default_factory=list)  # first token, positions by axis
+    seconds: list[tuple[int, int]] = field(default_factory=list)  # first token of a pair's second text, end
 
     @property
     def features(self) -> tuple[str, ...]:
         asked = {
             TAPS: self.tapped, POOLED: self.pooled_tokens, EMBEDDINGS: self.embedded, MROPE: self.turned,
+            SEGMENTS: self.seconds,
         }  # fmt: skip
         return tuple(name for name, wanted in asked.items() if wanted)
 
@@ -86,6 +91,10 @@ class StepExtras:
             views["rope_positions"][:] = views["positions"]
             for first, positions in self.turned:
                 views["rope_positions"][:, first : first + positions.shape[1]] = positions
+        if self.seconds:
+            views["segments"].fill(0)
+            for first, end in self.seconds:
+                views["segments"][first:end] = 1
 
 
 @dataclass(slots=True)
@@ -96,6 +105,7 @@ class _Row:
     spans: tuple[tuple[int, int], ...]  # (start, length) of the tokens with embeddings
     buffer_rows: np.ndarray  # int32, in the order of the spans' tokens
     positions: np.ndarray | None  # [NUM_AXES, num_prompt]
+    second_from: int | None
 
 
 class RowExtras:
@@ -131,6 +141,7 @@ class RowExtras:
             extras.embedded,
             buffer_rows,
             np.frombuffer(extras.positions, dtype=np.int32).reshape(NUM_AXES, -1) if extras.positions else None,
+            extras.second_from,
         )
         if not count:
             return None
@@ -171,6 +182,8 @@ def _collect(found: StepExtras, row: _Row, index: int, first: int, start: int, c
         before += length
     if row.positions is not None:
         found.turned.append((first, _turned(row.positions, start, end)))
+    if row.second_from is not None and row.second_from < end:
+        found.seconds.append((max(start, row.second_from) + shift, end + shift))
 
 
 def _turned(positions: np.ndarray, start: int, end: int) -> np.ndarray:

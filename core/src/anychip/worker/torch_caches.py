@@ -7,8 +7,17 @@ from typing import cast
 
 from torch import Tensor
 
-from anychip.plugin_api import CacheBackend, KVPlan, PagedBackend, Platform, Recorder, StateBackend, StepInputs
-from anychip.plugin_api.step_layout import batch_view, state_view
+from anychip.plugin_api import (
+    CacheBackend,
+    EncoderBackend,
+    KVPlan,
+    PagedBackend,
+    Platform,
+    Recorder,
+    StateBackend,
+    StepInputs,
+)
+from anychip.plugin_api.step_layout import batch_view, encoder_view, state_view
 
 
 class LayerCaches:
@@ -19,10 +28,15 @@ class LayerCaches:
         self._kv = kv
         states = {layer: backend for layer, backend in enumerate(backends) if isinstance(backend, StateBackend)}
         self._states: dict[int, StateBackend] = states  # by layer, as the next
+        encoders = {layer: backend for layer, backend in enumerate(backends) if isinstance(backend, EncoderBackend)}
+        self._encoders: dict[int, EncoderBackend] = encoders
         self._paged = {
-            layer: cast(PagedBackend, backend) for layer, backend in enumerate(backends) if layer not in states
+            layer: cast(PagedBackend, backend)
+            for layer, backend in enumerate(backends)
+            if layer not in states and layer not in encoders
         }
-        self._first_layer = [kv.layer_groups.index(group) for group in range(len(kv.specs) + len(kv.states))]
+        num_groups = len(kv.specs) + len(kv.states) + len(kv.encoders)
+        self._first_layer = [kv.layer_groups.index(group) for group in range(num_groups)]
 
     def make(self, num_blocks: int, num_states: int) -> list[object]:
         """By layer."""
@@ -55,7 +69,7 @@ class LayerCaches:
         into: Sequence[object] | None = None,
         recorder: Recorder | None = None,
     ) -> list[object]:
-        """By group: those of tokens, then those of states."""
+        """By group: those of tokens, then those of states, then those of encoders."""
         host_lengths = self._platform.capabilities.host_lengths
         plans: list[object] = []
         for group, size in enumerate(self._kv.block_sizes):
@@ -63,8 +77,12 @@ class LayerCaches:
             backend = self._paged[self._first_layer[group]]
             plan = into[group] if into is not None else None
             plans.append(backend.plan(batch, inputs.key, group=group, into=plan, recorder=recorder))
-        for group in range(len(plans), len(self._first_layer)):
+        for group in range(len(plans), len(plans) + len(self._kv.states)):
             states, plan = self._states[self._first_layer[group]], into[group] if into is not None else None
             view = state_view(inputs, fields)
             plans.append(states.plan(view, inputs.key, group=group, into=plan, recorder=recorder))
+        for group in range(len(plans), len(self._first_layer)):
+            encoder, plan = self._encoders[self._first_layer[group]], into[group] if into is not None else None
+            rows = encoder_view(inputs, fields)
+            plans.append(encoder.plan(rows, inputs.key, group=group, into=plan, recorder=recorder))
         return plans

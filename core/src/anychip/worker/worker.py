@@ -101,7 +101,7 @@ class Worker:
         state = fresh_state(program, prepared.kv, blocks, prepared.num_states)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
-        self.runner = ModelRunner(program, prepared.new_batch(), state)
+        self.runner = ModelRunner(program, prepared.new_batch(), state, prepared.vector_head())
         self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank)
         self.runner.adapter_entries = self.adapters.entries
         if prepared.draft is not None and drafting is not None:
@@ -117,7 +117,7 @@ class Worker:
             notes += (f"{what} {prepared.draft.source.progress}",)
         memory = memory_plan(prepared, blocks, weights=weights, activations=activations, graphs=graphs)
         kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
-        self.ready = self._report(kv, memory, report, notes)
+        self.ready = self._report(prepared, kv, memory, report, notes)
 
     def _step_program(self, prepared: Preparation) -> StepProgram | None:
         """None: core runs the model. Raises InvalidOverride where the manifest says otherwise."""
@@ -148,15 +148,20 @@ class Worker:
             raise Unsupported(type(program).__name__, missing)
 
     def _report(
-        self, kv: KVCacheConfig, memory: MemoryPlan, report: CompileReport, notes: tuple[str, ...]
+        self,
+        prepared: Preparation,
+        kv: KVCacheConfig,
+        memory: MemoryPlan,
+        report: CompileReport,
+        notes: tuple[str, ...],
     ) -> WorkerReady:
-        prepared = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
+        programs = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
         return WorkerReady(
             kv=kv,
-            rules=self.platform.step_rules.for_device(self.platform.capabilities),
+            rules=prepared.rules,
             memory=memory,
             device=f"{self.platform.name}:{','.join(map(str, self.spec.device_indexes))}",
-            notes=(*self.ops.notes, *notes, *([prepared] if report.num_programs else [])),
+            notes=(*self.ops.notes, *notes, *([programs] if report.num_programs else [])),
             kernels=self._kernels(),
             capabilities=_declared(self.platform.capabilities),
             step_costs=self._step_costs,
@@ -192,7 +197,7 @@ class Worker:
             limits=prepared.limits,
             communicators=mesh.opened,
             pieces=prepared.pieces,
-            edits=prepared.lies_under is None,
+            edits=prepared.lies_under is None and prepared.draws,
             embeddings=features,
         )
 

@@ -20,6 +20,8 @@ from anychip.plugin_api import (
     AttentionSpec,
     Capabilities,
     Communicator,
+    EncoderBackend,
+    EncoderSpec,
     FusedMoE,
     GroupSpec,
     LatentBackend,
@@ -37,6 +39,7 @@ from anychip.plugin_api import (
 from anychip_cpu import CORES_VARIABLE, CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
+from anychip_cpu.encoder import SdpaEncoder
 from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
 from anychip_cpu.latent import CpuLatent
@@ -61,6 +64,7 @@ class CpuPlatform(Platform):
         mla=True,
         recurrences=frozenset(RECURRENCES),  # by the reference
         lora=True,
+        encoders=True,
     )
     profiled_tokens = 64
 
@@ -128,6 +132,10 @@ class CpuPlatform(Platform):
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
         return CpuLatent(spec)
+
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        self.check(spec)
+        return SdpaEncoder(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

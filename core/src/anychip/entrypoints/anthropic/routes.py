@@ -138,6 +138,7 @@ def anthropic_routes(serving: Serving) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         body = await read_body(request, CountTokensBody, lenient=lenient)
         serving.check_model(body.model)
+        serving.check_draws()
         turn = _turn(body, SamplingParams())
         text = await render(serving.llm, turn)
         assert serving.llm.tokenizer is not None
@@ -151,6 +152,7 @@ def anthropic_routes(serving: Serving) -> APIRouter:
 async def accept_message(serving: Serving, body: MessagesBody, caller: Caller) -> MessageAnswer:
     """Checks everything before anything runs. Raises UserError."""
     asked = serving.check_model(body.model)
+    serving.check_draws()
     message_id = f"msg_{uuid.uuid4().hex}"
     turn = _turn(
         body, body.sampling(serving.llm.sampling_defaults), serving.options(caller, None, adapter=asked.adapter)

@@ -9,6 +9,8 @@ from typing import Any
 
 from anychip.config import EngineConfig, Environment
 from anychip.errors import ConfigError
+from anychip.prompt_extras import POOLING_KINDS
+from anychip.tasks.served import TASKS
 from anychip.types import QUICKSTART
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -72,6 +74,16 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
         "--speculate", default=unset, help="what drafts tokens: ngram, suffix, auto, draft:MODEL, or a plugin's"
     )
     schedule.add_argument("--max-drafts", type=int, default=unset, help="tokens drafted behind a sequence in one step")
+    model.add_argument("--task", choices=["auto", *TASKS], default=unset, help="what is served, where the files err")
+    model.add_argument(
+        "--vector-pooling",
+        choices=POOLING_KINDS,
+        default=unset,
+        help="where the files do not say how vectors are made",
+    )
+    model.add_argument(
+        "--vector-dimensions", type=parse_sizes, default=unset, metavar="N,N", help="sizes to which vectors may be cut"
+    )
     schedule.add_argument("--pooling", action="store_true", default=unset, help="serve vectors of prompts as well")
     schedule.add_argument("--max-embeddings", type=parse_count, default=unset, help="tokens that may bring embeddings")
     adapters = parser.add_argument_group("adapters")
@@ -109,8 +121,8 @@ def engine_arguments(config: EngineConfig) -> list[str]:
             arguments += [f"--device-opt={key}={text}" for key, text in value.items()]
         elif name == "adapters":
             arguments += [f"--adapter={key}={folder}" for key, folder in value.items()]
-        elif name == "nodes":
-            arguments.append(f"--{option}={','.join(value)}")
+        elif isinstance(value, tuple):
+            arguments.append(f"--{option}={','.join(map(str, value))}")
         elif value is False:
             arguments.append(f"--no-{option}")
         else:
@@ -129,6 +141,17 @@ def parse_count(text: str) -> int:
 def parse_names(text: str) -> tuple[str, ...]:
     """Names between commas."""
     return tuple(name.strip() for name in text.split(","))
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes such as 256,512")
+    return found
 
 
 def parse_device_options(texts: Sequence[str]) -> dict[str, str]:

@@ -32,6 +32,7 @@ def show(name: str, plan: EnginePlan) -> None:
         f"[bold]{escape(name)}[/] on {plan.worker.device}{each} "
         f"({plan.model.architecture}, {plan.model.num_layers} layers, quantization {plan.quantization})"
     )
+    console.print(f"serves {plan.served.task}: {escape(plan.served.why)}")
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(justify="left")
     table.add_column(justify="right")

@@ -24,10 +24,12 @@ from anychip.entrypoints.openai.chat_protocol import ChatBody
 from anychip.entrypoints.openai.completions import accept_completion
 from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.serving import Caller, Serving
+from anychip.entrypoints.vectors.answers import accept_embeddings
+from anychip.entrypoints.vectors.protocol import EmbeddingBody
 from anychip.errors import AnychipError, ConfigError
 from anychip.launch.async_llm import AsyncLLM
 
-_ROUTES = ("/v1/chat/completions", "/v1/completions")
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
@@ -118,6 +120,8 @@ async def _accept(serving: Serving, line: BatchLine) -> Answer:
         completion = checked(bytes(line.body), CompletionBody)
         completion.stream = False
         return await accept_completion(serving, completion, Caller())
+    if line.url == "/v1/embeddings":
+        return accept_embeddings(serving, checked(bytes(line.body), EmbeddingBody), Caller())
     chat = checked(bytes(line.body), ChatBody)
     chat.stream = False
     return await accept_chat(serving, chat, Caller())

@@ -12,6 +12,7 @@ from anychip.entrypoints.cli.options import add_engine_options, engine_config, p
 from anychip.entrypoints.http.server import serve
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import MemoryPlan, WorkerReady
+from anychip.tasks.served import Task
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
@@ -66,17 +67,32 @@ def server_config(arguments: argparse.Namespace) -> ServerConfig:
     return ServerConfig(**values)
 
 
+_EXAMPLES: dict[Task, tuple[str, str]] = {
+    "generate": (
+        "/v1/chat/completions",
+        '{"messages": [{"role": "user", "content": "How do I reverse a list?"}], "max_tokens": 64}',
+    ),
+    "embed": ("/v1/embeddings", '{"input": ["a cat", "a dog"]}'),
+    "classify": ("/classify", '{"input": "I like it"}'),
+    "score": ("/rerank", '{"query": "What purrs?", "documents": ["a cat", "a car"]}'),
+    "reward": ("/pooling", '{"input": "I like it"}'),
+}
+"""By task: a route, and a body to try."""
+
+
 def announce(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float) -> None:
     """What was started and where, with a line to try."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"[bold]anychip[/] serves [bold]{escape(llm.config.public_name)}[/] on {worker.device}")
+    if not llm.served.draws:
+        console.print(f"  task {llm.served.task}: {escape(llm.served.why)}")
     for line in memory_lines(worker.memory, llm.max_model_len):
         console.print(f"  {line}")
     for note in worker.notes:
         console.print(f"  {escape(note)}")
     console.print(f"ready in {seconds:.1f} s: [bold]{url}/v1[/]\n")
-    body = '{"messages": [{"role": "user", "content": "How do I reverse a list?"}], "max_tokens": 64}'
-    console.print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{escape(body)}'\n")
+    route, body = _EXAMPLES[llm.served.task]
+    console.print(f"  curl {url}{route} -H 'Content-Type: application/json' -d '{escape(body)}'\n")
 
 
 def memory_lines(memory: MemoryPlan, max_model_len: int) -> list[str]:

@@ -44,6 +44,7 @@ def dashboard_routes(serving: Serving) -> APIRouter:
         return {
             "version": anychip.__version__,
             "model": serving.model,
+            "task": llm.served.task,
             "max_model_len": llm.max_model_len,
             "device": llm.worker.device,
             "alive": llm.dead is None,

@@ -22,6 +22,8 @@ from anychip.entrypoints.openai.routes import BODIES as OPENAI_BODIES
 from anychip.entrypoints.openai.routes import openai_routes
 from anychip.entrypoints.openai.stateful.routes import response_routes
 from anychip.entrypoints.serving import Serving
+from anychip.entrypoints.vectors.routes import BODIES as VECTOR_BODIES
+from anychip.entrypoints.vectors.routes import vector_routes
 from anychip.launch.async_llm import AsyncLLM
 
 
@@ -29,7 +31,9 @@ def make_app(llm: AsyncLLM, config: ServerConfig | None = None) -> ASGIApp:
     """`llm` has been started. Raises ConfigError for keys or parsers that cannot be."""
     serving = Serving.of(llm, config)
     app = FastAPI(title="anychip", version=anychip.__version__, docs_url=None, redoc_url=None)
-    makers: list[Callable[[Serving], APIRouter]] = [openai_routes, response_routes, anthropic_routes, operation_routes]
+    makers: list[Callable[[Serving], APIRouter]] = [
+        openai_routes, response_routes, anthropic_routes, vector_routes, operation_routes,
+    ]  # fmt: skip
     if serving.config.ui:
         makers.append(dashboard_routes)
     routers = [make(serving) for make in makers]
@@ -56,7 +60,7 @@ def _complete_document(app: FastAPI) -> None:
     def complete() -> dict[str, Any]:
         document = plain()
         document.setdefault("components", {}).setdefault("schemas", {}).update(
-            schema_parts(*OPENAI_BODIES, *ANTHROPIC_BODIES)
+            schema_parts(*OPENAI_BODIES, *ANTHROPIC_BODIES, *VECTOR_BODIES)
         )
         return document
 

@@ -102,6 +102,7 @@ class ChatAnswer:
 async def accept_chat(serving: Serving, body: ChatBody, caller: Caller) -> ChatAnswer:
     """Checks everything before anything runs. Raises UserError."""
     asked = serving.check_model(body.model)
+    serving.check_draws()
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     messages, prefill = body.conversation()

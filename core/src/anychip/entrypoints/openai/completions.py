@@ -126,6 +126,7 @@ class CompletionAnswer:
 async def accept_completion(serving: Serving, body: CompletionBody, caller: Caller) -> CompletionAnswer:
     """Checks everything before anything runs. Raises UserError."""
     asked = serving.check_model(body.model)
+    serving.check_draws()
     prompts = body.prompts()
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request", param="prompt")

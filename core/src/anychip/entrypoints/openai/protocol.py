@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import msgspec
 from pydantic import Field
@@ -22,6 +22,7 @@ from anychip.entrypoints.serving import sampling_params
 from anychip.errors import InvalidRequest
 from anychip.sampling_params import GrammarKind, SamplingParams, StructuredOutput
 
+T = TypeVar("T")
 TokenIds = Several[Annotated[int, Field(strict=True)]]
 
 
@@ -206,22 +207,7 @@ class CompletionBody(SamplingBody):
 
     @classmethod
     def read(cls, raw: bytes) -> Self:
-        """Token ids are most of a long body, and are read apart: pydantic would hold up every other thread meanwhile.
-        Raises ValidationError, and InvalidRequest for a prompt that is no list of ids."""
-        fields = _fields(raw) if len(raw) > LONG_BODY else {}
-        begin = _IDS.match(fields.get("prompt", b""))
-        if begin is None:
-            return super().read(raw)
-        kind: Any = list[int] if begin["several"] is None else list[list[int]]
-        time.sleep(0)  # to the other threads, before and after each long call
-        try:
-            prompt = msgspec.json.decode(fields["prompt"], type=kind)
-        except msgspec.MsgspecError as error:
-            raise InvalidRequest(f"prompt: {error}", param="prompt") from None
-        time.sleep(0)
-        body = super().read(msgspec.json.encode(fields | {"prompt": msgspec.Raw(b"[]")}))
-        body.prompt = prompt
-        return body
+        return with_ids_apart(raw, "prompt", super().read)
 
     def prompts(self) -> Sequence[str | list[int]]:
         """One or several, as text or token ids."""
@@ -230,6 +216,26 @@ class CompletionBody(SamplingBody):
         if self.prompt and not isinstance(self.prompt[0], int):
             return self.prompt
         return [cast(list[int], self.prompt)]
+
+
+def with_ids_apart(raw: bytes, name: str, read: Callable[[bytes], T]) -> T:
+    """`read` of a body whose field `name` may hold token ids. In a long body those are most of it, and are read apart:
+    pydantic would hold up every other thread meanwhile. Raises ValidationError, and InvalidRequest for a field that is
+    no list of ids."""
+    fields = _fields(raw) if len(raw) > LONG_BODY else {}
+    begin = _IDS.match(fields.get(name, b""))
+    if begin is None:
+        return read(raw)
+    kind: Any = list[int] if begin["several"] is None else list[list[int]]
+    time.sleep(0)  # to the other threads, before and after each long call
+    try:
+        ids = msgspec.json.decode(fields[name], type=kind)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"{name}: {error}", param=name) from None
+    time.sleep(0)
+    body = read(msgspec.json.encode(fields | {name: msgspec.Raw(b"[]")}))
+    setattr(body, name, ids)
+    return body
 
 
 _IDS = re.compile(rb"\s*\[\s*(?P<several>\[\s*)?-?[0-9]")

@@ -27,6 +27,7 @@ from anychip.ops.reference.attention import (
 )
 from anychip.ops.reference.canonical import dequantize
 from anychip.ops.reference.composite import CompositeOps
+from anychip.ops.reference.encoder import ReferenceEncoder, attend_sequence, score_offsets
 from anychip.ops.reference.forward import Passed, forward_pass
 from anychip.ops.reference.latent import ReferenceLatent
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
@@ -47,6 +48,8 @@ from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
     AttentionSpec,
+    EncoderBackend,
+    EncoderSpec,
     FusedMoE,
     LatentBackend,
     LatentSpec,
@@ -61,11 +64,12 @@ from anychip.plugin_api.platform import Platform
 __all__ = [
     "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "RULES", "CompositeOps", "DenseCacheAttention", "DenseStates",
     "DenseWeights", "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator",
-    "ReferenceAttention", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates", "WidenedLinear",
-    "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row", "attend_row_with_lse", "blank_stacks",
-    "can_widen", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked", "gated_sum_recurrent",
-    "merge_attention", "pooled_sums", "quantized", "reference_linear", "sampling", "softmax_with_sinks", "token_scores",
-    "write_adapters", "write_embeddings",
+    "ReferenceAttention", "ReferenceEncoder", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates",
+    "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
+    "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dequantize", "draw_tokens", "forward_pass",
+    "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
+    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "write_adapters",
+    "write_embeddings",
 ]  # fmt: skip
 
 
@@ -80,6 +84,9 @@ class _ReferenceKernels:
 
     def state(self, spec: StateSpec) -> StateBackend:
         return reference_state(spec)
+
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        return ReferenceEncoder(spec)
 
     def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel:
         return reference_linear(spec, platform)

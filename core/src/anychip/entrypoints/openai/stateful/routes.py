@@ -107,6 +107,7 @@ async def accept_response(
 ) -> ResponseAnswer:
     """Checks everything before anything runs. Raises UserError."""
     asked = serving.check_model(body.model)
+    serving.check_draws()
     messages = body.messages()
     if not messages:
         raise InvalidRequest("input is empty", param="input")

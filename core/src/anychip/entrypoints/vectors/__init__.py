@@ -1,0 +1,1 @@
+"""Routes of models that return vectors, scores or labels."""
