@@ -89,7 +89,7 @@ class Worker:
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
-        weights, notes = source.held_bytes, (*prepared.notes, str(source.progress))
+        weights, notes = source.held_bytes, (*prepared.notes, *source.checkpoint.notes, str(source.progress))
         if prepared.draft is not None and drafting is not None:
             self._start_drafting(prepared.draft, drafting, blocks)
             weights += prepared.draft.source.held_bytes
