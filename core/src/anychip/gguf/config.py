@@ -64,15 +64,28 @@ def config_of(model: GGUFModel) -> Settings:
         "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+    _check_heads(metadata, settings)
     if scaling := _rope_scaling(model, settings):
         settings["rope_scaling"] = scaling
     if family.experts is not None:
         settings["num_local_experts"] = metadata.need(own("expert_count"))
         settings["num_experts_per_tok"] = metadata.need(own("expert_used_count"))
-    settings |= _OF_FAMILY.get(metadata.architecture, _nothing)(metadata, settings)
+    settings |= _OF_FAMILY.get(metadata.architecture, _nothing)(model, settings)
     if family.experts is not None or any(not tensor.type.is_plain for tensor in tensors.values()):
         settings["quantization_config"] = {"quant_method": QUANT_METHOD}
     return settings
+
+
+def _check_heads(metadata: Metadata, settings: Settings) -> None:
+    """Raises ConfigError for heads that no native family has."""
+    dim, own = settings["head_dim"], metadata.own
+    for key in ("attention.value_length", "rope.dimension_count"):
+        given = metadata.integer(own(key))
+        if given not in (None, dim) and (key, metadata.architecture) != ("rope.dimension_count", "phi3"):
+            raise ConfigError(
+                f"{metadata.path} has {own(key)} {given} and heads of {dim}: {metadata.architecture} here has one size "
+                "for both; serve the model's Hugging Face checkpoint instead"
+            )
 
 
 def generation_of(metadata: Metadata) -> Settings:
@@ -159,9 +172,9 @@ def _factors(tensor: StoredTensor) -> list[float]:
     return values.tolist()
 
 
-def _gemma(metadata: Metadata, settings: Settings) -> Settings:
+def _gemma(model: GGUFModel, settings: Settings) -> Settings:
     """The scale of attention is that of a head's size, but in the 27B models, which llama.cpp knows by their layers."""
-    own = metadata.own
+    metadata, own = model.metadata, model.metadata.own
     largest = {"gemma2": 46, "gemma3": 62}[metadata.architecture] == settings["num_hidden_layers"]
     scale = metadata.number(own("attention.scale"))
     by_head = settings["hidden_size"] // settings["num_attention_heads"] if largest else settings["head_dim"]
@@ -177,34 +190,37 @@ def _gemma(metadata: Metadata, settings: Settings) -> Settings:
     return given
 
 
-def _nothing(metadata: Metadata, settings: Settings) -> Settings:
+def _nothing(model: GGUFModel, settings: Settings) -> Settings:
     return {}
 
 
-def _windowed(metadata: Metadata, settings: Settings) -> Settings:
+def _windowed(model: GGUFModel, settings: Settings) -> Settings:
+    metadata = model.metadata
     return {"sliding_window": metadata.integer(metadata.own("attention.sliding_window")) or None}
 
 
-def _phi3(metadata: Metadata, settings: Settings) -> Settings:
-    rotated = metadata.integer(metadata.own("rope.dimension_count")) or settings["head_dim"]
+def _phi3(model: GGUFModel, settings: Settings) -> Settings:
+    rotated = model.metadata.integer(model.metadata.own("rope.dimension_count")) or settings["head_dim"]
     scaling = settings.get("rope_scaling", {})
     original = scaling.get("original_max_position_embeddings", settings["max_position_embeddings"])
     return {
-        **_windowed(metadata, settings),
+        **_windowed(model, settings),
         "partial_rotary_factor": rotated / settings["head_dim"],
         "original_max_position_embeddings": original,
     }
 
 
-def _qwen3moe(metadata: Metadata, settings: Settings) -> Settings:
+def _qwen3moe(model: GGUFModel, settings: Settings) -> Settings:
+    dense = [n for n in range(settings["num_hidden_layers"]) if f"blk.{n}.ffn_gate_inp.weight" not in model.tensors]
     return {
-        "moe_intermediate_size": metadata.need(metadata.own("expert_feed_forward_length")),
+        "mlp_only_layers": dense,
+        "moe_intermediate_size": model.metadata.need(model.metadata.own("expert_feed_forward_length")),
         "norm_topk_prob": True,  # llama.cpp's graph of the family does so always
     }
 
 
-def _granite(metadata: Metadata, settings: Settings) -> Settings:
-    own = metadata.own
+def _granite(model: GGUFModel, settings: Settings) -> Settings:
+    metadata, own = model.metadata, model.metadata.own
     given = {
         "attention_multiplier": metadata.number(own("attention.scale")) or settings["head_dim"] ** -0.5,
         "embedding_multiplier": metadata.number(own("embedding_scale")),
@@ -214,7 +230,7 @@ def _granite(metadata: Metadata, settings: Settings) -> Settings:
     return {name: value for name, value in given.items() if value}
 
 
-_OF_FAMILY: dict[str, Callable[[Metadata, Settings], Settings]] = {
+_OF_FAMILY: dict[str, Callable[[GGUFModel, Settings], Settings]] = {
     "gemma2": _gemma,
     "gemma3": _gemma,
     "phi3": _phi3,
