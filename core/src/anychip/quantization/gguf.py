@@ -19,6 +19,8 @@ from anychip.weights.matrix import Matrix, MatrixStack, row_chunks
 from anychip.weights.register import WeightRegister
 
 _ENDS = {name.lower(): stored for name, stored in BY_NAME.items() if not stored.is_plain}
+_UNUSED = tuple(f".{end}" for end in _ENDS)
+"""Ends of blocks that a layer takes as floats."""
 _EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\.\w+|gate_up_proj|down_proj)")
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Matrices that one product holds."""
@@ -50,6 +52,11 @@ class GGUF(Container):
         parent, _, name = module.rpartition(".")
         together = next((names for names in _TOGETHER if name in names), (name,))
         return scheme_of_all({self._types.get(f"{parent}.{each}" if parent else each) for each in together})
+
+    def want(self, register: WeightRegister, matrix: Matrix) -> None:
+        if _UNUSED[0] not in register.ignored:
+            register.ignored += _UNUSED
+        super().want(register, matrix)
 
     def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         if scheme == AT_LOAD:
