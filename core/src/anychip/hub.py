@@ -1,4 +1,5 @@
-"""Finds a model's folder: a path, the embedded model, or a repository of the Hugging Face hub and its cache.
+"""Finds a model's folder or GGUF file: a path, the embedded model, or a repository of the Hugging Face hub and its
+cache.
 
 The hub's own library reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN.
 """
@@ -12,6 +13,7 @@ import msgspec
 
 from anychip.config import EngineConfig
 from anychip.errors import CheckpointError, ConfigError
+from anychip.gguf.model import is_gguf, only_model_in, piece_names, pieces_of
 from anychip.types import QUICKSTART
 from anychip.weight_files import weight_files
 
@@ -19,6 +21,9 @@ _QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What can be a repository of the hub."""
+
+_FILE_OF_REPOSITORY = re.compile(rf"({_REPOSITORY.pattern}):([\w./-]+\.gguf)")
+"""org/model:file.gguf."""
 
 _FROM_MODELS = ("draft", "eagle")
 """Kinds of proposers that are read from a folder: --speculate KIND:MODEL."""
@@ -51,7 +56,8 @@ def _located_source(speculate: str | None) -> str | None:
 
 
 def resolve_folder(model: str, revision: str | None = None) -> Path:
-    """The folder of a model's files, downloaded first where it is a repository that the cache does not hold.
+    """The folder of a model's files, downloaded first where it is a repository that the cache does not hold; or, of a
+    GGUF model, its file or its first piece.
 
     Raises ConfigError where there is none.
     """
@@ -59,11 +65,15 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
         return _QUICKSTART_FOLDER
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return only_model_in(folder) or folder
+    if is_gguf(folder) and folder.is_file():
+        return pieces_of(folder)[0]
+    if named := _FILE_OF_REPOSITORY.fullmatch(model):
+        return _file_from_hub(named[1], named[2], revision)
     if not _REPOSITORY.fullmatch(model):
         raise ConfigError(
             f"model {model!r} is not a folder; give the path of a Hugging Face checkpoint, the name of a repository "
-            f"such as org/model, or {QUICKSTART!r} for the embedded one"
+            f"such as org/model, a GGUF file (its path, or org/model:file.gguf), or {QUICKSTART!r} for the embedded one"
         )
     return _from_hub(model, revision)
 
@@ -90,6 +100,23 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise ConfigError(
             f"model {repository!r}{at} is neither a folder nor complete in the hub's cache, and could not be "
             f"downloaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _file_from_hub(repository: str, file: str, revision: str | None) -> Path:
+    """A GGUF file of a repository, with all of its pieces."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    folder, _, name = file.rpartition("/")
+    names = [f"{folder}/{piece}" if folder else piece for piece in piece_names(name)]
+    try:
+        found = [Path(hf_hub_download(repository, each, revision=revision)) for each in names]
+        return found[0]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise ConfigError(
+            f"file {file!r} of {repository!r} is not in the hub's cache, and could not be downloaded: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Translates a checkpoint's config.json into anychip's terms. Reads JSON only; builds no layer."""
+"""Translates a checkpoint's config.json, or a GGUF file's metadata, into anychip's terms. Builds no layer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import msgspec
 
 from anychip.errors import CheckpointError
 from anychip.family_defaults import FAMILY_DEFAULTS, base_architecture, first_position, with_defaults
+from anychip.gguf.config import config_of, generation_of
+from anychip.gguf.model import is_gguf, read_model
 from anychip.hub import resolve_folder
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`raw` is config.json with the family's defaults. Settings that only one family reads stay there."""
+    """`raw` is config.json with the family's defaults. Settings that only one family reads stay there. `folder` is the
+    checkpoint's, or a GGUF file."""
 
     folder: str
     architecture: str
@@ -47,13 +50,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """Reads config.json and generation_config.json. Raises ConfigError or CheckpointError."""
+    """From config.json and generation_config.json, or a GGUF file. Raises ConfigError or CheckpointError."""
     folder = resolve_folder(model)
-    raw = _read_json(folder / "config.json", required=True)
-    generation = _read_json(folder / "generation_config.json", required=False)
+    source = folder / "config.json"
+    if is_gguf(folder):
+        file = read_model(folder)
+        source, raw, generation = folder, config_of(file), generation_of(file.metadata)
+    else:
+        raw = _read_json(source, required=True)
+        generation = _read_json(folder / "generation_config.json", required=False)
     architectures = raw.get("architectures") or []
     if not architectures:
-        raise CheckpointError(f'{folder / "config.json"} names no architecture; add "architectures": [...]')
+        raise CheckpointError(f'{source} names no architecture; add "architectures": [...]')
     raw = with_defaults(architectures[0], raw)
     try:
         num_heads = int(raw["num_attention_heads"])
@@ -79,9 +87,9 @@ def load_model_config(model: str) -> ModelConfig:
             raw=raw,
         )
     except KeyError as missing:
-        raise CheckpointError(f"{folder / 'config.json'} has no {missing}") from missing
+        raise CheckpointError(f"{source} has no {missing}") from missing
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} holds a value that cannot be: {error}") from error
+        raise CheckpointError(f"{source} holds a value that cannot be: {error}") from error
 
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

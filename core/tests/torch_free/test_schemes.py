@@ -57,6 +57,7 @@ def test_names_tell_apart_what_kernels_must_know():
         "mxfp4",
         "nvfp4",
         "int4-float-zeros",
+        "int8-float-zeros",
         "codebook4",
     } == SCHEMES
     int4, fp8 = NAMED["int4"], NAMED["fp8-w8a16"]

@@ -23,6 +23,8 @@ SCHEMES = {
     "int8": QuantScheme(values="int8", scales="channel"),
     "int4": QuantScheme(values="int4", scales="group", group_size=32),
     "int4 with zeros": QuantScheme(values="int4", scales="group", group_size=16, zero_points="int"),
+    "int4 with float zeros": QuantScheme(values="int4", scales="group", group_size=32, zero_points="float"),
+    "int8 with float zeros": QuantScheme(values="int8", scales="group", group_size=16, zero_points="float"),
     "fp8 in blocks": QuantScheme(values="fp8_e4m3", scales="block", group_size=64),
     "fp8 by token": QuantScheme(values="fp8_e4m3", scales="channel", activations="token"),
     "w8a8": QuantScheme(values="int8", scales="channel", activations="token"),
@@ -44,7 +46,8 @@ def parts_of(scheme, rows, columns):
     shape = {"channel": (rows,), "group": (rows, groups), "block": (-(-rows // 64), groups)}[scheme.scales]
     parts = {"": values, "scale": torch.rand(shape) * 0.02 + 0.01}
     if scheme.zero_points:
-        parts["zero"] = torch.randint(0, 16, shape, dtype=torch.uint8)
+        whole = scheme.zero_points == "int"
+        parts["zero"] = torch.randint(0, 16, shape, dtype=torch.uint8) if whole else torch.randn(shape) * 9
     return parts
 
 

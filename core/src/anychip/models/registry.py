@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.family_defaults import base_architecture
+from anychip.gguf.model import is_gguf
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
 from anychip.plugin_api import CacheSpec, MeshShape, StepModel
@@ -85,6 +87,8 @@ def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[s
 
 
 def _through_transformers(model: ModelConfig, config: EngineConfig) -> ModelFamily:
+    if is_gguf(Path(model.folder)):
+        raise ConfigError(f"--model-impl transformers: native families alone serve GGUF files such as {model.folder}")
     try:
         from anychip.models.transformers_model import transformers_family
     except ModuleNotFoundError as error:

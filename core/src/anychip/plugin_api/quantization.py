@@ -167,6 +167,7 @@ INT8_W8A8 = QuantScheme(values="int8", scales="channel", activations="token")
 MXFP4 = QuantScheme(values="fp4_e2m1", scales="group", group_size=32, scale_format="e8m0")
 NVFP4 = QuantScheme(values="fp4_e2m1", scales="group", group_size=16, scale_format="e4m3")
 INT4_FLOAT_ZEROS = QuantScheme(values="int4", scales="group", group_size=64, zero_points="float")
+INT8_FLOAT_ZEROS = QuantScheme(values="int8", scales="group", group_size=32, zero_points="float")
 NF4 = QuantScheme(
     values="codebook", scales="group", group_size=64,
     codebook=(
@@ -178,8 +179,11 @@ NF4 = QuantScheme(
 """Quantiles of the normal distribution, of greatest magnitude one."""
 
 NAMED: dict[str, QuantScheme] = {
-    scheme.name: scheme for scheme in (INT8, INT4, FP8, FP8_WEIGHTS, INT8_W8A8, MXFP4, NVFP4, INT4_FLOAT_ZEROS, NF4)
-}
+    scheme.name: scheme
+    for scheme in (
+        INT8, INT4, FP8, FP8_WEIGHTS, INT8_W8A8, MXFP4, NVFP4, INT4_FLOAT_ZEROS, INT8_FLOAT_ZEROS, NF4,
+    )
+}  # fmt: skip
 """One scheme of every name that core knows by itself; dataclasses.replace makes others of it."""
 
 SCHEMES: frozenset[str] = frozenset(NAMED)

@@ -6,6 +6,7 @@ METHODS = {
     "awq": "anychip.quantization.awq:AWQ",
     "fp8": "anychip.quantization.fp8:FP8",
     "mxfp4": "anychip.quantization.mxfp4:MXFP4",
+    "gguf": "anychip.quantization.gguf:GGUF",
     "modelopt": "anychip.quantization.modelopt:ModelOpt",
     "compressed-tensors": "anychip.quantization.compressed_tensors:CompressedTensors",
 }

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and chat template, from tokenizer.json and tokenizer_config.json."""
+"""A checkpoint's tokenizer and chat template, from tokenizer.json and tokenizer_config.json, or a GGUF file's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import tokenizers
 
 from anychip.errors import CheckpointError, InvalidRequest
+from anychip.gguf.model import is_gguf
 from anychip.hub import resolve_folder
 from anychip.tokenizer.chat_template import ChatTemplate
+from anychip.tokenizer.gguf_vocabulary import read_vocabulary
 from anychip.tokenizer.sentencepiece import convert
 from anychip.tokenizer.special_tokens import SpecialTokens, read_object
 from anychip.tokenizer.token_bytes import TokenBytes
@@ -38,6 +40,10 @@ class Tokenizer:
         """`chat_template` is a file that replaces the checkpoint's. Raises CheckpointError where the checkpoint has no
         tokenizer, or one that makes ids beyond `vocab_size`."""
         folder = resolve_folder(model)
+        if is_gguf(folder):
+            held = read_vocabulary(folder)
+            _check_last(held.raw, vocab_size, folder)
+            return cls._with_template(held.raw, held.names, chat_template, (held.template, held.tool_template))
         settings = read_object(folder / "tokenizer_config.json")
         raw = tokenizers.Tokenizer.from_str(_content(folder))
         # What a trainer left there would cut prompts, or fill them up.
@@ -45,16 +51,21 @@ class Tokenizer:
         raw.no_padding()
         special = SpecialTokens.read(folder, settings)
         special.add_to(raw, vocab_size)
-        last = max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
-        if vocab_size is not None and last >= vocab_size:
-            raise CheckpointError(
-                f"the tokenizer of {folder} makes ids up to {last}, the model's vocabulary has {vocab_size}: "
-                "they do not belong together; give the model's own with --tokenizer"
-            )
-        names = special.texts()
-        if chat_template is not None:
-            return cls(raw, ChatTemplate.read(chat_template, names))
-        source, with_tools = _chat_templates(folder, settings)
+        _check_last(raw, vocab_size, folder)
+        return cls._with_template(raw, special.texts(), chat_template, _chat_templates(folder, settings))
+
+    @classmethod
+    def _with_template(
+        cls,
+        raw: tokenizers.Tokenizer,
+        names: Mapping[str, str],
+        file: str | None,
+        own: tuple[str | None, str | None],
+    ) -> Tokenizer:
+        """`file` as `load` has it, `own` are the checkpoint's templates: one, and one for tools."""
+        if file is not None:
+            return cls(raw, ChatTemplate.read(file, names))
+        source, with_tools = own
         return cls(raw, None if source is None else ChatTemplate(source, names, with_tools=with_tools))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -112,6 +123,15 @@ class _Bytes(dict[int, bytes]):
     def __missing__(self, token_id: int) -> bytes:
         data = self[token_id] = self._read(token_id)
         return data
+
+
+def _check_last(raw: tokenizers.Tokenizer, vocab_size: int | None, folder: Path) -> None:
+    last = max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
+    if vocab_size is not None and last >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {folder} makes ids up to {last}, the model's vocabulary has {vocab_size}: "
+            "they do not belong together; give the model's own with --tokenizer"
+        )
 
 
 def _content(folder: Path) -> str:

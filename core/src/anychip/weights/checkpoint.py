@@ -17,7 +17,9 @@ from anychip.weights.files import FileView, SafetensorsFile, same_bytes
 
 class Checkpoint:
     """A folder's tensors by the names that its files give them. Every method raises CheckpointError where files are
-    missing or broken, or where the index is not true of them."""
+    missing or broken, or where the index is not true of them. `notes` are lines for the start."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Reads safetensors files without mapping them: a mapped page counts as resident memory beside its copy.
+"""Reads safetensors files.
 
 Format: https://huggingface.co/docs/safetensors (eight bytes of header length, a JSON header, the tensors' bytes).
 Nothing in such a file is code.
@@ -6,8 +6,6 @@ Nothing in such a file is code.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anychip.errors import CheckpointError
+from anychip.weights.opened_file import OpenedFile
 
 _MOST_HEADER_BYTES = 100 << 20
 _DTYPES = {
@@ -25,8 +24,6 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_AHEAD_BYTES = 256 << 20
-_AHEAD_STEP = 4 << 20
 
 
 class _Entry(msgspec.Struct):
@@ -37,27 +34,24 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-class SafetensorsFile:
+class SafetensorsFile(OpenedFile):
     """An open file. Raises CheckpointError for one that is cut short or malformed."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        super().__init__(path)
         try:
-            self._size = os.fstat(self._fd).st_size
-            self._ahead = ReadAhead(self._fd, self._size)
             self._read_header()
         except BaseException:
             self.close()
             raise
 
     def _read_header(self) -> None:
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        length = int.from_bytes(self.peek(8), "little")
         self._begin = 8 + length
-        if self._size < 8 or length > min(_MOST_HEADER_BYTES, self._size - 8):
-            raise self._broken(f"its header would take {length} of {self._size} bytes")
+        if self.size < 8 or length > min(_MOST_HEADER_BYTES, self.size - 8):
+            raise self._broken(f"its header would take {length} of {self.size} bytes")
         try:
-            header = msgspec.json.decode(os.pread(self._fd, length, 8), type=dict[str, msgspec.Raw])
+            header = msgspec.json.decode(self.peek(length, 8), type=dict[str, msgspec.Raw])
             header.pop("__metadata__", None)
             self._entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
         except msgspec.MsgspecError as error:
@@ -72,9 +66,9 @@ class SafetensorsFile:
         expected = prod(entry.shape) * _DTYPES[entry.dtype].itemsize
         if begin < 0 or min(entry.shape, default=0) < 0 or end - begin != expected:
             raise self._broken(f"tensor {name!r} takes {end - begin} bytes, its shape {expected}")
-        if self._begin + end > self._size:
+        if self._begin + end > self.size:
             raise self._broken(
-                f"tensor {name!r} ends at byte {self._begin + end}, the file has {self._size}: it is cut short"
+                f"tensor {name!r} ends at byte {self._begin + end}, the file has {self.size}: it is cut short"
             )
 
     def _broken(self, why: str) -> CheckpointError:
@@ -85,7 +79,7 @@ class SafetensorsFile:
 
     def views(self) -> Iterator[tuple[str, FileView]]:
         """Every tensor in the order of its bytes, so that the disk is read straight through."""
-        self._ahead.start()
+        self.read_ahead()
         for name, _ in sorted(self._entries.items(), key=lambda item: item[1].data_offsets):
             yield name, self.view(name)
 
@@ -93,77 +87,6 @@ class SafetensorsFile:
         entry = self._entries[name]
         begin = self._begin + entry.data_offsets[0]
         return FileView(self, name, tuple(entry.shape), _DTYPES[entry.dtype], begin)
-
-    def pieces(self, offset: int, nbytes: int) -> Iterator[bytearray]:
-        """The file's bytes from `offset`, a few at a time."""
-        for start in range(offset, offset + nbytes, _AHEAD_STEP):
-            piece = bytearray(min(_AHEAD_STEP, offset + nbytes - start))
-            self._fill(memoryview(piece), start)
-            yield piece
-
-    def read_into(self, target: Tensor, offset: int) -> None:
-        """Fills a contiguous host tensor with the file's bytes from `offset`."""
-        self._ahead.reached(offset)
-        self._fill(memoryview(target.view(torch.uint8).numpy().data), offset)
-
-    def _fill(self, buffer: memoryview, offset: int) -> None:
-        while len(buffer):
-            count = os.preadv(self._fd, [buffer], offset)
-            if count == 0:
-                raise self._broken("it became shorter while it was read")
-            buffer, offset = buffer[count:], offset + count
-
-    def close(self) -> None:
-        self._ahead.stop()
-        os.close(self._fd)
-
-
-class ReadAhead:
-    """Reads a file into the page cache a little ahead of who uses it, so that the disk works while weights are
-    copied. What is cached already is passed over."""
-
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd, self._size = fd, size
-        self._moved = threading.Condition()
-        self._reached = 0
-        self._stopped = False
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
-        self._thread.start()
-
-    def reached(self, offset: int) -> None:
-        """The user is here."""
-        with self._moved:
-            self._reached = max(self._reached, offset)
-            self._moved.notify()
-
-    def stop(self) -> None:
-        with self._moved:
-            self._stopped = True
-            self._moved.notify()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        scrap = memoryview(bytearray(_AHEAD_STEP))
-        for position in range(0, self._size, _AHEAD_STEP):
-            if not self._wait_for_turn(position):
-                return
-            if position + _AHEAD_STEP > self._reached and not self._is_cached(position + _AHEAD_STEP - 1):
-                os.preadv(self._fd, [scrap], position)
-
-    def _wait_for_turn(self, position: int) -> bool:
-        with self._moved:
-            self._moved.wait_for(lambda: self._stopped or position < self._reached + _AHEAD_BYTES)
-            return not self._stopped
-
-    def _is_cached(self, offset: int) -> bool:
-        try:
-            return os.preadv(self._fd, [bytearray(1)], min(offset, self._size - 1), os.RWF_NOWAIT) == 1
-        except OSError:  # not cached, or a file system that cannot say
-            return False
 
 
 class FileView:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anychip.errors import CheckpointError
 from anychip.weights.checkpoint import Checkpoint
+from anychip.weights.gguf_checkpoint import GGUFCheckpoint
 from anychip.weights.register import WeightRegister
 
 _LAYERS = "model.layers."
@@ -12,7 +13,7 @@ _LAYERS = "model.layers."
 class StoredTensors:
     """`checkpoint` None: weights are made up."""
 
-    def __init__(self, checkpoint: Checkpoint | None, register: WeightRegister) -> None:
+    def __init__(self, checkpoint: Checkpoint | GGUFCheckpoint | None, register: WeightRegister) -> None:
         self._checkpoint = checkpoint
         self._register = register
 

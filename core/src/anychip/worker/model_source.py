@@ -1,4 +1,4 @@
-"""plugin_api.ModelSource over a checkpoint folder: builds any rank's share of a model."""
+"""plugin_api.ModelSource over a checkpoint: builds any rank's share of a model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from anychip.plugin_api import (
 from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
-from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.dummy import dummy_views
+from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.weights.stored import StoredTensors
@@ -70,7 +70,7 @@ class CheckpointSource:
         self.kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, self.dtype, platform)
         self.family = family or find_family(model, config, contributed)
         self.quant_formats = quant_formats or {}
-        self.checkpoint = Checkpoint(Path(model.folder))
+        self.checkpoint = open_checkpoint(Path(model.folder))
         self.got_on: Callable[[str], None] = lambda doing: None
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0

@@ -109,8 +109,8 @@ class Worker:
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
-        weights, notes = source.held_bytes, (*prepared.notes, *source.notes, str(source.progress))
-        weights += _stack_bytes(program.adapter_sites, limits)
+        weights = source.held_bytes + _stack_bytes(program.adapter_sites, limits)
+        notes = (*prepared.notes, *source.notes, *source.checkpoint.notes, str(source.progress))
         if prepared.draft is not None and drafting is not None:
             weights += prepared.draft.source.held_bytes
             what = "draft model" if prepared.draft.head is None else f"{prepared.draft.head.kind} head"

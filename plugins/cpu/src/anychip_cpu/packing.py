@@ -15,7 +15,11 @@ PANEL = 32
 _STEP = {"float32": 2, "bfloat16": 2, "int8": 8, "float8_e4m3fn": 2, "int4": 8}
 """Inputs that lie together."""
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
-_STORED = {"int8": "int8", "int8-w8a8": "int8", "int4": "int4", "fp8": "float8_e4m3fn", "fp8-w8a16": "float8_e4m3fn"}
+_STORED = {
+    **dict.fromkeys(("int8", "int8-float-zeros", "int8-w8a8"), "int8"),
+    **dict.fromkeys(("int4", "int4-float-zeros"), "int4"),
+    **dict.fromkeys(("fp8", "fp8-w8a16"), "float8_e4m3fn"),
+}
 """By a scheme's name: the form of its values. No other scheme lies in panels."""
 
 
