@@ -61,7 +61,7 @@ def find_family(model: ModelConfig, config: EngineConfig, contributed: Mapping[s
 
 def _through_transformers(model: ModelConfig, config: EngineConfig) -> ModelFamily:
     try:
-        from anychip.models.transformers_model import transformers_family
+        from anychip.models.transformers_family import transformers_family
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"architecture {model.architecture!r} has no native family, and transformers, whose code may run it, is "

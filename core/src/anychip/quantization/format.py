@@ -160,16 +160,18 @@ class Container(ABC):
 
 
 def want_plain_stack(register: WeightRegister, stack: MatrixStack) -> None:
-    """Tensor `name` [count, inputs, outputs], plain: inputs before outputs, unlike a linear layer's. Quantized at load
-    where the matrices have a scheme."""
+    """Tensor `name` [count, inputs, outputs], plain: inputs before outputs, unlike a linear layer's, but where the
+    stack says otherwise. Quantized at load where the matrices have a scheme."""
 
     def take(view: WeightView) -> None:
         for place, expert in enumerate(range(*stack.held.bounds)):
-            rows = view.read((expert, expert + 1))[0].T
+            matrix = view.read((expert, expert + 1))[0]
+            rows = matrix if stack.outputs_first else matrix.T
             for piece in stack.pieces:
                 put_rows(piece.matrices[place], rows[piece.rows])
 
-    register.want(stack.name, (stack.count, *reversed(stack.shape)), take)
+    shape = stack.shape if stack.outputs_first else reversed(stack.shape)
+    register.want(stack.name, (stack.count, *shape), take)
 
 
 def put_rows(matrix: Matrix, rows: Tensor) -> None:

@@ -55,6 +55,8 @@ class MatrixStack:
     held: Span
     shape: tuple[int, int]
     pieces: tuple[StackPiece, ...]
+    outputs_first: bool = False
+    """Whether plain matrices lie as `shape` says, as a linear layer's do; else inputs come before outputs."""
 
     @property
     def scheme(self) -> QuantScheme | None:
