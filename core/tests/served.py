@@ -27,12 +27,15 @@ def resident_mib(pid: int) -> float:
 
 
 class Server:
-    """`wait` False returns while the server is still starting. Its log is a file, which cannot fill up as a pipe."""
+    """Of the embedded model where `options` do not begin with another. `wait` False returns while the server is still
+    starting. Its log is a file, which cannot fill up as a pipe."""
 
     def __init__(self, *options: str, wait: bool = True) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        if not options or options[0].startswith("-"):
+            options = ("quickstart", *options)
         command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "serve", "--port", str(self.port), *options]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server runs
         self.process = subprocess.Popen(command, stderr=self._log, text=True)

@@ -96,7 +96,9 @@ def test_a_refusal_is_a_line_with_cause_and_remedy(arguments, expected):
 
 
 def test_an_engine_that_cannot_start_ends_serve_with_its_cause():
-    done = anychip("serve", "--device", "cpu", "--port", "0", "--max-model-len", "2048", "--num-kv-blocks", "9")
+    done = anychip(
+        "serve", "quickstart", "--device", "cpu", "--port", "0", "--max-model-len", "2048", "--num-kv-blocks", "9"
+    )
     assert done.returncode == 2
     assert "8 fit; lower --max-model-len to 128" in done.stderr
     assert "Traceback" not in done.stderr
@@ -107,7 +109,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = anychip("serve", "--port", str(port))
+        done = anychip("serve", "quickstart", "--port", str(port))
     assert done.returncode == 2
     assert f"port {port} of 127.0.0.1 is in use; choose another with --port" in done.stderr
 

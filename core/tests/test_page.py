@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -104,6 +105,7 @@ def test_a_message_is_answered_as_it_comes_and_tokens_show_their_chances(page):
     page.keyboard.press("Enter")
     answer = page.locator("li.assistant")
     expect(answer.locator(".meta")).to_contain_text("tokens")
+    answer.get_by_role("button", name="Tokens").click()
     tokens = answer.locator(".token")
     assert tokens.count() > 3
     tokens.nth(1).hover()
@@ -148,6 +150,75 @@ def test_what_the_server_refuses_is_shown(page):
     page.fill("#text", "Hello")
     page.click("#send")
     expect(page.locator("li.failed")).to_contain_text("temperature is 500")
+
+
+MARKDOWN = """## Lists
+
+Call `reverse()` on **it**, or:
+
+```python
+print(items[::-1])  # <b>
+```
+
+1. slices
+2. copies
+
+| way | copies |
+|---|---|
+| slice | yes |
+
+[the docs](https://docs.python.org)
+"""
+
+HOSTILE = """<script>window.hurt = 1</script><img src="http://127.0.0.1:9/a" onerror="window.hurt = 1">
+
+![spy](http://127.0.0.1:9/b) [run](javascript:window.hurt=1) [data](data:text/html,<script>window.hurt=1</script>)
+
+<a href="javascript:window.hurt=1">x</a> <svg onload="window.hurt=1"></svg> <iframe src="http://127.0.0.1:9/c"></iframe>
+
+[nested](<javascript:window.hurt=1>) <style>body { display: none }</style> <form action="http://127.0.0.1:9/d">
+"""
+
+
+def answer_with(page: Page, *pieces: str) -> None:
+    """In place of the model."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+    lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(body=f"{lines}data: [DONE]\n\n", content_type="text/event-stream"),
+    )
+    page.fill("#text", "Hello")
+    page.click("#send")
+    expect(page.locator("li.assistant .meta")).to_be_attached()
+
+
+def test_an_answer_is_shown_as_markdown(page):
+    answer_with(page, MARKDOWN[:40], MARKDOWN[40:])
+    text = page.locator("li.assistant .text")
+    expect(text.locator("h2")).to_have_text("Lists")
+    expect(text.locator("p code")).to_have_text("reverse()")
+    expect(text.locator("strong")).to_have_text("it")
+    expect(text.locator("pre code")).to_have_text("print(items[::-1])  # <b>\n")
+    assert text.locator("ol li").all_inner_texts() == ["slices", "copies"]
+    assert text.locator("td").all_inner_texts() == ["slice", "yes"]
+    assert text.locator("a").evaluate("link => [link.href, link.target, link.rel]") == [
+        "https://docs.python.org/", "_blank", "noopener noreferrer nofollow"
+    ]  # fmt: skip
+    keep(page, "markdown")
+
+
+def test_an_answer_can_neither_run_nor_load_anything(page):
+    answer_with(page, HOSTILE)
+    text = page.locator("li.assistant .text")
+    expect(text).to_contain_text("window.hurt = 1")  # as text
+    assert text.locator("script, img, iframe, svg, style, form").count() == 0
+    assert [
+        href for href in text.locator("a").evaluate_all("links => links.map(one => one.getAttribute('href'))") if href
+    ] == []
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hurt") is None
+    keep(page, "hostile")
 
 
 def test_a_model_that_writes_html_writes_text(page):

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
+    BigBirdConfig,
+    BigBirdForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from anychip import LLM, SamplingParams
-from anychip.errors import ConfigError, Unsupported
+from anychip.errors import CheckpointError, ConfigError, Unsupported
+from anychip.models.transformers_experts import FusedExperts
+from anychip_conformance.equality.causal_classes import causal_classes
+from anychip_conformance.equality.every_class import walk
 from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
@@ -81,24 +93,116 @@ def saved(model, tmp_path: Path, **changes) -> str:
     return str(tmp_path)
 
 
-def test_a_model_whose_attention_has_no_interface_is_refused(tmp_path):
-    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    model = saved(FalconForCausalLM(FalconConfig(**sizes)), tmp_path, max_position_embeddings=256)
-    with pytest.raises(Unsupported, match="FalconForCausalLM through transformers: its attention does not go through"):
+SAMPLE = ("bart", "bloom", "gptj", "jetmoe", "minicpm3", "olmoe")
+"""Positions that the decoder counts itself; ALiBi; attention by an adapter; code that looks at values; values shorter
+than keys; experts that the checkpoint keeps apart. tools/walk_transformers.py tries every class."""
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_class_of_the_library_gives_its_tokens(model_type, tmp_path):
+    each = next(each for each in causal_classes() if each.model_type == model_type)
+    outcome = walk(each, tmp_path)
+    assert (outcome.result, outcome.why) == ("equal", "")
+
+
+def answers(model: str, **settings) -> list[list[int]]:
+    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(model, **{**SETTINGS, **settings}) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, sampling)]
+
+
+PROMPTS = [[5, 6, 7], list(range(40, 60))]
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "initializer_range": 0.15}
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+
+
+def test_experts_apart_or_stacked_are_the_platforms_fused_ones(tmp_path):
+    """As published, and as the library holds them; whole, and split over ranks."""
+    model = mixtral()
+    expected = [greedy(model, prompt, 6).tokens for prompt in PROMPTS]
+    apart = saved(model, tmp_path / "apart")
+    stacked = shutil.copytree(apart, tmp_path / "stacked")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, stacked / "model.safetensors")
+    for folder in (apart, str(stacked)):
+        assert answers(folder, model_impl="transformers") == expected
+    assert answers(apart, model_impl="transformers", tensor_parallel_size=2) == expected
+    with LLM(apart, model_impl="transformers", **SETTINGS) as llm:
+        modules = llm.engine.executor.worker.program.model.decoder.module.modules()
+        assert sum(isinstance(module, FusedExperts) for module in modules) == SIZES["num_hidden_layers"]
+
+
+def test_experts_that_kernels_have_not_run_in_the_librarys_code(tmp_path):
+    model = mixtral()
+    for layer in model.model.layers:
+        layer.mlp.experts.act_fn = torch.nn.ReLU()
+    model.config.hidden_act = "relu"
+    expected = [greedy(model, prompt, 6).tokens for prompt in PROMPTS]
+    assert answers(saved(model, tmp_path), model_impl="transformers") == expected
+
+
+def test_a_checkpoint_whose_experts_are_other_than_config_says_is_refused(tmp_path):
+    model = saved(mixtral(), tmp_path, num_local_experts=8)
+    with pytest.raises(CheckpointError, match=r"moe.gate.weight' .* has shape \[4, 64\], the model wants \[8, 64\]"):
+        LLM(model, model_impl="transformers", **SETTINGS)
+    fewer = saved(mixtral(), tmp_path, num_local_experts=2)
+    with pytest.raises(CheckpointError, match=r"experts.2.w1.weight' .* has no place in the model"):
+        LLM(fewer, model_impl="transformers", **SETTINGS)
+
+
+def test_attention_that_reaches_no_interface_is_refused(tmp_path):
+    config = BigBirdConfig(**SIZES, is_decoder=True, attention_type="original_full")
+    with pytest.raises(Unsupported, match="BigBirdForCausalLM through transformers: its attention does not go through"):
+        LLM(saved(BigBirdForCausalLM(config), tmp_path), **SETTINGS)
+
+
+def test_scores_that_paged_attention_does_not_make_are_refused(tmp_path):
+    model = saved(DogeForCausalLM(DogeConfig(**SIZES)), tmp_path)
+    with pytest.raises(Unsupported, match="DogeAttention through transformers: a mask of its own"):
         LLM(model, **SETTINGS)
 
 
-def test_stacked_experts_are_refused(tmp_path):
-    model = saved(MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2)), tmp_path)
-    with pytest.raises(Unsupported, match="is stacked, .*: experts need a native family"):
-        LLM(model, model_impl="transformers", **SETTINGS)
+def test_whatever_the_librarys_code_raises_is_a_refusal(tmp_path, monkeypatch):
+    model = saved(GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512)), tmp_path)
+
+    def broken(*others, **named):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(GPT2Block, "forward", broken)
+    with pytest.raises(Unsupported, match="its code raised AttributeError as it ran: no such thing"):
+        LLM(model, **SETTINGS)
+    monkeypatch.setattr(GPT2Model, "__init__", broken)
+    with pytest.raises(Unsupported, match="its code raised AttributeError as it was built: no such thing"):
+        LLM(model, **SETTINGS)
 
 
-def test_a_rotary_embedding_that_changes_with_the_batch_is_refused(tmp_path):
+@pytest.mark.parametrize("served", [96, 40])
+def test_a_rotary_embedding_that_follows_the_batch_is_held_at_the_served_length(served, tmp_path):
+    """What the library computes for a batch whose longest request has so many tokens."""
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    }  # fmt: skip
+    config = LlamaConfig(**SIZES, initializer_range=0.15, rope_parameters=rope, max_position_embeddings=128)
+    original = LlamaForCausalLM(config).eval()
+    given = answers(saved(original, tmp_path), model_impl="transformers", max_model_len=served)
+    if served > 64:  # the library looks at the longest request: this one makes it take the long factors
+        rotary = original.model.rotary_emb
+        rotary.inv_freq.copy_(ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=served)[0])
+        rotary.rope_type = "default"
+    assert given == [greedy(original, prompt, 6).tokens for prompt in PROMPTS]
+
+
+def test_dynamic_frequencies_are_those_of_the_served_length(tmp_path):
+    torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    model = saved(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path, rope_parameters=rope)
-    with pytest.raises(Unsupported, match="its rotary embedding is dynamic, which changes with the longest request"):
-        LLM(model, model_impl="transformers", **SETTINGS)
+    original = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.15, rope_parameters=rope)).eval()
+    given = answers(saved(original, tmp_path), model_impl="transformers", max_model_len=64)
+    assert given == [greedy(original, prompt, 6).tokens for prompt in PROMPTS]
 
 
 CODE = """

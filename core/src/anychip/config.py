@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -156,8 +157,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def public_name(self) -> str:
-        """What clients call the model."""
-        return self.served_model_name or self.model
+        """What clients call the model: of a folder or a file, its name, and never where it lies."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        path = Path(self.model).expanduser()
+        return path.resolve().name or self.model if path.exists() else self.model
 
     @property
     def resolved_max_num_seqs(self) -> int:

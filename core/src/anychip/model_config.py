@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from anychip.config_names import with_common_names
 from anychip.errors import CheckpointError
 from anychip.family_defaults import FAMILY_DEFAULTS, base_architecture, first_position, with_defaults
 from anychip.gguf.config import config_of, generation_of
@@ -62,6 +63,8 @@ def load_model_config(model: str) -> ModelConfig:
     architectures = raw.get("architectures") or []
     if not architectures:
         raise CheckpointError(f'{source} names no architecture; add "architectures": [...]')
+    if base_architecture(architectures[0]) not in FAMILY_DEFAULTS:
+        raw = with_common_names(raw)
     raw = with_defaults(architectures[0], raw)
     try:
         num_heads = int(raw["num_attention_heads"])
@@ -76,7 +79,7 @@ def load_model_config(model: str) -> ModelConfig:
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads)),
             intermediate_size=int(_intermediate_size(architectures[0], raw)),
             max_positions=int(raw["max_position_embeddings"]) - first_position(architectures[0], raw),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
             rope_theta=float(_rope_parameters(raw).get("rope_theta") or raw.get("rope_theta", 10000.0)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
@@ -88,7 +91,7 @@ def load_model_config(model: str) -> ModelConfig:
         )
     except KeyError as missing:
         raise CheckpointError(f"{source} has no {missing}") from missing
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} holds a value that cannot be: {error}") from error
 
 
@@ -105,7 +108,8 @@ def _intermediate_size(architecture: str, raw: dict[str, Any]) -> Any:
     """Native families must give it: no default would suit a model of another size."""
     if base_architecture(architecture) in FAMILY_DEFAULTS:
         return raw["intermediate_size"]
-    return raw.get("intermediate_size") or 4 * raw["hidden_size"]
+    size = raw.get("intermediate_size") or 4 * raw["hidden_size"]
+    return max(size) if isinstance(size, list) else size  # one of each layer
 
 
 def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class LayerByLayer:
         for name, module in self._model.named_modules():
             if id(module) not in within:
                 self._load(name, module, recurse=False)
-        fill_buffers(self._model, self._device)
+        for name, held in fill_buffers(self._model, self._device).items():
+            if name in self._stored:
+                held.copy_(self._checkpoint.read(self._stored[name]))
         recorders = [_Recorder(layer) for layer in self._layers]
         setattr(self._model.get_submodule(parent), leaf, nn.ModuleList(recorders))
         states, arguments = [], []

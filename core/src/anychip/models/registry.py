@@ -90,7 +90,7 @@ def _through_transformers(model: ModelConfig, config: EngineConfig) -> ModelFami
     if is_gguf(Path(model.folder)):
         raise ConfigError(f"--model-impl transformers: native families alone serve GGUF files such as {model.folder}")
     try:
-        from anychip.models.transformers_model import transformers_family
+        from anychip.models.transformers_family import transformers_family
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"architecture {model.architecture!r} has no native family, and transformers, whose code may run it, is "

@@ -6,30 +6,46 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
-from anychip.model_config import ModelConfig
 from anychip.plugin_api import Sharded
 
 QUERY_NAMES = ("q_proj", "query_key_value", "qkv_proj", "c_attn", "query")
 """Endings of the modules that make queries, in transformers' plans."""
 
 
+class _Given(BaseModelOutputWithPastAndCrossAttentions):
+    """Whatever else a head passes on, there is none."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class GivenHidden(nn.Module):
     """Stands for a decoder whose work is done: returns what it is given."""
 
-    def forward(self, *ids: Any, inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *ids: Any, inputs_embeds: Tensor, **others: Any) -> _Given:
+        return _Given(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> GivenHidden:
+        """Of heads that reach into a model for its decoder."""
+        return self
 
 
 class Embedding(nn.Module):
     def __init__(self, layer: VocabParallelEmbedding) -> None:
         super().__init__()
         self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        """For code that asks for its device or its dtype: of its rows, this rank's."""
+        return self.layer.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.layer(ids.flatten()).view(*ids.shape, -1)
@@ -83,20 +99,20 @@ class ParallelLinear(nn.Module):
         return result.view(*x.shape[:-1], -1)
 
 
-def embedding(builder: Builder, name: str, config: ModelConfig) -> Embedding:
-    layer = VocabParallelEmbedding(builder, name=name, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
-    return Embedding(layer)
+def embedding(builder: Builder, name: str, module: nn.Embedding) -> Embedding:
+    sizes = {"vocab_size": module.num_embeddings, "hidden_size": module.embedding_dim}
+    return Embedding(VocabParallelEmbedding(builder, name=name, **sizes))
 
 
-def head(builder: Builder, name: str, config: ModelConfig, tied: Embedding | None, bias: nn.Parameter | None) -> Head:
+def head(builder: Builder, name: str, module: nn.Linear, tied: Embedding | None) -> Head:
     layer = LMHead(
         builder,
         name=name,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
+        vocab_size=module.out_features,
+        hidden_size=module.in_features,
         tied=None if tied is None else tied.layer,
     )
-    return Head(layer, bias)
+    return Head(layer, module.bias)
 
 
 def parallel_linear(builder: Builder, name: str, module: nn.Linear, style: str) -> ParallelLinear:

@@ -21,7 +21,7 @@ class StoredTensors:
         """Whether module `head` is to hold the weight of module `embedding`, where config.json ties them: False for a
         checkpoint that brings a head with values of its own, plain or quantized. Of a checkpoint that has the head
         alone, the head is the embedding too."""
-        given = {self._register.place(name): name for name in self._names()}
+        given = {self._register.place(name): name for name in self.names}
         weight, other = f"{head}.weight", f"{embedding}.weight"
         if any(name.startswith(f"{head}.") and name not in (weight, f"{head}.bias") for name in given):
             return False
@@ -38,7 +38,7 @@ class StoredTensors:
         (MTP) behind those that config.json describes. A note says which."""
         indexes = {
             int(index)
-            for name in map(self._register.place, self._names())
+            for name in map(self._register.place, self.names)
             if name.startswith(_LAYERS) and (index := name[len(_LAYERS) :].partition(".")[0]).isdigit()
         }
         further = sorted(index for index in indexes if index >= first)
@@ -50,7 +50,9 @@ class StoredTensors:
                 "they are left out (such layers predict further tokens)",
             )
 
-    def _names(self) -> frozenset[str]:
+    @property
+    def names(self) -> frozenset[str]:
+        """As the checkpoint gives them; none of one that is made up."""
         try:
             return frozenset() if self._checkpoint is None else self._checkpoint.names
         except CheckpointError:  # a plan needs config.json alone; a start reads the files, and says what is wrong

@@ -10,6 +10,7 @@ from rich.markup import escape
 from anychip.config import Environment, ServerConfig
 from anychip.entrypoints.cli.options import add_engine_options, engine_config, parse_count
 from anychip.entrypoints.http.server import serve
+from anychip.first_model import first_model
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import MemoryPlan, WorkerReady
 from anychip.tasks.served import Task
@@ -18,6 +19,7 @@ from anychip.tasks.served import Task
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
     """Every option's destination is a field of EngineConfig or ServerConfig; unset ones keep its default."""
     add_engine_options(parser, environment)
+    parser.set_defaults(model=None)
     unset = argparse.SUPPRESS
     http = parser.add_argument_group("http")
     http.add_argument("--host", default=unset)
@@ -55,7 +57,15 @@ def add_options(parser: argparse.ArgumentParser, environment: Environment) -> No
 
 
 def run(arguments: argparse.Namespace) -> int:
-    serve(engine_config(arguments), server_config(arguments), announce=announce)
+    hint = None
+    if arguments.model is None:
+        first = first_model()
+        arguments.model, hint = first.model, first.hint
+
+    def announced(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float) -> None:
+        announce(llm, worker, url, seconds, hint)
+
+    serve(engine_config(arguments), server_config(arguments), announce=announced)
     return 0
 
 
@@ -80,7 +90,7 @@ _EXAMPLES: dict[Task, tuple[str, str]] = {
 """By task: a route, and a body to try."""
 
 
-def announce(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float) -> None:
+def announce(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float, hint: str | None = None) -> None:
     """What was started and where, with a line to try."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"[bold]anychip[/] serves [bold]{escape(llm.config.public_name)}[/] on {worker.device}")
@@ -90,6 +100,8 @@ def announce(llm: AsyncLLM, worker: WorkerReady, url: str, seconds: float) -> No
         console.print(f"  {line}")
     for note in worker.notes:
         console.print(f"  {escape(note)}")
+    if hint is not None:
+        console.print(f"  {escape(hint)}")
     console.print(f"ready in {seconds:.1f} s: [bold]{url}/v1[/]\n")
     route, body = _EXAMPLES[llm.served.task]
     console.print(f"  curl {url}{route} -H 'Content-Type: application/json' -d '{escape(body)}'\n")

@@ -1,6 +1,7 @@
-// The chat: one conversation, streamed, stopped, told again; tokens show how likely they were.
+// The chat: one conversation, streamed as Markdown, stopped, told again; its tokens show how likely they were.
 
 import { streamEvents } from "./api.js";
+import { renderMarkdown } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
 const list = $("messages");
@@ -76,20 +77,23 @@ async function answer() {
       first ??= performance.now();
       reason = choice.finish_reason ?? reason;
       text += choice.delta.content ?? "";
-      write(item, choice);
+      write(item, choice, text);
     }
   } catch (error) {
     if (error.name === "AbortError") reason = "stopped";
     else { item.classList.add("failed"); item.append(error.message); }
   }
-  if (text) conversation.push({ role: "assistant", content: text });
+  if (text) {
+    conversation.push({ role: "assistant", content: text });
+    renderMarkdown(part(item, "text"), text);
+  }
   addMeta(item, { began, first, usage, reason });
   running = null;
   setBusy(false);
 }
 
-/** A chunk's text; with log-probabilities, token by token. */
-function write(item, choice) {
+/** A chunk, of an answer that is now `text`; with log-probabilities, its tokens too, which wait behind a button. */
+function write(item, choice, text) {
   const { delta, logprobs } = choice;
   const near = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
   if (delta.reasoning_content) part(item, "thought").append(delta.reasoning_content);
@@ -97,13 +101,17 @@ function write(item, choice) {
     if (call.function.name) { const made = document.createElement("span"); made.className = "call"; item.append(made); }
     item.querySelector(".call:last-of-type").append((call.function.name ?? "") + (call.function.arguments ?? ""));
   }
-  const tokens = logprobs?.content ?? [];
-  if (delta.content && tokens.map((token) => token.token).join("") === delta.content) {
-    for (const token of tokens) item.append(tokenSpan(token));
-  } else if (delta.content) {
-    item.append(delta.content);
-  }
+  if (delta.content) renderSoon(part(item, "text"), text);
+  for (const token of logprobs?.content ?? []) part(item, "tokens").append(tokenSpan(token));
   if (near) list.scrollTop = list.scrollHeight;
+}
+
+let due = null;
+
+/** Once a frame: a long answer is read as a whole each time. */
+function renderSoon(element, text) {
+  if (due === null) requestAnimationFrame(() => { renderMarkdown(...due); due = null; });
+  due = [element, text];
 }
 
 function tokenSpan(token) {
@@ -119,13 +127,29 @@ function tokenSpan(token) {
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`.padStart(7);
 
+/** The part of a message that holds its thoughts, its text or its tokens. */
 function part(item, kind) {
-  const last = item.lastElementChild;
-  if (last?.classList.contains(kind)) return last;
-  const made = document.createElement("span");
+  const there = item.querySelector(`:scope > .${kind}`);
+  if (there) return there;
+  const made = document.createElement("div");
   made.className = kind;
+  made.hidden = kind === "tokens";
   item.append(made);
   return made;
+}
+
+function tokensButton(item) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Tokens";
+  button.setAttribute("aria-pressed", "false");
+  button.addEventListener("click", () => {
+    const shown = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(shown));
+    part(item, "tokens").hidden = !shown;
+    part(item, "text").hidden = shown;
+  });
+  return button;
 }
 
 function addMessage(role) {
@@ -148,6 +172,7 @@ function addMeta(item, { began, first, usage, reason }) {
   }
   if (reason && reason !== "stop") parts.push(reason === "length" ? "cut at max tokens" : reason);
   meta.textContent = parts.join(" · ");
+  if (item.querySelector(":scope > .tokens")) meta.append(" ", tokensButton(item));
   item.append(meta);
 }
 
