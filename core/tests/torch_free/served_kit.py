@@ -14,11 +14,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from anychip.config import EngineConfig, ServerConfig
+from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor
 from anychip.engine.input_threads import InputThreads
 from anychip.engine.ipc import encoder
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
+from anychip.launch.served_adapters import ServedAdapters
 from anychip.messages import TokenLogprobs
 from anychip.observability.metrics import Metrics
 from anychip.tasks.served import ServedTask
@@ -45,6 +47,7 @@ class ScriptedLLM:
     def __init__(self, answer: str = "ok", *, gap: float | None = None) -> None:
         self.config = EngineConfig(served_model_name="m")
         self.metrics = Metrics("m")
+        self.adapters = ServedAdapters("m", self._no_engine)
         self.tokenizer = byte_tokenizer()
         self.threads = InputThreads()
         self.model = type("Model", (), {"vocab_size": 256})()
@@ -61,6 +64,9 @@ class ScriptedLLM:
         self.open = self.most_open = 0
         self.asked: list[tuple[Any, ...]] = []
         self.apps: dict[ServerConfig | None, ASGIApp] = {}
+
+    def _no_engine(self) -> AsyncEngine:
+        raise AssertionError("a script has no engine")
 
     async def accept(
         self, request_id: str, prompt: Any, sampling: Any, options: Any = None

@@ -73,8 +73,8 @@ _VALUES: tuple[Sequence[Any], ...] = (
 
 
 _MET_BY_A_FAMILY = {1: 2, 5: 2}
-"""Of the budgets and of the devices, by place in _VALUES, how many a family meets in the covering array. With two cases a
-family the array stays small enough for every run of the tests, and both are met by other families."""
+"""Of the budgets and of the devices, by place in _VALUES, how many a family meets in the covering array. With two cases
+a family the array stays small enough for every run of the tests, and the others are met by other families."""
 
 
 def full_product() -> list[Case]:

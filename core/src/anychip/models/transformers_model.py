@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Hashable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
