@@ -30,6 +30,7 @@ from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer, EncoderSpec, EncoderView
 from anychip.plugin_api.event import Event
+from anychip.plugin_api.forward_context import ForwardContext
 from anychip.plugin_api.forward_extras import FINAL, ForwardExtras, Turning
 from anychip.plugin_api.graph import (
     ADAPTERS,
@@ -86,7 +87,6 @@ from anychip.plugin_api.sharding import KV_HEADS, REPLICATED, HeldTensor, Placed
 from anychip.plugin_api.state import StateBackend, StateLayer, StateSpec, StateView, state_spec
 from anychip.plugin_api.step import (
     CompileReport,
-    ForwardContext,
     ModelSource,
     StepModel,
     StepProgram,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from anychip.ops.reference.step import pooled_sums
 from anychip.plugin_api.adapters import AdapterStack, StepAdapters
+from anychip.plugin_api.forward_context import ForwardContext
 from anychip.plugin_api.forward_extras import ForwardExtras
 from anychip.plugin_api.ops import Ops
-from anychip.plugin_api.step import ForwardContext, StepModel
+from anychip.plugin_api.step import StepModel
 from anychip.types import MAX_LOGPROBS
 
 
