@@ -3,6 +3,7 @@
 
 #include "attention_types.h"
 #include "elementwise.h"
+#include "latent_types.h"
 #include "moe_types.h"
 #include "weights.h"
 
@@ -14,6 +15,7 @@ float read(const float* data, int64_t count);
 void norm(const Norm& a);
 void gate(const Gate& a);
 void attention(const AttentionCall& call);
+void latent_attention(const LatentCall& call);
 void moe(const Moe& a);
 
 }  // namespace anychip
