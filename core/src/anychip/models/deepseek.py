@@ -19,6 +19,8 @@ from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import CacheSpec, LatentSpec, MeshShape, Rope, Sharded
 from anychip.types import DType
 
+_COUNT, _ALIASES = "n_routed_experts", {"DeepseekV2ForCausalLM": "num_experts"}
+"""The field that says how many experts there are, and the other name that transformers' class takes before it."""
 _LATENT_EPS = 1e-6
 """Of the latents' norms, whatever rms_norm_eps is."""
 
@@ -45,6 +47,10 @@ class DeepseekV2(Decoder):
     def interleaved(self) -> bool:
         """Whether rotated pairs are neighbours."""
         return True
+
+    @property
+    def mlp_bias(self) -> bool:
+        return bool(self.config.get("mlp_bias", False))
 
     def rope(self, builder: Builder) -> Rope:
         return make_rope(
@@ -73,10 +79,9 @@ class DeepseekV2(Decoder):
         return PreNormLayer(builder, config, index, attention, self.feed_forward(builder, index))
 
     def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
-        bias = bool(self.config.get("mlp_bias", False))
         if is_dense(self.config, index):
-            return self.gated_mlp(builder, index, bias=bias)
-        return experts(self, builder, index, bias=bias, **self.routing())
+            return self.gated_mlp(builder, index, bias=self.mlp_bias)
+        return experts(self, builder, index, bias=self.mlp_bias, **self.routing())
 
     def routing(self) -> dict[str, Any]:
         """How experts are picked and weighted, in MoESpec's fields."""
@@ -95,6 +100,10 @@ class DeepseekV3(DeepseekV2):
     @property
     def interleaved(self) -> bool:
         return bool(self.config.get("rope_interleave", True))
+
+    @property
+    def mlp_bias(self) -> bool:
+        return False
 
     def routing(self) -> dict[str, Any]:
         return corrected_routing(self.config)
@@ -132,7 +141,7 @@ def experts(family: Decoder, builder: Builder, index: int, *, bias: bool = False
     )
     spec = family.experts_spec(
         builder,
-        num_experts=int(config.need("n_routed_experts")),
+        num_experts=int(config.get(_ALIASES.get(config.architecture, "num_local_experts")) or config.need(_COUNT)),
         top_k=int(config.need("num_experts_per_tok")),
         intermediate_size=size,
         router_scale=float(config.get("routed_scaling_factor", 1.0)),

@@ -24,7 +24,7 @@ class MiniMaxM2(Decoder):
         config = self.config
         moe = self.experts_spec(
             builder,
-            num_experts=int(config.need("num_local_experts")),
+            num_experts=int(config.get("num_experts") or config.need("num_local_experts")),
             top_k=int(config.need("num_experts_per_tok")),
             intermediate_size=config.intermediate_size,
             scoring="sigmoid",

@@ -19,7 +19,7 @@ class Olmoe(Decoder):
         attention = self.self_attention(builder, index, spec, rope, bias=bias, wide_qk_norm_eps=config.norm_eps)
         moe = self.experts_spec(
             builder,
-            num_experts=int(config.need("num_experts")),
+            num_experts=int(config.get("num_local_experts") or config.need("num_experts")),
             top_k=int(config.need("num_experts_per_tok")),
             intermediate_size=config.intermediate_size,
             renormalize=bool(config.get("norm_topk_prob", False)),

@@ -43,6 +43,7 @@ from anychip_cpu.encoder import SdpaEncoder
 from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
 from anychip_cpu.latent import CpuLatent
+from anychip_cpu.latent_kernel import KernelLatent
 from anychip_cpu.linear import CpuLinear
 from anychip_cpu.memory import HUGE_PAGE, peak_resident, zeroed
 from anychip_cpu.moe import GroupedMoE
@@ -131,7 +132,7 @@ class CpuPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        return CpuLatent(spec)
+        return CpuLatent(spec) if self.kernels is None else KernelLatent(spec, self.kernels, self.isa)
 
     def encoder(self, spec: EncoderSpec) -> EncoderBackend:
         self.check(spec)

@@ -4,6 +4,7 @@
 #include "attention_types.h"
 #include "elementwise.h"
 #include "low_rank_types.h"
+#include "latent_types.h"
 #include "moe_types.h"
 #include "weights.h"
 
@@ -15,6 +16,7 @@ float read(const float* data, int64_t count);
 void norm(const Norm& a);
 void gate(const Gate& a);
 void attention(const AttentionCall& call);
+void latent_attention(const LatentCall& call);
 void moe(const Moe& a);
 void low_rank(const LowRank& a);
 

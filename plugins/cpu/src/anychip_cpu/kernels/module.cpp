@@ -206,6 +206,18 @@ PyObject* paged_attention(PyObject*, Args args, Py_ssize_t count) {
   return without_gil([&] { attention(call); });
 }
 
+// (layer, step, q_nope, token_stride, head_stride, q_rope, cache, out)
+PyObject* absorbed_attention(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const auto* layer = a.structure<LatentLayer>();
+  const auto* step = a.structure<LatentStep>();
+  LatentCall call{*layer, *step, nullptr, 0, 0, nullptr, nullptr, nullptr};
+  call.q_nope = a.address<void>(), call.token_stride = a.integer(), call.head_stride = a.integer();
+  call.q_rope = a.address<void>(), call.cache = a.address<void>(), call.out = a.address<void>();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { latent_attention(call); });
+}
+
 // (experts, type, x, ldx, out, ids, weights, tokens, top_k)
 PyObject* fused_moe(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -311,6 +323,7 @@ PyMethodDef methods[] = {
     ENTRY("embedding", embedding),
     ENTRY("plan", plan),
     ENTRY("attention", paged_attention),
+    ENTRY("latent_attention", absorbed_attention),
     ENTRY("route", route_tokens),
     ENTRY("moe", fused_moe),
     ENTRY("add_low_rank", add_low_rank),
