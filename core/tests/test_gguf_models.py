@@ -110,7 +110,12 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidde
         ("qwen3-moe", {"ffn_down_exps": "Q5_0", "exps": "Q4_K", **LOW}, WIDE, {}),
         ("qwen3", TIED, {}, {}),
         ("gpt-oss", EXPERTS, {}, {}),
-        ("llama", SMALL, {}, {"device": "fake-spmd"}),  # ranks that hold a share of each
+        (
+            "llama",
+            SMALL,
+            {"hidden_size": 128, "head_dim": 32},
+            {"device": "fake-spmd"},
+        ),  # ranks that hold a share of each
     ],
 )
 def test_blocks_give_the_tokens_of_what_they_stand_for(family, types, changes, settings, tmp_path):
