@@ -14,7 +14,7 @@ from anychip.errors import ConfigError
 from anychip.gguf.block_types import BLOCK_TYPES, BY_NAME, RARE
 from anychip.ops.reference import dequantize
 from anychip.quantization.ggml_schemes import AT_LOAD, SCHEME_OF, parts_of, scheme_of_all
-from anychip.weights.blocks import dequantize_rows
+from anychip.weights.blocks import dequantize_rows, unpack
 
 HELD = [name for name, stored in BY_NAME.items() if not stored.is_plain and name not in RARE]
 WITH_MINIMA = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
@@ -53,7 +53,7 @@ def test_a_scheme_holds_what_a_type_means(name):
     rows = random_blocks(name, 64, COLUMNS)
     found, expected = held_in(scheme, stored, rows), theirs(name, rows)
     if name in WITH_MINIMA:
-        assert_within_rounding(found, expected, scheme.group_size)
+        assert_within_rounding(found, expected, name, rows)
     else:
         assert found.equal(expected)
 
@@ -64,7 +64,7 @@ def test_the_scheme_of_all_types_holds_each(name):
     scheme = scheme_of_all(HELD)
     assert (scheme.name, scheme.group_size) == ("int8-float-zeros", 16)
     rows = random_blocks(name, 64, COLUMNS)
-    assert_within_rounding(held_in(scheme, BY_NAME[name], rows), theirs(name, rows), 32)
+    assert_within_rounding(held_in(scheme, BY_NAME[name], rows), theirs(name, rows), name, rows)
 
 
 def test_types_of_four_bits_stay_in_four_bits_together():
@@ -100,8 +100,11 @@ def held_in(scheme, stored, rows: np.ndarray) -> torch.Tensor:
     return dequantize(scheme, parts.values, parts.scale, zero=parts.zero)
 
 
-def assert_within_rounding(found, expected, group: int) -> None:
-    """2^-22 of a group's greatest number or of its range, which is at most twice as much for the types here."""
-    grouped = expected.view(len(expected), -1, group)
-    most = grouped.abs().amax(-1, keepdim=True).expand_as(grouped).reshape(expected.shape)
-    assert bool(((found - expected).abs() <= 2.0**-21 * most).all())
+def assert_within_rounding(found, expected, name: str, rows: np.ndarray) -> None:
+    """2^-21 of the greater of a group's minimum and range."""
+    blocks = unpack(BY_NAME[name], torch.from_numpy(rows))
+    most = blocks.scales.abs() * blocks.integers().abs().amax()
+    if blocks.minima is not None:
+        most = torch.maximum(most, blocks.minima.abs())
+    grouped = (found - expected).abs().view(*most.shape, -1)
+    assert bool((grouped <= 2.0**-21 * most.unsqueeze(-1)).all())

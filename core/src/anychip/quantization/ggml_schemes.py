@@ -1,8 +1,8 @@
 """GGUF's block types as schemes: which one holds a type's values exactly, which one holds several types' together, and
 the canonical parts of rows in a scheme.
 
-Types with minima become float zero points, minimum / scale in float32: dequantized, a weight is then within 2^-22 of
-the greater of its minimum and its group's range from what ggml computes. The other types are exact.
+Types with minima become float zero points, minimum / scale in float32: dequantized, a weight is then within 2^-21 of
+the greater of its group's minimum and range from what ggml computes. The other types are exact.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     """Every option's destination is a field of EngineConfig; unset ones keep its default."""
     unset = argparse.SUPPRESS
     parser.add_argument(
-        "model", nargs="?", default=QUICKSTART, help="checkpoint folder or hub repository (default: the embedded one)"
+        "model",
+        nargs="?",
+        default=QUICKSTART,
+        help="checkpoint folder, GGUF file, or hub repository (default: the embedded one)",
     )
     device = parser.add_argument_group("device")
     device.add_argument("--device", default=environment.device, help="auto, NAME or NAME:INDEX")
