@@ -211,6 +211,11 @@ def open_hosted(config: EngineConfig, plugins: Plugins, progress: Progress) -> H
     return HostedWorkers(config, plugins, NodeAgents(config), key, progress)
 
 
+def ray_resource_of(config: EngineConfig, plugins: Plugins) -> str:
+    """What Ray calls the devices of a configuration. Raises DeviceUnavailable where no plugin brings them."""
+    return _manifest(config, plugins).ray_resource or "CPU"
+
+
 def _manifest(config: EngineConfig, plugins: Plugins) -> PlatformManifest:
     """The platform of all ranks. "auto" is what this host would choose for its share."""
     name, _, index = config.device.partition(":")
