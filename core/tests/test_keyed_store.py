@@ -19,7 +19,7 @@ from anychip_cpu.communicator import GlooCommunicator
 def hosts(tmp_path):
     """The engine's side, and the key's file beside it."""
     context = KeyedContext("127.0.0.1")
-    opened = Hosts(context, ClusterKey.new(), ("a",), None)
+    opened = Hosts(context, ClusterKey.new(), ("a",), None, "anychip")
     (tmp_path / "key").write_text(opened.key.text)
     yield opened
     opened.close()

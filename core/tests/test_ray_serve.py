@@ -49,7 +49,7 @@ def test_a_device_that_no_plugin_brings_is_refused():
         ({"device": "cpu", "tensor_parallel_size": 2}, {}, {"num_cpus": 2}),
         ({"device": "cuda", "tensor_parallel_size": 4}, {"num_cpus": 8}, {"num_gpus": 4, "num_cpus": 8}),
         ({"device": "tpu"}, {}, {"resources": {"TPU": 1}}),
-        ({"device": "cuda", "executor": "ray", "tensor_parallel_size": 4}, {}, {"num_gpus": 0}),
+        ({"device": "cuda", "executor": "ray", "tensor_parallel_size": 4}, {}, {"num_cpus": 0}),
     ],
 )
 def test_a_replica_reserves_its_devices_and_has_the_time_of_its_drain(engine, given, options):
@@ -94,6 +94,22 @@ def test_a_replica_whose_engine_is_gone_reports_nothing_of_what_it_held():
     dead = SimpleNamespace(dead=EngineDead("gone"), metrics=alive.metrics)
     told = [asyncio.run(Replica.record_autoscaling_stats(SimpleNamespace(_llm=llm))) for llm in (alive, dead)]
     assert told == [{"waiting": 7, "kv_usage": 0.75}, {"waiting": 0.0, "kv_usage": 0.0}]
+
+
+@pytest.mark.full
+def test_a_replica_may_have_its_workers_placed_by_ray():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, address="local")
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        engine = {"device": "cpu", "executor": "ray", "tensor_parallel_size": 2, "kv_cache_bytes": 16 << 20}
+        before = ray.available_resources()["CPU"]
+        serve.run(build({"engine": engine}), name="chat")
+        assert ray.available_resources()["CPU"] == before - 2
+        answer = httpx.post(f"http://127.0.0.1:{PORT}/v1/completions", json=BODY, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] == BODY["max_tokens"]
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from starlette.types import ASGIApp
@@ -107,14 +108,16 @@ def actor_options(config: AppConfig) -> dict[str, Any]:
         raise ConfigError("nodes are for `anychip serve`; with Ray, give the engine executor ray")
     if engine.device == "auto":
         raise ConfigError("replicas run on hosts whose devices are not known here; give the engine a device by name")
-    resource = ray_resource_of(engine, load_plugins())
-    amount = 0 if engine.executor == "ray" else engine.tensor_parallel_size
+    resource, amount = ray_resource_of(engine, load_plugins()), engine.tensor_parallel_size
+    if engine.executor == "ray":  # its process is a driver of its own, of the same cluster
+        cluster = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}} if ray.is_initialized() else {}
+        return {"num_cpus": 0, "runtime_env": cluster, **config.actor_options}
     if resource == "CPU":
         devices: dict[str, Any] = {"num_cpus": amount}
     elif resource == "GPU":
         devices = {"num_gpus": amount}
     else:
-        devices = {"resources": {resource: amount}} if amount else {}
+        devices = {"resources": {resource: amount}}
     return {**devices, **config.actor_options}
 
 
