@@ -31,7 +31,8 @@ ASCEND_PACKAGES := core plugins/ascend plugins/ascend/simulator conformance
 # Else `import torch` loads torch_npu by itself, and fails where no CANN is there yet.
 ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
 
-.PHONY: serve first-model test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize amx soak
+.PHONY: serve first-model test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize
+.PHONY: amx soak ray-test
 .PHONY: tpu-venv tpu-test tpu-equality tpu-conformance ascend-venv ascend-test ascend-conformance vendor-checks
 .PHONY: check-full bench docs clean wheels try-wheels bump
 
@@ -110,6 +111,9 @@ sanitize: $(VENV)/dev.done  ## the CPU's kernels with AddressSanitizer and UBSan
 amx: $(VENV)/dev.done  ## the CPU's kernels for AMX, its registers emulated
 	$(BIN)/python tools/check_kernels.py emulated-amx
 
+ray-test: $(VENV)/ray.done  ## workers and replicas on a Ray cluster of this host: four minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q core/tests/test_ray.py core/tests/test_ray_serve.py
+
 soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothing is left; MINUTES=30 for longer
 	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --minutes $(MINUTES)
 
@@ -166,6 +170,10 @@ $(ASCEND)/done: constraints.txt $(ASCEND_PACKAGES:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(ASCEND)
 	$(ASCEND)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 torch_npu==2.13.0 \
 	  pytest pytest-timeout pytest-xdist hypothesis transformers $(ASCEND_PACKAGES:%=-e %)
+	touch $@
+
+$(VENV)/ray.done: $(VENV)/dev.done
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e core[ray]
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/dev.done

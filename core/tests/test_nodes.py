@@ -74,7 +74,7 @@ def test_two_hosts_answer_as_one_and_a_killed_rank_is_replaced(link, expected):
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected
         (worker,) = workers_of(hosts.agent.pid)
         cause = error_of_a_long_stream(hosts, lambda: os.kill(worker, signal.SIGKILL))
-        assert "worker 1" in cause
+        assert "worker 1" in cause or "a rank is gone" in cause  # whoever notices first
         hosts.await_ready()
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected
         (replaced,) = workers_of(hosts.agent.pid)
@@ -107,7 +107,7 @@ def test_an_agent_that_is_killed_and_comes_again_is_let_in(link, expected):
         hosts.await_ready()
         old = hosts.agent
         cause = error_of_a_long_stream(hosts, old.kill)
-        assert "worker 1" in cause or f"host {link.addresses[1]} is gone" in cause
+        assert any(words in cause for words in ("worker 1", "a rank is gone", f"host {link.addresses[1]} is gone"))
         hosts.agent = hosts.join()
         hosts.await_ready()
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 
@@ -9,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 
-from anychip.config import EngineConfig, WorkerLink, WorkerSpec
+from anychip.config import EngineConfig, Environment, WorkerLink, WorkerSpec
+from anychip.entrypoints.cli.options import add_engine_options, engine_arguments, engine_config
 from anychip.errors import ConfigError, DeviceUnavailable, EngineDead
 from anychip.keyed_sockets import ClusterKey, KeyedContext
 from anychip.launch.hosts import control
@@ -72,7 +74,7 @@ def opened():
 
         def make(names=("a", "b"), lost=lambda: "") -> tuple[Hosts, object]:
             keyed = KeyedContext("127.0.0.1")
-            hosts = Hosts(keyed, KEY, names, None, lost)
+            hosts = Hosts(keyed, KEY, names, None, "anychip-fake", lost)
             stack.callback(keyed.close)
             stack.callback(hosts.close)
             return hosts, lambda name, **more: Agent(context, hosts.address, name, **more)
@@ -168,6 +170,14 @@ def test_a_plugin_that_one_host_does_not_have_is_named(opened):
         time.sleep(0.01)
     second.say(HostJoins, versions={name: VERSIONS[name] for name in ("anychip", "torch")})
     assert "host b has anychip-fake none, host a has 1.0" in second.hear(HostRefused).reason
+
+
+def test_plugins_of_other_devices_need_not_be_everywhere(opened):
+    hosts, agent = opened()
+    agents = [agent("a"), agent("b")]
+    agents[0].say(HostJoins, versions=VERSIONS | {"anychip-other": "1.0"})
+    agents[1].say(HostJoins, versions=VERSIONS)
+    await_all(hosts)
 
 
 def test_who_is_not_expected_and_who_has_a_taken_name_are_refused_and_nobody_else_minds(opened):
@@ -287,3 +297,12 @@ def test_ranks_meet_by_values_that_they_set():
 def test_configurations_that_hosts_cannot_share_are_refused(settings, cause):
     with pytest.raises(ConfigError, match=cause):
         EngineConfig(**{"nodes": ("a", "b")} | settings)
+
+
+def test_a_command_line_with_nodes_makes_the_configuration_that_it_was_made_from():
+    config = EngineConfig(
+        model="quickstart", device="cpu", nodes=("a", "b"), cluster_key="k", node_port=1234, tensor_parallel_size=2
+    )
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser, Environment())
+    assert engine_config(parser.parse_args(engine_arguments(config))) == config

@@ -70,6 +70,11 @@ class Metrics:
         info = Gauge("anychip_info", "What serves", ("version", "model_name"), registry=self.registry)
         info.labels(anychip.__version__, model).set(1)
 
+    @property
+    def last(self) -> EngineStats:
+        """The engine's newest word."""
+        return self._last
+
     def render(self) -> bytes:
         """The scrape's text."""
         return generate_latest(self.registry)

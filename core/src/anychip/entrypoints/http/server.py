@@ -32,6 +32,9 @@ _BACKLOG = 2048
 _LAST_WORDS_S = 5
 """After the drain: for the errors that end what is left."""
 
+CLOSING_S = _LAST_WORDS_S + 20.0
+"""What a server may take to end, behind its drain: the last words, and its processes."""
+
 Announce = Callable[[AsyncLLM, WorkerReady, str, float], None]
 
 

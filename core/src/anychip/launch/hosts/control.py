@@ -53,8 +53,9 @@ class Host:
 
 
 class Hosts:
-    """Lets hosts of the given names join at once. `lost` is asked every second whether one is known to be gone: the
-    cause, or "". A thread of its own owns the sockets."""
+    """Lets hosts of the given names join at once. Packages that two of them have must be of one version, and all must
+    have `package`, the device's plugin. `lost` is asked every second whether one is known to be gone: the cause, or "".
+    A thread of its own owns the sockets."""
 
     def __init__(
         self,
@@ -62,10 +63,12 @@ class Hosts:
         key: ClusterKey,
         names: Sequence[str],
         port: int | None,
+        package: str,
         lost: Callable[[], str] = lambda: "",
     ) -> None:
         self.names = tuple(names)
         self.joined: dict[str, Host] = {}
+        self._package = package
         self._session = secrets.token_hex(8)
         self.key = key.of_session(self._session)
         self._lost = lost
@@ -222,10 +225,11 @@ class Hosts:
     def _other_version(self, message: HostJoins) -> str:
         """What differs from the first host that joined; "": nothing."""
         for name, host in self.joined.items():
-            for package in sorted(host.versions.keys() | message.versions.keys()):
-                mine, other = host.versions.get(package, "none"), message.versions.get(package, "none")
-                if mine != other:
-                    return f"host {message.name} has {package} {other}, host {name} has {mine}; install the same on all"
+            shared = host.versions.keys() & message.versions.keys()
+            for package in sorted(shared | {self._package}):
+                there, here = host.versions.get(package, "none"), message.versions.get(package, "none")
+                if there != here:
+                    return f"host {message.name} has {package} {here}, host {name} has {there}; install the same on all"
             return ""
         return ""
 

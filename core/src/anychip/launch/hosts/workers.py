@@ -96,13 +96,15 @@ class _Place:
 class HostedWorkers:
     """Agents have joined and said what they have; `start` starts the workers. Closed with the executor."""
 
-    def __init__(self, config: EngineConfig, plugins: Plugins, agents: Agents, key: ClusterKey, progress: Progress):
+    def __init__(
+        self, config: EngineConfig, manifest: PlatformManifest, agents: Agents, key: ClusterKey, progress: Progress
+    ) -> None:
         self._agents = agents
         self._progress = progress
         self._context = KeyedContext(agents.address)
         try:
             port = config.node_port if config.nodes else None
-            self._hosts = Hosts(self._context, key, agents.names, port, agents.lost)
+            self._hosts = Hosts(self._context, key, agents.names, port, manifest.package, agents.lost)
         except BaseException:
             self._context.close()
             agents.close()
@@ -112,7 +114,6 @@ class HostedWorkers:
             agents.bring(self._hosts.address, key)
             limit_s, got_on = config.start_timeout_s, progress.start_got_on
             self._hosts.await_all(limit_s, got_on, agents.remedy)
-            manifest = _manifest(config, plugins)
             self._found = self._hosts.probe(manifest.name, limit_s, got_on)
             self._places = self._choose_places()
             self.chosen = self._choose(config, manifest)
@@ -203,12 +204,17 @@ def open_hosted(config: EngineConfig, plugins: Plugins, progress: Progress) -> H
                 "executor ray places workers on hosts whose devices are not known here; name one with --device"
             )
         manifest = _manifest(config, plugins)
-        return HostedWorkers(config, plugins, RayAgents(config, manifest), ClusterKey.new(), progress)
+        return HostedWorkers(config, manifest, RayAgents(config, manifest), ClusterKey.new(), progress)
     if not config.nodes:
         return None
     assert config.cluster_key is not None, "the configuration asks for it"
     key = ClusterKey.of_file(config.cluster_key)
-    return HostedWorkers(config, plugins, NodeAgents(config), key, progress)
+    return HostedWorkers(config, _manifest(config, plugins), NodeAgents(config), key, progress)
+
+
+def ray_resource_of(config: EngineConfig, plugins: Plugins) -> str:
+    """What Ray calls the devices of a configuration. Raises DeviceUnavailable where no plugin brings them."""
+    return _manifest(config, plugins).ray_resource or "CPU"
 
 
 def _manifest(config: EngineConfig, plugins: Plugins) -> PlatformManifest:
