@@ -183,7 +183,7 @@ def acceptance(head: Head, target: Target, pieces: Tensor) -> list[float]:
         embedded, taps, wanted = target.run(ids)
         greedy = wanted.argmax(-1)
         # A guess behind right ones: the text goes on as the model would have it.
-        kept = torch.ones_like(greedy, dtype=torch.bool)
+        kept = is_right = torch.ones_like(greedy, dtype=torch.bool)
         for guess, logits in enumerate(head(embedded, taps)):
             if guess:
                 kept = (kept & is_right & (greedy == ids_after(ids))).roll(1, dims=1)

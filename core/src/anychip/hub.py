@@ -20,7 +20,7 @@ _QUICKSTART_FOLDER = Path(__file__).parent / "quickstart"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What can be a repository of the hub."""
 
-_FROM_MODELS = ("draft", "eagle")
+_FROM_MODELS = ("draft", "eagle", "medusa")
 """Kinds of proposers that are read from a folder: --speculate KIND:MODEL."""
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py", "*.txt")

@@ -48,8 +48,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 def load_model_config(model: str) -> ModelConfig:
     """Reads config.json and generation_config.json. Raises ConfigError or CheckpointError."""
     folder = resolve_folder(model)
-    raw = _read_json(folder / "config.json", required=True)
-    generation = _read_json(folder / "generation_config.json", required=False)
+    raw = read_json(folder / "config.json", required=True)
+    generation = read_json(folder / "generation_config.json", required=False)
     architectures = raw.get("architectures") or []
     if not architectures:
         raise CheckpointError(f'{folder / "config.json"} names no architecture; add "architectures": [...]')
@@ -110,7 +110,8 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (int(value),)
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+def read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    """A checkpoint's settings; {} where there are none and none are `required`. Raises CheckpointError."""
     if not path.is_file():
         if required:
             raise CheckpointError(f"{path} is missing; a checkpoint needs its config.json")
