@@ -202,11 +202,17 @@ def test_memory_is_counted_and_predicted(folder):
 
 
 def refusal(
-    folder: Path, head: str | Path, error: type[Exception] = ConfigError, *, kind: str = "eagle", **settings: Any
+    folder: Path,
+    head: str | Path,
+    error: type[Exception] = ConfigError,
+    *,
+    kind: str = "eagle",
+    family: str = "llama",
+    **settings: Any,
 ) -> str:
     given = {"device": "cpu", "max_model_len": 64, "num_kv_blocks": 32, "skip_tokenizer": True, **settings}
     with pytest.raises(error) as raised:
-        LLM(str(checkpoint(folder, "llama")), speculate=f"{kind}:{head}", **given)
+        LLM(str(checkpoint(folder, family)), speculate=f"{kind}:{head}", **given)
     return str(raised.value)
 
 
@@ -283,6 +289,11 @@ def test_a_device_with_one_program_refuses_a_head(folder, tmp_path):
     write_eagle1(tmp_path / "head")
     said = refusal(folder, tmp_path / "head", Unsupported, device="fake-static")
     assert "fake-static" in said and "a head that drafts" in said and "ngram, suffix and auto" in said
+
+
+def test_a_model_in_transformers_code_has_no_head(folder, tmp_path):
+    write_eagle1(tmp_path / "head")
+    assert "heads need a model of a native family" in refusal(folder, tmp_path / "head", family="olmo2")
 
 
 def test_taps_are_shown_or_read_by_a_head(folder, tmp_path):

@@ -52,10 +52,6 @@ def prepare_all(
     """`prepare`, with the part of the draft model or the head where the configuration names one and the device takes
     drafts. Raises Unsupported where the device cannot run a second model, or the caches do not fit together."""
     config = spec.config
-    head = None if config.draft_head is None else load_head_config(config.draft_head, model)
-    if head is not None or config.medusa_heads is not None:
-        taps = (FINAL,) if head is None else head.taps
-        spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=taps))
     target = prepare(spec, model, platform, ops, contributed, quant_formats)
     if not config.drafts_in_workers or not target.limits.max_drafts:
         return target
@@ -65,9 +61,13 @@ def prepare_all(
             platform.name,
             [f"{what}: its step program runs one model; --speculate ngram, suffix and auto need no second one"],
         )
-    source = _source(target, head, ops, contributed, quant_formats)
+    head = None if config.draft_head is None else load_head_config(config.draft_head, model)
     if config.draft_model is None:
+        taps = (FINAL,) if head is None else head.taps
+        spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=taps))
+        target = prepare(spec, model, platform, ops, contributed, quant_formats)
         target = replace(target, keys=affordable_graphs(platform, target.policy, target.limits, always=(TAPS,)))
+    source = _source(target, head, ops, contributed, quant_formats)
     if config.medusa_heads is not None:
         return replace(target, medusa=source)
     backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
