@@ -32,10 +32,10 @@ from anychip.hub import resolve_folder
 from anychip.types import QUICKSTART
 
 LAYERS = (1, 4, 7)
-GUESSES = 3
+GUESSES = 2
 """In a row, as they are trained."""
 NUM_DRAFT_TOKENS = 2048
-LENGTH, BATCH = 256, 4
+LENGTH, BATCH = 256, 1
 
 
 class Layer(nn.Module):
@@ -100,7 +100,7 @@ class Head(nn.Module):
         self.norm = nn.RMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, len(ids), bias=False)
         with torch.no_grad():
-            self.fc.weight.mul_(0.2)[:, -size:] += torch.eye(size)
+            self.fc.weight.mul_(0.1)[:, -size:] += torch.eye(size)
             for name in ("q_proj", "k_proj", "v_proj"):
                 getattr(self.midlayer.self_attn, name).weight[:, size:] = getattr(last.self_attn, name).weight
             self.midlayer.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
@@ -156,8 +156,8 @@ def texts(folder: Path, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 def train(head: Head, target: Target, pieces: Tensor) -> None:
     steps = [pieces[start : start + BATCH] for start in range(0, len(pieces), BATCH)]
-    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=len(steps), pct_start=0.1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=len(steps), pct_start=0.1)
     began = time.monotonic()
     for number, ids in enumerate(steps):
         embedded, taps, wanted = target.run(ids)
@@ -171,7 +171,7 @@ def train(head: Head, target: Target, pieces: Tensor) -> None:
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if number % 20 == 0:
+        if number % 50 == 0:
             shown = " ".join(f"{loss.item():.3f}" for loss in losses)
             print(f"step {number} of {len(steps)}: losses {shown}, {time.monotonic() - began:.0f} s", flush=True)
 
@@ -183,7 +183,7 @@ def acceptance(head: Head, target: Target, pieces: Tensor) -> list[float]:
         embedded, taps, wanted = target.run(ids)
         greedy = wanted.argmax(-1)
         # A guess behind right ones: the text goes on as the model would have it.
-        kept = torch.ones_like(greedy, dtype=torch.bool)
+        kept = is_right = torch.ones_like(greedy, dtype=torch.bool)
         for guess, logits in enumerate(head(embedded, taps)):
             if guess:
                 kept = (kept & is_right & (greedy == ids_after(ids))).roll(1, dims=1)

@@ -179,3 +179,44 @@ def rotated(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# -- Medusa -------------------------------------------------------------------------------------------------
+
+
+def write_medusa(
+    folder: Path, *, num_heads: int = 4, own_outputs: bool = True, truncated: bool = True, **changes: Any
+) -> dict[str, Tensor]:
+    """As vLLM's converter does. Returns the weights."""
+    torch.manual_seed(5)
+    rows = NUM_DRAFT_TOKENS if truncated and own_outputs else VOCAB_SIZE
+    weights = dict[str, Tensor]()
+    for head in range(num_heads):
+        weights[f"blocks.{head}.layers.0.weight"] = torch.randn(HIDDEN_SIZE, HIDDEN_SIZE) * 0.15
+        weights[f"blocks.{head}.layers.0.bias"] = torch.randn(HIDDEN_SIZE) * 0.1
+        if own_outputs:
+            weights[f"lm_heads.{head}.weight"] = torch.randn(rows, HIDDEN_SIZE) * 0.3
+    if rows < VOCAB_SIZE:
+        weights["token_map"] = torch.randperm(VOCAB_SIZE)[:rows]
+    config = {
+        "architectures": ["MedusaModel"],
+        "hidden_size": HIDDEN_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "truncated_vocab_size": rows,
+        "num_heads": num_heads,
+        "num_hidden_layers": 1,
+        "original_lm_head": not own_outputs,
+    }
+    return write(folder, config | changes, weights)
+
+
+def medusa_drafts(weights: dict[str, Tensor], hidden: Tensor, output: Tensor, count: int) -> list[int]:
+    """Guesses behind a text. `hidden` is the target's final hidden state of the token before its last one."""
+    ids = []
+    for head in range(count):
+        layer = weights[f"blocks.{head}.layers.0.weight"], weights[f"blocks.{head}.layers.0.bias"]
+        row = int(
+            linear(hidden + silu(linear(hidden, *layer)), weights.get(f"lm_heads.{head}.weight", output)).argmax()
+        )
+        ids.append(int(weights["token_map"][row]) if "token_map" in weights else row)
+    return ids

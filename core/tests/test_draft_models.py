@@ -205,8 +205,8 @@ def test_a_draft_model_of_another_tokenizer_is_refused_with_both_named(folder, t
         ("draft:", "give draft:MODEL"),
         ("draft:no/such/folder", "is not a folder"),
         ("mtp", "LlamaForCausalLM"),
-        ("mtp", "there are ngram, suffix, auto, draft:MODEL and eagle:HEAD"),
-        ("medusa", "no such proposer; there are auto, draft:MODEL"),
+        ("mtp", "there are ngram, suffix, auto, draft:MODEL, eagle:HEAD and medusa:HEADS"),
+        ("trees", "no such proposer; there are auto, draft:MODEL, eagle:HEAD, medusa:HEADS"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_what_does(speculate, words):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from heads_kit import PlainHead, write_eagle1, write_eagle3
+from heads_kit import PlainHead, medusa_drafts, write_eagle1, write_eagle3, write_medusa
 from transformers import AutoModelForCausalLM
 
 from anychip import LLM, SamplingParams
@@ -38,6 +38,8 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "eagle3-own-embedding": lambda folder: write_eagle3(folder, layers=LAYERS, own_embedding=True),
     "eagle1": write_eagle1,
     "eagle1-two-layers": lambda folder: write_eagle1(folder, num_layers=2, bias=True),
+    "medusa": write_medusa,
+    "medusa-targets-output": lambda folder: write_medusa(folder, own_outputs=False),
 }
 
 
@@ -68,16 +70,22 @@ class Reference:
 
     def __init__(self, target: Path, head: Path, kind: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-        weights = WRITERS[kind](head)
-        self.head = PlainHead(
-            weights, self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        )
+        self.weights = WRITERS[kind](head)
+        self.output = self.model.get_output_embeddings().weight
+        self.is_medusa = kind.startswith("medusa")
+        self.head = PlainHead(self.weights, self.model.get_input_embeddings().weight, self.output)
 
     @torch.inference_mode()
     def drafts(self, ids: list[int], count: int) -> list[int]:
         states = self.model(torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states
+        if self.is_medusa:
+            return medusa_drafts(self.weights, states[-1][0, -1], self.output, count)
         taps = [states[layer + 1] for layer in LAYERS] if self.head.is_eagle3 else [states[-1]]
         return self.head.drafts(ids, [each[0] for each in taps], count)
+
+
+def speculate(kind: str, head: Path) -> str:
+    return f"{'medusa' if kind.startswith('medusa') else 'eagle'}:{head}"
 
 
 PREEMPTED = Case("llama", budget=24, prefix_caching=True, preemption=True, overlap=True, device="cpu")
@@ -95,6 +103,10 @@ WAYS = [
     pytest.param("eagle3", LONG_BLOCKS, 1.0, marks=FULL),
     pytest.param("eagle1", TWO_RANKS, 1.0, marks=FULL),
     pytest.param("eagle3", TWO_RANKS, 0.3, marks=FULL),
+    pytest.param("medusa", PREEMPTED, 0.5),
+    pytest.param("medusa-targets-output", IN_ORDER, 1.0, marks=FULL),
+    pytest.param("medusa", LONG_BLOCKS, 0.5, marks=FULL),
+    pytest.param("medusa-targets-output", TWO_RANKS, 0.5, marks=FULL),
 ]
 
 
@@ -120,7 +132,7 @@ def test_drafts_are_what_the_head_says_of_the_text_by_itself(kind, case, how_oft
     monkeypatch.setattr(Speculator, "depth", sometimes)
     monkeypatch.setattr(Proposing, "take", watched)
     sampling = SamplingParams(temperature=0.4, seed=1, n=2, max_tokens=18, ignore_eos=True)
-    with open_llm(case, target, speculate=f"eagle:{folder / kind}", max_drafts=MAX_DRAFTS) as llm:
+    with open_llm(case, target, speculate=speculate(kind, folder / kind), max_drafts=MAX_DRAFTS) as llm:
         scheduler = llm.engine.scheduler
         scheduler.drafting.measured_costs_are_ignored()
         for _ in range(2):
@@ -131,6 +143,35 @@ def test_drafts_are_what_the_head_says_of_the_text_by_itself(kind, case, how_oft
         assert (scheduler.num_preemptions > 0) >= case.preemption
     assert len(drafted) > 30
     assert [ids for _, ids in drafted] == [reference.drafts(text, len(ids)) for text, ids in drafted]
+
+
+def test_passes_of_a_token_a_row_replay_graphs(folder, tmp_path):
+    """On a device that captures whole steps: the target's with taps, the head's with features."""
+    write_eagle1(tmp_path / "head")
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    ran = list[tuple[tuple[str, ...], bool]]()
+
+    def watch(program: Any) -> None:
+        get = program._steps.get
+
+        def watched(key):
+            captured = get(key)
+            if key.max_query_len == 1:
+                ran.append((key.features, captured is not None))
+            return captured
+
+        program._steps.get = watched
+
+    with open_llm(
+        LONG_BLOCKS, checkpoint(folder, "llama"), speculate=f"eagle:{tmp_path / 'head'}", max_drafts=MAX_DRAFTS
+    ) as llm:
+        llm.engine.scheduler.drafting.measured_costs_are_ignored()
+        worker = llm.engine.executor.worker
+        watch(worker.program)
+        watch(worker.drafter.runner.program)
+        llm.generate(texts()[:3], sampling)
+    assert {features for features, _ in ran} >= {("taps", "embeddings")}
+    assert all(captured for _, captured in ran), ran
 
 
 # -- memory -------------------------------------------------------------------------------------------------
@@ -160,10 +201,18 @@ def test_memory_is_counted_and_predicted(folder):
 # -- what is refused ----------------------------------------------------------------------------------------
 
 
-def refusal(folder: Path, head: str | Path, error: type[Exception] = ConfigError, **settings: Any) -> str:
+def refusal(
+    folder: Path,
+    head: str | Path,
+    error: type[Exception] = ConfigError,
+    *,
+    kind: str = "eagle",
+    family: str = "llama",
+    **settings: Any,
+) -> str:
     given = {"device": "cpu", "max_model_len": 64, "num_kv_blocks": 32, "skip_tokenizer": True, **settings}
     with pytest.raises(error) as raised:
-        LLM(str(checkpoint(folder, "llama")), speculate=f"eagle:{head}", **given)
+        LLM(str(checkpoint(folder, family)), speculate=f"{kind}:{head}", **given)
     return str(raised.value)
 
 
@@ -219,10 +268,32 @@ def test_what_is_no_head_is_refused(folder, tmp_path):
     assert "the vocabulary has 512" in refusal(folder, tmp_path / "far", CheckpointError)
 
 
+MEDUSA = {
+    "another hidden size": ({"hidden_size": 32}, ["hidden states of 32 elements", f"has {HIDDEN_SIZE}"]),
+    "another vocabulary": ({"vocab_size": 600}, ["vocabulary of 600 tokens", f"has {VOCAB_SIZE}"]),
+    "another architecture": ({"architectures": ["MLPSpeculator"]}, ["MLPSpeculator", "there is MedusaModel"]),
+    "fewer heads than drafts": ({"num_heads": 2}, ["has 2 heads", "give --max-drafts 2"]),
+    "no heads": ({"num_heads": 0}, ["has 0 heads; expected 1 or more"]),
+}
+
+
+@pytest.mark.parametrize("what", list(MEDUSA))
+def test_medusa_heads_for_another_model_are_refused(what, folder, tmp_path):
+    changes, words = MEDUSA[what]
+    write_medusa(tmp_path / "heads", **changes)
+    said = refusal(folder, tmp_path / "heads", kind="medusa", max_drafts=3)
+    assert str(tmp_path / "heads") in said and all(each in said for each in words), said
+
+
 def test_a_device_with_one_program_refuses_a_head(folder, tmp_path):
     write_eagle1(tmp_path / "head")
     said = refusal(folder, tmp_path / "head", Unsupported, device="fake-static")
     assert "fake-static" in said and "a head that drafts" in said and "ngram, suffix and auto" in said
+
+
+def test_a_model_in_transformers_code_has_no_head(folder, tmp_path):
+    write_eagle1(tmp_path / "head")
+    assert "heads need a model of a native family" in refusal(folder, tmp_path / "head", family="olmo2")
 
 
 def test_taps_are_shown_or_read_by_a_head(folder, tmp_path):

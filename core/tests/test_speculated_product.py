@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from heads_kit import write_eagle1, write_eagle3
+from heads_kit import write_eagle1, write_eagle3, write_medusa
 from hostile_proposers import HOSTILE, LATE_S, MISBEHAVING, found_by_name  # noqa: F401 - a fixture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -43,7 +43,7 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "qwen3-moe", "gpt-oss")
 
 DRAFT_MODELS = ("itself", "another")
 """The target's own checkpoint, and one of another family with the same tokenizer: nearly always right, and wrong."""
-HEADS = {"eagle3": write_eagle3, "eagle1": write_eagle1}
+HEADS = {"eagle3": write_eagle3, "eagle1": write_eagle1, "medusa": lambda folder: write_medusa(folder, num_heads=8)}
 """Of random weights: nearly always wrong."""
 TWO_PROGRAMS = ("cpu", "cpu-tp2", "fake-hostlen")
 """Devices of the torch seam, which run a draft model or a head."""
@@ -161,7 +161,7 @@ class Workplace:
         if drafted.proposer in HEADS:
             if not head.exists():
                 HEADS[drafted.proposer](head)
-            return f"eagle:{head}"
+            return f"{'medusa' if drafted.proposer == 'medusa' else 'eagle'}:{head}"
         if drafted.proposer not in DRAFT_MODELS:
             return drafted.proposer
         if drafted.proposer == "another":

@@ -21,7 +21,7 @@ _HOST_ROWS, _HOST_TOKENS = 128, 2048
 _MOST_DRAFTS = 64
 """Behind one sequence in one step: longer runs are hardly ever drawn, and each row's logits are set aside for them."""
 
-_DRAFT, _HEAD = "draft:", "eagle:"
+_DRAFT, _HEAD, _MEDUSA = "draft:", "eagle:", "medusa:"
 
 _MOST_ADAPTERS = 16
 """Slots for adapters where nobody says how many."""
@@ -67,7 +67,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cluster_key: str | None = None
     """A file with the secret that all hosts have."""
     speculate: str | None = None
-    """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD or a plugin's; None: nothing does."""
+    """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS or a plugin's; None: nothing."""
     max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
     task: Literal["auto", "generate", "embed", "classify", "score", "reward"] = "auto"
@@ -194,9 +194,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return _named(self.speculate, _HEAD)
 
     @property
+    def medusa_heads(self) -> str | None:
+        """The Medusa heads that draft, where some do: folder or repository."""
+        return _named(self.speculate, _MEDUSA)
+
+    @property
     def drafts_in_workers(self) -> bool:
         """Whether what drafts runs on the device."""
-        return self.draft_model is not None or self.draft_head is not None
+        return any(each is not None for each in (self.draft_model, self.draft_head, self.medusa_heads))
 
     @property
     def max_in_flight(self) -> int:

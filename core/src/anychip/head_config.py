@@ -1,6 +1,6 @@
 """What a head's config.json says: a few layers that draft tokens from a model's hidden states. Reads no tensor.
 
-EAGLE-1: arXiv 2401.15077. EAGLE-3: arXiv 2503.01840.
+EAGLE-1: arXiv 2401.15077. EAGLE-3: arXiv 2503.01840. Medusa: arXiv 2401.10774.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from anychip.errors import ConfigError
-from anychip.model_config import ModelConfig, load_model_config
+from anychip.errors import CheckpointError, ConfigError
+from anychip.hub import resolve_folder
+from anychip.model_config import ModelConfig, load_model_config, read_json
 from anychip.plugin_api import FINAL
 
 _EAGLE_1 = ("LlamaForCausalLM", "LlamaForCausalLMEagle", "EagleLlamaForCausalLM")
 _EAGLE_3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 """Architectures, by the names that training frameworks write."""
+
+_MEDUSA = "MedusaModel"
 
 _UNKNOWN = ("norm_before_residual", "norm_before_fc", "norm_output")
 """Keys of layouts that nothing here builds."""
@@ -36,7 +39,9 @@ def load_head_config(source: str, target: ModelConfig) -> HeadConfig:
     folder that cannot be read."""
     head = load_model_config(source)
     kind = _kind(head)
-    _check_sizes(head, target)
+    reads = head.get("target_hidden_size") or head.hidden_size
+    for size in (reads, head.hidden_size):
+        _check_sizes("eagle", head.folder, size, head.vocab_size, target)
     if kind == "EAGLE-3" and head.num_layers != 1:
         raise ConfigError(f"--speculate eagle: {head.folder} has {head.num_layers} layers, and an EAGLE-3 head has one")
     unknown = [key for key in _UNKNOWN if head.get(key)]
@@ -47,6 +52,47 @@ def load_head_config(source: str, target: ModelConfig) -> HeadConfig:
     longer = msgspec.structs.replace(head, max_positions=target.max_positions)
     drafts = int(head.get("draft_vocab_size") or head.vocab_size)
     return HeadConfig(kind=kind, model=longer, taps=taps, num_draft_tokens=drafts)
+
+
+class MedusaConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Heads that guess the next tokens but one from the final hidden state alone, each another one."""
+
+    folder: str
+    num_heads: int
+    num_layers: int
+    """Of each head."""
+    num_draft_tokens: int
+    """Rows of the heads' own outputs: tokens that they can draft."""
+    own_outputs: bool
+    """False: the target's output layer reads what they make."""
+
+
+def load_medusa_config(source: str, target: ModelConfig) -> MedusaConfig:
+    """Heads for `target`, as vLLM's converter writes them. Raises as load_head_config."""
+    folder = resolve_folder(source)
+    raw = read_json(folder / "config.json", required=True)
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture != _MEDUSA:
+        raise ConfigError(
+            f"--speculate medusa: {folder} has the architecture {architecture}, which is none that is read here; "
+            f"there is {_MEDUSA}"
+        )
+    try:
+        _check_sizes("medusa", str(folder), int(raw["hidden_size"]), int(raw["vocab_size"]), target)
+        found = MedusaConfig(
+            folder=str(folder),
+            num_heads=int(raw["num_heads"]),
+            num_layers=int(raw["num_hidden_layers"]),
+            num_draft_tokens=int(raw.get("truncated_vocab_size") or raw["vocab_size"]),
+            own_outputs=not raw.get("original_lm_head", False),
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"{folder}/config.json has no {missing}") from missing
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json holds a value that cannot be: {error}") from error
+    if found.num_heads < 1:
+        raise ConfigError(f"--speculate medusa: {folder} has {found.num_heads} heads; expected 1 or more")
+    return found
 
 
 def _kind(head: ModelConfig) -> Literal["EAGLE-1", "EAGLE-3"]:
@@ -60,17 +106,15 @@ def _kind(head: ModelConfig) -> Literal["EAGLE-1", "EAGLE-3"]:
     )
 
 
-def _check_sizes(head: ModelConfig, target: ModelConfig) -> None:
-    reads = head.get("target_hidden_size") or head.hidden_size
-    for size in (reads, head.hidden_size):
-        if size != target.hidden_size:
-            raise ConfigError(
-                f"--speculate eagle: the head {head.folder} is for hidden states of {size} elements, and the target "
-                f"{target.folder} has {target.hidden_size}; use a head that was trained for this model"
-            )
-    if head.vocab_size != target.vocab_size:
+def _check_sizes(kind: str, folder: str, hidden_size: int, vocab_size: int, target: ModelConfig) -> None:
+    if hidden_size != target.hidden_size:
         raise ConfigError(
-            f"--speculate eagle: the head {head.folder} has a vocabulary of {head.vocab_size} tokens, and the target "
+            f"--speculate {kind}: the head {folder} is for hidden states of {hidden_size} elements, and the target "
+            f"{target.folder} has {target.hidden_size}; use a head that was trained for this model"
+        )
+    if vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"--speculate {kind}: the head {folder} has a vocabulary of {vocab_size} tokens, and the target "
             f"{target.folder} has {target.vocab_size}; use a head that was trained for this model"
         )
 

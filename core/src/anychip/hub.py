@@ -25,7 +25,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_OF_REPOSITORY = re.compile(rf"({_REPOSITORY.pattern}):([\w./-]+\.gguf)")
 """org/model:file.gguf."""
 
-_FROM_MODELS = ("draft", "eagle")
+_FROM_MODELS = ("draft", "eagle", "medusa")
 """Kinds of proposers that are read from a folder: --speculate KIND:MODEL."""
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.py", "*.txt")

@@ -58,8 +58,8 @@ def load_model_config(model: str) -> ModelConfig:
         file = read_model(folder)
         source, raw, generation = folder, config_of(file), generation_of(file.metadata)
     else:
-        raw = _read_json(source, required=True)
-        generation = _read_json(folder / "generation_config.json", required=False)
+        raw = read_json(source, required=True)
+        generation = read_json(folder / "generation_config.json", required=False)
     architectures = raw.get("architectures") or []
     if not architectures:
         raise CheckpointError(f'{source} names no architecture; add "architectures": [...]')
@@ -129,7 +129,8 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (int(value),)
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+def read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    """A checkpoint's settings; {} where there are none and none are `required`. Raises CheckpointError."""
     if not path.is_file():
         if required:
             raise CheckpointError(f"{path} is missing; a checkpoint needs its config.json")

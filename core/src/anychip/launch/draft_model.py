@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
-from anychip.head_config import load_head_config
+from anychip.head_config import load_head_config, load_medusa_config
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.tokenizer.tokenizer import Tokenizer
 
-_THERE_ARE = "there are ngram, suffix, auto, draft:MODEL and eagle:HEAD"
+_THERE_ARE = "there are ngram, suffix, auto, draft:MODEL, eagle:HEAD and medusa:HEADS"
+
+_HEADS_OF = {"eagle": "eagle:HEAD", "medusa": "medusa:HEADS"}
 
 _HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """Keys of config.json with the number of layers that predict tokens beyond the next one."""
@@ -23,16 +25,28 @@ def check_speculation(config: EngineConfig, model: ModelConfig, own_tokenizer: C
     kind, _, source = (config.speculate or "").partition(":")
     if kind == "mtp":
         raise _no_such_heads(model)
-    if kind == "eagle":
+    if kind in _HEADS_OF:
         if not source:
-            raise ConfigError("--speculate eagle names no head; give eagle:HEAD, with a folder or a repository")
+            raise ConfigError(f"--speculate {kind} names no head; give {_HEADS_OF[kind]}: a folder or a repository")
         if config.taps:
-            raise ConfigError(f"a head reads taps of its own; give taps {config.taps} or --speculate eagle, not both")
-        load_head_config(source, model)
+            raise ConfigError(f"a head reads taps of its own; give taps {config.taps} or --speculate {kind}, not both")
+        _check_head(kind, source, config, model)
     if kind == "draft":
         if not source:
             raise ConfigError("--speculate draft names no model; give draft:MODEL, with a folder or a repository")
         _check_draft(load_model_config(source), model, None if config.skip_tokenizer else own_tokenizer)
+
+
+def _check_head(kind: str, source: str, config: EngineConfig, model: ModelConfig) -> None:
+    if kind == "eagle":
+        load_head_config(source, model)
+        return
+    count = load_medusa_config(source, model).num_heads
+    if count < config.max_drafts:
+        raise ConfigError(
+            f"--speculate medusa: {source} has {count} heads, each for one token, and max_drafts is "
+            f"{config.max_drafts}; give --max-drafts {count}"
+        )
 
 
 def _check_draft(draft: ModelConfig, target: ModelConfig, own_tokenizer: Callable[[], Tokenizer] | None) -> None:

@@ -7,14 +7,14 @@ EAGLE-1: arXiv 2401.15077. EAGLE-3: arXiv 2503.01840.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import torch
 from torch import Tensor
 
-from anychip.errors import CheckpointError, ConfigError
+from anychip.errors import ConfigError
 from anychip.head_config import HeadConfig
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
@@ -25,6 +25,7 @@ from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.models.decoder import full_attention, known_activation
+from anychip.models.head_parts import TargetParts, drafted_ids
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -33,32 +34,11 @@ from anychip.plugin_api import (
     MeshShape,
     Rope,
     StepModel,
-    WeightView,
 )
 from anychip.types import DType
 
 OWN_TAP = 0
 """The layer of the head's own tap: the feature of a position, for the guess behind it."""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetParts:
-    """What a head borrows of its target. They are functions, so that whoever counts the head's tensors does not find
-    the target's."""
-
-    embed: Callable[[Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def of(cls, target: StepModel) -> TargetParts:
-        """Raises ConfigError for a model whose embedding cannot be told apart."""
-        embedding = getattr(target, "embedding", None)
-        if embedding is None:
-            raise ConfigError(
-                f"--speculate eagle: {type(target).__name__} has no embedding that a head could read; its family must "
-                "be a native one"
-            )
-        return cls(embedding.__call__, target.logits)
 
 
 class EagleHead:
@@ -150,7 +130,11 @@ class Eagle3(EagleHead):
         self.feature_norm = RMSNorm(builder, name=f"{name}.hidden_norm", size=size, eps=model.norm_eps)
         self.norm = RMSNorm(builder, name="norm", size=size, eps=model.norm_eps)
         self.head = LMHead(builder, name="lm_head", vocab_size=config.num_draft_tokens, hidden_size=size, tied=None)
-        self.drafted = DraftedTokens(builder, config.num_draft_tokens, model.vocab_size)
+        self.ids: Tensor | None = None
+        if config.num_draft_tokens < model.vocab_size:
+            self.ids = drafted_ids(builder, "d2t", config.num_draft_tokens, model.vocab_size, are_offsets=True)
+        else:
+            builder.weights.ignored += ("d2t",)
 
     def join(self, taps: Sequence[Tensor]) -> Tensor:
         return self.fc(torch.cat(tuple(taps), dim=-1))
@@ -166,32 +150,7 @@ class Eagle3(EagleHead):
         return final
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.drafted.of_all(self.head(hidden))
-
-
-class DraftedTokens:
-    """Which tokens a head's output stands for. The checkpoint's `d2t` has, by row of the output, how far the token's id
-    lies behind the row's number."""
-
-    def __init__(self, builder: Builder, num_rows: int, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.ids: Tensor | None = None
-        if num_rows == vocab_size:
-            builder.weights.ignored += ("d2t",)
-            return
-        self.ids = builder.platform.empty((num_rows,), "int64", "weights")
-
-        def take(view: WeightView) -> None:
-            ids = view.read((0, num_rows)).long() + torch.arange(num_rows)
-            if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-                raise CheckpointError(f"{view.source} names token {int(ids.max())}, the vocabulary has {vocab_size}")
-            assert self.ids is not None
-            self.ids.copy_(ids)
-
-        builder.weights.want("d2t", (num_rows,), take)
-
-    def of_all(self, logits: Tensor) -> Tensor:
-        """Logits of the head's rows [num_rows, draft tokens] to those of every token [num_rows, vocab_size]."""
+        logits = self.head(hidden)
         if self.ids is None:
             return logits
         return logits.new_full((len(logits), self.vocab_size), float("-inf")).index_copy_(1, self.ids, logits)

@@ -1,6 +1,6 @@
-"""Drafts of a draft model, which runs in the workers: what came back with a step waits here for the next one.
+"""Drafts of a draft model or of heads, which run in the workers: what came with a step waits here for the next one.
 
-Does not run the model: worker/draft_runner does, as far as the scheduler asks for it (scheduler/proposing).
+Does not run them: worker/draft_runner and its like do, as far as the scheduler asks for it (scheduler/proposing).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class ReturnedDrafts:
 
 
 class DraftModel:
-    """Proposer "draft:MODEL". The model sees one sequence at a time, so nothing of one owner shows in another's."""
+    """Proposer "draft:MODEL", "eagle:HEAD" and "medusa:HEADS". Each sees one sequence at a time, so nothing of one
+    owner shows in another's, but for the page of a head that docs/decisions/0051 names."""
 
     def begin(self, owner: str) -> Drafter:
         return ReturnedDrafts()

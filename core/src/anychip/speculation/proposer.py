@@ -28,6 +28,7 @@ PROPOSERS = {
     "auto": "anychip.speculation.text_index:SuffixLookup",
     "draft:MODEL": "anychip.speculation.draft_model:DraftModel",
     "eagle:HEAD": "anychip.speculation.draft_model:DraftModel",
+    "medusa:HEADS": "anychip.speculation.draft_model:DraftModel",
 }
 
 

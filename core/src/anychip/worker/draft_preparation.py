@@ -13,13 +13,16 @@ from typing import cast
 
 import msgspec
 
-from anychip.config import WorkerSpec
+from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError, Unsupported
-from anychip.head_config import HeadConfig, load_head_config
+from anychip.head_config import HeadConfig, load_head_config, load_medusa_config
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.models.eagle import OWN_TAP, HeadFamily
+from anychip.models.medusa import MedusaFamily
+from anychip.models.registry import ModelFamily
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
+    FINAL,
     TAPS,
     CacheBackend,
     CacheSpec,
@@ -49,19 +52,24 @@ def prepare_all(
     """`prepare`, with the part of the draft model or the head where the configuration names one and the device takes
     drafts. Raises Unsupported where the device cannot run a second model, or the caches do not fit together."""
     config = spec.config
-    head = None if config.draft_head is None else load_head_config(config.draft_head, model)
-    if head is not None:
-        spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=head.taps))
     target = prepare(spec, model, platform, ops, contributed, quant_formats)
-    if (head is None and config.draft_model is None) or not target.limits.max_drafts:
+    if not config.drafts_in_workers or not target.limits.max_drafts:
         return target
-    what = "a draft model" if head is None else "a head that drafts"
+    what = "a draft model" if config.draft_model is not None else "a head that drafts"
     if platform.context.manifest.seam == "step":
         raise Unsupported(
             platform.name,
             [f"{what}: its step program runs one model; --speculate ngram, suffix and auto need no second one"],
         )
+    head = None if config.draft_head is None else load_head_config(config.draft_head, model)
+    if config.draft_model is None:
+        taps = (FINAL,) if head is None else head.taps
+        spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=taps))
+        target = prepare(spec, model, platform, ops, contributed, quant_formats)
+        target = replace(target, keys=affordable_graphs(platform, target.policy, target.limits, always=(TAPS,)))
     source = _source(target, head, ops, contributed, quant_formats)
+    if config.medusa_heads is not None:
+        return replace(target, medusa=source)
     backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
     kv, group = plan_under(source.attention_specs(target.mesh_shape), backend_for, target.kv)
     limits = replace(
@@ -89,8 +97,6 @@ def prepare_all(
         lies_under=group,
         head=head,
     )
-    if head is not None:
-        target = replace(target, keys=affordable_graphs(platform, target.policy, target.limits, always=(TAPS,)))
     return replace(target, draft=draft)
 
 
@@ -101,8 +107,17 @@ def _source(
     contributed: dict[str, str],
     quant_formats: Mapping[str, str] | None,
 ) -> CheckpointSource:
-    """Of the draft model, in its own dtype, or of the head, in the target's: its features are the target's."""
-    model = load_model_config(target.config.draft_model or "") if head is None else head.model
+    """Of the draft model, in its own dtype, or of the heads, in the target's: they read its hidden states."""
+    family: HeadFamily | MedusaFamily | None = None
+    if head is not None:
+        model = head.model
+        family = HeadFamily(head, _names(target.config, model.folder))
+    elif target.config.medusa_heads is not None:
+        medusa = load_medusa_config(target.config.medusa_heads, target.model)
+        model = msgspec.structs.replace(target.model, folder=medusa.folder, raw={})
+        family = MedusaFamily(medusa, _names(target.config, model.folder))
+    else:
+        model = load_model_config(target.config.draft_model or "")
     config = msgspec.structs.replace(
         target.config,
         model=model.folder,
@@ -115,12 +130,8 @@ def _source(
         max_embeddings=0,
         adapters={},
         max_adapters=0,
-        dtype=target.config.dtype if head is None else target.source.dtype,
+        dtype=target.config.dtype if family is None else target.source.dtype,
     )
-    family = None
-    if head is not None:
-        made_up = config.load_format == "dummy"
-        family = HeadFamily(head, frozenset() if made_up else Checkpoint(Path(model.folder)).names)
     return CheckpointSource(
         config=config,
         model=model,
@@ -128,8 +139,13 @@ def _source(
         ops=ops,
         contributed=contributed,
         quant_formats=quant_formats,
-        family=family,
+        family=cast(ModelFamily | None, family),  # Medusa heads are layers that run no step
     )
+
+
+def _names(config: EngineConfig, folder: str) -> frozenset[str]:
+    """Of a checkpoint's tensors; none where weights are made up."""
+    return frozenset() if config.load_format == "dummy" else Checkpoint(Path(folder)).names
 
 
 def plan_under(specs: Sequence[CacheSpec], backend_for: BackendFor, target: KVPlan) -> tuple[KVPlan, int]:

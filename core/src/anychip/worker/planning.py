@@ -32,6 +32,7 @@ from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.held import check_weights_fit, held_bytes
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
+from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.torch_program import TorchStepProgram
@@ -57,9 +58,9 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     contributed = (plugins.models, plugins.quant_formats)
     whole = prepare_all(spec, load_model_config(spec.config.model), platform, ops, *contributed)
     mesh = whole.mesh(spec, AbsentRanks)
-    weights = _weights(whole, mesh) * platform.device_mesh.size
-    if whole.draft is not None:  # its passes need less than the target's steps
-        weights += _weights(whole.draft, mesh)
+    weights = (_weights(whole.source, mesh) + _stacks(whole, mesh)) * platform.device_mesh.size
+    if whole.drafts is not None:  # its passes need less than the target's steps
+        weights += _weights(whole.drafts, mesh)
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
     notes = [*ops.notes, *whole.notes, *whole.source.notes]
     if platform.context.manifest.seam == "torch":
@@ -90,13 +91,17 @@ class AbsentRanks(Communicator):
         return torch.cat([x] * self.size, dim=dim)
 
 
-def _weights(prepared: Preparation, mesh: Mesh) -> int:
+def _weights(source: CheckpointSource, mesh: Mesh) -> int:
     with FakeTensorMode():
-        model = prepared.source.build_layers(mesh, WeightRegister())
-        stacks = (
-            site.nbytes(prepared.limits.max_adapters, prepared.limits.max_adapter_rank) for site in sites_of(model)
-        )
-        return held_bytes(model) + sum(stacks)
+        return held_bytes(source.build_layers(mesh, WeightRegister()))
+
+
+def _stacks(prepared: Preparation, mesh: Mesh) -> int:
+    """Of the slots for adapters."""
+    limits = prepared.limits
+    with FakeTensorMode():
+        sites = sites_of(prepared.source.build_layers(mesh, WeightRegister())) if limits.max_adapters else ()
+    return sum(site.nbytes(limits.max_adapters, limits.max_adapter_rank) for site in sites)
 
 
 def _first_layers(prepared: Preparation) -> ModelConfig:

@@ -71,6 +71,8 @@ class Preparation:
     """Of a draft model: the target's group under whose blocks its cache lies."""
     head: HeadConfig | None = None
     """What the draft model is a head by; None: it is a model of its own."""
+    medusa: CheckpointSource | None = None
+    """Of heads that read this model's final hidden states."""
 
     def new_batch(self) -> InputBatch:
         capabilities = self.platform.capabilities
@@ -86,7 +88,7 @@ class Preparation:
         )
         if self.head is not None:
             batch.every_step = HeadSteps()
-        elif self.draft is not None and self.draft.head is not None:
+        elif self.medusa is not None or (self.draft is not None and self.draft.head is not None):
             batch.every_step = tap_every_token
         return batch
 
@@ -102,6 +104,11 @@ class Preparation:
     def draws(self) -> bool:
         """Whether the model can draw tokens: an encoder gives vectors alone."""
         return not self.kv.encoders
+
+    @property
+    def drafts(self) -> CheckpointSource | None:
+        """Of the draft model or the heads; None: nothing drafts in the workers."""
+        return self.medusa if self.draft is None else self.draft.source
 
     @property
     def num_states(self) -> int:

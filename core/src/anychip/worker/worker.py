@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -22,7 +22,9 @@ from anychip.messages import (
     WorkerReady,
 )
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.models.eagle import EagleHead, HeadFamily, TargetParts
+from anychip.models.eagle import EagleHead, HeadFamily
+from anychip.models.head_parts import TargetParts
+from anychip.models.medusa import MedusaFamily, MedusaHeads
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
     AdapterSite,
@@ -32,6 +34,7 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     StepLimits,
+    StepModel,
     StepProgram,
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
@@ -42,8 +45,10 @@ from anychip.worker.draft_runner import DraftRunner
 from anychip.worker.head_runner import HeadRunner
 from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
+from anychip.worker.medusa_runner import MedusaRunner
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
+from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation
 from anychip.worker.step_costs import measure_steps
@@ -56,7 +61,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, got_on: Callable[[str], None] = lambda doing: None) -> None:
         self.spec = spec
-        self.drafter: DraftRunner | HeadRunner | None = None
+        self.drafter: DraftRunner | HeadRunner | MedusaRunner | None = None
         self._got_on = got_on
         self._launched: StepDecision | None = None
         self._step_costs = self._draft_costs = tuple[tuple[int, float], ...]()
@@ -78,7 +83,7 @@ class Worker:
         prepared = prepare_all(self.spec, model, self.platform, self.ops, plugins.models, plugins.quant_formats)
         source, limits = prepared.source, prepared.limits
         source.got_on = self._got_on
-        program, drafting = self._step_program(prepared), None
+        program, drafting, medusa = self._step_program(prepared), None, None
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
@@ -89,11 +94,13 @@ class Worker:
             activations = measure_largest_step(prepared, program)
             pending = 0
             if prepared.draft is not None:
-                if isinstance(family := prepared.draft.source.family, HeadFamily):
-                    family.target = TargetParts.of(program.model)
+                _lend(program.model, prepared.draft.source)
                 drafting = self._torch_program(prepared.draft, mesh)
                 passes = measure_largest_step(prepared.draft, drafting)  # never while the target's step runs
                 activations = max(activations, passes, key=lambda peak: peak.nbytes)
+            if prepared.medusa is not None:
+                _lend(program.model, prepared.medusa)
+                medusa = MedusaRunner(cast(MedusaHeads, prepared.medusa.build(mesh)))
         self.program = program
         self._got_on("the KV cache is sized")
         graphs = prepared.graph_bytes
@@ -106,15 +113,18 @@ class Worker:
         self.runner.adapter_entries = self.adapters.entries
         if prepared.draft is not None and drafting is not None:
             self._start_drafting(prepared.draft, drafting, blocks)
+        if medusa is not None:
+            self.drafter, self.runner.read_taps = medusa, medusa.read
+            state = self.platform.empty((prepared.model.hidden_size,), source.dtype, "features").zero_()
+            self._draft_costs = medusa.measured(state, limits.max_num_reqs)
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
         weights = source.held_bytes + _stack_bytes(program.adapter_sites, limits)
         notes = (*prepared.notes, *source.notes, *source.checkpoint.notes, str(source.progress))
-        if prepared.draft is not None and drafting is not None:
-            weights += prepared.draft.source.held_bytes
-            what = "draft model" if prepared.draft.head is None else f"{prepared.draft.head.kind} head"
-            notes += (f"{what} {prepared.draft.source.progress}",)
+        if prepared.drafts is not None:
+            weights += prepared.drafts.held_bytes
+            notes += (f"what drafts: {prepared.drafts.progress}",)
         memory = memory_plan(prepared, blocks, weights=weights, activations=activations, graphs=graphs)
         kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
         self.ready = self._report(prepared, kv, memory, report, notes)
@@ -278,6 +288,12 @@ class WorkerResult:
 def _stack_bytes(sites: Sequence[AdapterSite], limits: StepLimits) -> int:
     """What the slots of adapters take on one rank."""
     return sum(site.nbytes(limits.max_adapters, limits.max_adapter_rank) for site in sites)
+
+
+def _lend(target: StepModel, heads: CheckpointSource) -> None:
+    """Heads are built after the model whose parts they borrow. A draft model borrows none."""
+    if isinstance(heads.family, HeadFamily | MedusaFamily):
+        heads.family.target = TargetParts.of(target)
 
 
 def _declared(capabilities: Capabilities) -> dict[str, str]:

@@ -74,7 +74,9 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     schedule.add_argument("--max-num-batched-tokens", type=parse_count, default=unset)
     schedule.add_argument("--policy", default=unset, help="fcfs, priority, fair, predictive, or a plugin's")
     schedule.add_argument(
-        "--speculate", default=unset, help="what drafts tokens: ngram, suffix, auto, draft:MODEL, or a plugin's"
+        "--speculate",
+        default=unset,
+        help="what drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS, or a plugin's",
     )
     schedule.add_argument("--max-drafts", type=int, default=unset, help="tokens drafted behind a sequence in one step")
     model.add_argument("--task", choices=["auto", *TASKS], default=unset, help="what is served, where the files err")
