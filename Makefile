@@ -34,7 +34,7 @@ ASCEND_ENV := TORCH_DEVICE_BACKEND_AUTOLOAD=0 NPU_SIMULATOR_DEVICES=4
 .PHONY: serve first-model test every-test lint equality gpu-kernels mutation conformance interpreted matrix sanitize
 .PHONY: amx soak ray-test
 .PHONY: tpu-venv tpu-test tpu-equality tpu-conformance ascend-venv ascend-test ascend-conformance vendor-checks
-.PHONY: check-full bench docs clean wheels try-wheels bump
+.PHONY: check-full walk-transformers bench docs clean wheels try-wheels bump
 
 serve: $(VENV)/serve.done first-model  ## talk to a small model on http://localhost:8000, or to MODEL
 	$(BIN)/anychip serve $(MODEL) --port $(PORT)
@@ -120,7 +120,10 @@ soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothin
 every-test: $(VENV)/dev.done  ## those of `make test`, and the full products: hours
 	$(PYTEST) core/tests plugins conformance/tests
 
-check-full: lint every-test conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
+check-full: lint every-test walk-transformers conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
+
+walk-transformers: $(VENV)/dev.done  ## every causal language model of transformers, tiny; into docs/reference: ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tools/walk_transformers.py
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py

@@ -46,6 +46,19 @@ def test_a_scaling_is_the_librarys(name, tmp_path):
     torch.testing.assert_close(rope.sin, angles.sin() * amplitude, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("served", [128, 512, 1024])
+def test_dynamic_frequencies_are_the_librarys_for_a_request_of_the_served_length(served, tmp_path):
+    parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    theirs = LlamaConfig(**SIZES, max_position_embeddings=512, rope_parameters=parameters)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, device="cpu", seq_len=served)
+    config = saved(theirs, tmp_path, "LlamaForCausalLM")
+    assert config.most_positions == 2048
+    rope = make_rope(msgspec.structs.replace(config, max_positions=served), rope_parameters(config), "cpu")
+    angles = torch.outer(torch.arange(served).float(), frequencies)
+    torch.testing.assert_close(rope.cos, angles.cos(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rope.sin, angles.sin(), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("served", [128, 512])
 def test_longrope_takes_its_factors_from_the_length_that_is_served(served, tmp_path):
     """Within the original length the short ones, as the library does for short requests; beyond it the long ones."""

@@ -197,12 +197,22 @@ def test_a_rotary_embedding_that_follows_the_batch_is_held_at_the_served_length(
     assert given == [greedy(original, prompt, 6).tokens for prompt in PROMPTS]
 
 
-def test_dynamic_frequencies_are_those_of_the_served_length(tmp_path):
+@pytest.mark.parametrize("impl", ["native", "transformers"])
+def test_dynamic_frequencies_are_those_of_the_served_length(impl, tmp_path):
+    """Within the trained length they are the plain ones; --max-model-len may stretch it by the factor."""
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    original = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.15, rope_parameters=rope)).eval()
-    given = answers(saved(original, tmp_path), model_impl="transformers", max_model_len=64)
-    assert given == [greedy(original, prompt, 6).tokens for prompt in PROMPTS]
+    config = LlamaConfig(**SIZES, initializer_range=0.15, rope_parameters=rope, max_position_embeddings=64)
+    original = LlamaForCausalLM(config).eval()
+    model = saved(original, tmp_path)
+    assert answers(model, model_impl=impl) == [greedy(original, prompt, 6).tokens for prompt in PROMPTS]
+    stretched = answers(model, model_impl=impl, max_model_len=128)
+    rotary = original.model.rotary_emb
+    rotary.inv_freq.copy_(ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=128)[0])
+    rotary.rope_type = "default"
+    assert stretched == [greedy(original, prompt, 6).tokens for prompt in PROMPTS]
+    with pytest.raises(ConfigError, match="max_model_len is 129; the model has 128 positions"):
+        LLM(model, model_impl=impl, max_model_len=129, **SETTINGS)
 
 
 CODE = """

@@ -43,6 +43,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """A family's own key."""
         return self.raw.get(key, default)
 
+    @property
+    def most_positions(self) -> int:
+        """Those that may be asked for: a dynamic rotary embedding stretches beyond max_positions, by its factor."""
+        rope = _rope_parameters(self.raw)
+        if (rope.get("rope_type") or rope.get("type")) != "dynamic":
+            return self.max_positions
+        return int(self.max_positions * float(rope.get("factor", 1.0)))
+
     def need(self, key: str) -> Any:
         """A family's own key that it cannot do without. Raises CheckpointError."""
         if self.raw.get(key) is None:

@@ -130,8 +130,8 @@ def pending_grammars(config: EngineConfig, model: ModelConfig) -> PendingGrammar
 
 def check_length(config: EngineConfig, model: ModelConfig) -> None:
     """Raises ConfigError for a length beyond the model's."""
-    if config.max_model_len is not None and config.max_model_len > model.max_positions:
-        raise ConfigError(f"max_model_len is {config.max_model_len}; the model has {model.max_positions} positions")
+    if config.max_model_len is not None and config.max_model_len > model.most_positions:
+        raise ConfigError(f"max_model_len is {config.max_model_len}; the model has {model.most_positions} positions")
 
 
 def resolve_max_model_len(config: EngineConfig, model: ModelConfig, ready: WorkerReady) -> int:

@@ -101,7 +101,19 @@ def _scaled(
         return _yarn(frequencies, theta, rotary_dim, parameters, config)
     if kind in ("longrope", "su"):
         return _longrope(wavelengths, parameters, config)
-    raise Unsupported("rotary embedding", [f"rope_type {kind!r}; known are default, linear, llama3, yarn and longrope"])
+    if kind == "dynamic":
+        return _dynamic(theta, rotary_dim, parameters, config), 1.0
+    known = "default, linear, llama3, yarn, longrope and dynamic"
+    raise Unsupported("rotary embedding", [f"rope_type {kind!r}; known are {known}"])
+
+
+def _dynamic(theta: float, rotary_dim: int, parameters: Parameters, config: ModelConfig) -> Tensor:
+    """Frequencies for the length that is served, for every request, where it goes beyond the trained one: the library
+    takes those of a batch's longest request, which a cache cannot follow."""
+    trained, factor = int(config.need("max_position_embeddings")), float(parameters["factor"])
+    stretch = factor * max(config.max_positions, trained) / trained - (factor - 1)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    return 1.0 / (theta * stretch ** (rotary_dim / (rotary_dim - 2))) ** exponents
 
 
 def _llama3(frequencies: Tensor, parameters: Parameters, config: ModelConfig) -> Tensor:

@@ -34,10 +34,15 @@ class TransformersFamily:
 
     @cached_property
     def recorded(self) -> Recorded:
+        config = self.library.config
         with unset_fake_temporarily():
             recorded = self.library.record()
         if not recorded.attention:
             raise Unsupported(self.library.who, ["its attention does not go through transformers' attention interface"])
+        layers_told = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None) or 0
+        if len(recorded.attention) < layers_told:
+            asks = f"{len(recorded.attention)} of its {layers_told} layers ask for attention"
+            raise Unsupported(self.library.who, [f"{asks}, and nothing says what the others do"])
         return recorded
 
     def attention_specs(

@@ -143,7 +143,7 @@ class Decoder:
             settings["attention_mask"] = mask
         self._settings = {name: value for name, value in settings.items() if name in taken or every}
 
-    def __call__(self, positions: Tensor, **inputs: Tensor) -> Any:
+    def __call__(self, positions: Tensor, **inputs: Any) -> Any:
         """`positions` [num_tokens]; `inputs` are input_ids or inputs_embeds."""
         if self._by_argument:
             inputs["position_ids"] = positions.unsqueeze(0).long()

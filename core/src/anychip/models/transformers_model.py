@@ -8,10 +8,8 @@ parameter is streamed from the checkpoint by its own name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import cache
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,17 +27,6 @@ from anychip.models.transformers_weights import Conversions
 from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, ForwardContext, WeightView
 
 _IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
-
-
-@cache
-def _source(cls: Hashable) -> str:
-    assert isinstance(cls, type)
-    if cls.__module__.startswith("torch."):
-        return ""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
 
 
 class TransformersModel:
@@ -66,6 +53,7 @@ class TransformersModel:
         base_name = library.base_name(self.hf)
         builder.weights.decoder = f"{base_name}."
         self._modules = dict(self.hf.named_modules())
+        self._sources: dict[type, str] = {}
         self.bridge = AttentionBridge(
             self._attention_layers(specs, recorded),
             [builder.platform.attention(spec) for spec in specs],
@@ -160,10 +148,17 @@ class TransformersModel:
     def _reads_weight(self, name: str) -> bool:
         """Whether code around a linear layer multiplies by its weight itself: then it stays the library's."""
         parent, _, leaf = name.rpartition(".")
-        around: list[Any] = [
-            type(self._modules[".".join(parent.split(".")[:end])]) for end in range(1, parent.count(".") + 2)
-        ]
-        return any(f".{leaf}.weight" in _source(cls) for cls in around)
+        around = [type(self._modules[".".join(parent.split(".")[:end])]) for end in range(1, parent.count(".") + 2)]
+        return any(f".{leaf}.weight" in self._source(cls) for cls in around)
+
+    def _source(self, cls: type) -> str:
+        """Of a class of the library; nothing of torch's, or where it cannot be had."""
+        if cls not in self._sources:
+            try:
+                self._sources[cls] = "" if cls.__module__.startswith("torch.") else inspect.getsource(cls)
+            except (OSError, TypeError):
+                self._sources[cls] = ""
+        return self._sources[cls]
 
     def _style(self, name: str) -> str:
         for pattern, style in self._library.plan.items():

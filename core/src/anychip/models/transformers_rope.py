@@ -18,7 +18,8 @@ def hold_still(model: nn.Module, served: int | None) -> None:
     for module, layer_type, kind in _moving(model):
         named = {} if layer_type is None else {"layer_type": layer_type}
         prefix = "" if layer_type is None else f"{layer_type}_"
-        if served is not None:
+        # Up to the trained length, dynamic ones are what the class itself begins with.
+        if served is not None and (kind != "dynamic" or served > module.original_max_seq_len):
             buffer = getattr(module, f"{prefix}inv_freq")
             frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, buffer.device, seq_len=served, **named)
             buffer.copy_(frequencies)

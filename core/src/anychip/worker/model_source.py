@@ -60,7 +60,7 @@ class CheckpointSource:
     ) -> None:
         self.config = config
         # Rotary tables, and which of a model's rotary factors apply, follow the length that is served.
-        served = min(model.max_positions, config.max_model_len or model.max_positions)
+        served = min(model.most_positions, config.max_model_len or model.max_positions)
         self.model = msgspec.structs.replace(model, max_positions=served)
         self.platform = platform
         self.ops = ops.ops
