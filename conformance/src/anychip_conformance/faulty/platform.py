@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from anychip.errors import ConfigError
-from anychip.ops.reference import ReferenceLatent
+from anychip.ops.reference import ReferenceEncoder, ReferenceLatent
 from anychip.plugin_api import (
     RECURRENCES,
     Activation,
@@ -14,6 +14,8 @@ from anychip.plugin_api import (
     AttentionSpec,
     Capabilities,
     Communicator,
+    EncoderBackend,
+    EncoderSpec,
     FusedMoE,
     GraphCapture,
     GroupSpec,
@@ -65,6 +67,7 @@ class FaultyPlatform(Platform):
         attention_lse=True,
         mla=True,
         recurrences=frozenset(RECURRENCES),
+        encoders=True,
         epilogues=frozenset(get_args(Activation)),
     )
 
@@ -91,6 +94,11 @@ class FaultyPlatform(Platform):
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)
         backend: StateBackend = self._part("state", PlainStates)(spec)
+        return backend
+
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        self.check(spec)
+        backend: EncoderBackend = self._part("encoder", ReferenceEncoder)(spec)
         return backend
 
     def linear(self, spec: LinearSpec) -> LinearKernel:

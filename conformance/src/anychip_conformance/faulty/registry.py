@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 Part = Literal[
-    "attention", "latent", "state", "linear", "moe", "op", "op of a rank", "communicator", "shapes", "graphs",
-    "hostlen attention", "step", "mesh",
+    "attention", "latent", "state", "encoder", "linear", "moe", "op", "op of a rank", "communicator", "shapes",
+    "graphs", "hostlen attention", "step", "mesh",
 ]  # fmt: skip
 P = TypeVar("P")
 
@@ -21,6 +21,7 @@ _MODULES = (
     "storage",
     "latents",
     "states",
+    "encoders",
     "ops",
     "products",
     "formats",
