@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from served import Server
 
 from anychip.entrypoints.cli.main import main
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXTS = [text_of(length, seed) for seed, length in enumerate((3, 40, 9, 1))]
 
 
@@ -109,3 +111,24 @@ def test_a_batch_file_of_embeddings_is_answered(
         (entry,) = answers[str(at)]["response"]["body"]["data"]
         np.testing.assert_allclose(entry["embedding"], vector, atol=1e-5)
     assert answers[str(len(TEXTS))]["error"]["message"] == "the text is empty"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium; apt-get install chromium")
+def test_the_page_compares_texts_where_the_model_embeds_them(server: Server, expected: list[np.ndarray]) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(server.url)
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        page.fill("#try-query", TEXTS[0], timeout=30_000)
+        assert page.locator("#chat").is_hidden() and page.locator("#tab-chat").is_hidden()
+        page.fill("#try-texts", "\n".join(TEXTS[1:]))
+        page.click("#try-form button")
+        page.wait_for_selector("#try-table tr:nth-child(4)")
+        rows = page.locator("#try-table tr").all_inner_texts()
+        browser.close()
+    similarities = {text: float(vector @ expected[0]) for text, vector in zip(TEXTS[1:], expected[1:], strict=True)}
+    ordered = sorted(similarities, key=lambda text: -similarities[text])
+    assert [row.split("\t") for row in rows[1:4]] == [[text, f"{similarities[text]:.4f}"] for text in ordered]

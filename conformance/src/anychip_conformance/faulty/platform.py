@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from anychip.errors import ConfigError
-from anychip.ops.reference import ReferenceLatent
+from anychip.ops.reference import ReferenceEncoder, ReferenceLatent
 from anychip.plugin_api import (
     RECURRENCES,
     Activation,
@@ -14,6 +14,8 @@ from anychip.plugin_api import (
     AttentionSpec,
     Capabilities,
     Communicator,
+    EncoderBackend,
+    EncoderSpec,
     FusedMoE,
     GraphCapture,
     GroupSpec,
@@ -66,6 +68,7 @@ class FaultyPlatform(Platform):
         attention_lse=True,
         mla=True,
         recurrences=frozenset(RECURRENCES),
+        encoders=True,
         epilogues=frozenset(get_args(Activation)),
         lora=True,
     )
@@ -94,6 +97,11 @@ class FaultyPlatform(Platform):
         self.check(spec)
         honest = self._part("state", PlainStates) if spec.recurrence == "gated_sum" else PlainRecurrence
         backend: StateBackend = self._part("recurrence", honest)(spec)
+        return backend
+
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        self.check(spec)
+        backend: EncoderBackend = self._part("encoder", ReferenceEncoder)(spec)
         return backend
 
     def linear(self, spec: LinearSpec) -> LinearKernel:

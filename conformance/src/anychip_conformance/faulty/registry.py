@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 Part = Literal[
-    "attention", "latent", "state", "recurrence", "linear", "moe", "op", "op of a rank", "communicator", "shapes",
+    "attention", "latent", "state", "recurrence", "encoder", "linear", "moe", "op", "op of a rank", "communicator",
+    "shapes",
     "graphs", "hostlen attention", "step", "mesh",
 ]  # fmt: skip
 P = TypeVar("P")
@@ -24,6 +25,7 @@ _MODULES = (
     "latent_ranks",
     "states",
     "recurrences",
+    "encoders",
     "ops",
     "products",
     "formats",

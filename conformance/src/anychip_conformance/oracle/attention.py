@@ -29,11 +29,14 @@ def attention_row(
     softcap: float | None = None,
     slopes: Array | None = None,
     sinks: Array | None = None,
+    causal: bool = True,
+    bias: Array | None = None,
     dq: float = 0.0,
     dkv: float = 0.0,
 ) -> AttendedRow:
     """The last queries of a sequence over all its keys. `dq` and `dkv` are relative roundings of q, and of k and v,
-    beyond what is given: a kernel may hold them in the dtype or not."""
+    beyond what is given: a kernel may hold them in the dtype or not. Not causal, queries and keys are one sequence, and
+    a window goes to both sides; `bias` [heads, queries, keys] is added to scores."""
     queries, keys, repeat = len(q), len(k), q.shape[1] // k.shape[1]
     k, v = k.repeat(repeat, axis=1), v.repeat(repeat, axis=1)
     raw = np.einsum("qhd,khd->hqk", q, k) * scale
@@ -47,9 +50,12 @@ def attention_row(
     if slopes is not None:
         scores = scores + slopes[:, None, None] * (key - query)
         error = error + 4 * U32 * np.abs(slopes)[:, None, None] * keys
-    visible = key <= query
+    if bias is not None:
+        scores = scores + bias
+        error = error + 2 * U32 * (np.abs(bias) + np.abs(scores))
+    visible = key <= query if causal else np.ones_like(key <= query)
     if window is not None:
-        visible &= key > query - window
+        visible &= key > query - window if causal else np.abs(key - query) <= window
     scores = np.where(visible, scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     if sinks is not None:

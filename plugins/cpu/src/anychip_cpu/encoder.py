@@ -14,10 +14,18 @@ from anychip.plugin_api import EncoderBackend, EncoderLayer, EncoderView, Record
 
 
 @dataclass(slots=True)
+class SameLength:
+    """Sequences of one length."""
+
+    length: int
+    places: slice | Tensor
+    """Of their tokens, sequence by sequence: a slice where they stand one behind the other, or [num_tokens]."""
+
+
+@dataclass(slots=True)
 class SdpaEncoderPlan:
     positions: Tensor
-    groups: list[Tensor]
-    """By length of sequences: the places of their tokens, [num_sequences, length]."""
+    groups: list[SameLength]
 
 
 class SdpaEncoder(EncoderBackend):
@@ -37,14 +45,18 @@ class SdpaEncoder(EncoderBackend):
         groups = []
         for length in np.unique(lengths).tolist():
             first = starts[lengths == length]
-            groups.append(torch.from_numpy(first[:, None] + np.arange(length)))
+            places: slice | Tensor = slice(int(first[0]), int(first[-1]) + length)
+            if places.stop - places.start != length * len(first):  # others stand between them
+                places = torch.from_numpy((first[:, None] + np.arange(length)).reshape(-1))
+            groups.append(SameLength(length, places))
         return SdpaEncoderPlan(view.positions, groups)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: SdpaEncoderPlan, layer: EncoderLayer) -> Tensor:
-        out = torch.zeros_like(q)
-        for places in plan.groups:
-            queries, keys, values = (x[places].transpose(1, 2) for x in (q, k, v))
-            offsets = score_offsets(self.spec, layer, places.shape[1], q.device)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for each in plan.groups:
+            # [num_sequences, num_heads, length, head_dim]
+            queries, keys, values = (x[each.places].unflatten(0, (-1, each.length)).transpose(1, 2) for x in (q, k, v))
+            offsets = score_offsets(self.spec, layer, each.length, q.device)
             attended = F.scaled_dot_product_attention(
                 queries,
                 keys,
@@ -53,5 +65,5 @@ class SdpaEncoder(EncoderBackend):
                 scale=layer.scale,
                 enable_gqa=self.spec.num_heads != self.spec.num_kv_heads,
             )
-            out[places] = attended.transpose(1, 2)
+            out[each.places] = attended.transpose(1, 2).flatten(0, 1)
         return out

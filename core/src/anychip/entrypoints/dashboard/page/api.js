@@ -36,6 +36,16 @@ export async function getJson(path) {
   return response.json();
 }
 
+/** The answer of a POST. Throws with the server's own words. */
+export async function postJson(path, body) {
+  const response = await withKey((given) => fetch(path, {
+    method: "POST", body: JSON.stringify(body), headers: { ...given, "Content-Type": "application/json" },
+  }));
+  const told = await response.json().catch(() => null);
+  if (!response.ok) throw new Error(told?.error?.message ?? `the server answered ${response.status}`);
+  return told;
+}
+
 /** Server-sent events of a POST, as objects; ends at [DONE]. Throws with the server's own words. */
 export async function* streamEvents(path, body, signal) {
   const response = await withKey((given) => fetch(path, {

@@ -2,6 +2,7 @@
 
 import { startBoard } from "./board.js";
 import { startChat } from "./chat.js";
+import { startTry } from "./try.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
@@ -19,7 +20,8 @@ for (const tab of tabs) {
   tab.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
-    const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
+    const shown = tabs.filter((other) => !other.hidden);
+    const next = shown[(shown.indexOf(tab) + step + shown.length) % shown.length];
     select(next);
     next.focus();
   });
@@ -29,3 +31,4 @@ for (const tab of tabs) {
 document.getElementById("settings").open = matchMedia("(min-width: 48rem)").matches;
 startChat();
 startBoard();
+startTry(select).catch(() => {});  // a server that does not answer: the dashboard says so
