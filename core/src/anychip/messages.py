@@ -333,6 +333,8 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     drafts: bytes = b""
     rewinds: bytes = b""
     num_proposed: bytes = b""
+    state_copies: list[tuple[int, int]] = []
+    """As `copies`, of blocks of the states' pool."""
 
 
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -50,12 +50,13 @@ class WaitingQueue:
         """Requests enter the step in order, at most `num_slots`, as far as it has room and the pool blocks.
         `enter(request, shared)` gives one that has its blocks a slot; so many of its tokens are in shared blocks."""
         room, kv = draft.room, self._kv
+        shares = kv.shares or kv.checkpoints is not None
         admitted: set[Request] = set()
         coming = self._coming(draft)
         for request in self.requests:
             if len(admitted) == num_slots or room.is_full:
                 break
-            if (kv.shares and _waits_for_parent(request)) or (request.is_beam and self._beams.waits(request)):
+            if (shares and _waits_for_parent(request)) or (request.is_beam and self._beams.waits(request)):
                 continue
             if any(kv.shareable(request, at) in hashes for at, hashes in coming.items()):
                 continue  # this very step computes what the request would compute again: a step later it is shared
@@ -68,6 +69,8 @@ class WaitingQueue:
                 continue
             if granted <= 0:
                 break
+            if granted > 1 and kv.checkpoints is not None:
+                granted = room.ending(granted, kv.checkpoints.stop(request, shared.num_tokens))
             if not kv.enter(request, shared, granted):
                 self._blocked = _Blocked(request, kv.num_returned, kv.missing(request, shared.num_tokens))
                 break
