@@ -11,7 +11,7 @@ from anychip.layers.gated_delta_net import DeltaSizes, GatedDeltaNet
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.shared_expert import WithSharedExpert
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, FeedForward, Hybrid, Mixer, known_kinds
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, FeedForward, Hybrid, Mixer, known_kinds, need_silu
 from anychip.plugin_api import MeshShape, MoESpec, Rope, StateSpec
 from anychip.types import DType
 
@@ -45,6 +45,7 @@ class Qwen3Next(Hybrid):
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> BlockLayer:
         config, name = self.config, f"model.layers.{index}"
+        need_silu(config)
         mixer: Mixer
         if kind == ATTENTION:
             mixer = self.self_attention(
