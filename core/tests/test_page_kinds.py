@@ -160,8 +160,9 @@ def test_a_latent_row_turns_by_the_positions_of_its_axes():
 def test_the_budget_is_divided_between_tokens_and_states(toys):
     config = EngineConfig(model=str(toys["toy-every-kind"][0]), device="cpu", max_num_seqs=16, max_model_len=160)
     ready = plan_engine(msgspec.structs.replace(config, kv_cache_bytes=200_000)).worker
-    num_states, state_bytes, page_bytes = 1 + 16 + 2, 2 * 64 * 4, 16 * 2 * 2 * 16 * 4
+    num_states, state_bytes, page_bytes = 1 + 16 + 2 + 8, 2 * 64 * 4, 16 * 2 * 2 * 16 * 4
     assert (ready.kv.num_states, ready.memory.num_states) == (num_states, num_states)
+    assert ready.memory.state_bytes == state_bytes
     assert ready.kv.num_blocks == (200_000 - num_states * state_bytes) // page_bytes
     assert ready.memory.kv_cache == ready.kv.num_blocks * page_bytes + num_states * state_bytes
     with pytest.raises(KVCacheTooSmall, match="the states of 16 sequences take"):
@@ -177,7 +178,7 @@ def test_a_device_without_such_kernels_refuses_by_name(toys, toy):
 
 def test_what_states_rule_out_is_said_at_the_start(toys):
     config = EngineConfig(model=str(toys["toy-state"][0]), device="cpu", max_model_len=160, speculate="ngram")
-    assert "a state has no past: no prefix caching and no drafts for this model" in plan_engine(config).worker.notes
+    assert "a state cannot give a token back: no drafts for this model" in plan_engine(config).worker.notes
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 33])

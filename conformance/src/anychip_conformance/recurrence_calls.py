@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor
 
 from anychip.plugin_api import RECURRENCES, ShapeKey, StateBackend, StateLayer, StateSpec, StateView, state_spec
@@ -100,9 +101,14 @@ class RecurrenceCall:
             name: device.tensor(_drawn(name, shape, rng, key.num_tokens), _dtype(case, name))
             for name, shape in known.inputs.items()
         }
-        if "b" in inputs and "key_dim" in known.inputs["b"]:
-            _contract(device, case, inputs, rng)
-        states = [seen(given[block]) if row.context else np.zeros(array.shape) for row, block in zip(case.rows, blocks)]
+        if case.recurrence == "wkv7":
+            inputs |= {
+                name: device.tensor(values, _dtype(case, name)) for name, values in _contracted(inputs, rng).items()
+            }
+        states = [
+            seen(given[block]) if row.context else np.zeros(array.shape)
+            for row, block in zip(case.rows, blocks, strict=True)
+        ]
         layer = StateLayer(index=0, ops=device.ops.ops, weights=weights)
         return cls(device, case, backend, layer, cache, num_blocks, blocks, states, view, key, inputs)
 
@@ -170,10 +176,22 @@ def _drawn(name: str, shape: Sequence[str], rng: np.random.Generator, *leading: 
     return rng.uniform(*_RANGES[name], size=sizes) if name in _RANGES else rng.normal(size=sizes)
 
 
-def _contract(device: Device, case: RecurrenceCase, inputs: dict[str, Tensor], rng: np.random.Generator) -> None:
-    """Makes a and b of the general delta rule what models make of them: a state that grows without end says nothing."""
+def _contracted(inputs: Mapping[str, Tensor], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """a, b and g of the general delta rule as models have them: a state that grows without end says nothing."""
     b = seen(inputs["b"])
     b = b / np.linalg.norm(b, axis=-1, keepdims=True)
-    inputs["b"] = device.tensor(b, _dtype(case, "b"))
-    inputs["a"] = device.tensor(-b * rng.uniform(0.0, 0.5, size=(*b.shape[:-1], 1)), _dtype(case, "a"))
-    inputs["g"] = device.tensor(np.zeros(b.shape) - 0.05, "float32")
+    return {"a": -b * rng.uniform(0.0, 0.5, size=(*b.shape[:-1], 1)), "b": b, "g": np.full(b.shape, -0.05)}
+
+
+def drawn_case(recurrence: str, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of so many tokens, weights, and the state before them; float32 on the host."""
+    rng, known = np.random.default_rng(length), RECURRENCES[recurrence]
+
+    def made(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).float()
+
+    weights = {name: made(_drawn(name, shape, rng)) for name, shape in known.weights.items()}
+    inputs = {name: made(_drawn(name, shape, rng, length)) for name, shape in known.inputs.items()}
+    if recurrence == "wkv7":
+        inputs |= {name: made(values) for name, values in _contracted(inputs, rng).items()}
+    return inputs, weights, {name: made(_drawn(name, shape, rng)) for name, shape in known.arrays.items()}

@@ -370,6 +370,8 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     rewinds: bytes = b""
     num_proposed: bytes = b""
     adapters: list[AdapterSlot] = []
+    state_copies: list[tuple[int, int]] = []
+    """As `copies`, of blocks of the states' pool."""
 
 
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -73,8 +73,8 @@ class Request:
 
     __slots__ = (
         "adapter", "adapter_slot", "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline",
-        "enters", "epoch", "extras", "finish_reason", "fork_of", "index", "is_beam", "max_output", "media_marks",
-        "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt",
+        "enters", "epoch", "extras", "finish_reason", "fork_of", "index", "is_beam", "junction", "max_output",
+        "media_marks", "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt",
         "output_token_ids", "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id",
         "sampling", "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant", "whole",
     )  # fmt: skip
@@ -142,6 +142,7 @@ class Request:
         self.enters = False  # the workers are to be told all of it: it has a new slot, or other tokens and blocks
         self.block_ids: list[list[BlockId]] = []  # by KV group; the KV cache manager alone mutates it
         self.next_change_at = 0  # the KV cache manager's: until then the next token has room
+        self.junction = 0  # the KV cache manager's: tokens behind which a state is to be kept; 0: none
         self.block_hashes = list(block_hashes)
         self.num_cached_blocks: list[int] = []  # by KV group: leading blocks that are offered, or never will be
 

@@ -1,4 +1,4 @@
-"""States: a block of their own pool for as long as a request has a slot, which nobody shares."""
+"""States: a block of their own pool for as long as a request has a slot, which nobody else writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def state_of(request) -> int:
 
 
 def test_a_request_has_one_state_from_its_first_token_to_its_last():
-    scheduler = make_scheduler(groups=HYBRID, budget=8)
+    scheduler = make_scheduler(groups=HYBRID, budget=8, prefix_caching=False)
     request = make_request("a", PROMPT, max_output=6)
     scheduler.add(request)
     first = scheduler.schedule()
@@ -45,7 +45,7 @@ def test_a_request_has_one_state_from_its_first_token_to_its_last():
 
 
 def test_states_are_given_back_by_preemption_and_abort():
-    scheduler = make_scheduler(groups=HYBRID)
+    scheduler = make_scheduler(groups=HYBRID, prefix_caching=False)
     one, two = (make_request(name, PROMPT, arrival=at) for at, name in enumerate("ab"))
     scheduler.add(one)
     scheduler.add(two)
@@ -71,9 +71,9 @@ def test_a_state_is_not_handed_out_while_a_step_in_flight_may_write_it():
     assert [row.slot for row in scheduler.schedule().decision.new_rows] == [second.slot]
 
 
-def test_a_model_with_states_takes_no_prefix_hit():
-    scheduler = make_scheduler(groups=HYBRID, prefix_caching=True)
-    assert not scheduler.kv.prefix_caching
+def test_without_prefix_caching_nothing_is_kept_of_states():
+    scheduler = make_scheduler(groups=HYBRID, prefix_caching=False)
+    assert scheduler.kv.checkpoints is None
     scheduler.add(make_request("a", PROMPT, arrival=1))
     run_to_end(scheduler)
     again = make_request("b", PROMPT, arrival=2)
@@ -83,8 +83,8 @@ def test_a_model_with_states_takes_no_prefix_hit():
     assert array("i", step.decision.num_tokens).tolist() == [len(PROMPT)]
 
 
-def test_forks_compute_their_prompts_at_once():
-    scheduler = make_scheduler(groups=HYBRID, budget=64)
+def test_without_prefix_caching_forks_compute_their_prompts_at_once():
+    scheduler = make_scheduler(groups=HYBRID, budget=64, prefix_caching=False)
     parent = make_request("p", PROMPT, arrival=1)
     child = make_request("c", PROMPT, arrival=2, fork_of=parent)
     scheduler.add(parent)

@@ -48,7 +48,21 @@ class Case:
         return "-".join([self.device, self.family, str(self.budget), *flags])
 
 
+_STATES = (
+    "mamba2",
+    "mamba",
+    "qwen3-next",
+    "falcon-h1",
+    "bamba",
+    "granite-hybrid",
+    "jamba",
+    "nemotron-h",
+    "lfm2",
+    "minimax",
+)
 CANNOT = {
+    **{(family, "fake-hostlen"): "it has no recurrences" for family in _STATES},
+    ("qwen3-next", "fake-spmd"): "two key heads of state layers over four devices",
     ("stablelm", "cpu-tp2"): "transformers has no tensor-parallel plan for it",
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
     **{

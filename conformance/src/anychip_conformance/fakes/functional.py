@@ -22,9 +22,9 @@ from anychip.ops.reference import (
 )
 from anychip.plugin_api import (
     AdapterStack,
-    AttentionBackend,
     AttentionLayer,
     BatchView,
+    CacheBackend,
     HostOutputs,
     KVPlan,
     Ops,
@@ -136,7 +136,7 @@ def tensors(arena: np.ndarray, sections: Mapping[str, Section]) -> dict[str, Ten
     return arena_views(torch.from_numpy(arena.copy()), sections)
 
 
-def edited(backend: AttentionBackend, cache: Tensor, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> Tensor:
+def edited(backend: CacheBackend, cache: Tensor, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> Tensor:
     """A new cache with blocks copied, in order, and then blocks zeroed."""
     cache = cache.clone()
     for source, destination in copies:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from anychip.ops.reference import Drawn, EditState, Passed, draw_tokens, write_embeddings
 from anychip.plugin_api import (
+    RECURRENCES,
     AttentionBackend,
     AttentionSpec,
+    CacheBackend,
     Capabilities,
     Communicator,
     EmbeddingRows,
@@ -33,6 +35,8 @@ from anychip.plugin_api import (
     ReadyOutputs,
     SamplingInputs,
     Scores,
+    StateBackend,
+    StateSpec,
     StepInputs,
     StepLimits,
     StepProgram,
@@ -47,6 +51,7 @@ from anychip_conformance.fakes.functional import (
     tensors,
 )
 from anychip_conformance.fakes.functional_latents import FunctionalLatent
+from anychip_conformance.fakes.functional_states import FunctionalStates
 
 R = TypeVar("R")
 GroupOf = tuple[str, tuple[int, ...]]
@@ -102,7 +107,12 @@ class SpmdPlatform(Platform):
         collectives="compiler",
         stale_kv="must_be_finite",
         mla=True,
+        recurrences=frozenset(RECURRENCES),
     )
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        return FunctionalStates(spec)
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         self.check(spec)
@@ -161,16 +171,16 @@ class SpmdStepProgram(StepProgram):
         meeting = self._meetings.setdefault((group.purpose, group.ranks), Meeting(group.size, timeout_s=60.0))
         return MeetingCommunicator(group, meeting)
 
-    def initial_state(self, num_blocks: int) -> SpmdState:
+    def initial_state(self, num_blocks: int, num_states: int = 0) -> SpmdState:
+        def cache(layer: int, backend: CacheBackend) -> Tensor:
+            if isinstance(backend, StateBackend):
+                raw = torch.zeros(num_states * backend.state_bytes(), dtype=torch.uint8)
+                return backend.make_cache(raw, num_states)
+            raw, size = torch.zeros(num_blocks * self.kv.page_bytes, dtype=torch.uint8), self.kv.block_sizes
+            return backend.make_cache(raw, num_blocks, size[self.kv.layer_groups[layer]])  # type: ignore[attr-defined]
+
         def caches(rank: int) -> list[Tensor]:
-            return [
-                backend.make_cache(
-                    torch.zeros(num_blocks * self.kv.page_bytes, dtype=torch.uint8),
-                    num_blocks,
-                    self.kv.block_sizes[self.kv.layer_groups[layer]],
-                )
-                for layer, backend in enumerate(self.models[rank].attention)
-            ]
+            return [cache(layer, backend) for layer, backend in enumerate(self.models[rank].attention)]
 
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32)
         return SpmdState(
@@ -183,7 +193,17 @@ class SpmdStepProgram(StepProgram):
     def edit(self, state: SpmdState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> SpmdState:
         def one(rank: int) -> None:
             for layer, backend in enumerate(self.models[rank].attention):
-                state.caches[rank][layer] = edited(backend, state.caches[rank][layer], copies, zeros)
+                if not isinstance(backend, StateBackend):  # only blocks of tokens are copied and cleared
+                    state.caches[rank][layer] = edited(backend, state.caches[rank][layer], copies, zeros)
+
+        self._on_every_device(one)
+        return state
+
+    def copy_states(self, state: SpmdState, copies: Sequence[tuple[int, int]]) -> SpmdState:
+        def one(rank: int) -> None:
+            for layer, backend in enumerate(self.models[rank].attention):
+                if isinstance(backend, StateBackend):
+                    state.caches[rank][layer] = edited(backend, state.caches[rank][layer], copies, [])
 
         self._on_every_device(one)
         return state

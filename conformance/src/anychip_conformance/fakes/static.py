@@ -17,6 +17,7 @@ from anychip.ops.reference import EditState, Passed, blank_stacks, draw_tokens, 
 from anychip.plugin_api import (
     ADAPTERS,
     DRAFTS,
+    RECURRENCES,
     AdapterEntry,
     AdapterSite,
     AdapterStack,
@@ -106,7 +107,7 @@ class StaticHidden:
 
 class StaticShapes(ShapePolicy):
     def __init__(self, limits: StepLimits) -> None:
-        self._pages = max(limits.max_pages)
+        self._pages = max(limits.max_pages, default=1)
         # With drafts, every token of a step may be a sample.
         self._keys = [
             ShapeKey(num_tokens=tokens, num_reqs=rows, num_samples=samples, max_query_len=tokens, num_pages=self._pages)
@@ -146,7 +147,7 @@ class StaticPlatform(Platform):
         attention_lse=True,
         stale_kv="must_be_finite",
         mla=True,
-        recurrences=frozenset({"gated_sum"}),
+        recurrences=frozenset(RECURRENCES),
         lora=True,
     )
     step_rules = StepRules(max_tokens=_MAX_TOKENS, max_rows=_MAX_ROWS)
@@ -293,6 +294,14 @@ class StaticStepProgram(StepProgram):
         for layer, backend in enumerate(self.model.attention):
             if not isinstance(backend, StateBackend):  # only blocks of tokens are copied and cleared
                 held.caches[layer] = edited(backend, held.caches[layer], copies, zeros)
+        return DonatedState(held)
+
+    @torch.inference_mode()
+    def copy_states(self, state: DonatedState, copies: Sequence[tuple[int, int]]) -> DonatedState:
+        held = state.take()
+        for layer, backend in enumerate(self.model.attention):
+            if isinstance(backend, StateBackend):
+                held.caches[layer] = edited(backend, held.caches[layer], copies, [])
         return DonatedState(held)
 
     @torch.inference_mode()

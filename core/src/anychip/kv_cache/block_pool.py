@@ -135,6 +135,19 @@ class BlockPool:
         self._free.update(self._free_with_key)
         self._free_with_key.clear()
 
+    @property
+    def offers_any(self) -> bool:
+        return bool(self._by_key)
+
+    def withdraw(self, block: BlockId) -> bool:
+        """Takes a block back from the prefix cache, so that its holder may write it. False where others hold it too."""
+        key = self._key_of[block]
+        if self.ref_count[block] != 1 or key is None:
+            return False
+        del self._by_key[key]
+        self._key_of[block] = None
+        return True
+
     def offer(self, key: bytes, block: BlockId) -> None:
         """Offers a full block that somebody holds; the first block under a key stays."""
         if self._key_of[block] is None and key not in self._by_key:

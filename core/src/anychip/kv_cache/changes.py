@@ -14,6 +14,8 @@ class BlockChanges:
     encodes them as int32 [num_changes, 4]."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """Block ids (source, destination) of the tokens' pool, in the order of copying."""
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
+    """The same of the states' pool."""
     fresh: list[int] = field(default_factory=list)
     """Ids of the blocks of tokens handed out, for devices that must zero them. A state's block needs none of that: what
     it holds counts for nothing before a sequence's first token."""

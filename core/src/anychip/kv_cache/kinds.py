@@ -103,14 +103,18 @@ class WindowBlocks(TokenBlocks):
 
 
 class StateBlocks(GroupBlocks):
-    """State layers: one block from the first token to the last, which every step rewrites. It is nobody else's: what it
-    held some tokens ago is gone, so no prefix can be found in it and no fork can take it over."""
+    """State layers: one block, which every step rewrites: what it held some tokens ago is gone. It is offered and found
+    as it stands (kv_cache/checkpoints), and who goes on from it writes a copy."""
 
     def needed(self, num_tokens: int) -> int:
         return 1
 
     def grow(self, pool: BlockPool, table: list[BlockId], start: int, end: int) -> Growth:
-        return 1 - len(table), []
+        if not table:
+            return 1, []
+        if pool.is_writable(table[0]) or (not pool.num_free and pool.withdraw(table[0])):
+            return 0, []  # where no block is free, to go on is worth more than what the prefix cache offers
+        return 0, [0]
 
     def num_full(self, num_tokens: int) -> int:
         return 0

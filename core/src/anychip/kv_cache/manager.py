@@ -16,6 +16,7 @@ import msgspec
 
 from anychip.kv_cache.block_pool import BlockPool, exceeds
 from anychip.kv_cache.changes import BlockChanges
+from anychip.kv_cache.checkpoints import Checkpoints
 from anychip.kv_cache.hashing import extend_hashes, finest_block_size
 from anychip.kv_cache.kinds import Growth, TokenBlocks, kind_of, token_groups
 from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, prefix_key
@@ -31,8 +32,8 @@ _OFFERED_AT_ONCE = 4
 
 class KVCacheManager:
     """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share. Where
-    a group keeps states, whose past is gone, or no layer keeps anything, nothing is shared: there is no prefix caching,
-    and `shares` is False."""
+    a group keeps states, whose past is gone, `shares` is False: a sequence takes over only what a checkpoint ends. Where
+    no layer keeps anything, there is no prefix caching."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
@@ -50,8 +51,11 @@ class KVCacheManager:
         alone = len(kinds) == 1 and len(tokens) == 1 and tokens[0].window is None
         self._only_size = tokens[0].block_size if alone else 0  # 0: several groups, a window, or states
         self.shares = 0 < len(tokens) == len(config.groups)
-        self.prefix_caching = prefix_caching and self.shares
+        self.prefix_caching = prefix_caching and len(config.groups) > 0
         self.hash_block_size = finest_block_size(tokens)
+        self.checkpoints: Checkpoints | None = None  # None: no states, or nothing that is kept of them
+        if self.states is not None and prefix_caching:
+            self.checkpoints = Checkpoints(self.states, len(config.groups), self.hash_block_size)
         self.offer_every = self.hash_block_size * _OFFERED_AT_ONCE  # tokens of output
         self._coarsest = max((group.block_size for group in tokens), default=self.hash_block_size)
         self.changes = BlockChanges()
@@ -78,6 +82,9 @@ class KVCacheManager:
         changed, when a pool is short."""
         need = dict.fromkeys(self._pools, 0)
         for (kind, pool), table in zip(self._groups, shared.tables, strict=True):
+            if pool is self.states:  # its own one, or a copy of the one that others hold
+                need[pool] += 1
+                continue
             new = kind.needed(shared.num_tokens + num_tokens) - len(table)
             # The block that it shares in part is copied.
             need[pool] += pool.count_free(table) + new + kind.num_partial(shared.num_tokens)
@@ -91,10 +98,13 @@ class KVCacheManager:
     def _find_prefix(self, request: Request) -> Shared:
         if not self.prefix_caching or request.needs_whole_prompt:
             return Shared(0, [[] for _ in self._groups])
+        if self.checkpoints is not None:
+            return self.checkpoints.find(self._of_tokens, self.pool, request)
         return find_prefix(self._of_tokens, self.pool, request, self.hash_block_size)
 
     def _share(self, request: Request, shared: Shared) -> None:
-        self.pool.take(chain.from_iterable(shared.tables))
+        for (_, pool), table in zip(self._groups, shared.tables, strict=True):
+            pool.take(table)
         request.block_ids = shared.tables
         request.num_cached_blocks = [kind.num_full(shared.num_tokens) for kind, _ in self._groups]
         request.num_computed = shared.num_tokens
@@ -156,7 +166,7 @@ class KVCacheManager:
             growth = new, copied = kind.grow(pool, table, start, end)
             growths.append(growth)
             if pool is self.states:
-                states += new
+                states += new + len(copied)
             else:
                 tokens += new + len(copied)
         if tokens > self.pool.num_free or (states and self.states is not None and states > self.states.num_free):
@@ -179,10 +189,11 @@ class KVCacheManager:
             self.changes.fresh += blocks
 
     def _copy_on_write(self, request: Request, index: int, at: int) -> None:
-        table = request.block_ids[index]
-        source, (copy,) = table[at], self.pool.allocate(1)
-        self.changes.copies.append((source, copy))
-        self.pool.release([source])
+        pool, table = self._groups[index][1], request.block_ids[index]
+        source, (copy,) = table[at], pool.allocate(1)
+        copies = self.changes.copies if pool is self.pool else self.changes.state_copies
+        copies.append((source, copy))
+        pool.release([source])
         table[at] = copy
         if request.slot is not None:
             self.changes.new_blocks += (request.slot, index, at, copy)
@@ -218,6 +229,8 @@ class KVCacheManager:
                 if block != NULL_BLOCK:
                     self.pool.offer(prefix_key(index, hashes[(at + 1) * ratio - 1]), block)
             request.num_cached_blocks[index] = full
+        if self.checkpoints is not None:
+            self.checkpoints.offer(request)
 
     def next_full(self, request: Request, num_tokens: int) -> tuple[int, bytes] | None:
         """Index, in hash blocks, and hash of the first block that computing so many more tokens makes full."""
@@ -259,7 +272,7 @@ class KVCacheManager:
         keep them, and their old root, but offer none of them, for what they compute from now on builds on what other
         weights computed. The next time that they enter, they compute all of it anew."""
         self.weights_version += 1
-        self.pool.forget()
+        self.forget()
         for request in requests:
             if request.block_ids:
                 request.num_cached_blocks = [_ALL_BLOCKS] * len(self.groups)
@@ -269,6 +282,11 @@ class KVCacheManager:
     def _renew(self, request: Request) -> None:
         request.prefix_root = msgspec.structs.replace(request.prefix_root, weights_version=self.weights_version)
         request.block_hashes = []
+
+    def forget(self) -> None:
+        """Withdraws all that the prefix cache offers."""
+        for pool in self._pools:
+            pool.forget()
 
     # -- the pools ----------------------------------------------------------------------------------------
 

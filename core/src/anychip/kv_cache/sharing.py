@@ -3,6 +3,7 @@ Looks only; nothing is taken."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,9 +41,16 @@ def find_fork(groups: Sequence[TokenBlocks], parent: Request) -> Shared | None:
     return Shared(shared, tables)
 
 
-def find_prefix(groups: Sequence[TokenBlocks], pool: BlockPool, request: Request, hash_block_size: int) -> Shared:
-    """The longest prefix that every group can offer, at least one token short of what is known."""
-    length = (request.num_known - 1) // hash_block_size * hash_block_size
+def find_prefix(
+    groups: Sequence[TokenBlocks],
+    pool: BlockPool,
+    request: Request,
+    hash_block_size: int,
+    limit: int = sys.maxsize,
+) -> Shared:
+    """The longest prefix that every group can offer, at least one token short of what is known, of `limit` tokens at
+    most."""
+    length = min(limit, (request.num_known - 1) // hash_block_size * hash_block_size)
     tables: list[list[BlockId]] = []
     while length and len(tables) < len(groups):
         index = len(tables)

@@ -9,7 +9,7 @@ from torch import Tensor
 from anychip.layers.build import Builder
 from anychip.layers.held_rows import HeldRows, Stretch
 from anychip.layers.norm import RMSNorm
-from anychip.plugin_api import Placed
+from anychip.plugin_api import Placed, Span
 
 
 class GatedNorm:
@@ -33,6 +33,8 @@ class GatedNorm:
         self.norm_first = norm_first
         self.communicator = builder.mesh.axis("tp")
         self.is_whole = len(self.weight.rows) % self.size == 0
+        per_group = max(1, self.communicator.size // groups)
+        self.sharers = Span(self.communicator.rank // per_group * per_group, per_group)  # ranks that hold this group
 
     def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate [num_tokens, features of this rank]."""
@@ -42,7 +44,8 @@ class GatedNorm:
         grouped = wide.reshape(len(wide), -1, min(self.size, wide.shape[-1]))
         squares = grouped.square().sum(dim=-1, keepdim=True)
         if not self.is_whole:
-            squares = self.communicator.all_reduce(squares)
+            by_rank = self.communicator.all_gather(squares.flatten(1))  # [num_tokens, ranks]
+            squares = by_rank[:, slice(*self.sharers.bounds)].sum(dim=-1).view(-1, 1, 1)
         normed = (grouped * torch.rsqrt(squares / self.size + self.eps)).flatten(1)
         normed = self.weight.rows * normed.to(x.dtype)
         if self.norm_first:

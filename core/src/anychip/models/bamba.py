@@ -12,7 +12,7 @@ from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
 from anychip.layers.mlp import GatedMLP
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, need_silu
 from anychip.models.mamba2 import dt_limits
 from anychip.plugin_api import MeshShape, Rope, StateSpec
 from anychip.types import DType
@@ -47,6 +47,7 @@ class Bamba(Hybrid):
     def mamba(self, builder: Builder, index: int, specs: Sequence[Any], at: int, **differences: Any) -> Mamba2:
         """The layer's mixer of states, with a family's differences in layers.mamba2.Mamba2's arguments."""
         config = self.config
+        need_silu(config)
         settings: dict[str, Any] = {"norm_eps": config.norm_eps, **differences}
         return Mamba2(
             builder,

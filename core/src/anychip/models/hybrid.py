@@ -162,6 +162,12 @@ class Hybrid(Decoder):
         return [backend for layer in self.layers for backend in layer.backends]
 
 
+def need_silu(config: ModelConfig, field: str = "hidden_act") -> None:
+    """Raises Unsupported where the activation behind state layers' convolutions is another one."""
+    if (name := config.get(field, "silu")) not in ("silu", "swish"):
+        raise Unsupported(config.architecture, [f"{field} {name!r} of state layers; known is silu"])
+
+
 def known_kinds(config: ModelConfig, field: str, names: Mapping[str, str] | None = None) -> list[str]:
     """config.json's kinds of layers; `names` are other words for them. Raises Unsupported for an unknown kind."""
     names = {ATTENTION: ATTENTION, STATE: STATE, "attention": ATTENTION, "mamba": STATE, **(names or {})}

@@ -12,7 +12,7 @@ from anychip.layers.build import Builder
 from anychip.layers.mamba import Mamba, MambaSizes
 from anychip.layers.mlp import SparseMoE
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, FeedForward, Hybrid, Mixer
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, FeedForward, Hybrid, Mixer, need_silu
 from anychip.plugin_api import MeshShape, MoESpec, Rope, StateSpec
 from anychip.types import DType
 
@@ -46,6 +46,7 @@ class Jamba(Hybrid):
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> BlockLayer:
         config, name = self.config, f"model.layers.{index}"
+        need_silu(config)
         mixer: Mixer
         if kind == ATTENTION:
             mixer = self.self_attention(builder, index, specs[at], None, at=at)

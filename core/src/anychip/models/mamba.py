@@ -9,7 +9,7 @@ from typing import Any
 from anychip.layers.build import Builder
 from anychip.layers.mamba import Mamba, MambaSizes
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import BlockLayer
+from anychip.models.hybrid import BlockLayer, need_silu
 from anychip.models.mamba2 import Mamba2LM
 from anychip.plugin_api import MeshShape, Rope, StateSpec
 from anychip.types import DType
@@ -34,6 +34,7 @@ class MambaLM(Mamba2LM):
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> BlockLayer:
         config, name = self.config, f"model.layers.{index}"
+        need_silu(config)
         mixer = Mamba(
             builder,
             name=f"{name}.mixer",

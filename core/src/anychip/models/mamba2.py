@@ -10,7 +10,7 @@ from typing import Any
 from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import STATE, BlockLayer, Hybrid
+from anychip.models.hybrid import STATE, BlockLayer, Hybrid, need_silu
 from anychip.plugin_api import MeshShape, Rope, StateSpec
 from anychip.types import DType
 
@@ -46,6 +46,7 @@ class Mamba2LM(Hybrid):
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> BlockLayer:
         config, name = self.config, f"model.layers.{index}"
+        need_silu(config)
         mixer = Mamba2(
             builder,
             name=f"{name}.mixer",

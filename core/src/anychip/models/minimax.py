@@ -13,7 +13,7 @@ from anychip.layers.lightning import LightningAttention, slopes
 from anychip.layers.mlp import SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import ATTENTION, STATE, Hybrid, Mixer, known_kinds
+from anychip.models.hybrid import ATTENTION, STATE, Hybrid, Mixer, known_kinds, need_silu
 from anychip.plugin_api import CacheBackend, ForwardContext, MeshShape, MoESpec, Rope, Sharded, StateSpec, state_spec
 from anychip.types import DType
 
@@ -34,6 +34,7 @@ class MiniMax(Hybrid):
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> Any:
         config, name = self.config, f"model.layers.{index}"
+        need_silu(config)
         mixer: Mixer
         if kind == ATTENTION:
             mixer = self.self_attention(builder, index, specs[at], rope, at=at)

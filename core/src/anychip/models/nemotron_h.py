@@ -13,7 +13,7 @@ from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
 from anychip.layers.plain_mlp import SquaredReluMLP
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds, need_silu
 from anychip.plugin_api import MeshShape, Rope, StateSpec
 from anychip.types import DType
 
@@ -71,6 +71,7 @@ class NemotronH(Hybrid):
         if kind == ATTENTION:
             attention = self.self_attention(builder, index, specs[at], None, at=at, name=f"{name}.mixer")
             return BlockLayer(builder, config, name, mixer=("norm", attention))
+        need_silu(config, "mamba_hidden_act")
         mamba = Mamba2(
             builder,
             name=f"{name}.mixer",

@@ -9,7 +9,7 @@ from typing import Any
 from anychip.layers.build import Builder
 from anychip.layers.gated_delta_net import DeltaSizes, GatedDeltaNet
 from anychip.model_config import ModelConfig
-from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds
+from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds, need_silu
 from anychip.models.qwen2_moe import feed_forward
 from anychip.plugin_api import MeshShape, Rope, StateSpec
 from anychip.types import DType
@@ -44,6 +44,7 @@ class Qwen3Next(Hybrid):
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> BlockLayer:
         config, name = self.config, f"model.layers.{index}"
+        need_silu(config)
         mixer: Mixer
         if kind == ATTENTION:
             mixer = self.self_attention(

@@ -122,6 +122,10 @@ class StepProgram:
         block to zero may be a copy's source: it was given up by one request and taken by another in the same step."""
         raise Unsupported("step program", ["edit is not implemented"])
 
+    def copy_states(self, state: State, copies: Sequence[tuple[int, int]]) -> State:
+        """Copies blocks of states (source, destination) in order, in every state layer."""
+        raise Unsupported("step program", ["copy_states is not implemented"])
+
     def enter(self, state: State, rows: Sequence[EnteringRow]) -> State:
         """Replaces what the rows' slots hold for Ops.edit_logits: counts, and biases where the row has any. Called
         before the forward pass of the step in which a request with penalties or biases enters its slot, also anew."""

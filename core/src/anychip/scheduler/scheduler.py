@@ -195,6 +195,8 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING:
                 behind = request.num_known + request.num_promised - request.num_computed
                 granted = draft.room.grant(behind)
+                if granted > 1 and self.kv.checkpoints is not None:
+                    granted = draft.room.ending(granted, self.kv.checkpoints.stop(request, request.num_computed))
                 if granted and self._find_blocks(draft, request, granted):
                     draft.place(request, granted, prefill=True)
 
@@ -318,7 +320,7 @@ class Scheduler:
         """Gives up a step that was not carried out, once every earlier one is taken in. Its requests, which are
         returned, cannot go on. Blocks that it was to fill may be on offer already, so the prefix cache is emptied."""
         self.kv.retired(step.decision.step_id)
-        self.kv.pool.forget()
+        self.kv.forget()
         self.adapters.refill(step.decision.adapters)
         return {request.request_id for request in step.requests}
 

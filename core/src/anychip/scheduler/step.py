@@ -158,6 +158,7 @@ class StepDraft:
             num_drafts=array("i", num_drafts).tobytes(),
             drafts=b"" if drafted is None else drafted.token_ids.tobytes(),
             rewinds=rewinds,
+            state_copies=changes.state_copies,
             num_proposed=array("i", self.num_proposed).tobytes() if self.num_proposed else b"",
             adapters=adapters,
         )

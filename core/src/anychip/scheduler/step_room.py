@@ -61,6 +61,11 @@ class StepRoom:
             return 0
         return granted
 
+    def ending(self, granted: int, stop: int) -> int:
+        """How many of `granted` tokens a chunk has that should end behind `stop` of them: `stop`, where it is one of
+        them and the device takes such a chunk."""
+        return stop if 1 < stop < granted and stop % self._multiple == 0 else granted
+
     def grant_drafts(self, wanted: np.ndarray) -> np.ndarray:
         """How many of the drafts that they want one-token rows may have, [num_rows] both; earlier rows first. Nothing
         is taken yet."""

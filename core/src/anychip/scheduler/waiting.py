@@ -59,13 +59,14 @@ class WaitingQueue:
         """Requests enter the step in order, at most `num_slots`, as far as it has room and the pool blocks.
         `enter(request, shared)` gives one that has its blocks a slot; so many of its tokens are in shared blocks."""
         room, kv = draft.room, self._kv
+        shares = kv.shares or kv.checkpoints is not None
         admitted: set[Request] = set()
         starved = False  # whether a request has waited too long for its adapter's slot
         coming = self._coming(draft)
         for request in self.requests:
             if len(admitted) == num_slots or room.is_full:
                 break
-            if (kv.shares and _waits_for_parent(request)) or (request.is_beam and self._beams.waits(request)):
+            if (shares and _waits_for_parent(request)) or (request.is_beam and self._beams.waits(request)):
                 continue
             if request.adapter is not None and (starved or not self._adapters.has_room(request.adapter)):
                 starved = starved or self._adapters.is_starved(request)
@@ -81,6 +82,8 @@ class WaitingQueue:
                 continue
             if granted <= 0:
                 break
+            if granted > 1 and kv.checkpoints is not None:
+                granted = room.ending(granted, kv.checkpoints.stop(request, shared.num_tokens))
             if not kv.enter(request, shared, granted):
                 self._blocked = _Blocked(request, kv.num_returned, kv.missing(request, shared.num_tokens))
                 break

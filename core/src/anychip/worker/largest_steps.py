@@ -53,7 +53,7 @@ def _equal_rows(
 
 def step_memory(program: StepProgram, policy: ShapePolicy, rules: StepRules, limits: StepLimits) -> int:
     """Bytes of the step that needs most, as the program says."""
-    pages = max(limits.max_pages)
+    pages = max(limits.max_pages, default=1)  # no array is empty
     keys = {
         policy.bucket(
             num_tokens=sum(step),

@@ -45,6 +45,8 @@ class ModelRunner:
         rows = self.batch.apply(decision)
         if decision.copies or decision.zeros:
             self.edit(decision.copies, decision.zeros)
+        if decision.state_copies:
+            self._state = self.program.copy_states(self._state, decision.state_copies)
         if rows.entering:
             self._state = self.program.enter(self._state, rows.entering)
         if rows.embeddings:

@@ -46,6 +46,8 @@ from anychip.worker.vector_head import VectorHead, load_head
 _SLOTS_PER_SPARE_STATE = 8
 """A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
 one meanwhile. Few end in one step; where all spares are taken, the next sequence enters a step later."""
+_SLOTS_PER_KEPT_STATE = 2
+"""Of the states that the prefix cache offers beside those of running sequences."""
 _GRAPHS_SHARE = 0.1
 """Of the memory that is free before weights are loaded, what graphs may take at most."""
 
@@ -113,9 +115,10 @@ class Preparation:
     @property
     def num_states(self) -> int:
         """Blocks of the states' pool: one for each slot, some for sequences that enter before the steps in flight have
-        let go of the last ones, and block 0. 0 for a model without states."""
+        let go of the last ones, those that the prefix cache offers, and block 0. 0 for a model without states."""
         slots = self.limits.max_slots
-        return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) if self.kv.states else 0
+        kept = cdiv(slots, _SLOTS_PER_KEPT_STATE) if self.config.prefix_caching else 0
+        return 1 + slots + cdiv(slots, _SLOTS_PER_SPARE_STATE) + kept if self.kv.states else 0
 
     @property
     def block_bytes(self) -> int:
@@ -149,11 +152,8 @@ class Preparation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the model's layers rule out of what was asked for."""
-        asked = {"prefix caching": self.config.prefix_caching, "drafts": self.config.speculate is not None}
-        unused = [name for name, wanted in asked.items() if wanted]
-        return (
-            (f"a state has no past: no {' and no '.join(unused)} for this model",) if self.kv.states and unused else ()
-        )
+        unused = self.kv.states and self.config.speculate is not None
+        return ("a state cannot give a token back: no drafts for this model",) if unused else ()
 
     def vector_head(self) -> VectorHead | None:
         """What makes of pooled vectors what the model's files describe; None: nothing does."""

@@ -61,6 +61,12 @@ class LayerCaches:
                 cache = backend.zero_blocks(cache, zeros)
             caches[layer] = cache
 
+    def copy_states(self, caches: list[object], copies: Sequence[tuple[int, int]]) -> None:
+        """StepProgram.copy_states, in place."""
+        for layer, backend in self._states.items():
+            for source, destination in copies:  # in order: a destination may be a later source
+                caches[layer] = backend.copy_blocks(caches[layer], [source], [destination])
+
     def plans(
         self,
         inputs: StepInputs,

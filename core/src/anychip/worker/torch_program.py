@@ -137,6 +137,11 @@ class TorchStepProgram(StepProgram):
         return state
 
     @torch.inference_mode()
+    def copy_states(self, state: TorchState, copies: Sequence[tuple[int, int]]) -> TorchState:
+        self._caches.copy_states(state.caches, copies)
+        return state
+
+    @torch.inference_mode()
     def enter(self, state: TorchState, rows: Sequence[EnteringRow]) -> TorchState:
         state.edits.enter(rows)
         return state
