@@ -74,9 +74,10 @@ class Request:
     __slots__ = (
         "adapter", "adapter_slot", "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline",
         "enters", "epoch", "extras", "finish_reason", "fork_of", "index", "is_beam", "junction", "max_output",
-        "media_marks", "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs", "num_promised", "num_prompt",
-        "output_token_ids", "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank", "request_id",
-        "sampling", "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant", "whole",
+        "media_marks", "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs", "num_promised",
+        "num_prompt", "output_token_ids", "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank",
+        "request_id", "sampling", "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant",
+        "whole",
     )  # fmt: skip
 
     def __init__(

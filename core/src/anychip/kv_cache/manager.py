@@ -32,8 +32,8 @@ _OFFERED_AT_ONCE = 4
 
 class KVCacheManager:
     """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share. Where
-    a group keeps states, whose past is gone, `shares` is False: a sequence takes over only what a checkpoint ends. Where
-    no layer keeps anything, there is no prefix caching."""
+    a group keeps states, whose past is gone, `shares` is False: a sequence takes over only what a checkpoint ends.
+    Where no layer keeps anything, there is no prefix caching."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups

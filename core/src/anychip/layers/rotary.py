@@ -114,7 +114,7 @@ def _dynamic(theta: float, rotary_dim: int, parameters: Parameters, config: Mode
     stretch = factor * max(config.max_positions, trained) / trained - (factor - 1)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     base: float = theta * stretch ** (rotary_dim / (rotary_dim - 2))
-    return torch.pow(base, -exponents)
+    return 1.0 / torch.pow(base, exponents)
 
 
 def _llama3(frequencies: Tensor, parameters: Parameters, config: ModelConfig) -> Tensor:
