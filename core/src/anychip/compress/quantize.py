@@ -8,7 +8,6 @@ what smoothing moves into them.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,9 @@ from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.ops.reference.quantized import INT8_MAX
 from anychip.plugin_api import FP8_MAX
 from anychip.quantization.packing import pack
+from anychip.weight_files import INDEX
 from anychip.weights.checkpoint import Checkpoint
+from anychip.weights.new_checkpoint import copy_beside_weights, new_checkpoint
 
 Progress = Callable[[int, int], None]
 """Is told how many matrices are done, of how many."""
@@ -65,25 +66,14 @@ def quantize(
     """Writes folder `out` whole or not at all, and returns what became of each matrix. Raises ConfigError where `out`
     is there or the source is quantized, CheckpointError and Unsupported for what cannot be read."""
     config = _plain_config(source)
-    if out.exists():
-        raise ConfigError(f"{out} is there already; name a folder that is not, or remove it")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_checkpoint(out) as partial:
         job = _Job(Checkpoint(source), ShardWriter(partial), target, method, device, progress)
         job.run(texts, kv_scales)
         config["quantization_config"] = job.target.config(job.ignored) | (
             {} if kv_scales is None else {"kv_cache_scheme": dict(KV_SCHEMES[kv_scales])}
         )
         (partial / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
-        for path in source.iterdir():
-            if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
-                shutil.copyfile(path, partial / path.name)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        copy_beside_weights(source, partial, but={INDEX})
     return job.reports
 
 

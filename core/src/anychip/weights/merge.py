@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import msgspec
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anychip.errors import AdapterRefused, ConfigError
+from anychip.errors import AdapterRefused
 from anychip.plugin_api import LowRank, WeightView
 from anychip.weights.adapter import LoadedAdapter, load_adapter
 from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.files import SafetensorsFile
+from anychip.weights.new_checkpoint import copy_beside_weights, new_checkpoint
 
 _WEIGHT = ".weight"
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def merge_adapter(model: str, adapter: str, output: str) -> int:
     """Returns how many matrices were changed. Raises AdapterRefused for an adapter that does not fit, ConfigError for
     an output that is there already; nothing is written then."""
-    base, target = Checkpoint(Path(model)), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is there already, and is no empty folder; give another --output")
-    loaded = load_adapter(Path(adapter))
-    _check(base, loaded)
-    target.mkdir(parents=True, exist_ok=True)
-    for listed in base.files:
-        file = SafetensorsFile(listed.path)
-        try:
-            tensors = {name: _merged(name, view, loaded) for name, view in file.views()}
-            save_file(tensors, target / listed.path.name, metadata={"format": "pt"})
-        finally:
-            file.close()
-    for path in base.folder.iterdir():  # configuration and tokenizer, and the index, whose names stay
-        if path.is_file() and path.suffix not in _OTHER_WEIGHTS:
-            shutil.copy(path, target / path.name)
+    base = Checkpoint(Path(model))
+    with new_checkpoint(Path(output)) as target:
+        loaded = load_adapter(Path(adapter))
+        _check(base, loaded)
+        for listed in base.files:
+            file = SafetensorsFile(listed.path)
+            try:
+                tensors = {name: _merged(name, view, loaded) for name, view in file.views()}
+                save_file(tensors, target / listed.path.name, metadata={"format": "pt"})
+            finally:
+                file.close()
+        copy_beside_weights(base.folder, target)  # the index too, whose names stay
     return len(loaded.modules)
 
 
