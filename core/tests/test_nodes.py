@@ -52,8 +52,8 @@ def error_of_a_long_stream(hosts: TwoHosts, harm) -> str:
     return errors[-1]["error"]["message"]
 
 
-def workers_of(agent_pid: int) -> list[int]:
-    return [pid for pid in children(agent_pid) if b"worker_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def processes_of(parent: int, module: bytes) -> list[int]:
+    return [pid for pid in children(parent) if module in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def is_gone(pid: int) -> bool:
@@ -72,12 +72,12 @@ def test_two_hosts_answer_as_one_and_a_killed_rank_is_replaced(link, expected):
     try:
         hosts.await_ready()
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected
-        (worker,) = workers_of(hosts.agent.pid)
+        (worker,) = processes_of(hosts.agent.pid, b"worker_main")
         cause = error_of_a_long_stream(hosts, lambda: os.kill(worker, signal.SIGKILL))
         assert "worker 1" in cause or "a rank is gone" in cause  # whoever notices first
         hosts.await_ready()
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected
-        (replaced,) = workers_of(hosts.agent.pid)
+        (replaced,) = processes_of(hosts.agent.pid, b"worker_main")
         assert replaced != worker and hosts.agent.poll() is None
     finally:
         statuses = hosts.close()
@@ -111,6 +111,23 @@ def test_an_agent_that_is_killed_and_comes_again_is_let_in(link, expected):
         hosts.agent = hosts.join()
         hosts.await_ready()
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected
+    finally:
+        statuses = hosts.close()
+    assert statuses == (0, 0)
+
+
+@pytest.mark.full
+def test_the_hosts_of_an_engine_that_is_killed_come_to_the_next(link, expected):
+    hosts = TwoHosts(link, *OPTIONS)
+    try:
+        hosts.await_ready()
+        (engine,) = processes_of(hosts.server.pid, b"engine_main")
+        (old,) = processes_of(hosts.agent.pid, b"worker_main")
+        cause = error_of_a_long_stream(hosts, lambda: os.kill(engine, signal.SIGKILL))
+        assert "was killed by signal 9" in cause
+        hosts.await_ready()
+        assert hosts.tokens(PROMPT, NUM_TOKENS) == expected
+        assert is_gone(old)
     finally:
         statuses = hosts.close()
     assert statuses == (0, 0)

@@ -75,6 +75,14 @@ def test_one_rank_of_two_is_planned_alone(tmp_path):
     assert plan.num_devices == 2
 
 
+@pytest.mark.parametrize("hosts", [{"nodes": ("a", "b"), "cluster_key": "k"}, {"executor": "ray"}])
+def test_ranks_on_other_hosts_are_planned_as_if_they_were_here(tmp_path, hosts):
+    model = config_folder("llama", tmp_path)
+    settings = {"device": "cpu", "load_format": "dummy", "num_kv_blocks": 64, "tensor_parallel_size": 2}
+    spread, here = (plan_engine(EngineConfig(model=model, **settings, **more)) for more in (hosts, {}))
+    assert (spread.worker.memory.weights, spread.num_devices) == (here.worker.memory.weights, 2)
+
+
 def test_a_model_of_the_step_seam_has_its_weights_planned(tmp_path):
     plan = plan_engine(
         EngineConfig(

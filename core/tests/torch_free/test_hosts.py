@@ -157,7 +157,7 @@ def test_another_version_is_refused_by_name(opened, package):
         time.sleep(0.01)
     second.say(HostJoins, versions=VERSIONS | {package: "0.9"})
     said = f"host b has {package} 0.9, host a has {VERSIONS[package]}; install the same on all"
-    assert second.hear(HostRefused).reason == said
+    assert second.hear(HostRefused) == HostRefused(said, final=True)
     with pytest.raises(ConfigError, match=said):
         await_all(hosts)
 
@@ -186,8 +186,8 @@ def test_who_is_not_expected_and_who_has_a_taken_name_are_refused_and_nobody_els
     stranger, double = agent("c"), agent("b", instance="2")
     stranger.say(HostJoins, versions=VERSIONS)
     double.say(HostJoins, versions=VERSIONS)
-    assert stranger.hear(HostRefused).reason == "host 'c' is not expected; the engine waits for a, b"
-    assert double.hear(HostRefused).reason == "host 'b' has joined already"
+    assert stranger.hear(HostRefused) == HostRefused("host 'c' is not expected; the engine waits for a, b", final=True)
+    assert double.hear(HostRefused) == HostRefused("host 'b' has joined already", final=False)
     hosts.check()
 
 

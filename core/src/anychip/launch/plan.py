@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+
+import msgspec
 
 from anychip.config import EngineConfig
 from anychip.hub import located
@@ -15,8 +18,8 @@ from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.registry.devices import choose_device
-from anychip.registry.plugins import load_plugins
+from anychip.registry.devices import ChosenDevice, choose_device
+from anychip.registry.plugins import Plugins, load_plugins
 from anychip.tasks.served import ServedTask
 
 PLANNER = "anychip.worker.planning"
@@ -44,7 +47,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     config, served = with_task(config, model)
     check_length(config, model)
     check_speculation(config, model, lambda: load_tokenizer(config, model))
-    chosen = choose_device(config, load_plugins())
+    chosen = _chosen(config, load_plugins())
     config = fill_unset(config, chosen.decision)
     worker: WorkerReady = import_module(PLANNER).plan_worker(worker_spec(config, chosen, Path("."), rank=0))
     max_model_len = resolve_max_model_len(config, model, worker)
@@ -60,3 +63,13 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         quantization=own or config.quantization or "none",
         total=next((device.total_memory for device in devices if device.index == chosen.indexes[0]), None),
     )
+
+
+def _chosen(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
+    """With several hosts, as if each had what this one has: nobody is asked."""
+    num_hosts = len(config.nodes) or (config.tensor_parallel_size if config.executor == "ray" else 1)
+    if num_hosts == 1:
+        return choose_device(config, plugins)
+    share = config.tensor_parallel_size // num_hosts
+    here = choose_device(msgspec.structs.replace(config, nodes=(), tensor_parallel_size=share), plugins)
+    return dataclasses.replace(here, indexes=here.indexes * num_hosts)

@@ -95,6 +95,7 @@ class _Session:
     def __init__(self, agent: HostAgent) -> None:
         self._agent = agent
         self._id = ""
+        self._refused = ""
         self._children: dict[int, Child] = {}  # by rank
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -132,7 +133,11 @@ class _Session:
 
     def _take(self, message: ToHost) -> None:
         if isinstance(message, HostRefused):
-            raise ConfigError(f"the engine refuses this host: {message.reason}")
+            if message.final:
+                raise ConfigError(f"the engine refuses this host: {message.reason}")
+            if message.reason != self._refused:
+                self._refused = message.reason
+                log.warning("waiting: %s", message.reason)
         if isinstance(message, ProbeDevices):
             self._id = message.session
             Path(self._agent._folder, "key").write_text(self._agent._key.of_session(message.session).text)

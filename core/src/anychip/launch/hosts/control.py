@@ -217,7 +217,8 @@ class Hosts:
             reason = difference
             self._problem = self._problem or ConfigError(difference)
         if reason:
-            self._send(identity, HostRefused(reason))
+            # Who has the name may be gone without having said so.
+            self._send(identity, HostRefused(reason, final=present is None))
             return
         log.info("host %s has joined", message.name)
         self.joined[message.name] = Host(identity, message.instance, message.versions)

@@ -57,6 +57,8 @@ class WorkerEnded(_Named, frozen=True, tag=True, kw_only=True):
 
 class HostRefused(msgspec.Struct, frozen=True, tag=True):
     reason: str
+    final: bool
+    """Whether asking again is of no use."""
 
 
 class ProbeDevices(msgspec.Struct, frozen=True, tag=True):
