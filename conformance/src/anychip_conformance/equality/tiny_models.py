@@ -8,36 +8,24 @@ from typing import Any
 
 import torch
 from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
-    GraniteMoeConfig,
-    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MiniMaxM2Config,
-    MiniMaxM2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
@@ -45,8 +33,6 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -56,8 +42,17 @@ from transformers import (
 )
 
 from anychip_conformance.equality import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
-
-Settings = dict[str, Any]
+from anychip_conformance.equality.tiny_experts import (
+    Settings,
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    granite_moe,
+    minimax_m2,
+    olmoe,
+    qwen2_moe,
+    without,
+)
 
 _COMMON: Settings = {
     "vocab_size": VOCAB_SIZE,
@@ -172,117 +167,25 @@ def _gpt_oss(common: Settings) -> PreTrainedModel:
     return GptOssForCausalLM(GptOssConfig(**common, **experts, rope_parameters=rope, tie_word_embeddings=False))
 
 
-_LATENT: Settings = {
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 3,
-    "n_routed_experts": 8,
-    "routed_scaling_factor": 1.5,
-}
-
-
-def _deepseek_v2(common: Settings) -> PreTrainedModel:
-    groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
-    settings = {**_without(common, "head_dim"), **_LATENT, **groups, "q_lora_rank": None, "tie_word_embeddings": False}
-    return DeepseekV2ForCausalLM(DeepseekV2Config(**settings))
-
-
-def _deepseek_v3(common: Settings) -> PreTrainedModel:
-    rope = {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 0.7,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 64,
-    }
-    groups = {"n_group": 2, "topk_group": 1, "q_lora_rank": 24, "attention_bias": True, "rope_parameters": rope}
-    settings = {**_without(common, "head_dim"), **_LATENT, **groups, "tie_word_embeddings": False}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**settings))
-
-
-def _glm4_moe(common: Settings) -> PreTrainedModel:
-    experts = {name: value for name, value in _LATENT.items() if name in _GLM_HAS}
-    settings = {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
-    return Glm4MoeForCausalLM(Glm4MoeConfig(**common, **experts, **settings, tie_word_embeddings=False))
-
-
-_GLM_HAS = (
-    "first_k_dense_replace",
-    "moe_intermediate_size",
-    "num_experts_per_tok",
-    "n_routed_experts",
-    "routed_scaling_factor",
-)
-
-
-def _qwen2_moe(common: Settings) -> PreTrainedModel:
-    windows = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}
-    experts = {
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 48,
-        "mlp_only_layers": [1],
-    }
-    settings = {**_without(common, "head_dim"), **windows, **experts}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings, tie_word_embeddings=False))
-
-
-def _olmoe(common: Settings) -> PreTrainedModel:
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "norm_topk_prob": False}
-    settings = {**_without(common, "head_dim"), **experts}
-    return OlmoeForCausalLM(OlmoeConfig(**settings, tie_word_embeddings=False))
-
-
-def _granite_moe(common: Settings) -> PreTrainedModel:
-    multipliers = {
-        "embedding_multiplier": 6.0,
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 3.0,
-    }
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
-    settings = {**_without(common, "head_dim"), **multipliers, **experts}
-    return GraniteMoeForCausalLM(GraniteMoeConfig(**settings, tie_word_embeddings=True))
-
-
-def _minimax_m2(common: Settings) -> PreTrainedModel:
-    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "rotary_dim": 8}
-    settings = {**common, **experts, "intermediate_size": 32}
-    return MiniMaxM2ForCausalLM(MiniMaxM2Config(**settings, tie_word_embeddings=False))
-
-
 def _olmo2(common: Settings) -> PreTrainedModel:
-    return Olmo2ForCausalLM(Olmo2Config(**_without(common, "head_dim"), tie_word_embeddings=False))
+    return Olmo2ForCausalLM(Olmo2Config(**without(common, "head_dim"), tie_word_embeddings=False))
 
 
 def _stablelm(common: Settings) -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     settings = {"use_qkv_bias": True, "qk_layernorm": True, "rope_parameters": rope}
-    return StableLmForCausalLM(StableLmConfig(**_without(common, "head_dim"), **settings, tie_word_embeddings=False))
+    return StableLmForCausalLM(StableLmConfig(**without(common, "head_dim"), **settings, tie_word_embeddings=False))
 
 
 def _gpt_neox(common: Settings) -> PreTrainedModel:
     return GPTNeoXForCausalLM(
-        GPTNeoXConfig(**_without(common, "head_dim", "num_key_value_heads"), use_parallel_residual=True)
+        GPTNeoXConfig(**without(common, "head_dim", "num_key_value_heads"), use_parallel_residual=True)
     )
 
 
 def _phi(common: Settings) -> PreTrainedModel:
     """Falcon's form, attention and feed-forward in parallel after one norm, in code that has the interface."""
-    return PhiForCausalLM(PhiConfig(**_without(common, "head_dim"), tie_word_embeddings=False))
-
-
-def _without(common: Settings, *names: str) -> Settings:
-    return {name: value for name, value in common.items() if name not in names}
+    return PhiForCausalLM(PhiConfig(**without(common, "head_dim"), tie_word_embeddings=False))
 
 
 FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
@@ -297,13 +200,13 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "phi3": _phi3,
     "granite": _granite,
     "gpt-oss": _gpt_oss,
-    "deepseek-v2": _deepseek_v2,
-    "deepseek-v3": _deepseek_v3,
-    "glm4-moe": _glm4_moe,
-    "qwen2-moe": _qwen2_moe,
-    "olmoe": _olmoe,
-    "granite-moe": _granite_moe,
-    "minimax-m2": _minimax_m2,
+    "deepseek-v2": deepseek_v2,
+    "deepseek-v3": deepseek_v3,
+    "glm4-moe": glm4_moe,
+    "qwen2-moe": qwen2_moe,
+    "olmoe": olmoe,
+    "granite-moe": granite_moe,
+    "minimax-m2": minimax_m2,
 }
 """What has a native family."""
 
