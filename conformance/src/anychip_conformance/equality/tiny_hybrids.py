@@ -1,0 +1,121 @@
+"""Makers of tiny models with layers that keep states."""
+
+from __future__ import annotations
+
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+from anychip_conformance.equality.tiny_experts import Settings, without
+
+_OF_ATTENTION = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+_KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+_MAMBA2_PARTS = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+
+
+def mamba2(common: Settings) -> PreTrainedModel:
+    sizes = {"num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 16}
+    return Mamba2ForCausalLM(Mamba2Config(**without(common, *_OF_ATTENTION), **sizes, tie_word_embeddings=False))
+
+
+def mamba(common: Settings) -> PreTrainedModel:
+    return MambaForCausalLM(MambaConfig(**without(common, *_OF_ATTENTION, "head_dim"), state_size=8))
+
+
+def falcon_h1(common: Settings) -> PreTrainedModel:
+    multipliers = {
+        "embedding_multiplier": 1.5,
+        "lm_head_multiplier": 0.5,
+        "mlp_multipliers": [0.7, 1.3],
+        "key_multiplier": 0.8,
+        "attention_in_multiplier": 1.2,
+        "attention_out_multiplier": 0.6,
+        "ssm_in_multiplier": 0.9,
+        "ssm_out_multiplier": 0.7,
+        "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 0.7],
+    }
+    sizes = {"mamba_d_ssm": 128, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 1}
+    config = FalconH1Config(**common, **_MAMBA2_PARTS, **multipliers, **sizes, tie_word_embeddings=False)
+    return FalconH1ForCausalLM(config)
+
+
+def bamba(common: Settings) -> PreTrainedModel:
+    config = BambaConfig(**without(common, "head_dim"), **_MAMBA2_PARTS, mamba_n_groups=1, attn_layer_indices=[1])
+    return BambaForCausalLM(config)
+
+
+def granite_hybrid(common: Settings) -> PreTrainedModel:
+    multipliers = {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    }
+    sizes = {"mamba_n_groups": 1, "num_local_experts": 0, "shared_intermediate_size": 96, "layer_types": _KINDS}
+    return GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(**without(common, "head_dim"), **_MAMBA2_PARTS, **multipliers, **sizes)
+    )
+
+
+def jamba(common: Settings) -> PreTrainedModel:
+    sizes = {"mamba_d_state": 8, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 4}
+    return JambaForCausalLM(JambaConfig(**without(common, "head_dim"), **sizes))
+
+
+def nemotron_h(common: Settings) -> PreTrainedModel:
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16}
+    kinds = ["linear_attention", "mlp", "full_attention", "linear_attention"]
+    common = without(common, "num_hidden_layers")
+    return NemotronHForCausalLM(NemotronHConfig(**common, **sizes, layers_block_type=kinds))
+
+
+def lfm2(common: Settings) -> PreTrainedModel:
+    kinds = ["conv", "full_attention", "conv", "conv"]
+    return Lfm2ForCausalLM(Lfm2Config(**without(common, "head_dim"), layer_types=kinds, block_multiple_of=32))
+
+
+def minimax(common: Settings) -> PreTrainedModel:
+    factors = {
+        f"{part}_{name}_factor": value
+        for part in ("full_attn", "linear_attn", "mlp")
+        for name, value in (("alpha", 1.7), ("beta", 0.8))
+    }
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16, "layer_types": _KINDS}
+    return MiniMaxForCausalLM(MiniMaxConfig(**common, **experts, **factors))
+
+
+def qwen3_next(common: Settings) -> PreTrainedModel:
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    }
+    states = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+    }
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**common, **experts, **states, tie_word_embeddings=False))
