@@ -46,9 +46,9 @@ class AsyncLLM:
 
     def __init__(self, config: EngineConfig, *, restarts: int = 5, otel_endpoint: str | None = None) -> None:
         self.config = with_ranks(located(config))
-        self.adapters = ServedAdapters(config.public_name, lambda: self.engine)
         self.model = load_model_config(self.config.model)
         self.metrics = Metrics(config.public_name)
+        self.adapters = ServedAdapters(config.public_name, lambda: self.engine, self.metrics)
         self.flow = Flow()
         self.threads = InputThreads()
         self.tracer = None if otel_endpoint is None else Tracer(otel_endpoint, config.public_name)
