@@ -322,6 +322,10 @@ def test_a_server_lists_answers_loads_and_unloads_adapters(base: Base, tmp_path:
             )
             async with public, admin:
                 await check(public, admin)
+                llm.kill_engine("a test")
+                while llm.dead is not None:
+                    await asyncio.sleep(0.05)
+                assert await ids(public, "a1") == (200, "a1", base.expected["a1"][0]), "a new engine has it too"
         finally:
             await llm.close()
 
@@ -332,6 +336,7 @@ def test_a_server_lists_answers_loads_and_unloads_adapters(base: Base, tmp_path:
         return answer.status_code, told.get("model"), told["choices"][0]["token_ids"] if "choices" in told else told
 
     async def check(public: httpx.AsyncClient, admin: httpx.AsyncClient) -> None:
+        loaded_first = AdapterFolder(Path(base.adapters["a1"])).digest().hex()
         cards = (await public.get("/v1/models")).json()["data"]
         assert [(card["id"], card.get("parent")) for card in cards] == [("base", None), ("a1", "base")]
         assert (await public.get("/v1/models/a1")).json()["parent"] == "base"
@@ -356,6 +361,8 @@ def test_a_server_lists_answers_loads_and_unloads_adapters(base: Base, tmp_path:
         assert (await admin.post("/v1/unload_lora_adapter", json={"lora_name": "later"})).status_code == 200
         assert (await admin.post("/v1/unload_lora_adapter", json={"lora_name": "later"})).status_code == 404
         assert (await ids(public, "later"))[0] == 404
+        told = [line for line in (await admin.get("/metrics")).text.splitlines() if "adapter_info{" in line]
+        assert told == [f'anychip_adapter_info{{adapter="a1",digest="{loaded_first}"}} 1.0']
         assert await ids(public, "a1") == (200, "a1", base.expected["a1"][0])
 
     asyncio.run(talk())

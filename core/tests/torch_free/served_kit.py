@@ -47,7 +47,7 @@ class ScriptedLLM:
     def __init__(self, answer: str = "ok", *, gap: float | None = None) -> None:
         self.config = EngineConfig(served_model_name="m")
         self.metrics = Metrics("m")
-        self.adapters = ServedAdapters("m", self._no_engine)
+        self.adapters = ServedAdapters("m", self._no_engine, self.metrics)
         self.tokenizer = byte_tokenizer()
         self.threads = InputThreads()
         self.model = type("Model", (), {"vocab_size": 256})()

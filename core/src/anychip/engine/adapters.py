@@ -25,7 +25,7 @@ class EngineAdapters:
         self._executor = executor
         self._scheduler = scheduler
         self._states: dict[bytes, AdapterState] = {}
-        self._leaving = 0
+        self._loading = self._leaving = 0  # how many of them are in these states
 
     @property
     def digests(self) -> Iterable[bytes]:
@@ -35,16 +35,13 @@ class EngineAdapters:
     @property
     def is_settled(self) -> bool:
         """Whether none is being read, and none leaves."""
-        return not self._leaving and not self.loading
-
-    @property
-    def loading(self) -> bool:
-        return AdapterState.LOADING in self._states.values()
+        return not self._leaving and not self._loading
 
     def load(self, message: LoadAdapter) -> None:
         """Asks the workers for an adapter; `poll` reports it. One that was leaving stays."""
-        if self._states.get(message.digest) is AdapterState.LEAVING:
-            self._leaving -= 1
+        before = self._states.get(message.digest)
+        self._leaving -= before is AdapterState.LEAVING
+        self._loading += before is not AdapterState.LOADING
         self._states[message.digest] = AdapterState.LOADING
         self._executor.load_adapter(message)
 
@@ -56,9 +53,10 @@ class EngineAdapters:
 
     def poll(self) -> list[AdapterReport]:
         """What became of loads since the last call."""
-        reports = self._executor.adapter_reports()
+        reports = self._executor.adapter_reports() if self._loading else []
         for report in reports:
             if self._states.get(report.digest) is AdapterState.LOADING:
+                self._loading -= 1
                 if report.error is None:
                     self._states[report.digest] = AdapterState.READY
                 else:

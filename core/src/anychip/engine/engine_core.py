@@ -96,7 +96,7 @@ class EngineCore:
     def tend_adapters(self) -> list[AdapterReport]:
         """Lets go of adapters that leave and that nobody has; what became of those that are read."""
         self.adapters.let_go(self.admission.pending_adapters)
-        return self.adapters.poll() if self.adapters.loading else []
+        return self.adapters.poll()
 
     @property
     def has_work(self) -> bool:

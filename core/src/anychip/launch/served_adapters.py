@@ -10,6 +10,7 @@ from anychip.engine.async_engine import AsyncEngine
 from anychip.errors import AdapterRefused
 from anychip.launch.adapters import AdapterNames, NamedAdapter, read_named
 from anychip.messages import LoadAdapter
+from anychip.observability.metrics import Metrics
 
 log = logging.getLogger("anychip.engine")
 
@@ -17,8 +18,9 @@ log = logging.getLogger("anychip.engine")
 class ServedAdapters:
     """One change at a time. `base` is what clients call the model itself, `engine` gives the engine that lives."""
 
-    def __init__(self, base: str, engine: Callable[[], AsyncEngine]) -> None:
+    def __init__(self, base: str, engine: Callable[[], AsyncEngine], metrics: Metrics) -> None:
         self.names = AdapterNames(base)
+        self._metrics = metrics
         self._engine = engine
         self._changing = asyncio.Lock()
 
@@ -29,7 +31,11 @@ class ServedAdapters:
             adapter = await asyncio.to_thread(read_named, name, folder)
             self.names.check_new(adapter, replace=replace)
             await self._engine().load_adapter(LoadAdapter(adapter.digest, adapter.folder))
+            before = self.names.get(name)
+            if before is not None:
+                self._metrics.adapter_gone(name, before.digest)
             self._drop(self.names.add(adapter))
+            self._metrics.adapter_loaded(name, adapter.digest)
             return adapter
 
     async def unload(self, name: str) -> NamedAdapter:
@@ -37,6 +43,7 @@ class ServedAdapters:
         async with self._changing:
             adapter = self.names.find(name)
             self._drop(self.names.remove(name))
+            self._metrics.adapter_gone(name, adapter.digest)
             return adapter
 
     async def load_again(self, engine: AsyncEngine) -> None:
@@ -48,6 +55,7 @@ class ServedAdapters:
                 except AdapterRefused as error:
                     log.error("adapter %s is not loaded again: %s", adapter.name, error)
                     self.names.remove(adapter.name)
+                    self._metrics.adapter_gone(adapter.name, adapter.digest)
 
     def _drop(self, digest: bytes | None) -> None:
         if digest is not None:

@@ -67,6 +67,9 @@ class Metrics:
             "anychip_http_request_duration_seconds", "Until the response ended", ("route",), buckets=_SECONDS,
             registry=self.registry,
         )  # fmt: skip
+        self._adapters = Gauge(
+            "anychip_adapter_info", "Adapters that requests may ask for", ("adapter", "digest"), registry=self.registry
+        )
         info = Gauge("anychip_info", "What serves", ("version", "model_name"), registry=self.registry)
         info.labels(anychip.__version__, model).set(1)
 
@@ -78,6 +81,14 @@ class Metrics:
     def render(self) -> bytes:
         """The scrape's text."""
         return generate_latest(self.registry)
+
+    def adapter_loaded(self, name: str, digest: bytes) -> None:
+        """Requests may ask for it from now on."""
+        self._adapters.labels(name, digest.hex()).set(1)
+
+    def adapter_gone(self, name: str, digest: bytes) -> None:
+        """The name stands for these contents no more."""
+        self._adapters.remove(name, digest.hex())
 
     def engine_started(self, num_blocks: int) -> None:
         """A new engine is ready. It counts from 0, whatever the one before had counted."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
-from anychip.plugin_api import AttentionSpec, KVPlan, LatentSpec, PagedSpec, PeakMemory, StepProgram
+from anychip.plugin_api import NO_ADAPTER, AttentionSpec, KVPlan, LatentSpec, PagedSpec, PeakMemory, StepProgram
 from anychip.prompt_extras import Pooling, PromptExtras
 from anychip.types import cdiv
 from anychip.worker.kv_plan import fresh_state
@@ -53,6 +53,7 @@ def _peak(
         top_p=0.9,
         logprobs=0,
         extras=extras,
+        adapter_slot=0 if prepared.limits.max_adapters else NO_ADAPTER,
     )
     peak = prepared.platform.measure(lambda: run_step(runner, decision))
     return PeakMemory(nbytes=peak.nbytes * scale_to // sum(lengths), exact=peak.exact)
