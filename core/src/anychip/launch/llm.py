@@ -192,14 +192,15 @@ class LLM:
             with LLM("path/to/embedder") as llm:
                 first, second = llm.embed(["a cat", "a dog"])
         """
+        several = _as_list(prompts)
         if self.served.draws:  # its files do not say what a vector of it is
             kind, length = pooling or "last", True if normalize is None else normalize
             options = RequestOptions(extras=PromptExtras(pooling=Pooling(kind, length)))
-            return self._vectors(_as_list(prompts), [options] * len(_as_list(prompts)))
+            return self._vectors(several, [options] * len(several))
         ask = VectorAsk(
             pooling=pooling, normalize=normalize, dimensions=dimensions, prompt_name=prompt_name, truncate=truncate
         )
-        return self._ask(_as_list(prompts), ask, "embed")
+        return self._ask(several, ask, "embed")
 
     def classify(self, texts: Text | Sequence[Text], *, truncate: bool = False) -> list[Classified]:
         """The likeliest label of each text, and the scores of all. A TextPair is read as one text."""
