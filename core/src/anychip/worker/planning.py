@@ -60,7 +60,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     if whole.draft is not None:  # its passes need less than the target's steps
         weights += _weights(whole.draft, mesh)
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
-    notes = [*ops.notes, *whole.notes]
+    notes = [*ops.notes, *whole.notes, *whole.source.checkpoint.notes]
     if platform.context.manifest.seam == "torch":
         activations = _activations(prepare(spec, _first_layers(whole), platform, ops, *contributed), mesh)
     else:
