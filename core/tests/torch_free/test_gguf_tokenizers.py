@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import pairwise
 
 import pytest
 import sentencepiece
@@ -11,6 +12,7 @@ from gguf_metadata import VALUES, write_gguf
 
 from anychip.errors import CheckpointError, InvalidRequest
 from anychip.hub import resolve_folder
+from anychip.tokenizer.pre_tokenizers import WORDS
 from anychip.tokenizer.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
@@ -64,6 +66,30 @@ def test_a_text_begins_and_ends_as_the_file_says(tmp_path):
     del given["tokenizer.ggml.add_bos_token"]
     assert loaded(tmp_path, given).encode("hi") == [bos, *plain], "Llama 3's kind begins so unless it is told not to"
     assert loaded(tmp_path, {**given, "tokenizer.ggml.pre": "qwen2"}).encode("hi") == plain
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_no_way_to_cut_loses_a_character(name):
+    text = "Hello World's  HTTPServer 12345 don't!!\r\n\n  x=1;\tnaïve 你好a 🙂 Ünï"
+    cut = WORDS[name].pre_tokenizer().pre_tokenize_str(text)
+    assert [span for _, span in cut] == [(a, b) for a, b in pairwise([0, *(end for _, (_, end) in cut)])]
+    assert cut[-1][1][1] == len(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt-2", ["camelCase", " don", "'t", " 1234", "!!", "\n", "\n", "DON", "'", "T"]),
+        ("smollm", ["camelCase", " don", "'t", " ", "1", "2", "3", "4", "!!", "\n", "\n", "DON", "'", "T"]),
+        ("llama-bpe", ["camelCase", " don", "'t", " ", "123", "4", "!!\n\n", "DON", "'T"]),
+        ("qwen2", ["camelCase", " don", "'t", " ", "1", "2", "3", "4", "!!\n\n", "DON", "'T"]),
+        ("gpt-4o", ["camel", "Case", " don't", " ", "123", "4", "!!\n\n", "DON'T"]),
+        ("tekken", ["camel", "Case", " don", "'t", " ", "1", "2", "3", "4", "!!\n\n", "DON", "'T"]),
+    ],
+)
+def test_texts_are_cut_as_the_models_tokenizers_do(name, words):
+    text = "camelCase don't 1234!!\n\nDON'T"
+    assert [text[a:b] for _, (a, b) in WORDS[name].pre_tokenizer().pre_tokenize_str(text)] == words
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,8 @@ def parts_of(stored: BlockType, rows: Tensor, scheme: QuantScheme) -> Parts:
     repeated = values.shape[1] // scale.shape[1] // scheme.group_size
 
     def by_group(held: Tensor) -> Tensor:
-        return held.reshape(count, -1).repeat_interleave(repeated, dim=1)
+        by_row = held.reshape(count, -1)
+        return by_row if repeated == 1 else by_row.repeat_interleave(repeated, dim=1)
 
     return Parts(values.reshape(count, -1), by_group(scale), None if zero is None else by_group(zero))
 
@@ -100,9 +101,10 @@ def _integers(blocks: Blocks, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tens
     else:
         # A group of one number has scale 0, which no zero point makes up for: it becomes (0 - -1) * number.
         flat = scale == 0
-        zero = torch.where(flat, -1.0, minima / torch.where(flat, 1.0, scale))
-        scale = torch.where(flat, -minima, scale)
-        each = values.shape[1] // scale.shape[1]
-        values = torch.where(flat.repeat_interleave(each, dim=1), 0, values)
+        zero = torch.where(flat, -1.0, minima / scale)
+        if bool(flat.any()):
+            scale = torch.where(flat, -minima, scale)
+            each = values.shape[1] // scale.shape[1]
+            values = torch.where(flat.repeat_interleave(each, dim=1), 0, values)
     dtype = torch.uint8 if scheme.values == "int4" else torch.int8
     return (values + offset).to(dtype), scale, zero

@@ -62,7 +62,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     if whole.drafts is not None:  # its passes need less than the target's steps
         weights += _weights(whole.drafts, mesh)
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
-    notes = [*ops.notes, *whole.notes, *whole.source.notes]
+    notes = [*ops.notes, *whole.notes, *whole.source.notes, *whole.source.checkpoint.notes]
     if platform.context.manifest.seam == "torch":
         activations = _activations(prepare(spec, _first_layers(whole), platform, ops, *contributed), mesh)
     else:
