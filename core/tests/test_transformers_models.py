@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -30,8 +31,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from anychip import LLM, SamplingParams
 from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.models.transformers_experts import FusedExperts
-from anychip_conformance.equality.causal_classes import causal_classes
-from anychip_conformance.equality.every_class import walk
+from anychip_conformance.equality.causal_classes import CausalClass, causal_classes
+from anychip_conformance.equality.every_class import Outcome, walk
 from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
@@ -242,3 +243,23 @@ def test_code_in_a_checkpoint_runs_only_where_it_is_allowed(tmp_path):
     with LLM(model, trust_remote_code=True, **SETTINGS) as llm:
         tokens = llm.generate([5, 6, 7], sampling)[0].outputs[0].token_ids
     assert tokens == greedy(original, [5, 6, 7], 6).tokens
+
+
+def test_the_page_of_classes_counts_those_with_attention_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    tool = importlib.import_module("walk_transformers")
+    results = [("attention", "equal", True), ("attention", "equal", False), ("attention", "refused", False)]
+    results += [("more state", "refused", False), ("other", "not tried", False)]
+    outcomes = [
+        Outcome(
+            each=CausalClass(f"kind{n}", f"Class{n}"), kind=kind, native=native, result=result, why="a | b" * (n > 1)
+        )
+        for n, (kind, result, native) in enumerate(results)
+    ]
+    share, count = tool.equal_share(outcomes)
+    assert (round(share, 3), count) == (0.667, 3)
+    page = tool.page(outcomes)
+    assert "| `Class0` | kind0 | native |  |" in page
+    assert "| `Class1` | kind1 | through transformers |  |" in page
+    assert "| `Class2` | kind2 | refused | a \\| b |" in page
+    assert "| 3 | layers keep keys and values alone | 2 | 1 | 0 |" in page

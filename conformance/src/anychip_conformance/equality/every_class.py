@@ -71,7 +71,8 @@ def walk(each: CausalClass, folder: Path) -> Outcome:
     try:
         served = _served(folder)
     except AnychipError as error:
-        return Outcome(each=each, kind=kind, native=native, result="refused", why=_first_line(error))
+        why = _first_line(error).replace(f"{folder}/", "")
+        return Outcome(each=each, kind=kind, native=native, result="refused", why=why)
     except Exception as error:  # noqa: BLE001 - that none leaves loading is what is looked for
         why = f"{type(error).__name__}: {_first_line(error)}"
         return Outcome(each=each, kind=kind, native=native, result="fails", why=why)

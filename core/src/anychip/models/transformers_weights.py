@@ -36,10 +36,11 @@ class Conversions:
 
     def __init__(self, model: PreTrainedModel, stored: frozenset[str]) -> None:
         self._model = model
-        self._stored = stored
         mapping = get_model_conversion_mapping(model)
         self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
         self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        self._stored = sorted(self.rename(name) for name in stored)
+        self._stacks = [name for name in self._stored if name.endswith(".gate_up_proj")]
 
     def rename(self, name: str) -> str:
         """The library's modules have changed names since some checkpoints were written."""
@@ -54,7 +55,7 @@ class Conversions:
         down = self._sources(f"{module}.down_proj", _DOWN)
         if len(gate_up) != 2 or len(down) != 1:
             return []
-        if any(self.rename(name).endswith(f"{module}.gate_up_proj") for name in self._stored):
+        if any(f"{module}.gate_up_proj".endswith(name) for name in self._stacks):  # a decoder alone has no prefix
             return []
         patterns = (*gate_up, *down)
         return [ExpertNames(*(each.replace("*", str(expert)) for each in patterns)) for expert in range(count)]
@@ -71,9 +72,9 @@ class Conversions:
     def redirect(self, register: WeightRegister) -> None:
         """Of wanted tensors that the checkpoint has in another form, wants what they are made of."""
         groups: dict[tuple[int, str], _Group] = {}
-        for name in sorted(self._stored):
+        for stored in self._stored:
             for index, converter in enumerate(self._converters):
-                source = self.rename(name)
+                source = stored
                 target, pattern = converter.rename_source_key(source)
                 if pattern is None:
                     continue
