@@ -112,7 +112,7 @@ soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothin
 every-test: $(VENV)/dev.done  ## those of `make test`, and the full products: hours
 	$(PYTEST) core/tests plugins conformance/tests
 
-check-full: lint every-test conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
+check-full: lint every-test ray-test conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/engine_overhead.py
