@@ -120,7 +120,8 @@ soak: $(VENV)/dev.done  ## a server under mixed load: its memory is flat, nothin
 every-test: $(VENV)/dev.done  ## those of `make test`, and the full products: hours
 	$(PYTEST) core/tests plugins conformance/tests
 
-check-full: lint every-test walk-transformers conformance interpreted try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
+check-full: lint every-test walk-transformers ray-test conformance interpreted \
+  try-wheels sanitize amx soak vendor-checks tpu-equality tpu-conformance ascend-conformance docs
 
 walk-transformers: $(VENV)/dev.done  ## every causal language model of transformers, tiny; into docs/reference: ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tools/walk_transformers.py

@@ -69,7 +69,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a worker runs: its rank, and the device indexes that its process drives."""
+    """Where a worker runs: its rank among the workers of its machine, of which there are `world_size`, and the device
+    indexes that its process drives."""
 
     rank: int
     world_size: int

@@ -16,6 +16,9 @@ from anychip.plugin_api.manifest import PlatformManifest
 _KNOWN = {"CPU": "num_cpus", "GPU": "num_gpus"}
 """Resources that have an argument of their own in Ray."""
 
+_END_S = 5.0
+"""What agents have to end by themselves."""
+
 
 class RayAgents:
     """hosts.workers.Agents: one for each rank, with a device of its own. Connects to the cluster that RAY_ADDRESS or
@@ -82,6 +85,8 @@ class RayAgents:
         return ""
 
     def close(self) -> None:
+        if self._runs:  # they have been told that the engine ends, and tidy up
+            self._ray.wait(self._runs, num_returns=len(self._runs), timeout=_END_S)
         for actor in self._actors:
             self._ray.kill(actor)
         if self._group is not None:
