@@ -11,7 +11,7 @@ from anychip import LLM
 from anychip.ops.reference import EditState
 from anychip.plugin_api import sampling_features
 from anychip_conformance.equality.oracle import Answer, judge
-from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
 from anychip_conformance.equality.workload import CANNOT, covering, full_product
 from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.hostlen import HostlenGraphs, HostReadInCapture
