@@ -11,7 +11,7 @@ from anychip import LLM
 from anychip.ops.reference import EditState
 from anychip.plugin_api import sampling_features
 from anychip_conformance.equality.oracle import Answer, judge
-from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
 from anychip_conformance.equality.workload import CANNOT, covering, full_product
 from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.hostlen import HostlenGraphs, HostReadInCapture
@@ -82,8 +82,9 @@ def test_the_covering_array_holds_every_pair():
     left_out = {pair for case in full_product() for pair in pairs(case)} - covered
     assert all((i, j) == (5, 0) for i, _, j, _ in left_out), "only a family and a device may not meet"
     devices = Counter(family for _, _, family in {(i, a, b) for i, a, j, b in covered if (i, j) == (5, 0)})
-    assert len(devices) == 15 and min(devices.values()) >= 2
-    assert len(full_product()) == (15 * 5 - len(CANNOT)) * 3 * 2 * 2 * 2
+    families = len({**FAMILIES, **THROUGH_TRANSFORMERS})
+    assert len(devices) == families and min(devices.values()) >= 2
+    assert len(full_product()) == (families * 5 - len(CANNOT)) * 3 * 2 * 2 * 2
 
 
 @pytest.mark.parametrize(

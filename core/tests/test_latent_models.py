@@ -115,6 +115,7 @@ def test_what_cannot_be_is_refused_by_name(device, settings, reason, tmp_path):
     [
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
         ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("deepseek-v2", {"num_experts_per_tok": 5}, "num_experts_per_tok 5, and 2 of 4 groups of 8 experts hold 4"),
         ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq 2"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
     ],

@@ -19,8 +19,8 @@ from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import CacheSpec, LatentSpec, MeshShape, Rope, Sharded
 from anychip.types import DType
 
-_COUNT, _ALIASES = "n_routed_experts", {"DeepseekV2ForCausalLM": "num_experts"}
-"""The field that says how many experts there are, and the other name that transformers' class takes before it."""
+_ALIASES = {"DeepseekV2ForCausalLM": "num_experts"}
+"""What transformers' class takes before n_routed_experts; of other classes it is num_local_experts."""
 _LATENT_EPS = 1e-6
 """Of the latents' norms, whatever rms_norm_eps is."""
 
@@ -93,7 +93,14 @@ class DeepseekV2(Decoder):
         if method != "group_limited_greedy":
             reason = f"topk_method {method!r}; known are greedy and group_limited_greedy"
             raise Unsupported(config.architecture, [reason])
-        return {"renormalize": False, **groups_of(config)}
+        groups, count, wanted = groups_of(config), num_experts(config), int(config.need("num_experts_per_tok"))
+        held = count // groups["num_groups"] * groups["top_groups"]
+        if wanted > held:
+            reason = (
+                f"num_experts_per_tok {wanted}, and {groups['top_groups']} of {groups['num_groups']} groups of {count}"
+            )
+            raise Unsupported(config.architecture, [f"{reason} experts hold {held}"])
+        return {"renormalize": False, **groups}
 
 
 class DeepseekV3(DeepseekV2):
@@ -125,6 +132,11 @@ def is_dense(config: ModelConfig, index: int) -> bool:
     return index < int(config.get("first_k_dense_replace") or 0)
 
 
+def num_experts(config: ModelConfig) -> int:
+    """Those that are routed to."""
+    return int(config.get(_ALIASES.get(config.architecture, "num_local_experts")) or config.need("n_routed_experts"))
+
+
 def experts(family: Decoder, builder: Builder, index: int, *, bias: bool = False, **routing: Any) -> SparseMoE:
     """Experts beside shared ones. `routing`: how they are picked and weighted, in MoESpec's fields."""
     config = family.config
@@ -141,7 +153,7 @@ def experts(family: Decoder, builder: Builder, index: int, *, bias: bool = False
     )
     spec = family.experts_spec(
         builder,
-        num_experts=int(config.get(_ALIASES.get(config.architecture, "num_local_experts")) or config.need(_COUNT)),
+        num_experts=num_experts(config),
         top_k=int(config.need("num_experts_per_tok")),
         intermediate_size=size,
         router_scale=float(config.get("routed_scaling_factor", 1.0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
@@ -18,6 +19,8 @@ class Qwen2MoE(Qwen2):
     def layer_types(cls, config: ModelConfig) -> list[str]:
         given = given_layer_types(config)
         if not config.get("use_sliding_window"):
+            if "sliding_attention" in (given or ()):  # transformers' class gives such layers a window of nothing
+                raise Unsupported(config.architecture, ["layer_types sliding_attention without use_sliding_window"])
             return ["full_attention"] * config.num_layers
         before = int(config.get("max_window_layers", 28))
         return given or [
@@ -42,7 +45,8 @@ def feed_forward(family: Decoder, builder: Builder, index: int) -> GatedMLP | Sp
         intermediate_size=int(family.config.need("shared_expert_intermediate_size")),
         activation=family.activation,
     )
-    return experts(family, builder, index, shared=shared, shared_gate="shared_expert_gate")
+    count = int(family.config.need("num_experts"))
+    return experts(family, builder, index, count, shared=shared, shared_gate="shared_expert_gate")
 
 
 def is_sparse(config: ModelConfig, index: int) -> bool:
@@ -51,12 +55,12 @@ def is_sparse(config: ModelConfig, index: int) -> bool:
     return index not in (config.get("mlp_only_layers") or []) and (index + 1) % sparse_step == 0
 
 
-def experts(family: Decoder, builder: Builder, index: int, **differences: Any) -> SparseMoE:
-    """A Qwen's experts, with a family's differences in layers.mlp.SparseMoE's arguments."""
+def experts(family: Decoder, builder: Builder, index: int, count: int, **differences: Any) -> SparseMoE:
+    """A Qwen's `count` experts, with a family's differences in layers.mlp.SparseMoE's arguments."""
     config, size = family.config, int(family.config.need("moe_intermediate_size"))
     spec = family.experts_spec(
         builder,
-        num_experts=int(config.get("num_local_experts") or config.need("num_experts")),  # since transformers 5
+        num_experts=count,
         top_k=int(config.need("num_experts_per_tok")),
         intermediate_size=size,
         renormalize=bool(config.get("norm_topk_prob", False)),

@@ -18,5 +18,7 @@ class Qwen3MoE(Qwen3):
 
     def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
         if is_sparse(self.config, index):
-            return experts(self, builder, index)
+            config = self.config
+            count = int(config.get("num_local_experts") or config.need("num_experts"))  # since transformers 5
+            return experts(self, builder, index, count)
         return super().feed_forward(builder, index)
