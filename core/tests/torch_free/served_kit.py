@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from anychip.engine.input_threads import InputThreads
 from anychip.engine.ipc import encoder
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
+from anychip.launch.adapters import AdapterNames
 from anychip.messages import TokenLogprobs
 from anychip.observability.metrics import Metrics
 from anychip.tokenizer.chat_template import ChatTemplate
@@ -44,6 +46,7 @@ class ScriptedLLM:
     def __init__(self, answer: str = "ok", *, gap: float | None = None) -> None:
         self.config = EngineConfig(served_model_name="m")
         self.metrics = Metrics("m")
+        self.adapters = SimpleNamespace(names=AdapterNames("m"))
         self.tokenizer = byte_tokenizer()
         self.threads = InputThreads()
         self.model = type("Model", (), {"vocab_size": 256})()
