@@ -27,7 +27,7 @@ from anychip_conformance.equality.tiny_models import make_checkpoint
 NAMES = [f"a{number}" for number in range(len(FIVE))]
 TEXT = [3 + at * 37 % 500 for at in range(40)]
 PROMPTS = [TEXT, TEXT[:17], TEXT[20:23], [7], TEXT[:33] + [5] * 6, TEXT[5:30]]
-NUM_TOKENS = 8
+NUM_TOKENS = 6
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 DEVICES = {
     "cpu": {"device": "cpu"},
@@ -90,7 +90,6 @@ def test_a_batch_of_five_adapters_and_none_draws_what_each_draws_alone(base: Bas
     ("family", "targets"),
     [
         ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),  # fused in the checkpoint
-        ("qwen2", EVERY),  # biases
         ("gemma2", EVERY),
         ("granite", ("o_proj", "up_proj")),
         ("qwen3-moe", ("q_proj", "v_proj", "o_proj")),

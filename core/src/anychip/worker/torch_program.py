@@ -9,15 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import (
-    EditState,
-    arena_views,
-    blank_stacks,
-    draw_tokens,
-    pooled_sums,
-    write_adapters,
-    write_embeddings,
-)
+from anychip.ops.reference import EditState, arena_views, draw_tokens, pooled_sums, write_adapters, write_embeddings
 from anychip.plugin_api import (
     MAX_LOGPROBS,
     TAPS,
@@ -53,6 +45,7 @@ from anychip.worker.torch_state import (
     TorchHidden,
     TorchOutputs,
     TorchState,
+    blank_adapters,
     blank_embeddings,
     known_ids,
     staged_draws,
@@ -97,12 +90,7 @@ class TorchStepProgram(StepProgram):
             embeddings = blank_embeddings(limits, model.hidden_size, self.device)
         self.embeddings = embeddings
         self._sites = sites_of(model) if limits.max_adapters else ()
-        self._adapters = blank_stacks(
-            self._sites,
-            limits.max_adapters,
-            limits.max_adapter_rank,
-            lambda shape, dtype: platform.empty(shape, dtype, "adapters"),
-        )
+        self._adapters = blank_adapters(self._sites, limits, platform)
         self._caches = LayerCaches(platform, model.attention, kv)
 
     # -- preparation --------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import EditState, arena_views
+from anychip.ops.reference import EditState, arena_views, blank_stacks
 from anychip.plugin_api import (
+    AdapterSite,
     AdapterStack,
     Event,
     ForwardExtras,
     HostOutputs,
+    Platform,
     Scores,
     StepAdapters,
     StepInputs,
@@ -57,6 +59,16 @@ def blank_embeddings(limits: StepLimits, hidden_size: int, device: str) -> Tenso
     if not limits.max_embeddings:
         return None
     return torch.zeros(limits.max_embeddings, hidden_size, dtype=torch.float32, device=device)
+
+
+def blank_adapters(sites: Sequence[AdapterSite], limits: StepLimits, platform: Platform) -> list[AdapterStack]:
+    """Slots without adapters, by site."""
+    return blank_stacks(
+        sites,
+        limits.max_adapters,
+        limits.max_adapter_rank,
+        lambda shape, dtype: platform.empty(shape, dtype, "adapters"),
+    )
 
 
 def known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
