@@ -31,8 +31,7 @@ _OFFERED_AT_ONCE = 4
 
 class KVCacheManager:
     """Owns the block tables of all requests. Without `prefix_caching` it offers and finds no prefix; forks share. Where
-    a group keeps states, whose past is gone, or no layer keeps anything, nothing is shared: there is no prefix caching,
-    and `shares` is False."""
+    a group keeps states, or none keeps anything, nothing is shared: no prefix caching, and `shares` is False."""
 
     def __init__(self, config: KVCacheConfig, *, prefix_caching: bool) -> None:
         self.groups = config.groups
