@@ -103,7 +103,8 @@ def _dynamic(theta: float, rotary_dim: int, parameters: Parameters, config: Mode
     trained, factor = int(config.need("max_position_embeddings")), float(parameters["factor"])
     stretch = factor * max(config.max_positions, trained) / trained - (factor - 1)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    return 1.0 / (theta * stretch ** (rotary_dim / (rotary_dim - 2))) ** exponents
+    stretched: float = theta * stretch ** (rotary_dim / (rotary_dim - 2))
+    return 1.0 / stretched**exponents
 
 
 def _llama3(frequencies: Tensor, parameters: Parameters, config: ModelConfig) -> Tensor:
