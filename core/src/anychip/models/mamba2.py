@@ -14,7 +14,13 @@ from anychip.models.hybrid import STATE, BlockLayer, Hybrid, need_silu
 from anychip.plugin_api import MeshShape, Rope, StateSpec
 from anychip.types import DType
 
-BACKBONE = MappingProxyType({"model.embeddings.": "model.embed_tokens.", "model.norm_f.": "model.norm."})
+BACKBONE = MappingProxyType(
+    {
+        "model.embeddings.": "model.embed_tokens.",
+        "model.embedding.": "model.embed_tokens.",  # of older checkpoints
+        "model.norm_f.": "model.norm.",
+    }
+)
 
 
 class Mamba2LM(Hybrid):

@@ -19,6 +19,10 @@ class Qwen3Next(Hybrid):
     partial_rotary = True
     unit_offset_norm = True
 
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[Any]) -> None:
+        builder.weights.elsewhere += ("mtp.",)  # layers that predict further tokens: config.json does not describe them
+        super().__init__(config, builder, specs)
+
     @classmethod
     def kinds(cls, config: ModelConfig) -> list[str]:
         if config.get("layer_types") is not None:
