@@ -6,7 +6,7 @@ drafts (arXiv 2503.01840, section 3). It starts as a copy of the model's last la
 files that it was not trained on: by place of the guess, the share that is the model's own greedy choice when all
 guesses before it are right.
 
-    python benchmarks/train_head.py FOLDER [--tokens 150000]
+    python benchmarks/train_head.py FOLDER [--tokens 150000] [--output FILE.json]
     python benchmarks/speculation.py quickstart --speculate eagle:FOLDER --max-drafts 4
 """
 
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anychip import LLM, SamplingParams
+from anychip.bench.report import write
 from anychip.hub import resolve_folder
 from anychip.types import QUICKSTART
 
@@ -216,12 +218,31 @@ def save(head: Head, target: Target, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def serve(folder: Path, held: Tensor, output: Path | None) -> None:
+    """Drafts in an engine behind every step, whether that pays or not, on texts that begin as files do that the head
+    was not trained on."""
+    sampling = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)
+    settings = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "max_num_batched_tokens": 512}
+    with LLM(QUICKSTART, **settings, speculate=f"eagle:{folder}", max_drafts=GUESSES + 1) as llm:
+        llm.engine.scheduler.drafting.measured_costs_are_ignored()
+        llm.generate([piece[:64].tolist() for piece in held[::3]], sampling)
+        stats, steps = llm.engine.scheduler.stats.speculation, llm.engine.scheduler.stats.steps
+    print(f"served: {stats.drafted} drafts in {steps} steps, {stats.accepted} drawn; by place {stats.accepted_at}")
+    if output is not None:
+        found = {"drafted": stats.drafted, "accepted_at": stats.accepted_at, "steps": steps}
+        write(output, {"benchmark": "train_head", "settings": settings, "served": found})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--tokens", type=int, default=150_000, help="to train on; 0: the folder has a head, serve it")
+    parser.add_argument("--output", type=Path, help="a file for what serving it brought")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.tokens == 0:
+        serve(arguments.folder, texts(resolve_folder(QUICKSTART), LENGTH)[1], arguments.output)
+        return
     target = Target(resolve_folder(QUICKSTART))
     pieces, held = texts(resolve_folder(QUICKSTART), arguments.tokens)
     common = [token for token, _ in Counter(pieces.flatten().tolist()).most_common(NUM_DRAFT_TOKENS)]
@@ -232,6 +253,7 @@ def main() -> None:
     print(f"of {len(held)} pieces of other files, guesses are the model's own choice: {shares}")
     save(head, target, arguments.folder)
     print(f"saved to {arguments.folder}")
+    serve(arguments.folder, held, arguments.output)
 
 
 if __name__ == "__main__":

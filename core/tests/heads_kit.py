@@ -63,10 +63,12 @@ def write_eagle3(
     own_embedding: bool = False,
     lacks: str = "",
     first_token: int = 0,
+    written_as: str = "",
     **changes: Any,
 ) -> dict[str, Tensor]:
     """`layers` None: the config names none. `first_token` is added to the ids of the tokens that it drafts, and
-    `changes` go into its config. Returns the weights."""
+    `changes` go into its config. The checkpoint calls its layer `written_as`, and begins all names with "model.", where
+    that is given. Returns the weights."""
     torch.manual_seed(3)
     kept = torch.randperm(VOCAB_SIZE)[:NUM_DRAFT_TOKENS].sort().values
     weights = layer_weights("midlayer", 2 * HIDDEN_SIZE) | {
@@ -84,7 +86,11 @@ def write_eagle3(
     if layers is not None:
         config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
     weights.pop(lacks, None)
-    return write(folder, config | changes, weights)
+    written = weights
+    if written_as:
+        written = {f"model.{name.replace('midlayer', written_as)}": weight for name, weight in weights.items()}
+    write(folder, config | changes, written)
+    return weights
 
 
 def write_eagle1(folder: Path, *, num_layers: int = 1, bias: bool = False, **changes: Any) -> dict[str, Tensor]:

@@ -35,7 +35,9 @@ LAYERS = (0, 1, 2)
 """Not the last: transformers shows its hidden states behind the final norm."""
 WRITERS: dict[str, Callable[..., Any]] = {
     "eagle3": lambda folder: write_eagle3(folder, layers=LAYERS),
-    "eagle3-own-embedding": lambda folder: write_eagle3(folder, layers=LAYERS, own_embedding=True),
+    "eagle3-own-embedding": lambda folder: write_eagle3(
+        folder, layers=LAYERS, own_embedding=True, written_as="layers.0"
+    ),
     "eagle1": write_eagle1,
     "eagle1-two-layers": lambda folder: write_eagle1(folder, num_layers=2, bias=True),
     "medusa": write_medusa,
