@@ -80,7 +80,7 @@ def server_config(arguments: argparse.Namespace) -> ServerConfig:
 _EXAMPLES: dict[Task, tuple[str, str]] = {
     "generate": (
         "/v1/chat/completions",
-        '{"messages": [{"role": "user", "content": "How do I reverse a list?"}], "max_tokens": 64}',
+        '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64}',
     ),
     "embed": ("/v1/embeddings", '{"input": ["a cat", "a dog"]}'),
     "classify": ("/classify", '{"input": "I like it"}'),
