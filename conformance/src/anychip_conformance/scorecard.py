@@ -25,7 +25,7 @@ EVIDENCE = {
 
 THROUGH_PROGRAM = frozenset({"step", "e2e"})
 """Sections whose cases run whole steps, and so the step program of a device that has one."""
-THROUGH_FACTORIES = frozenset({"op", "attn", "kv", "latent", "state", "linear", "moe", "sample", "graph"})
+THROUGH_FACTORIES = frozenset({"op", "attn", "kv", "latent", "state", "encoder", "linear", "moe", "sample", "graph"})
 """Sections that ask a platform's factories. On the step seam those are the reference's or the plugin's own ones for
 tracing: what passes there is not said of the compiled program."""
 
@@ -88,7 +88,7 @@ class Scorecard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of the cases that passed on the step seam: how many through the program, how many through the factories."""
 
 
-OPTIONAL = frozenset({"latent", "state"})
+OPTIONAL = frozenset({"latent", "state", "encoder"})
 """Sections of layers that only some models have: a device without them serves all others."""
 
 
