@@ -55,7 +55,7 @@ def test_every_program_of_a_warm_up_can_be_traced(max_drafts, tmp_path):
 
 
 def test_a_donated_state_cannot_be_used_again():
-    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2), torch.zeros(0, 2)))
+    state = DonatedState(Held([], torch.zeros(1), EditState.blank(1, 2), torch.zeros(0, 2), []))
     state.take()
     with pytest.raises(DonatedTwice):
         state.take()
@@ -80,10 +80,14 @@ def test_the_covering_array_holds_every_pair():
 
     covered = {pair for case in covering() for pair in pairs(case)}
     left_out = {pair for case in full_product() for pair in pairs(case)} - covered
-    assert all((i, j) == (5, 0) for i, _, j, _ in left_out), "only a family and a device may not meet"
+    assert all((i, j) in ((5, 0), (1, 0)) for i, _, j, _ in left_out), (
+        "only a family and a device or budget may not meet"
+    )
     devices = Counter(family for _, _, family in {(i, a, b) for i, a, j, b in covered if (i, j) == (5, 0)})
     families = len({**FAMILIES, **THROUGH_TRANSFORMERS})
     assert len(devices) == families and min(devices.values()) >= 2
+    budgets = Counter(family for _, _, family in {(i, a, b) for i, a, j, b in covered if (i, j) == (1, 0)})
+    assert len(budgets) == families and min(budgets.values()) >= 2
     assert len(full_product()) == (families * 5 - len(CANNOT)) * 3 * 2 * 2 * 2
 
 

@@ -532,5 +532,7 @@ def test_another_packages_container_that_raises_is_named(tmp_path):
 
 def test_a_method_that_nobody_reads_is_refused_with_those_that_are(tmp_path):
     nf4_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match="'acme-nf4' is not supported; supported are gptq, awq, fp8, mxfp4, modelopt"):
+    with pytest.raises(
+        ConfigError, match="'acme-nf4' is not supported; supported are gptq, awq, fp8, mxfp4, gguf, modelopt"
+    ):
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path)

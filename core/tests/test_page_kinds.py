@@ -162,7 +162,7 @@ def test_the_budget_is_divided_between_tokens_and_states(toys):
     ready = plan_engine(msgspec.structs.replace(config, kv_cache_bytes=200_000)).worker
     num_states, state_bytes, page_bytes = 1 + 16 + 2 + 8, 2 * 64 * 4, 16 * 2 * 2 * 16 * 4
     assert (ready.kv.num_states, ready.memory.num_states) == (num_states, num_states)
-    assert ready.memory.state_bytes == state_bytes
+    assert ready.memory.state_sequence == state_bytes
     assert ready.kv.num_blocks == (200_000 - num_states * state_bytes) // page_bytes
     assert ready.memory.kv_cache == ready.kv.num_blocks * page_bytes + num_states * state_bytes
     with pytest.raises(KVCacheTooSmall, match="the states of 16 sequences take"):

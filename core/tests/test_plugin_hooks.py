@@ -21,7 +21,7 @@ from anychip.worker.worker import Worker
 METHODS = [name for name, _ in inspect.getmembers(Platform, inspect.isfunction) if not name.startswith("_")]
 ELSEWHERE = {"synchronize", "profiler", "health", "sleep", "wake", "check", "explain"}
 """Asked by tools, or to look after a device; a platform that cannot explain an error is no obstacle to another."""
-ANOTHER_MODEL = {"moe", "latent", "state", "keep_weights", "restore_weights"}
+ANOTHER_MODEL = {"moe", "latent", "state", "encoder", "keep_weights", "restore_weights"}
 """Asked for experts, for layers that keep latent rows or states, and for weights that lie in files."""
 PACKAGE = "anychip-stranger"
 PROBE = ProbeResult(devices=(DeviceInfo(index=0, name="x"),))

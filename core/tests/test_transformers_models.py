@@ -70,7 +70,9 @@ def test_quantization_at_load_works_there_too(tmp_path):
 
 def test_no_native_family_can_be_insisted_on(tmp_path):
     make_checkpoint("gpt-neox", tmp_path)
-    with pytest.raises(ConfigError, match="'GPTNeoXForCausalLM' has no native family; there are BertModel"):
+    with pytest.raises(
+        ConfigError, match="'GPTNeoXForCausalLM' has no native family; there are BambaForCausalLM, BertModel"
+    ):
         LLM(str(tmp_path), model_impl="native", **SETTINGS)
 
 

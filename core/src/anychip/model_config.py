@@ -75,7 +75,7 @@ def load_model_config(model: str) -> ModelConfig:
         raw = with_common_names(raw)
     raw = with_defaults(architectures[0], raw)
     try:
-        num_heads = int(raw["num_attention_heads"])
+        num_heads = _num_heads(architectures[0], raw)
         return ModelConfig(
             folder=str(folder),
             architecture=architectures[0],
@@ -104,6 +104,14 @@ def load_model_config(model: str) -> ModelConfig:
 
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _num_heads(architecture: str, raw: dict[str, Any]) -> int:
+    """Of families of states alone 0; of any other at least 1."""
+    count = int(raw["num_attention_heads"])
+    if count < 1 and FAMILY_DEFAULTS.get(base_architecture(architecture), {}).get("num_attention_heads") != 0:
+        raise ValueError(f"num_attention_heads is {count}")
+    return count
 
 
 def _num_layers(raw: dict[str, Any]) -> int:

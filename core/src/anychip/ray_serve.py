@@ -30,6 +30,9 @@ _MAX_ONGOING = 100_000
 _LOOK_BACK_S = 30.0
 """Over which Serve averages what replicas report."""
 
+_OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
+"""Ray's own options for some resources; all others go by name."""
+
 
 class Replicas(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many replicas there are, and when. Times in seconds."""
@@ -112,12 +115,8 @@ def actor_options(config: AppConfig) -> dict[str, Any]:
     if engine.executor == "ray":  # its process is a driver of its own, of the same cluster
         cluster = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}} if ray.is_initialized() else {}
         return {"num_cpus": 0, "runtime_env": cluster, **config.actor_options}
-    if resource == "CPU":
-        devices: dict[str, Any] = {"num_cpus": amount}
-    elif resource == "GPU":
-        devices = {"num_gpus": amount}
-    else:
-        devices = {"resources": {resource: amount}}
+    option = _OPTIONS.get(resource)
+    devices: dict[str, Any] = {"resources": {resource: amount}} if option is None else {option: amount}
     return {**devices, **config.actor_options}
 
 

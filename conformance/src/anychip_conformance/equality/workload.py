@@ -123,7 +123,7 @@ def pairs(case: Case) -> set[tuple[int, Any, int, Any]]:
     found = {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(values)), 2)}
     family = list(_VALUES[0]).index(case.family)
     for place, met in _MET_BY_A_FAMILY.items():
-        values_there = list(_VALUES[place])
+        values_there = [value for value in _VALUES[place] if (case.family, value) not in CANNOT]
         if (family + values_there.index(values[place])) % len(values_there) >= met:
             found.remove((0, case.family, place, values[place]))
     return found

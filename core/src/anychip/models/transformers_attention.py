@@ -147,7 +147,7 @@ class AttentionBridge:
         """Those of this rank's heads, float32, of values that are whole on every rank."""
         if values is None:
             return None
-        flat = values.detach().flatten().float()
+        flat = values.detach().flatten().float().contiguous()  # a column of the library's is not
         return flat if len(flat) == count else flat[self._rank * count : (self._rank + 1) * count].contiguous()
 
 

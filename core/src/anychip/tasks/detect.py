@@ -60,7 +60,7 @@ def resolved(config: EngineConfig, model: ModelConfig, served: ServedTask) -> En
 
 
 def _generates(architecture: str) -> bool:
-    if architecture.endswith("ForCausalLM"):
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):  # GPT-2 and others of its age are called so
         return True
     return not architecture.endswith((_CLASSIFIES, "Model")) and not architecture.startswith(ENCODERS)
 
