@@ -22,6 +22,7 @@ _SECTIONS = {
     "isolation": "Isolation",
     "kv": "KV cache",
     "latent": "Latent attention",
+    "encoder": "Attention of encoders",
     "linear": "Matrix products",
     "moe": "Mixture of experts",
     "op": "Ops",
