@@ -18,6 +18,7 @@ from anychip.weights.dummy import DummyView, NoisePool
 from anychip.weights.files import SafetensorsFile
 from anychip.weights.matrix import CHUNK_BYTES, ROW_MULTIPLE, Span, row_chunks, stream
 from anychip.weights.register import WeightRegister, load_weights
+from anychip.weights.spare_threads import num_spare, spare_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64]
 
@@ -178,3 +179,20 @@ def test_made_up_matrices_differ_and_have_the_usual_spread():
     first, second = (DummyView(name, (64, 64), pool).read() for name in ("a.weight", "b.weight"))
     assert not first.equal(second) and not first[:32].equal(first[32:])
     assert abs(float(first.float().std()) - 0.02) < 0.002
+
+
+@given(cores=st.integers(1, 64), load=st.floats(0, 200), most=st.integers(1, 64))
+def test_weights_are_turned_by_threads_that_have_a_core(cores, load, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        patch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+        count = num_spare(most)
+    assert 1 <= count <= most
+    assert count == 1 or count + round(load) <= cores
+
+
+def test_torchs_threads_are_as_before_whatever_happens():
+    before = torch.get_num_threads()
+    with pytest.raises(OSError, match="gone"), spare_threads():
+        raise OSError("gone")
+    assert torch.get_num_threads() == before

@@ -34,6 +34,7 @@ from anychip.weights.dummy import dummy_views
 from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
+from anychip.weights.spare_threads import spare_threads
 from anychip.weights.stored import StoredTensors
 from anychip.worker.held import check_weights_fit, held_bytes, held_storages, held_tensors
 
@@ -134,7 +135,8 @@ class CheckpointSource:
         total = sum(storage.nbytes() for storage in weights)
         if self.progress.restore(total, lambda: self.platform.restore_weights(key, weights)):
             return
-        load_weights(register, self.progress.track(self.checkpoint.views()), self.model.folder)
+        with spare_threads():
+            load_weights(register, self.progress.track(self.checkpoint.views()), self.model.folder)
         self.platform.keep_weights(key, weights)
 
     def _key(self, mesh: Mesh, files: Sequence[Path]) -> WeightsKey:
