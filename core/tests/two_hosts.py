@@ -102,7 +102,19 @@ class TwoHosts:
         self._log = Path(self.folder.name, "log").open("w+")  # noqa: SIM115 - open as long as the hosts run
         uds = f"{self.folder.name}/http"
         nodes = ["--nodes", ",".join(link.addresses), "--node-port", str(PORT), "--cluster-key", str(self.key)]
-        serve = [*_CLI, "serve", "--device", "cpu", "--tensor-parallel-size", "2", "--uds", uds, *nodes, *options]
+        serve = [
+            *_CLI,
+            "serve",
+            "quickstart",
+            "--device",
+            "cpu",
+            "--tensor-parallel-size",
+            "2",
+            "--uds",
+            uds,
+            *nodes,
+            *options,
+        ]
         self.server = self._run(0, serve)
         self.agent = self.join()
         self.client = httpx.Client(transport=httpx.HTTPTransport(uds=uds), base_url="http://x", timeout=60)
