@@ -14,8 +14,7 @@ from anychip.layers.mlp import GatedMLP
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, need_silu
 from anychip.models.mamba2 import dt_limits
-from anychip.plugin_api import MeshShape, Rope, StateSpec
-from anychip.types import DType
+from anychip.plugin_api import Rope
 
 
 class Bamba(Hybrid):
@@ -39,10 +38,6 @@ class Bamba(Hybrid):
             groups=int(config.need("mamba_n_groups")),
             width=int(config.need("mamba_d_conv")),
         )
-
-    @classmethod
-    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
-        return cls.sizes(config).specs(shape, dtype)
 
     def mamba(self, builder: Builder, index: int, specs: Sequence[Any], at: int, **differences: Any) -> Mamba2:
         """The layer's mixer of states, with a family's differences in layers.mamba2.Mamba2's arguments."""

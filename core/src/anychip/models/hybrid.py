@@ -53,6 +53,14 @@ class FeedForward(Protocol):
     def __call__(self, x: Tensor, adapters: StepAdapters | None, /) -> Tensor: ...
 
 
+class StateSizes(Protocol):
+    """Sizes of a mixer that keeps states."""
+
+    def specs(self, shape: MeshShape, dtype: DType) -> list[StateSpec]:
+        """What it keeps on one rank."""
+        ...
+
+
 class BlockLayer:
     """A mixer or none, then feed-forward blocks, each behind a norm of its own and within a residual sum. What a block
     adds is multiplied by `multiplier`. Norms are given by the name that the checkpoint has for them in this layer."""
@@ -96,11 +104,13 @@ class BlockLayer:
 
 
 class Hybrid(Decoder):
-    """A family overrides `kinds`, `state_specs` and `hybrid_layer`, and `specs_of` where a kind keeps something else.
+    """A family overrides `kinds`, `sizes` and `hybrid_layer`, and `specs_of` where a kind keeps something else.
     `prefix` begins the names of a checkpoint whose decoder is not called model., and `renamed` has its other names."""
 
     prefix = "model."
     renamed: Mapping[str, str] = MappingProxyType({})
+    rotates = True
+    """Whether positions turn queries and keys. Where not, the order of tokens is in the states alone."""
 
     def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[Any]) -> None:
         if self.prefix != "model." or self.renamed:
@@ -123,9 +133,14 @@ class Hybrid(Decoder):
         return known_kinds(config, "layer_types")
 
     @classmethod
+    def sizes(cls, config: ModelConfig) -> StateSizes:
+        """Of a layer of the kind STATE."""
+        raise TypeError(f"{cls.__name__} does not say what its states are")
+
+    @classmethod
     def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
         """What a layer of the kind STATE keeps on one rank."""
-        raise TypeError(f"{cls.__name__} does not say what its states are")
+        return cls.sizes(config).specs(shape, dtype)
 
     @classmethod
     def specs_of(
@@ -139,6 +154,9 @@ class Hybrid(Decoder):
     def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> Any:
         """Those of the first layer, then those of the second, and so on."""
         return [spec for kind in cls.kinds(config) for spec in cls.specs_of(kind, config, shape, dtype, kv_dtype)]
+
+    def rope(self, builder: Builder) -> Rope | None:
+        return super().rope(builder) if self.rotates else None
 
     # -- layers -------------------------------------------------------------------------------------------
 

@@ -13,11 +13,11 @@ from anychip.layers.mamba import Mamba, MambaSizes
 from anychip.layers.mlp import SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, FeedForward, Hybrid, Mixer, need_silu
-from anychip.plugin_api import MeshShape, MoESpec, Rope, StateSpec
-from anychip.types import DType
+from anychip.plugin_api import Rope
 
 
 class Jamba(Hybrid):
+    rotates = False
     renamed = MappingProxyType({"model.final_layernorm.": "model.norm."})
 
     @classmethod
@@ -34,13 +34,6 @@ class Jamba(Hybrid):
             dt_rank=math.ceil(config.hidden_size / 16) if rank == "auto" else int(rank),
             width=int(config.need("mamba_d_conv")),
         )
-
-    @classmethod
-    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
-        return cls.sizes(config).specs(shape, dtype)
-
-    def rope(self, builder: Builder) -> None:
-        """Order is in the states."""
 
     def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
@@ -71,13 +64,11 @@ class Jamba(Hybrid):
         every, first = int(config.need("expert_layer_period")), int(config.need("expert_layer_offset"))
         if count == 1 or index % every != first:
             return self.gated_mlp(builder, index, name=name)
-        spec = MoESpec(
+        spec = self.experts_spec(
+            builder,
             num_experts=count,
             top_k=int(config.need("num_experts_per_tok")),
-            hidden_size=config.hidden_size,
-            intermediate_size=builder.split(config.intermediate_size, "expert features").count,
-            dtype=builder.dtype,
-            activation=self.activation,
+            intermediate_size=config.intermediate_size,
             renormalize=False,
         )
         return SparseMoE(builder, name=name, spec=spec, intermediate_size=config.intermediate_size, router="router")

@@ -11,8 +11,7 @@ from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import STATE, BlockLayer, Hybrid, need_silu
-from anychip.plugin_api import MeshShape, Rope, StateSpec
-from anychip.types import DType
+from anychip.plugin_api import Rope
 
 BACKBONE = MappingProxyType(
     {
@@ -24,6 +23,7 @@ BACKBONE = MappingProxyType(
 
 
 class Mamba2LM(Hybrid):
+    rotates = False
     prefix = "backbone."
     renamed = BACKBONE
 
@@ -40,13 +40,6 @@ class Mamba2LM(Hybrid):
             groups=int(config.need("n_groups")),
             width=int(config.need("conv_kernel")),
         )
-
-    @classmethod
-    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
-        return cls.sizes(config).specs(shape, dtype)
-
-    def rope(self, builder: Builder) -> None:
-        """Order is in the states."""
 
     def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None

@@ -14,7 +14,8 @@ from anychip.layers.mlp import SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, Hybrid, Mixer, known_kinds, need_silu
-from anychip.plugin_api import CacheBackend, ForwardContext, MeshShape, MoESpec, Rope, Sharded, StateSpec, state_spec
+from anychip.models.mixtral import experts
+from anychip.plugin_api import CacheBackend, ForwardContext, MeshShape, Rope, Sharded, StateSpec, state_spec
 from anychip.types import DType
 
 
@@ -50,22 +51,7 @@ class MiniMax(Hybrid):
                 head_dim=config.head_dim,
                 slopes=slopes(config.num_heads, index, int(config.need("num_hidden_layers"))),
             )
-        spec = MoESpec(
-            num_experts=int(config.need("num_local_experts")),
-            top_k=int(config.need("num_experts_per_tok")),
-            hidden_size=config.hidden_size,
-            intermediate_size=builder.split(config.intermediate_size, "expert features").count,
-            dtype=builder.dtype,
-            activation=self.activation,
-        )
-        experts = SparseMoE(
-            builder,
-            name=f"{name}.block_sparse_moe",
-            spec=spec,
-            intermediate_size=config.intermediate_size,
-            names=("w1", "w3", "w2"),
-        )
-        return MiniMaxLayer(builder, config, name, kind, mixer, experts)
+        return MiniMaxLayer(builder, config, name, kind, mixer, experts(self, builder, index))
 
 
 class MiniMaxLayer:

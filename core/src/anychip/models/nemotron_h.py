@@ -14,8 +14,7 @@ from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
 from anychip.layers.plain_mlp import SquaredReluMLP
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds, need_silu
-from anychip.plugin_api import MeshShape, Rope, StateSpec
-from anychip.types import DType
+from anychip.plugin_api import Rope
 
 FEED_FORWARD = "mlp"
 _PATTERN = {"M": STATE, "*": ATTENTION, "-": FEED_FORWARD}
@@ -23,6 +22,7 @@ _PATTERN = {"M": STATE, "*": ATTENTION, "-": FEED_FORWARD}
 
 
 class NemotronH(Hybrid):
+    rotates = False
     renamed = MappingProxyType(
         {"backbone.": "model.", "model.embeddings.": "model.embed_tokens.", "model.norm_f.": "model.norm."}
     )
@@ -54,13 +54,6 @@ class NemotronH(Hybrid):
             groups=int(config.need("n_groups")),
             width=int(config.need("conv_kernel")),
         )
-
-    @classmethod
-    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
-        return cls.sizes(config).specs(shape, dtype)
-
-    def rope(self, builder: Builder) -> None:
-        """Order is in the states."""
 
     def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None

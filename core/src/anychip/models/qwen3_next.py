@@ -11,8 +11,7 @@ from anychip.layers.gated_delta_net import DeltaSizes, GatedDeltaNet
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds, need_silu
 from anychip.models.qwen2_moe import feed_forward
-from anychip.plugin_api import MeshShape, Rope, StateSpec
-from anychip.types import DType
+from anychip.plugin_api import Rope
 
 
 class Qwen3Next(Hybrid):
@@ -39,10 +38,6 @@ class Qwen3Next(Hybrid):
             value_dim=int(config.need("linear_value_head_dim")),
             width=int(config.need("linear_conv_kernel_dim")),
         )
-
-    @classmethod
-    def state_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType) -> list[StateSpec]:
-        return cls.sizes(config).specs(shape, dtype)
 
     def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
