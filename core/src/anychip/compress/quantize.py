@@ -25,6 +25,7 @@ from anychip.compress.writer import ShardWriter
 from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.ops.reference.quantized import INT8_MAX
 from anychip.plugin_api import FP8_MAX
+from anychip.quantization.compressed_tensors import INT8_OFFSET
 from anychip.quantization.packing import pack
 from anychip.weight_files import INDEX
 from anychip.weights.checkpoint import Checkpoint
@@ -40,8 +41,6 @@ KVScales = Literal["fp8", "int8"]
 _LEAST_SCALE = 1e-12
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_INT8_OFFSET = 128
-"""compressed-tensors packs integers from zero on."""
 
 
 class MatrixReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +169,7 @@ class _Job:
             return {"weight": rounded.values, "weight_scale": scale}
         bits, values = rounded.scheme.bits, rounded.values
         if bits == 8:
-            values = (values.short() + _INT8_OFFSET).to(torch.uint8)
+            values = (values.short() + INT8_OFFSET).to(torch.uint8)
         return {
             "weight_packed": pack(values, 1, bits),
             "weight_shape": torch.tensor(values.shape),

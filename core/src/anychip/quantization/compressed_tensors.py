@@ -24,7 +24,7 @@ from anychip.types import cdiv
 from anychip.weights.matrix import Matrix, row_chunks
 from anychip.weights.register import WeightRegister
 
-_INT8_OFFSET = 128
+INT8_OFFSET = 128
 """Packed values are stored from zero on."""
 
 
@@ -63,7 +63,7 @@ class CompressedTensors(Container):
             for start, stop in row_chunks(matrix.rows, columns * 4):
                 values = unpack(view.read((start, stop)), 1, bits)[:, slice(*matrix.columns.bounds)]
                 if bits == 8:
-                    values = (values.short() - _INT8_OFFSET).char()
+                    values = (values.short() - INT8_OFFSET).char()
                 matrix.put("", values, start - matrix.rows.start)
 
         register.want(f"{matrix.name}.weight_packed", (rows, cdiv(columns, per_word)), take_values)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anychip.errors import AdapterRefused, AnychipError
 from anychip.messages import AdapterReport, AdapterSlot, LoadAdapter
-from anychip.plugin_api import AdapterEntry, AdapterSite
+from anychip.plugin_api import AdapterEntry, AdapterSite, StepLimits
 from anychip.weights.adapter import LoadedAdapter, check_fits, load_adapter
 
 Report = Callable[[AdapterReport], None]
@@ -59,3 +59,8 @@ class AdapterStore:
         loaded = load_adapter(Path(message.folder), message.digest)
         check_fits(loaded, self._sites, self._max_rank)
         return loaded
+
+
+def slot_bytes(sites: Sequence[AdapterSite], limits: StepLimits) -> int:
+    """What the slots of adapters take on one rank."""
+    return sum(site.nbytes(limits.max_adapters, limits.max_adapter_rank) for site in sites)

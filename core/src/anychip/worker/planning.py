@@ -23,11 +23,13 @@ from anychip.plugin_api import (
     Mesh,
     PeakMemory,
     Platform,
+    StepLimits,
     WeightView,
     sites_of,
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
+from anychip.worker.adapters import slot_bytes
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.held import check_weights_fit, held_bytes
 from anychip.worker.kv_plan import kv_cache_config
@@ -58,7 +60,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     contributed = (plugins.models, plugins.quant_formats)
     whole = prepare_all(spec, load_model_config(spec.config.model), platform, ops, *contributed)
     mesh = whole.mesh(spec, AbsentRanks)
-    weights = (_weights(whole.source, mesh) + _stacks(whole, mesh)) * platform.device_mesh.size
+    weights = _weights(whole.source, mesh, whole.limits) * platform.device_mesh.size
     if whole.drafts is not None:  # its passes need less than the target's steps
         weights += _weights(whole.drafts, mesh)
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
@@ -91,17 +93,11 @@ class AbsentRanks(Communicator):
         return torch.cat([x] * self.size, dim=dim)
 
 
-def _weights(source: CheckpointSource, mesh: Mesh) -> int:
+def _weights(source: CheckpointSource, mesh: Mesh, limits: StepLimits | None = None) -> int:
+    """Bytes of a model's weights, and of the slots for adapters of a model that steps of these limits run."""
     with FakeTensorMode():
-        return held_bytes(source.build_layers(mesh, WeightRegister()))
-
-
-def _stacks(prepared: Preparation, mesh: Mesh) -> int:
-    """Of the slots for adapters."""
-    limits = prepared.limits
-    with FakeTensorMode():
-        sites = sites_of(prepared.source.build_layers(mesh, WeightRegister())) if limits.max_adapters else ()
-    return sum(site.nbytes(limits.max_adapters, limits.max_adapter_rank) for site in sites)
+        model = source.build_layers(mesh, WeightRegister())
+        return held_bytes(model) + (0 if limits is None else slot_bytes(sites_of(model), limits))
 
 
 def _first_layers(prepared: Preparation) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -27,7 +27,6 @@ from anychip.models.head_parts import TargetParts
 from anychip.models.medusa import MedusaFamily, MedusaHeads
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
-    AdapterSite,
     Capabilities,
     CompileReport,
     Mesh,
@@ -39,7 +38,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import Plugins, load_plugins
-from anychip.worker.adapters import AdapterStore, Report
+from anychip.worker.adapters import AdapterStore, Report, slot_bytes
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.draft_runner import DraftRunner
 from anychip.worker.head_runner import HeadRunner
@@ -87,7 +86,7 @@ class Worker:
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
             activations = PeakMemory(nbytes=needed, exact=True)
-            pending = prepared.kept_bytes + _stack_bytes(program.adapter_sites, limits)
+            pending = prepared.kept_bytes + slot_bytes(program.adapter_sites, limits)
         else:
             mesh = prepared.mesh(self.spec, self.platform.communicator)
             program = self._torch_program(prepared, mesh)
@@ -120,7 +119,7 @@ class Worker:
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
-        weights = source.held_bytes + _stack_bytes(program.adapter_sites, limits)
+        weights = source.held_bytes + slot_bytes(program.adapter_sites, limits)
         notes = (*prepared.notes, *source.notes, *source.checkpoint.notes, str(source.progress))
         if prepared.drafts is not None:
             weights += prepared.drafts.held_bytes
@@ -283,11 +282,6 @@ class WorkerResult:
         with explained(self.platform):
             result = self.result.fetch()
         return msgspec.structs.replace(result, proposed=self.proposed) if self.proposed else result
-
-
-def _stack_bytes(sites: Sequence[AdapterSite], limits: StepLimits) -> int:
-    """What the slots of adapters take on one rank."""
-    return sum(site.nbytes(limits.max_adapters, limits.max_adapter_rank) for site in sites)
 
 
 def _lend(target: StepModel, heads: CheckpointSource) -> None:
