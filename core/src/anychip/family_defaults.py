@@ -34,6 +34,16 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 128,
 }
 
+_SPARSE: dict[str, Any] = {
+    **_LATENT,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "index_topk": 2048,
+    "index_head_dim": 128,
+}
+
 _BERT: dict[str, Any] = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
@@ -80,6 +90,17 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 4,
         "first_k_dense_replace": 3,
         "routed_scaling_factor": 2.5,
+    },
+    "DeepseekV32ForCausalLM": {**_SPARSE, "index_n_heads": 64, "n_group": 8, "topk_group": 4},
+    "GlmMoeDsaForCausalLM": {
+        **_SPARSE,
+        "q_lora_rank": 2048,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "rms_norm_eps": 1e-5,
+        "index_n_heads": 32,
+        "n_group": 1,
+        "topk_group": 1,
     },
     "BambaForCausalLM": {**_MAMBA2_PARTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
     "FalconH1ForCausalLM": {**_MAMBA2_PARTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024},

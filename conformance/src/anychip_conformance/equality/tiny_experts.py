@@ -9,8 +9,12 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     MiniMaxM2Config,
@@ -63,6 +67,23 @@ def deepseek_v3(common: Settings) -> PreTrainedModel:
     groups = {"n_group": 2, "topk_group": 1, "q_lora_rank": 24, "attention_bias": True, "rope_parameters": rope}
     settings = {**without(common, "head_dim"), **_LATENT, **groups, "tie_word_embeddings": False}
     return DeepseekV3ForCausalLM(DeepseekV3Config(**settings))
+
+
+_INDEX: Settings = {"index_topk": 24, "index_head_dim": 16, "index_n_heads": 16, "q_lora_rank": 24}
+"""With few index heads a token's products may all be negative. Its score is zero then, as others' are, and transformers
+picks any of them."""
+
+
+def deepseek_v32(common: Settings) -> PreTrainedModel:
+    groups = {"n_group": 2, "topk_group": 1}
+    settings = {**without(common, "head_dim"), **_LATENT, **_INDEX, **groups, "tie_word_embeddings": False}
+    return DeepseekV32ForCausalLM(DeepseekV32Config(**settings))
+
+
+def glm_moe_dsa(common: Settings) -> PreTrainedModel:
+    sharing = {"n_group": 1, "topk_group": 1, "indexer_types": ["full", "shared", "full", "shared"]}
+    settings = {**without(common, "head_dim"), **_LATENT, **_INDEX, **sharing, "tie_word_embeddings": False}
+    return GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**settings))
 
 
 def glm4_moe(common: Settings) -> PreTrainedModel:

@@ -46,7 +46,9 @@ from anychip_conformance.equality.tiny_experts import (
     Settings,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     glm4_moe,
+    glm_moe_dsa,
     granite_moe,
     minimax_m2,
     olmoe,
@@ -229,6 +231,8 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "lfm2": lfm2,
     "minimax": minimax,
     "qwen3-next": qwen3_next,
+    "deepseek-v32": deepseek_v32,
+    "glm-5": glm_moe_dsa,
 }
 """What has a native family."""
 

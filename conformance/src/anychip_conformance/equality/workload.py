@@ -67,7 +67,7 @@ CANNOT = {
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
     **{
         (family, "fake-hostlen"): "it stands for devices without latent attention, and refuses it by name"
-        for family in ("deepseek-v2", "deepseek-v3")
+        for family in ("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5")
     },
     ("phi", "fake-spmd"): "two key-value heads over four devices, whose replication is not in transformers' plan",
 }

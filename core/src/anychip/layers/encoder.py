@@ -48,26 +48,6 @@ class Table:
         return F.embedding(ids.long(), self.weight)
 
 
-class LayerNorm:
-    def __init__(self, builder: Builder, *, name: str, size: int, eps: float, bias: bool = True) -> None:
-        self.eps = eps
-        self.weight = self._wanted(builder, f"{name}.weight", size)
-        self.bias = self._wanted(builder, f"{name}.bias", size) if bias else None
-
-    @staticmethod
-    def _wanted(builder: Builder, name: str, size: int) -> Tensor:
-        held = builder.platform.empty((size,), builder.dtype, "weights")
-
-        def load(view: WeightView) -> None:
-            held.copy_(view.read((0, size)))
-
-        builder.weights.want(name, (size,), load)
-        return held
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
 class EncoderAttention:
     """`names` are the checkpoint's modules for queries, keys and values; a single one holds all three below one
     another. `relative` is EncoderLayer.bias."""

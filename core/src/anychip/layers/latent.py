@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
+from anychip.layers.indexer import Indexer
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
 from anychip.layers.norm import RMSNorm
 from anychip.ops.reference.quantized import QuantizedMatrix
@@ -23,8 +24,9 @@ _HEADS = (Sharded(dim=0),)
 class LatentAttention:
     """`spec` holds this rank's head count; `scale` multiplies q.k. `query_rank`: queries are made from a latent of
     their own of this size; None: from the hidden states. `norm_eps` is that of the latents' norms. `bias`: whether the
-    projections from and to the hidden states add one. Adapters
-    may stand beside every projection but kv_b_proj, which is no product here."""
+    projections from and to the hidden states add one. `indexer` chooses the tokens that queries attend to; None: all,
+    or, where `spec` has index keys, those that a layer before has chosen. Adapters may stand beside every projection
+    but the indexer's and kv_b_proj, which is no product here."""
 
     placed_tensors = MappingProxyType({"k_up": _HEADS, "v_up": _HEADS})
     _stored: QuantizedMatrix
@@ -44,7 +46,9 @@ class LatentAttention:
         query_rank: int | None,
         norm_eps: float,
         bias: bool = False,
+        indexer: Indexer | None = None,
     ) -> None:
+        self.indexer = indexer
         query_dim = spec.nope_dim + spec.rope_dim
         self.query_down: ReplicatedLinear | None = None
         query, query_in = f"{name}.q_proj", hidden_size
@@ -129,9 +133,10 @@ class LatentAttention:
 
     @property
     def accepts(self) -> ActFormat:
-        """What both products of the hidden states take: plain values, where they differ."""
+        """What all products of the hidden states take: plain values, where they differ."""
         first = self.query if self.query_down is None else self.query_down
-        return self.row.accepts if first.accepts == self.row.accepts else ActFormat(dtype=self.spec.dtype)
+        same = first.accepts == self.row.accepts and self.indexer is None
+        return self.row.accepts if same else ActFormat(dtype=self.spec.dtype)
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         spec, adapters = self.spec, context.adapters
@@ -143,5 +148,7 @@ class LatentAttention:
         )
         latent, k_rope = self.row(x, adapters).split_with_sizes([spec.latent_dim, spec.rope_dim], dim=-1)
         latent = self.row_norm(latent)
+        if self.indexer is not None:
+            context.choose(self.backend, self.layer, self.indexer(x, query), rope=self.indexer.rope)
         attended = context.attend_latent(self.backend, self.layer, q_nope, q_rope, latent, k_rope, rope=self.rope)
         return self.output(attended.flatten(1), adapters)

@@ -1,4 +1,4 @@
-"""RMS norm, alone or fused with the residual sum before it, and over all heads at once."""
+"""RMS norm, alone or fused with the residual sum before it, and over all heads at once; layer norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.layers.build import Builder
@@ -81,3 +82,23 @@ class WideQKNorm:
             factors = (mean + self.eps).rsqrt().unsqueeze(-1)
             normed = [w * (x * f).to(q.dtype) for x, f, w in zip(wide, factors, weights, strict=True)]
         return normed[0].view(q.shape), normed[1].view(k.shape)
+
+
+class LayerNorm:
+    def __init__(self, builder: Builder, *, name: str, size: int, eps: float, bias: bool = True) -> None:
+        self.eps = eps
+        self.weight = self._wanted(builder, f"{name}.weight", size)
+        self.bias = self._wanted(builder, f"{name}.bias", size) if bias else None
+
+    @staticmethod
+    def _wanted(builder: Builder, name: str, size: int) -> Tensor:
+        held = builder.platform.empty((size,), builder.dtype, "weights")
+
+        def load(view: WeightView) -> None:
+            held.copy_(view.read((0, size)))
+
+        builder.weights.want(name, (size,), load)
+        return held
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

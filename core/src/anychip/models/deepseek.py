@@ -11,6 +11,7 @@ from typing import Any
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
+from anychip.layers.indexer import Indexer
 from anychip.layers.latent import LatentAttention
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.rotary import make_rope, yarn_scale
@@ -75,8 +76,13 @@ class DeepseekV2(Decoder):
             query_rank=config.get("q_lora_rank"),
             norm_eps=_LATENT_EPS,
             bias=bool(config.get("attention_bias", False)),
+            indexer=self.indexer(builder, index, rope),
         )
         return PreNormLayer(builder, config, index, attention, self.feed_forward(builder, index))
+
+    def indexer(self, builder: Builder, index: int, rope: Rope) -> Indexer | None:
+        """What chooses the tokens that a layer attends to; None: it attends to all."""
+        return None
 
     def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
         if is_dense(self.config, index):
@@ -128,7 +134,9 @@ def corrected_routing(config: ModelConfig) -> dict[str, Any]:
 
 
 def is_dense(config: ModelConfig, index: int) -> bool:
-    """Whether a layer has one feed-forward block and no experts: the first ones may."""
+    """Whether a layer has one feed-forward block and no experts: those that are listed so, or the first ones."""
+    if kinds := config.get("mlp_layer_types"):
+        return bool(kinds[index] == "dense")
     return index < int(config.get("first_k_dense_replace") or 0)
 
 

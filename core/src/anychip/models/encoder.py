@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.embedding import VocabParallelEmbedding
-from anychip.layers.encoder import EncoderAttention, FeedForward, LayerNorm, Table, activation_of
+from anychip.layers.encoder import EncoderAttention, FeedForward, Table, activation_of
+from anychip.layers.norm import LayerNorm
 from anychip.model_config import ModelConfig
 from anychip.plugin_api import FINAL, EncoderBackend, EncoderSpec, ForwardContext, MeshShape, Sharded
 from anychip.types import DType

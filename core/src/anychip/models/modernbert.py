@@ -11,7 +11,8 @@ from torch import Tensor
 
 from anychip.errors import CheckpointError
 from anychip.layers.build import Builder
-from anychip.layers.encoder import EncoderAttention, FeedForward, LayerNorm, activation_of
+from anychip.layers.encoder import EncoderAttention, FeedForward, activation_of
+from anychip.layers.norm import LayerNorm
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig
 from anychip.models.encoder import Encoder

@@ -25,7 +25,7 @@ from anychip.plugin_api.attention import (
 )
 from anychip.plugin_api.cache import CacheBackend, CanonicalArray, plain_bytes
 from anychip.plugin_api.cache_plan import KVPlan
-from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec, PagedBackend, PagedSpec
+from anychip.plugin_api.cache_specs import CacheSpec, PagedBackend, PagedSpec
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer, EncoderSpec, EncoderView
@@ -56,7 +56,7 @@ from anychip.plugin_api.graph import (
     sampling_features,
 )
 from anychip.plugin_api.hooks import hookimpl
-from anychip.plugin_api.latent import LatentBackend, LatentLayer, LatentSpec, latent_page_bytes
+from anychip.plugin_api.latent import IndexInputs, LatentBackend, LatentLayer, LatentSpec, latent_page_bytes
 from anychip.plugin_api.linear import ActFormat, LinearKernel, LinearPart, LinearSpec, WeightView
 from anychip.plugin_api.manifest import (
     CommandManifest,
@@ -116,7 +116,7 @@ __all__ = [
     "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows",
     "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig", "EnteringRow", "Event",
     "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec",
-    "HeldTensor", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec",
+    "HeldTensor", "HostOutputs", "IndexInputs", "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec",
     "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo", "Mesh", "MeshShape", "MoESpec",
     "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest", "PartialAttention",
     "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",

@@ -12,7 +12,7 @@ from anychip.plugin_api.cache import Cache
 from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer
 from anychip.plugin_api.forward_extras import ForwardExtras, Turning
 from anychip.plugin_api.graph import RunOutsideGraph
-from anychip.plugin_api.latent import LatentBackend, LatentLayer
+from anychip.plugin_api.latent import IndexInputs, LatentBackend, LatentLayer
 from anychip.plugin_api.state import StateBackend, StateLayer
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class ForwardContext:
     extras: ForwardExtras | None = None
     adapters: StepAdapters | None = None
     """None: no token of the step has one."""
+    chosen: Tensor | None = None
+    """int32 [num_tokens, top_k]: what the last layer that chose tokens has chosen; layers behind it may attend to the
+    same."""
 
     def attend(
         self,
@@ -71,15 +74,23 @@ class ForwardContext:
         *,
         rope: Rope | None = None,
     ) -> Tensor:
-        """LatentBackend.forward on a layer's plan and cache."""
+        """LatentBackend.forward on a layer's plan and cache. A layer with index keys attends to what is chosen."""
+        sparse = {"chosen": self.chosen} if backend.spec.index_dim else {}
         if (turning := self._turning(rope)) is not None:
             q_rope, k_rope = layer.turned(q_rope, k_rope, turning.positions, turning.rope)
             rope = None
         return self._run(
             layer.index,
             lambda cache, plan, out: backend.forward(
-                q_nope, q_rope, latent, k_rope, cache, plan, layer, rope=rope, out=out
+                q_nope, q_rope, latent, k_rope, cache, plan, layer, rope=rope, out=out, **sparse
             ),
+        )
+
+    def choose(self, backend: LatentBackend, layer: LatentLayer, index: IndexInputs, *, rope: Rope) -> None:
+        """LatentBackend.choose on a layer's plan and cache: what this layer, and those behind it that choose nothing,
+        attend to."""
+        self.chosen = self._run(
+            layer.index, lambda cache, plan, _: backend.choose(index, cache, plan, layer, rope=rope)
         )
 
     def advance(self, backend: StateBackend, layer: StateLayer, inputs: Mapping[str, Tensor]) -> Tensor:

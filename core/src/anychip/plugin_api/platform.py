@@ -16,7 +16,7 @@ from anychip.errors import DeviceFault, Unsupported
 from anychip.plugin_api.attention import AttentionBackend, AttentionSpec
 from anychip.plugin_api.cache import CacheBackend
 from anychip.plugin_api.cache_plan import KVPlan
-from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec
+from anychip.plugin_api.cache_specs import CacheSpec
 from anychip.plugin_api.capabilities import Capabilities, StepLimits, StepRules
 from anychip.plugin_api.communicator import Communicator, GroupSpec
 from anychip.plugin_api.encoder import EncoderBackend, EncoderSpec
@@ -188,8 +188,6 @@ class Platform:
                 return self.state(spec)
             case EncoderSpec():
                 return self.encoder(spec)
-            case IndexSpec():
-                raise Unsupported(self.name, [f"has no kernels for layers of {type(spec).__name__}"])
             case _:
                 assert_never(spec)
 

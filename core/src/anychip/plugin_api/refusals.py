@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from anychip.plugin_api.attention import AttentionSpec
-from anychip.plugin_api.cache_specs import CacheSpec, IndexSpec
+from anychip.plugin_api.cache_specs import CacheSpec
 from anychip.plugin_api.capabilities import Capabilities
 from anychip.plugin_api.encoder import EncoderSpec
 from anychip.plugin_api.latent import LatentSpec
@@ -35,8 +35,6 @@ def undeclared(spec: CacheSpec | LinearSpec | MoESpec, capabilities: Capabilitie
             reasons.append(f"state layers of the recurrence {spec.recurrence}")
     elif isinstance(spec, EncoderSpec):
         reasons += [] if capabilities.encoders else ["encoder attention"]
-    elif isinstance(spec, IndexSpec):
-        return reasons
     elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
         reasons.append(f"quantization {spec.scheme.name}; {among(spec.scheme.name, capabilities.quantization)}")
     if isinstance(spec, LinearSpec) and spec.epilogue is not None:
@@ -70,6 +68,8 @@ def _latent(spec: LatentSpec, capabilities: Capabilities) -> list[str]:
         reasons.append(f"a cache of {spec.kv_dtype}; {among(spec.kv_dtype, capabilities.kv_dtypes)}")
     if spec.window is not None and not capabilities.sliding_window:
         reasons.append("sliding windows")
+    if spec.index_dim and not capabilities.sparse_latent:
+        reasons.append("queries that choose the tokens they attend to (sparse attention)")
     return reasons
 
 

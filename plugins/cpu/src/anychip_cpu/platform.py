@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from anychip.ops.reference import WidenedLinear, WidenedMoE, can_widen, reference_linear
+from anychip.ops.reference import SparseLatent, WidenedLinear, WidenedMoE, can_widen, dense_part, reference_linear
 from anychip.plugin_api import (
     RECURRENCES,
     AttentionBackend,
@@ -63,6 +63,7 @@ class CpuPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
         mla=True,
+        sparse_latent=True,
         recurrences=frozenset(RECURRENCES),  # by the reference
         lora=True,
         encoders=True,
@@ -132,7 +133,9 @@ class CpuPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        return CpuLatent(spec) if self.kernels is None else KernelLatent(spec, self.kernels, self.isa)
+        rows = dense_part(spec)
+        dense = CpuLatent(rows) if self.kernels is None else KernelLatent(rows, self.kernels, self.isa)
+        return SparseLatent(spec, dense) if spec.index_dim else dense
 
     def encoder(self, spec: EncoderSpec) -> EncoderBackend:
         self.check(spec)

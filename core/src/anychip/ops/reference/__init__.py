@@ -34,6 +34,7 @@ from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, referenc
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
 from anychip.ops.reference.scans import gated_sum_chunked, gated_sum_recurrent
+from anychip.ops.reference.sparse_latent import SparseLatent, dense_part
 from anychip.ops.reference.state import RULES, DenseStates, ReferenceStates, reference_state
 from anychip.ops.reference.step import (
     Drawn,
@@ -65,8 +66,9 @@ __all__ = [
     "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "RULES", "CompositeOps", "DenseCacheAttention", "DenseStates",
     "DenseWeights", "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator",
     "ReferenceAttention", "ReferenceEncoder", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates",
-    "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
-    "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dequantize", "draw_tokens", "forward_pass",
+    "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
+    "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dense_part", "dequantize", "draw_tokens",
+    "forward_pass",
     "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
     "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "write_adapters",
     "write_embeddings",
@@ -80,7 +82,7 @@ class _ReferenceKernels:
         return ReferenceAttention(spec)
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
-        return ReferenceLatent(spec)
+        return SparseLatent(spec, ReferenceLatent(dense_part(spec))) if spec.index_dim else ReferenceLatent(spec)
 
     def state(self, spec: StateSpec) -> StateBackend:
         return reference_state(spec)
