@@ -13,8 +13,8 @@ import torch
 from anychip.plugin_api import Capabilities, GraphLevel
 from anychip_conformance.device import Device
 
-FLAGS = ("sliding_window", "softcap", "alibi", "sinks", "attention_lse", "mla", "encoders", "seeded_sampling",
-         "batch_invariant", "lora", "streams")  # fmt: skip
+FLAGS = ("sliding_window", "softcap", "alibi", "sinks", "attention_lse", "mla", "sparse_latent", "encoders",
+         "seeded_sampling", "batch_invariant", "lora", "streams")  # fmt: skip
 """Capabilities that are there or not."""
 
 

@@ -51,6 +51,10 @@ class LatentCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             window=self.window,
         )
 
+    def context_rows(self, rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """What the cache's array of this name holds of a row's context."""
+        return rng.normal(size=shape)
+
     @property
     def scale(self) -> float:
         return float((self.nope_dim + self.rope_dim) ** -0.5)
@@ -68,6 +72,8 @@ def backend_for(device: Device, case: LatentCase) -> LatentBackend:
     device.need(f"kv dtype {case.dtype}", case.dtype in caps.kv_dtypes, refused)
     if case.window is not None:
         device.need("sliding_window", caps.sliding_window, refused)
+    if case.spec.index_dim:
+        device.need("sparse_latent", caps.sparse_latent, refused)
     return platform.latent(case.spec)
 
 
@@ -101,13 +107,16 @@ class LatentCall:
         )
         raw = device.platform.empty((num_blocks * backend.kv_layout().page_bytes(size),), "uint8", "kv")
         cache = backend.make_cache(raw, num_blocks, size)
-        held = np.full((num_blocks, size, case.spec.row_dim), device.poison)
-        for table, context in zip(tables, batch.contexts, strict=True):
-            rows = rng.normal(size=(context, case.spec.row_dim))
-            for page in range(cdiv(context, size)):
-                part = rows[page * size : (page + 1) * size]
-                held[table[page], : len(part)] = part
-        cache = backend.import_arrays(cache, range(num_blocks), {"latent": device.tensor(held, case.dtype)})
+        arrays = {}
+        for array in case.spec.canonical(size):
+            held = np.full((num_blocks, *array.shape), device.poison)
+            for table, context in zip(tables, batch.contexts, strict=True):
+                rows = case.context_rows(rng, array.name, (context, *array.shape[1:]))
+                for page in range(cdiv(context, size)):
+                    part = rows[page * size : (page + 1) * size]
+                    held[table[page], : len(part)] = part
+            arrays[array.name] = device.tensor(held, case.dtype)
+        cache = backend.import_arrays(cache, range(num_blocks), arrays)
         shapes = {
             "q_nope": (case.num_heads, case.nope_dim),
             "q_rope": (case.num_heads, case.rope_dim),
@@ -131,9 +140,9 @@ class LatentCall:
             rope = Rope(cos=cos, sin=sin, rotary_dim=case.rope_dim)
         return cls(device, case, backend, batch, cache, num_blocks, size, layer, inputs, rope)
 
-    def held(self) -> Tensor:
-        """Every block in canonical form, [num_blocks, block_size, row_dim]."""
-        return self.backend.export_arrays(self.cache, range(self.num_blocks))["latent"].clone()
+    def held(self, name: str = "latent") -> Tensor:
+        """Every block in canonical form, [num_blocks, block_size, row_dim]; or another array of it."""
+        return self.backend.export_arrays(self.cache, range(self.num_blocks))[name].clone()
 
     def run(self) -> Tensor:
         """The output; the cache is replaced by the one that came back."""
@@ -155,19 +164,19 @@ class LatentCall:
         new = after[blocks, offsets]
         latent = self.inputs["latent"][: batch.num_tokens]
         device.same_bits("latent values in the cache", new[:, : case.latent_dim].contiguous(), latent.contiguous())
-        device.compare("rotated values in the cache", new[:, case.latent_dim :], self._rotated("k_rope"))
+        device.compare("rotated values in the cache", new[:, case.latent_dim :], self.rotated("k_rope"))
         others = after.clone()
         others[blocks, offsets] = before[blocks, offsets]
         device.same_bits("rows that nobody wrote", others[1:], before[1:])  # block 0 takes what padded rows write
         shape = (batch.key.num_tokens, case.num_heads, case.v_dim)
         assert tuple(result.shape) == shape, f"the output has shape {tuple(result.shape)}, expected {shape}"
         held = seen(after)
-        q_rope = self._rotated("q_rope")
+        q_rope = self.rotated("q_rope")
         for row, (start, context, query) in enumerate(zip(batch.starts, batch.contexts, batch.queries, strict=True)):
             if query:
                 pages = cdiv(context + query, size)
                 rows = held[batch.tables[row][:pages]].reshape(-1, case.spec.row_dim)[: context + query]
-                expected = self._expected(rows, slice(start, start + query), q_rope)
+                expected = self.expected(rows, slice(start, start + query), q_rope)
                 device.compare(
                     f"output of row {row}", result[start : start + query], expected, label=f"latent/{case.dtype}"
                 )
@@ -176,7 +185,7 @@ class LatentCall:
             zero = np.zeros(tuple(padded.shape))
             device.compare("padded rows", padded, Bounded(zero, zero))
 
-    def _rotated(self, name: str) -> Bounded:
+    def rotated(self, name: str) -> Bounded:
         """An input after rotary, and how far a backend's may be from it."""
         given = seen(self.inputs[name])[: self.batch.num_tokens]
         if self.rope is None:
@@ -186,10 +195,10 @@ class LatentCall:
         found = rotary(heads, seen(self.rope.cos), seen(self.rope.sin), positions, False, self.case.dtype)
         return Bounded(found.value.reshape(given.shape), found.bound.reshape(given.shape))
 
-    def _expected(self, rows: np.ndarray, mine: slice, q_rope: Bounded) -> Bounded:
-        """Attention of a sequence's last tokens over its rows, expanded in float64. A backend may expand the rows, or
-        fold the one factor into the query and the other into the output: what it makes on the way may be rounded to the
-        dtype, twice."""
+    def expected(self, rows: np.ndarray, mine: slice, q_rope: Bounded, unseen: np.ndarray | None = None) -> Bounded:
+        """Attention of a sequence's last tokens over its rows, expanded in float64; `unseen` [queries, keys] are not
+        attended to. A backend may expand the rows, or fold the one factor into the query and the other into the output:
+        what it makes on the way may be rounded to the dtype, twice."""
         case, u = self.case, UNIT_ROUNDOFF[self.case.dtype]
         k_up, v_up, q_nope = seen(self.layer.k_up), seen(self.layer.v_up), seen(self.inputs["q_nope"])[mine]
         queries = np.arange(len(rows) - len(q_nope), len(rows))[:, None]
@@ -197,6 +206,8 @@ class LatentCall:
         hidden = keys > queries
         if case.window is not None:
             hidden = hidden | (keys <= queries - case.window)
+        if unseen is not None:
+            hidden = hidden | unseen
         rows = np.where(hidden.all(axis=0)[:, None], 0.0, rows)  # blocks that a window has passed may hold anything
         latent, k_rope = rows[:, : case.latent_dim], rows[:, case.latent_dim :]
         turned, off = q_rope.value[mine], q_rope.bound[mine]

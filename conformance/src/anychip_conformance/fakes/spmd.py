@@ -50,7 +50,7 @@ from anychip_conformance.fakes.functional import (
     outputs,
     tensors,
 )
-from anychip_conformance.fakes.functional_latents import FunctionalLatent
+from anychip_conformance.fakes.functional_sparse import functional_latent
 from anychip_conformance.fakes.functional_states import FunctionalStates
 
 R = TypeVar("R")
@@ -107,6 +107,7 @@ class SpmdPlatform(Platform):
         collectives="compiler",
         stale_kv="must_be_finite",
         mla=True,
+        sparse_latent=True,
         recurrences=frozenset(RECURRENCES),
     )
 
@@ -120,7 +121,7 @@ class SpmdPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        return FunctionalLatent(spec)
+        return functional_latent(spec)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

@@ -61,7 +61,7 @@ from anychip_conformance.fakes.functional import (
     outputs,
     tensors,
 )
-from anychip_conformance.fakes.functional_latents import FunctionalLatent
+from anychip_conformance.fakes.functional_sparse import functional_latent
 from anychip_conformance.fakes.functional_states import FunctionalStates
 
 _MAX_TOKENS = 64
@@ -147,6 +147,7 @@ class StaticPlatform(Platform):
         attention_lse=True,
         stale_kv="must_be_finite",
         mla=True,
+        sparse_latent=True,
         recurrences=frozenset(RECURRENCES),
         lora=True,
     )
@@ -158,7 +159,7 @@ class StaticPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        return FunctionalLatent(spec)
+        return functional_latent(spec)
 
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from anychip.errors import ConfigError
-from anychip.ops.reference import ReferenceEncoder, ReferenceLatent
+from anychip.ops.reference import ReferenceEncoder, ReferenceLatent, SparseLatent, dense_part
 from anychip.plugin_api import (
     RECURRENCES,
     Activation,
@@ -67,6 +67,7 @@ class FaultyPlatform(Platform):
         batch_invariant=True,
         attention_lse=True,
         mla=True,
+        sparse_latent=True,
         recurrences=frozenset(RECURRENCES),
         encoders=True,
         epilogues=frozenset(get_args(Activation)),
@@ -90,8 +91,11 @@ class FaultyPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        backend: LatentBackend = self._part("latent", ReferenceLatent)(spec)
-        return backend
+        rows: LatentBackend = self._part("latent", ReferenceLatent)(dense_part(spec))
+        if not spec.index_dim:
+            return rows
+        sparse: LatentBackend = self._part("sparse", SparseLatent)(spec, rows)
+        return sparse
 
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)

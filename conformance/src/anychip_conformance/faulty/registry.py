@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 Part = Literal[
-    "attention", "latent", "state", "recurrence", "encoder", "linear", "moe", "op", "op of a rank", "communicator",
-    "shapes",
-    "graphs", "hostlen attention", "step", "mesh",
+    "attention", "latent", "sparse", "state", "recurrence", "encoder", "linear", "moe", "op", "op of a rank",
+    "communicator", "shapes", "graphs", "hostlen attention", "step", "mesh",
 ]  # fmt: skip
 P = TypeVar("P")
 
@@ -23,6 +22,7 @@ _MODULES = (
     "latents",
     "latent_forms",
     "latent_ranks",
+    "sparse",
     "states",
     "recurrences",
     "encoders",
