@@ -73,9 +73,11 @@ def test_a_layer_that_shares_a_choice_attends_to_another_layers(tmp_path, monkey
 
 
 def test_where_all_tokens_are_chosen_their_scores_change_nothing(tmp_path):
-    model = make_checkpoint("deepseek-v32", tmp_path, index_topk=512)
+    model = make_checkpoint("deepseek-v32", tmp_path)
+    set_config(tmp_path, index_topk=512)
     with torch.inference_mode():
         for layer in model.model.layers:  # in the oracle alone
+            layer.self_attn.indexer.index_topk = 512
             layer.self_attn.indexer.weights_proj.weight.mul_(-1)
     with open_llm(Case("deepseek-v32", 64, True, False, True, "cpu"), tmp_path) as llm:
         tokens = list(generate(llm))
