@@ -25,6 +25,7 @@ COMMANDS = {
     "quantize": "make a quantized checkpoint of a plain one",
     "merge-adapter": "write a checkpoint that has a LoRA adapter in its weights",
     "plan": "say how much memory a model would take, before it is loaded",
+    "simulate": "predict throughput and latency on devices that are not there",
     "bench": "measure throughput, latency, start-up, or a server under load",
     "devices": "list installed devices, and why others cannot run",
     "doctor": "explain which device is chosen, and what is wrong with the others",
