@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-import msgspec
-
 from anychip.config import EngineConfig
 from anychip.hub import located
 from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len
@@ -18,6 +16,7 @@ from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
+from anychip.parallel_sizes import for_one_host
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.tasks.served import ServedTask
@@ -67,9 +66,9 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
 
 def _chosen(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
     """With several hosts, as if each had what this one has: nobody is asked."""
-    num_hosts = len(config.nodes) or (config.tensor_parallel_size if config.executor == "ray" else 1)
+    num_ranks = config.parallel_sizes.num_ranks
+    num_hosts = len(config.nodes) or (num_ranks if config.executor == "ray" else 1)
     if num_hosts == 1:
         return choose_device(config, plugins)
-    share = config.tensor_parallel_size // num_hosts
-    here = choose_device(msgspec.structs.replace(config, nodes=(), tensor_parallel_size=share), plugins)
+    here = choose_device(for_one_host(config, num_ranks // num_hosts), plugins)
     return dataclasses.replace(here, indexes=here.indexes * num_hosts)
