@@ -278,6 +278,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     link: WorkerLink | None = None
     """Known when the engine's sockets are bound."""
 
+    @property
+    def reports(self) -> bool:
+        """Whether its results are the engine's: those of the first rank that draws, which is of the last stage."""
+        return self.rank == self.world_size - self.world_size // self.config.pipeline_parallel_size
+
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine process is told: its configuration, and the folder of its sockets."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from anychip.keyed_sockets import ClusterKey
 from anychip.ops.reference.keyed_store import KeyedStore
-from anychip.plugin_api import Communicator, DeviceFault, GroupSpec, Unsupported
+from anychip.plugin_api import MAX_SENT, Communicator, DeviceFault, GroupSpec, Unsupported
 
 _dist: Any = torch.distributed
 """Its stores and groups come from C++ without types."""
@@ -25,6 +26,7 @@ class ProcessGroupCommunicator(Communicator):
     def __init__(self, spec: GroupSpec) -> None:
         super().__init__(spec)
         self._generation = 0
+        self._sent: dict[int, deque[tuple[Any, Tensor]]] = {}  # by receiver: what keeps a tensor until it is there
         self._group = self._open()
 
     @abstractmethod
@@ -106,7 +108,11 @@ class ProcessGroupCommunicator(Communicator):
         return x
 
     def send(self, x: Tensor, to: int) -> None:
-        self._wait(self._group.send([x.contiguous()], to, 0))
+        sent = x.contiguous().clone()  # the caller goes on, and may write to x
+        on_their_way = self._sent.setdefault(to, deque())
+        on_their_way.append((self._group.send([sent], to, 0), sent))
+        if len(on_their_way) > MAX_SENT:
+            self._wait(on_their_way.popleft()[0])
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         self._wait(self._group.recv([x], source, 0))
@@ -117,4 +123,5 @@ class ProcessGroupCommunicator(Communicator):
 
     def restore(self) -> None:
         self._generation += 1
+        self._sent.clear()
         self._group = self._open()
