@@ -71,9 +71,7 @@ class SimulatedStages:
 
 def engine(num_stages: int, *, overlap: bool = True, engine_s: float = 0.0, unit=None, **scheduler) -> EngineCore:
     given = {"num_blocks": 512, "max_num_seqs": 32, "budget": 256, **scheduler}
-    core = make_core(
-        make_scheduler(num_stages=num_stages, **given), max_in_flight=num_stages + (1 if overlap else 0)
-    )
+    core = make_core(make_scheduler(num_stages=num_stages, **given), max_in_flight=num_stages + (1 if overlap else 0))
     more = {} if unit is None else {"unit": unit}
     core.executor = SimulatedStages(core.executor, num_stages, engine_s=engine_s, **more)
     return core
