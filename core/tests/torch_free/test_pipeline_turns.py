@@ -1,4 +1,4 @@
-"""Steps of a pipeline on a simulated clock: the real engine and scheduler, and stages that take a unit of time a step."""
+"""Steps of a pipeline in simulated time: the real engine and scheduler, and stages that take a unit of it a step."""
 
 from __future__ import annotations
 

@@ -27,16 +27,22 @@ PLANNER = "anychip.worker.planning"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """`worker` is what each of `num_devices` would report."""
+    """`stages` are what a rank of each stage of the pipeline would report, of which there is one as a rule; all ranks
+    together are `num_devices`."""
 
     model: ModelConfig
-    worker: WorkerReady
+    stages: tuple[WorkerReady, ...]
     max_model_len: int
     num_devices: int
     quantization: str
     served: ServedTask
     total: int | None
     """Bytes of memory of the first device, where its probe says."""
+
+    @property
+    def worker(self) -> WorkerReady:
+        """The one whose KV cache limits the others'."""
+        return min(self.stages, key=lambda worker: worker.kv.num_blocks)
 
 
 def plan_engine(config: EngineConfig) -> EnginePlan:
@@ -48,7 +54,10 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     check_speculation(config, model, lambda: load_tokenizer(config, model))
     chosen = _chosen(config, load_plugins())
     config = fill_unset(config, chosen.decision)
-    worker: WorkerReady = import_module(PLANNER).plan_worker(worker_spec(config, chosen, Path("."), rank=0))
+    num_stages, plan_worker = config.pipeline_parallel_size, import_module(PLANNER).plan_worker
+    firsts = range(0, len(chosen.indexes), len(chosen.indexes) // num_stages) if num_stages > 1 else (0,)
+    stages = tuple(plan_worker(worker_spec(config, chosen, Path("."), rank=rank)) for rank in firsts)
+    worker: WorkerReady = min(stages, key=lambda each: each.kv.num_blocks)
     max_model_len = resolve_max_model_len(config, model, worker)
     check_fits(worker, max_model_len, config.resolved_max_num_batched_tokens)
     own = (model.raw.get("quantization_config") or {}).get("quant_method")
@@ -56,7 +65,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     return EnginePlan(
         model=model,
         served=served,
-        worker=worker,
+        stages=stages,
         max_model_len=max_model_len,
         num_devices=len(chosen.indexes),
         quantization=own or config.quantization or "none",

@@ -38,6 +38,15 @@ class Stage:
         """Those that it holds of a model of so many."""
         return range(self.first_layer, num_layers if self.end_layer is None else self.end_layer)
 
+    def described(self, num_layers: int, token_bytes: int) -> str:
+        """For people: what it holds, and what its links carry. `token_bytes` are those of a token's stream."""
+        layers = self.layers(num_layers)
+        holds = f"layers {layers.start} to {layers.stop - 1} of {num_layers}"
+        holds += ", the embedding" * self.is_first + ", the final norm and the head" * self.is_last
+        carried = [] if self.is_last else [f"{token_bytes} B a token to stage {self.index + 2}"]
+        carried += ["4 B a drawn token to stage 1"] if self.is_last else []
+        return f"stage {self.index + 1} of {self.count} holds {holds}; a step sends {', '.join(carried)}"
+
     def held_elsewhere(self, num_layers: int, *, embedding: bool) -> tuple[str, ...]:
         """Beginnings of the names of a decoder's tensors that other stages hold, in checkpoints of the whole model and
         of its decoder alone. `embedding`: whether this one holds the embedding."""

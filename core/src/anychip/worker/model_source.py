@@ -85,6 +85,12 @@ class CheckpointSource:
         """What of the checkpoint the last built layers leave out."""
 
     @property
+    def held_elsewhere(self) -> tuple[str, ...]:
+        """Beginnings of the names of what other stages hold; () where one holds all."""
+        whole = self.stage.count == 1
+        return () if whole else self.stage.held_elsewhere(self.model.num_layers, embedding=True)
+
+    @property
     def config_json(self) -> Mapping[str, Any]:
         return self.model.raw
 

@@ -157,9 +157,14 @@ class Preparation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the model's layers rule out of what was asked for."""
+        """What the model's layers rule out of what was asked for, and what the rank's stage holds."""
         unused = self.kv.states and self.config.speculate is not None
-        return ("a state cannot give a token back: no drafts for this model",) if unused else ()
+        found = ("a state cannot give a token back: no drafts for this model",) if unused else ()
+        stage = self.source.stage
+        if stage.count == 1:
+            return found
+        token_bytes = self.model.hidden_size * itemsize(self.source.dtype)
+        return (*found, stage.described(self.model.num_layers, token_bytes))
 
     def vector_head(self) -> VectorHead | None:
         """What makes of pooled vectors what the model's files describe; None: nothing does."""
