@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -54,8 +55,14 @@ class ProcessGroupCommunicator(Communicator):
         return self.make_group(_dist.PrefixStore(name, store), timedelta(seconds=spec.timeout_s))
 
     def _wait(self, work: Any) -> None:
-        try:
+        with self._peers():
             work.wait()
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Around what fails where another rank is gone. Raises DeviceFault."""
+        try:
+            yield
         except RuntimeError as error:
             raise self.fault(f"a rank is gone or did not answer: {error}", "peer_lost") from error
 
@@ -110,12 +117,14 @@ class ProcessGroupCommunicator(Communicator):
     def send(self, x: Tensor, to: int) -> None:
         sent = x.contiguous().clone()  # the caller goes on, and may write to x
         on_their_way = self._sent.setdefault(to, deque())
-        on_their_way.append((self._group.send([sent], to, 0), sent))
+        with self._peers():  # a connection that is closed refuses at once
+            on_their_way.append((self._group.send([sent], to, 0), sent))
         if len(on_their_way) > MAX_SENT:
             self._wait(on_their_way.popleft()[0])
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        self._wait(self._group.recv([x], source, 0))
+        with self._peers():
+            self._group.recv([x], source, 0).wait()
         return x
 
     def barrier(self) -> None:
