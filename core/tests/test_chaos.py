@@ -38,9 +38,13 @@ LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": Tru
 
 
 _WORKER = ("worker", ["--tensor-parallel-size", "2"])
+_STAGE = ("worker", ["--pipeline-parallel-size", "3"])
 
 
-@pytest.mark.parametrize(("victim", "options"), [("engine", []), pytest.param(*_WORKER, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("victim", "options"),
+    [("engine", []), *(pytest.param(*each, marks=pytest.mark.full) for each in (_WORKER, _STAGE))],
+)
 def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
     try:

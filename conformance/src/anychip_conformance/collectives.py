@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 from torch import Tensor
 
-from anychip.plugin_api import AXES, Axis, Communicator, Mesh, MeshShape
+from anychip.plugin_api import AXES, MAX_SENT, Axis, Communicator, Mesh, MeshShape
 from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, bits
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
-                         "all_to_all_v", "broadcast", "send_recv", "barrier", "order", "close_restore",
+                         "all_to_all_v", "broadcast", "send_recv", "send_ahead", "barrier", "order", "close_restore",
                          "mesh"]  # fmt: skip
 
 
@@ -167,6 +167,21 @@ def send_recv(m: Member) -> bytes:
     return b""
 
 
+def send_ahead(m: Member) -> bytes:
+    """Everybody sends to the right as much as may be on its way, before anybody asks for anything; the tensors that
+    were sent are written over at once. Sizes differ, an empty one among them."""
+    comm, right, left = m.mesh.axis("pp"), (m.rank + 1) % m.count, (m.rank - 1) % m.count
+    sizes = [m.case.size + step % 3 - 1 for step in range(MAX_SENT)]
+    for step, rows in enumerate(sizes):
+        x = m.tensor(m.values(m.rank, rows) + step)
+        comm.send(x, right)
+        x.zero_()
+    for step, rows in enumerate(sizes):
+        got = comm.recv(m.tensor(np.zeros((rows, m.case.width))), left)
+        m.same(f"tensor {step}", got, m.values(left, rows) + step)
+    return b""
+
+
 def barrier(m: Member) -> bytes:
     for _ in range(3):
         m.comm.barrier()
@@ -218,6 +233,6 @@ def along(case: CollectiveCase, axis: Axis, rank: int) -> list[int]:
 CHECKS: dict[str, Callable[[Member], bytes]] = {
     check.__name__: check
     for check in (all_reduce, all_gather, all_gather_v, reduce_scatter, reduce_scatter_v, all_to_all, all_to_all_v,
-                  broadcast, send_recv, barrier, order, close_restore, mesh)
+                  broadcast, send_recv, send_ahead, barrier, order, close_restore, mesh)
 }  # fmt: skip
 """Each returns bytes that must be the same at every member."""

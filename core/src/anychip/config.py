@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from anychip.errors import ConfigError
+from anychip.parallel_sizes import ParallelSizes, check_nodes, check_sizes
 from anychip.types import DTYPES, QUICKSTART
 
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
@@ -60,6 +61,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     overlap: bool = True
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    """Stages of whole layers, each on ranks of its own."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each stage, the first stage's first; (): what balances the stages."""
     executor: Literal["auto", "inline", "multiprocess", "ray"] = "auto"
     nodes: tuple[str, ...] = ()
     """Hosts that share the ranks, this one first: its name or address is where the others find it."""
@@ -105,9 +110,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         at_least = {
-            "max_num_seqs": 1, "max_num_batched_tokens": 1, "tensor_parallel_size": 1, "max_model_len": 2,
-            "block_size": 1, "num_kv_blocks": 2, "kv_cache_bytes": 1, "max_waiting": 1, "max_waiting_tokens": 1,
-            "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
+            "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2, "block_size": 1, "num_kv_blocks": 2,
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "kv_cache_bytes": 1, "max_waiting": 1,
+            "max_waiting_tokens": 1, "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -129,31 +134,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"dtype is {self.dtype!r}; expected auto or one of {', '.join(DTYPES)}")
         if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
             raise ConfigError("num_kv_blocks and kv_cache_bytes both size the KV cache; give one")
-        if self.executor == "inline" and self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"executor inline drives one worker, tensor_parallel_size is {self.tensor_parallel_size}; "
-                "use executor multiprocess"
-            )
+        check_sizes(self)
+        check_nodes(self)
 
-        self._check_nodes()
-
-    def _check_nodes(self) -> None:
-        """Raises ConfigError for hosts that cannot share the ranks."""
-        if not self.nodes:
-            return
-        if self.executor in ("inline", "ray"):
-            raise ConfigError(f"executor {self.executor} has no use for nodes; leave one of them out")
-        if self.cluster_key is None:
-            raise ConfigError("nodes takes a cluster_key: whoever reaches the port could join; `openssl rand -hex 32`")
-        if len(set(self.nodes)) < len(self.nodes) or not all(self.nodes):
-            raise ConfigError(f"nodes are {', '.join(map(repr, self.nodes))}; expected names that differ")
-        if self.tensor_parallel_size % len(self.nodes):
-            fits = [n for n in (self.tensor_parallel_size // len(self.nodes) * len(self.nodes),) if n]
-            larger = (self.tensor_parallel_size // len(self.nodes) + 1) * len(self.nodes)
-            raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}, which {len(self.nodes)} nodes cannot share "
-                f"evenly; give {' or '.join(map(str, [*fits, larger]))}"
-            )
+    @property
+    def parallel_sizes(self) -> ParallelSizes:
+        """How many ranks share the model, and along which axes."""
+        return ParallelSizes(pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size)
 
     @property
     def public_name(self) -> str:
@@ -205,8 +192,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def max_in_flight(self) -> int:
-        """Steps between launch and result: 2 lets scheduling run under the device's work."""
-        return 2 if self.overlap else 1
+        """Steps between launch and result: one for each stage of the pipeline, and one more that lets scheduling run
+        under the devices' work."""
+        return self.pipeline_parallel_size + (1 if self.overlap else 0)
 
 
 def _named(speculate: str | None, kind: str) -> str | None:
@@ -289,6 +277,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the plugin's probe found, as plain values: it is asked once, by who chooses the device."""
     link: WorkerLink | None = None
     """Known when the engine's sockets are bound."""
+
+    @property
+    def reports(self) -> bool:
+        """Whether its results are the engine's: those of the first rank that draws, which is of the last stage."""
+        return self.rank == self.world_size - self.world_size // self.config.pipeline_parallel_size
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -372,6 +372,9 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     adapters: list[AdapterSlot] = []
     state_copies: list[tuple[int, int]] = []
     """As `copies`, of blocks of the states' pool."""
+    ids_behind: int = 0
+    """How many steps before this one the newest was launched whose drawn ids this one computes; 0: it computes none.
+    Without a pipeline the workers have every earlier step's, and nobody says."""
 
 
 class LateInputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

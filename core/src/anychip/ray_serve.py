@@ -111,7 +111,7 @@ def actor_options(config: AppConfig) -> dict[str, Any]:
         raise ConfigError("nodes are for `anychip serve`; with Ray, give the engine executor ray")
     if engine.device == "auto":
         raise ConfigError("replicas run on hosts whose devices are not known here; give the engine a device by name")
-    resource, amount = ray_resource_of(engine, load_plugins()), engine.tensor_parallel_size
+    resource, amount = ray_resource_of(engine, load_plugins()), engine.parallel_sizes.num_ranks
     if engine.executor == "ray":  # its process is a driver of its own, of the same cluster
         cluster = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}} if ray.is_initialized() else {}
         return {"num_cpus": 0, "runtime_env": cluster, **config.actor_options}

@@ -73,11 +73,11 @@ class Request:
 
     __slots__ = (
         "adapter", "adapter_slot", "arrival", "arrived_at", "block_hashes", "block_ids", "cached_tokens", "deadline",
-        "enters", "epoch", "extras", "finish_reason", "fork_of", "index", "is_beam", "junction", "max_output",
-        "media_marks", "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs", "num_promised",
-        "num_prompt", "output_token_ids", "prefix_root", "priority", "processors", "prompt", "prompt_logprobs", "rank",
-        "request_id", "sampling", "scheduled_at", "seed", "slot", "speculation", "status", "stop_ids", "tenant",
-        "whole",
+        "drawn_in", "enters", "epoch", "extras", "finish_reason", "fork_of", "index", "is_beam", "junction",
+        "max_output", "media_marks", "next_change_at", "num_cached_blocks", "num_computed", "num_logprobs",
+        "num_promised", "num_prompt", "output_token_ids", "prefix_root", "priority", "processors", "prompt",
+        "prompt_logprobs", "rank", "request_id", "sampling", "scheduled_at", "seed", "slot", "speculation", "status",
+        "stop_ids", "tenant", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -134,6 +134,7 @@ class Request:
         self.slot: Slot | None = None
         self.num_computed = 0
         self.num_promised = 0
+        self.drawn_in = 0  # the newest step that draws for it; 0: none since the workers were told all of it
         self.cached_tokens = 0
         self.rank = 0.0  # the policy's
         self.arrived_at = time.monotonic() if arrived_at is None else arrived_at

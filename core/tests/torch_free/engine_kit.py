@@ -46,6 +46,7 @@ def make_scheduler(
     policy: SchedulingPolicy | None = None,
     speculator: Speculator | None = None,
     max_adapters: int = 0,
+    num_stages: int = 1,
 ) -> Scheduler:
     if num_states is None:  # with block 0, and one to spare
         num_states = max_num_seqs + 2 if any(isinstance(group, StateGroup) for group in groups) else 0
@@ -57,6 +58,7 @@ def make_scheduler(
         max_num_batched_tokens=budget,
         speculator=speculator,
         max_adapters=max_adapters,
+        num_stages=num_stages,
     )
 
 

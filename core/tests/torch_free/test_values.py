@@ -49,6 +49,10 @@ def test_messages_survive_the_wire():
     [
         {"max_num_seqs": 0}, {"memory_fraction": 0}, {"memory_fraction": 2}, {"dtype": "float7"},
         {"num_kv_blocks": 9, "kv_cache_bytes": 9}, {"executor": "inline", "tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 0}, {"executor": "inline", "pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "pipeline_layers": (3,)}, {"pipeline_layers": (3, 4)},
+        {"pipeline_parallel_size": 2, "pipeline_layers": (3, 0)}, {"pipeline_parallel_size": 2, "taps": (1,)},
+        {"pipeline_parallel_size": 2, "speculate": "ngram"},
     ],
 )  # fmt: skip
 def test_an_impossible_configuration_is_refused(values):

@@ -105,6 +105,22 @@ def send_recv(device: Device, case: CollectiveCase) -> None:
 
 
 @kind(
+    "comm.send_ahead",
+    profile="distributed",
+    corpus=[
+        CollectiveCase(name="send_ahead", **world, axes={"pp": world["world"]}, size=size)  # type: ignore[arg-type]
+        for world in (PAIR, FOUR)
+        for size in (1, 7)
+    ],
+    deadline_s=_DEADLINE_S,
+)
+def send_ahead(device: Device, case: CollectiveCase) -> None:
+    """Along the axis of a pipeline, who sends goes on before anybody asks for it, and may write to what was sent; it
+    comes in the order in which it was sent. The axis may be refused, with a reason."""
+    check(device, case)
+
+
+@kind(
     "comm.order", profile="distributed", corpus=[*every("order", (7,)), *every("barrier", (1,))], deadline_s=_DEADLINE_S
 )
 def order(device: Device, case: CollectiveCase) -> None:

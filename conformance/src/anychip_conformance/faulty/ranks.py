@@ -152,3 +152,41 @@ class ClosedForGood(Wrapped):
         if self.closed:
             raise RuntimeError("the group is closed")
         return super().all_reduce(x)
+
+
+class SendsLater(Wrapped):
+    """Sends nothing before something is to be received."""
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self.waiting: list[tuple[Tensor, int]] = []
+
+    def send(self, x: Tensor, to: int) -> None:
+        self.waiting.append((x, to))
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        waiting, self.waiting = self.waiting, []
+        for sent, to in waiting:
+            self.inner.send(sent, to)
+        return self.inner.recv(x, source)
+
+
+@fault("comm-send-reads-later", "communicator", killed_by="comm.send_ahead.001")
+class SendReadsLater(SendsLater):
+    """What is sent is read when it goes, and not when it was given."""
+
+
+@fault("comm-send-newest-first", "communicator", killed_by="comm.send_ahead.002")
+class SendNewestFirst(SendsLater):
+    """Of tensors that wait, those of one size overtake each other."""
+
+    def send(self, x: Tensor, to: int) -> None:
+        self.waiting.insert(0, (x.clone(), to))
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        # As many as were sent of each size: the receiver's shapes fit, and the values do not.
+        by_size: dict[int, list[tuple[Tensor, int]]] = {}
+        for sent, to in self.waiting:
+            by_size.setdefault(len(sent), []).append((sent, to))
+        self.waiting = [by_size[len(sent)].pop(0) for sent, _ in reversed(self.waiting)]
+        return super().recv(x, source)

@@ -1,4 +1,4 @@
-"""One process per device. Decisions go to every worker, results come from rank 0, faults from every rank.
+"""One process per device. Decisions go to every worker, results come from one rank, faults from every rank.
 
 The processes are started by launch/, here or on other hosts; this side notices deaths and hangs.
 """

@@ -69,6 +69,7 @@ def build_engine(
             max_num_batched_tokens=config.resolved_max_num_batched_tokens,
             max_embeddings=config.max_embeddings,
             max_adapters=config.resolved_max_adapters,
+            num_stages=config.pipeline_parallel_size,
             speculator=None if proposer is None else _speculator(config, model, proposer, executor.ready),
         )
     except BaseException:

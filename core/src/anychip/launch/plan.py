@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-import msgspec
-
 from anychip.config import EngineConfig
 from anychip.hub import located
 from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len
@@ -18,6 +16,7 @@ from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
+from anychip.parallel_sizes import for_one_host
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.tasks.served import ServedTask
@@ -28,16 +27,22 @@ PLANNER = "anychip.worker.planning"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """`worker` is what each of `num_devices` would report."""
+    """`stages` are what a rank of each stage of the pipeline would report, of which there is one as a rule; all ranks
+    together are `num_devices`."""
 
     model: ModelConfig
-    worker: WorkerReady
+    stages: tuple[WorkerReady, ...]
     max_model_len: int
     num_devices: int
     quantization: str
     served: ServedTask
     total: int | None
     """Bytes of memory of the first device, where its probe says."""
+
+    @property
+    def worker(self) -> WorkerReady:
+        """The one whose KV cache limits the others'."""
+        return min(self.stages, key=lambda worker: worker.kv.num_blocks)
 
 
 def plan_engine(config: EngineConfig) -> EnginePlan:
@@ -49,7 +54,10 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     check_speculation(config, model, lambda: load_tokenizer(config, model))
     chosen = _chosen(config, load_plugins())
     config = fill_unset(config, chosen.decision)
-    worker: WorkerReady = import_module(PLANNER).plan_worker(worker_spec(config, chosen, Path("."), rank=0))
+    num_stages, plan_worker = config.pipeline_parallel_size, import_module(PLANNER).plan_worker
+    firsts = range(0, len(chosen.indexes), len(chosen.indexes) // num_stages) if num_stages > 1 else (0,)
+    stages = tuple(plan_worker(worker_spec(config, chosen, Path("."), rank=rank)) for rank in firsts)
+    worker: WorkerReady = min(stages, key=lambda each: each.kv.num_blocks)
     max_model_len = resolve_max_model_len(config, model, worker)
     check_fits(worker, max_model_len, config.resolved_max_num_batched_tokens)
     own = (model.raw.get("quantization_config") or {}).get("quant_method")
@@ -57,7 +65,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     return EnginePlan(
         model=model,
         served=served,
-        worker=worker,
+        stages=stages,
         max_model_len=max_model_len,
         num_devices=len(chosen.indexes),
         quantization=own or config.quantization or "none",
@@ -67,9 +75,9 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
 
 def _chosen(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
     """With several hosts, as if each had what this one has: nobody is asked."""
-    num_hosts = len(config.nodes) or (config.tensor_parallel_size if config.executor == "ray" else 1)
+    num_ranks = config.parallel_sizes.num_ranks
+    num_hosts = len(config.nodes) or (num_ranks if config.executor == "ray" else 1)
     if num_hosts == 1:
         return choose_device(config, plugins)
-    share = config.tensor_parallel_size // num_hosts
-    here = choose_device(msgspec.structs.replace(config, nodes=(), tensor_parallel_size=share), plugins)
+    here = choose_device(for_one_host(config, num_ranks // num_hosts), plugins)
     return dataclasses.replace(here, indexes=here.indexes * num_hosts)

@@ -1,4 +1,4 @@
-"""A worker process: takes steps from the engine, returns results from rank 0.
+"""A worker process: takes steps from the engine, and returns results where its rank is the one that reports.
 
 A thread of its own waits for results, so that the next step is launched while the device still works on this one.
 """
@@ -133,7 +133,7 @@ class WorkerProcess:
                 raise
             self._fail(fault, flying.step_id)
         else:
-            if self.spec.rank == 0:
+            if self.spec.reports:
                 self._send(result)
 
     def _got_on(self, doing: str) -> None:

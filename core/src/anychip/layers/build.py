@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from anychip.errors import ConfigError
+from anychip.layers.stage import WHOLE, Stage
 from anychip.plugin_api import (
     KV_HEADS,
     AdapterSite,
@@ -36,6 +37,8 @@ class Builder:
     weights: WeightRegister
     formats: WeightFormat
     stored: StoredTensors
+    stage: Stage = WHOLE
+    """Of the model's layers, those that this rank builds."""
     draws: bool = True
     """Whether tokens are drawn: a model that gives vectors alone has no output head."""
     kv_scales: bool = False

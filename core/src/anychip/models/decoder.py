@@ -17,6 +17,7 @@ from anychip.layers.latent import LatentAttention
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
+from anychip.layers.stage import StageLinks
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api import (
     FINAL,
@@ -26,12 +27,16 @@ from anychip.plugin_api import (
     CacheBackend,
     CacheSpec,
     ForwardContext,
+    ForwardExtras,
     MeshShape,
     MoESpec,
     Rope,
     Sharded,
 )
 from anychip.types import DType
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""By the names that checkpoints give them."""
 
 
 class DecoderLayer(Protocol):
@@ -55,7 +60,10 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 class Decoder:
     """A family overrides `layer`, and `layer_types` where its layers differ. A family reads the fields of config.json
-    that transformers' class of it reads, and no others."""
+    that transformers' class of it reads, and no others.
+
+    A rank builds the layers of its stage: the first one looks embeddings up, the last one has the final norm and the
+    head. `specs` are those of its layers."""
 
     activation_field = ("hidden_act", "silu")
     """The field that names the activation of feed-forward blocks, and its default."""
@@ -73,31 +81,33 @@ class Decoder:
         self.num_layers = config.num_layers
         self.hidden_size = config.hidden_size
         builder.weights.ignored += ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
-        self.embedding = VocabParallelEmbedding(
-            builder, name="model.embed_tokens", vocab_size=config.vocab_size, hidden_size=config.hidden_size
-        )
+        self.stage = stage = builder.stage
+        self.links = StageLinks(stage, builder.mesh.axis("pp"), config.hidden_size, builder.dtype)
+        tied = config.tie_word_embeddings
+        if tied and stage.count > 1:  # of several stages, the first and the last hold what is tied
+            tied = builder.stored.tie(HEAD, EMBEDDING)
+        self.embedding: VocabParallelEmbedding | None = None
+        if stage.is_first or (stage.is_last and tied):
+            self.embedding = VocabParallelEmbedding(
+                builder, name=EMBEDDING, vocab_size=config.vocab_size, hidden_size=config.hidden_size
+            )
+        if stage.count > 1:
+            elsewhere = stage.held_elsewhere(config.num_layers, embedding=self.embedding is not None)
+            builder.weights.elsewhere += elsewhere
         if self.embedding_scale is not None:
             # A number of the host: a tensor made in a step would be a copy to the device, which no capture takes.
             self.embedding_scale = rounded(self.embedding_scale, builder.dtype)
         rope = self.rope(builder)
         self.layers = self.build_layers(builder, specs, rope)
-        self.norm = RMSNorm(
-            builder,
-            name="model.norm",
-            size=config.hidden_size,
-            eps=config.norm_eps,
-            unit_offset=self.unit_offset_norm,
-        )
+        self.norm: RMSNorm | None = None
         self.head: LMHead | None = None
-        if builder.draws:
-            self.head = LMHead(
-                builder,
-                name="lm_head",
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                tied=self.embedding if config.tie_word_embeddings else None,
-            )
-        else:
+        if stage.is_last:
+            size, eps, offset = config.hidden_size, config.norm_eps, self.unit_offset_norm
+            self.norm = RMSNorm(builder, name="model.norm", size=size, eps=eps, unit_offset=offset)
+            if builder.draws:
+                held = self.embedding if tied else None
+                self.head = LMHead(builder, name=HEAD, vocab_size=self.vocab_size, hidden_size=size, tied=held)
+        if not builder.draws:
             builder.weights.elsewhere += ("lm_head.", "score.")  # read for the vectors' head, if at all
         self.adapter_sites = builder.adapter_sites
 
@@ -120,12 +130,26 @@ class Decoder:
         """By layer, "full_attention" or "sliding_attention"."""
         return ["full_attention"] * config.num_layers
 
+    @classmethod
+    def caches_by_layer(cls, config: ModelConfig) -> list[int]:
+        """How many of attention_specs belong to each layer."""
+        return [1] * config.num_layers
+
     @property
     def attention(self) -> list[CacheBackend]:
         return [layer.attention.backend for layer in self.layers]
 
     def build_layers(self, builder: Builder, specs: Sequence[Any], rope: Any) -> list[Any]:
-        return [self.layer(builder, index, specs[index], rope) for index in range(self.config.num_layers)]
+        return [self.layer(builder, index, specs[self.place(index)], rope) for index in self.held_layers]
+
+    @property
+    def held_layers(self) -> range:
+        """The layers that this rank's stage holds."""
+        return self.stage.layers(self.config.num_layers)
+
+    def place(self, index: int) -> int:
+        """Where what a layer keeps stands among what this rank's layers keep."""
+        return index - self.stage.first_layer
 
     def rope(self, builder: Builder) -> Rope | None:
         """The rotary embedding that `layer` is given; None: the family has none."""
@@ -137,7 +161,7 @@ class Decoder:
         return known_activation(self.config, *self.activation_field)
 
     def layer(self, builder: Builder, index: int, spec: Any, rope: Rope) -> DecoderLayer:
-        """`spec` is the one that attention_specs has for the layer."""
+        """`index` counts from the model's first layer; `spec` is the one that attention_specs has for the layer."""
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
 
     def self_attention(
@@ -151,7 +175,7 @@ class Decoder:
         **differences: Any,
     ) -> Attention:
         """Llama's attention, with a family's differences in layers.attention.Attention's arguments. `at` is the place
-        of `spec` among the model's, where that is not the layer's."""
+        of `spec` among this rank's, where that is not the layer's."""
         config = self.config
         settings: dict[str, Any] = {
             "scale": config.head_dim**-0.5,
@@ -160,7 +184,7 @@ class Decoder:
         }
         return Attention(
             builder,
-            index=index if at is None else at,
+            index=self.place(index) if at is None else at,
             spec=spec,
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,
@@ -196,21 +220,27 @@ class Decoder:
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        hidden = self.embedding(input_ids)  # [num_tokens, hidden_size]
-        if self.embedding_scale is not None:
-            hidden = hidden * self.embedding_scale
         extras = context.extras
-        if extras is not None:
-            hidden = extras.embedded(hidden)
+        hidden = self.embedded(input_ids, extras) if self.stage.is_first else self.links.receive(positions)
         residual: Tensor | None = None
-        for index, layer in enumerate(self.layers):
+        for index, layer in zip(self.held_layers, self.layers, strict=True):
             hidden, residual = layer(hidden, residual, context)
             if extras is not None:
                 extras.seen(index, hidden, residual)
+        if self.norm is None:
+            return self.links.pass_on(hidden, residual)
         final = self.norm.with_residual(hidden, residual)[0]
         if extras is not None:
             extras.seen(FINAL, final)
         return final
+
+    def embedded(self, input_ids: Tensor, extras: ForwardExtras | None) -> Tensor:
+        """[num_tokens, hidden_size], for the first layer."""
+        assert self.embedding is not None, "the first stage holds the embedding"
+        hidden = self.embedding(input_ids)
+        if self.embedding_scale is not None:
+            hidden = hidden * self.embedding_scale
+        return hidden if extras is None else extras.embedded(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head is None:

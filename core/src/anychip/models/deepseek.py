@@ -67,7 +67,7 @@ class DeepseekV2(Decoder):
         attention = LatentAttention(
             builder,
             name=f"model.layers.{index}.self_attn",
-            index=index,
+            index=self.place(index),
             spec=spec,
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,

@@ -155,6 +155,11 @@ class Hybrid(Decoder):
         """Those of the first layer, then those of the second, and so on."""
         return [spec for kind in cls.kinds(config) for spec in cls.specs_of(kind, config, shape, dtype, kv_dtype)]
 
+    @classmethod
+    def caches_by_layer(cls, config: ModelConfig) -> list[int]:
+        # Neither the mesh nor the dtypes change how many there are.
+        return [len(cls.specs_of(kind, config, MeshShape(), "float32", "float32")) for kind in cls.kinds(config)]
+
     def rope(self, builder: Builder) -> Rope | None:
         return super().rope(builder) if self.rotates else None
 
@@ -162,8 +167,9 @@ class Hybrid(Decoder):
 
     def build_layers(self, builder: Builder, specs: Sequence[CacheSpec], rope: Rope | None) -> list[Any]:
         layers, at = list[BlockLayer](), 0
-        for index, kind in enumerate(self.kinds(self.config)):
-            layer = self.hybrid_layer(builder, index, kind, specs, at, rope)
+        kinds = self.kinds(self.config)
+        for index in self.held_layers:
+            layer = self.hybrid_layer(builder, index, kinds[index], specs, at, rope)
             layers.append(layer)
             at += len(layer.backends)
         assert at == len(specs), f"layers keep {at} caches, and {len(specs)} were planned"

@@ -27,7 +27,7 @@ from anychip.plugin_api.cache import CacheBackend, CanonicalArray, plain_bytes
 from anychip.plugin_api.cache_plan import KVPlan
 from anychip.plugin_api.cache_specs import CacheSpec, PagedBackend, PagedSpec
 from anychip.plugin_api.capabilities import Capabilities, GraphLevel, StepLimits, StepRules
-from anychip.plugin_api.communicator import Communicator, GroupSpec
+from anychip.plugin_api.communicator import MAX_SENT, Communicator, GroupSpec
 from anychip.plugin_api.encoder import EncoderBackend, EncoderLayer, EncoderSpec, EncoderView
 from anychip.plugin_api.event import Event
 from anychip.plugin_api.forward_context import ForwardContext
@@ -108,23 +108,24 @@ from anychip.types import MAX_BIASES, MAX_LOGPROBS, NULL_BLOCK, PADDING_SLOT
 
 __all__ = [
     "ADAPTERS", "API_VERSION", "AXES", "DRAFTS", "DRAWN", "EDITS", "EMBEDDINGS", "FINAL", "FP8_MAX", "INT4_ZERO",
-    "IN_PROMPT", "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MROPE", "NAMED", "NO_ADAPTER",
-    "NULL_BLOCK", "NUM_AXES", "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED", "SCALES", "SCHEMES",
-    "SCORES", "SEGMENTS", "TAPS", "VALUES", "ActFormat", "Activation", "AdaptedPart", "AdapterEntry", "AdapterSite",
-    "AdapterStack", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "CacheBackend",
-    "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator", "CompileReport",
-    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows",
-    "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig", "EnteringRow", "Event",
-    "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec",
-    "HeldTensor", "HostOutputs", "IndexInputs", "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec",
-    "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo", "Mesh", "MeshShape", "MoESpec",
-    "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest", "PartialAttention",
-    "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext", "PlatformManifest",
-    "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm", "QuantFormatManifest",
-    "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels", "RegionCompiler", "Requirement",
-    "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section", "ShapeKey", "ShapePolicy", "Sharded",
-    "Span", "StateBackend", "StateLayer", "StateSpec", "StateView", "StepAdapters", "StepInputs", "StepLimits",
-    "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology", "Turning", "Unsupported", "WeightView",
-    "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features", "held", "hookimpl", "latent_page_bytes",
-    "op_override", "plain_bytes", "sampling_features", "sites_of", "state_spec",
+    "IN_PROMPT", "KV_HEADS", "LOGPROBS", "MASKS", "MAX_BIASES", "MAX_LOGPROBS", "MAX_SENT", "MROPE", "NAMED",
+    "NO_ADAPTER", "NULL_BLOCK", "NUM_AXES", "OP_VERSIONS", "PADDING_SLOT", "POOLED", "RECURRENCES", "REPLICATED",
+    "SCALES", "SCHEMES", "SCORES", "SEGMENTS", "TAPS", "VALUES", "ActFormat", "Activation", "AdaptedPart",
+    "AdapterEntry", "AdapterSite", "AdapterStack", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis",
+    "BatchView", "CacheBackend", "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest",
+    "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
+    "EagerCall", "EmbeddingRows", "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig",
+    "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture",
+    "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexInputs", "KVLayout", "KVPlan", "LatentBackend",
+    "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo", "Mesh",
+    "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest",
+    "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext",
+    "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm",
+    "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels",
+    "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
+    "ShapeKey", "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView",
+    "StepAdapters", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology",
+    "Turning", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features",
+    "held", "hookimpl", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features", "sites_of",
+    "state_spec",
 ]  # fmt: skip

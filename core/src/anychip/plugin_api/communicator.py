@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MAX_SENT = 16
+"""Tensors that may be on their way to a rank before `Communicator.send` waits: a pipeline has one for each step in
+flight."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
     """`ranks` are world ranks in group order; `purpose` names the axis of the mesh along which they lie.
@@ -88,9 +93,14 @@ class Communicator:
         return x
 
     def send(self, x: Tensor, to: int) -> None:
+        """To a rank of the group, which gets what it is sent in order. Does not wait until that rank asks for it, as
+        long as no more than MAX_SENT are on their way to it: two ranks may send to each other at once. x may be written
+        to afterwards."""
         raise Unsupported(self.name, ["a group of one has nobody to send to"])
 
     def recv(self, x: Tensor, source: int) -> Tensor:
+        """The oldest that a rank of the group has sent here and that was not received, in x's shape and dtype. Waits
+        for it, and may write it to x."""
         raise Unsupported(self.name, ["a group of one has nobody to receive from"])
 
     def barrier(self) -> None:

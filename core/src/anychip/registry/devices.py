@@ -158,7 +158,7 @@ def choose_named(name: str, plugins: Plugins) -> Candidate:
 
 
 def _indexes(config: EngineConfig, chosen: Candidate, index_text: str, *, per_host: bool) -> tuple[int, ...]:
-    """Devices in rank order: as many as tensor parallelism wants, from the named one on."""
+    """Devices in rank order: as many as there are ranks, from the named one on."""
     manifest = chosen.manifest
     available = [device.index for device in chosen.probe.devices]
     if index_text:
@@ -168,14 +168,15 @@ def _indexes(config: EngineConfig, chosen: Candidate, index_text: str, *, per_ho
             )
         available = available[available.index(int(index_text)) :]
     if per_host:
-        if config.tensor_parallel_size > 1:
+        if config.parallel_sizes.num_ranks > 1:
             raise ConfigError(
-                f"{manifest.name} drives its {len(available)} devices from one process; leave tensor_parallel_size at 1"
+                f"{manifest.name} drives its {len(available)} devices from one process; leave "
+                f"{config.parallel_sizes.settings} at 1"
             )
         return tuple(available)
-    wanted = config.tensor_parallel_size
+    wanted = config.parallel_sizes.num_ranks
     if len(available) < wanted:
         raise DeviceUnavailable(
-            f"tensor_parallel_size {wanted} needs as many {manifest.name} devices, {len(available)} are there"
+            f"{config.parallel_sizes} needs as many {manifest.name} devices, {len(available)} are there"
         )
     return tuple(available[:wanted])

@@ -20,6 +20,7 @@ from anychip.scheduler.drafting import Drafting
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.step import ScheduledStep, StepDraft
 from anychip.scheduler.step_room import Rows, StepRoom, check_rules
+from anychip.scheduler.turns import PipelineTurns
 from anychip.scheduler.waiting import WaitingQueue, remove
 from anychip.speculation.speculator import Speculator
 from anychip.types import FinishReason, RequestId, Slot
@@ -41,6 +42,7 @@ class Scheduler:
         speculator: Speculator | None = None,
         max_embeddings: int = 0,
         max_adapters: int = 0,
+        num_stages: int = 1,
     ) -> None:
         check_rules(rules, max_num_batched_tokens, max_num_seqs)
         self.kv = kv
@@ -50,6 +52,7 @@ class Scheduler:
         self.max_tokens = max_num_batched_tokens
         takes_drafts = rules.takes_drafts and kv.shares  # a state that took in a token cannot give it back
         self.drafting = Drafting(kv, speculator) if speculator is not None and takes_drafts else None
+        self._turns = PipelineTurns(num_stages) if num_stages > 1 else None
         self._beams = Beams(kv)
         self.adapters = AdapterSlots(max_adapters)
         self.waiting = WaitingQueue(kv, policy, self._beams, self.adapters, max_embeddings)
@@ -174,12 +177,17 @@ class Scheduler:
         """Gives running requests their tokens. Those that decode come first, and chunks of prompts share the rest: a
         long prompt, however urgent, does not make them stand still."""
         running, ones, num_ones = self.running, draft.rows, draft.room.num_ones
+        turns, step_id = self._turns, self._next_step
+        if turns is not None:
+            num_ones = min(num_ones, turns.share(running))
         prefills: list[Request] = []
         position = 0
         while position < len(running):
             request = running[position]
             position += 1
             if request.is_beam and self._beams.waits(request):
+                continue
+            if turns is not None and turns.waits(request, step_id):
                 continue
             num_output, computed = len(request.output_token_ids) + request.num_promised, request.num_computed
             if num_output >= request.max_output:  # its last token is drawn already
@@ -246,6 +254,7 @@ class Scheduler:
             rewinds=b"" if self.drafting is None else self.drafting.take_rewinds(),
             zero_new_blocks=self.rules.zero_new_blocks,
             adapters=self.adapters.take_filled(),
+            ids_behind=0 if self._turns is None else self._turns.ids_behind(draft.rows, step_id),
         )
         self.kv.launched(step_id)
         return step

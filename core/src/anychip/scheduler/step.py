@@ -87,7 +87,7 @@ class StepDraft:
 
     def _tell_all(self, request: Request) -> None:
         """The workers hear all of the request with this step."""
-        request.enters = False
+        request.enters, request.drawn_in = False, 0
         self.new_rows.append(_new_row(request))
 
     def place_drafts(self, rows: Sequence[int], drafts: Drafts, lengths: np.ndarray) -> None:
@@ -118,6 +118,7 @@ class StepDraft:
         rewinds: bytes,
         zero_new_blocks: bool,
         adapters: list[AdapterSlot],
+        ids_behind: int,
     ) -> ScheduledStep:
         """The step as it is launched: from now on its rows count as computed, and the tokens that it draws as
         promised."""
@@ -139,6 +140,7 @@ class StepDraft:
                     step.pooled[row] = (request, request.epoch)
                     continue
                 request.num_promised += 1
+                request.drawn_in = step_id
                 step.sampling.append(request)
                 step.epochs.append(request.epoch)
                 if request.processors:
@@ -161,6 +163,7 @@ class StepDraft:
             state_copies=changes.state_copies,
             num_proposed=array("i", self.num_proposed).tobytes() if self.num_proposed else b"",
             adapters=adapters,
+            ids_behind=ids_behind,
         )
         return step
 

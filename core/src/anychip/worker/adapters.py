@@ -16,9 +16,11 @@ Report = Callable[[AdapterReport], None]
 
 
 class AdapterStore:
-    """`sites` are the products that take adapters; `max_rank` is what their slots have room for, 0: there are none."""
+    """`sites` are the products that take adapters; `max_rank` is what their slots have room for, 0: there are none.
+    Matrices of modules whose names begin as one of `elsewhere` does are other ranks'."""
 
-    def __init__(self, sites: Sequence[AdapterSite], max_rank: int) -> None:
+    def __init__(self, sites: Sequence[AdapterSite], max_rank: int, elsewhere: tuple[str, ...] = ()) -> None:
+        self._elsewhere = elsewhere
         self._sites = sites
         self._max_rank = max_rank
         self._held: dict[bytes, LoadedAdapter] = {}
@@ -57,6 +59,8 @@ class AdapterStore:
         if not self._max_rank:
             raise AdapterRefused("the engine has no slots for adapters; start it with --max-adapters")
         loaded = load_adapter(Path(message.folder), message.digest)
+        own = {name: pair for name, pair in loaded.modules.items() if not name.startswith(self._elsewhere)}
+        loaded = LoadedAdapter(loaded.digest, own)
         check_fits(loaded, self._sites, self._max_rank)
         return loaded
 

@@ -31,8 +31,19 @@ _TYPICAL_TOKENS = 4096
 BackendFor = Callable[[CacheSpec], CacheBackend]
 
 
-def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int | None) -> KVPlan:
-    """`specs` by layer. Layers of one spec that keep something by token form groups of at most `num_buffers` layers; a
+def plan_kv(
+    specs: Sequence[CacheSpec],
+    backend_for: BackendFor,
+    block_size: int | None,
+    *,
+    stages: Sequence[range] | None = None,
+    own: int = 0,
+) -> KVPlan:
+    """`specs` by layer. With `stages` of a pipeline, which say by stage which of them are its own, the plan is of the
+    layers of stage `own`, counted from its first. Groups are the same on all stages, since a request's blocks are; one
+    may have no layer of a stage.
+
+    Layers of one spec that keep something by token form groups of at most `num_buffers` layers; a
     group's n-th layer lies in the pool's n-th buffer, so a block id means the same bytes in every group and belongs to
     one at a time. State layers have a buffer each, in a pool of their own. Encoder layers
     keep nothing, and have groups for their plans alone.
@@ -43,6 +54,8 @@ def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int
     by_spec: dict[PagedSpec, list[int]] = {}
     states: dict[StateSpec, list[int]] = {}
     encoders: dict[EncoderSpec, list[int]] = {}
+    stages = [range(len(specs))] if stages is None else stages
+    held = stages[own]
     for layer, spec in enumerate(specs):
         match spec:
             case EncoderSpec():
@@ -58,23 +71,26 @@ def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int
         raise Unsupported(
             "KV cache", ["the model mixes encoder layers, which need whole prompts in a step, with layers that cache"]
         )
-    layer_groups, layer_buffers = [0] * len(specs), [0] * len(specs)
+    layer_groups, layer_buffers = [0] * len(held), [0] * len(held)
     group_sizes: list[int] = []
     group_specs: list[PagedSpec] = []
     sizes = _block_sizes(list(by_spec), backend_for, block_size) if by_spec else {}
-    num_buffers = _group_size({spec: len(layers) for spec, layers in by_spec.items()}) if by_spec else 0
-    for paged, layers in by_spec.items():
-        for start in range(0, len(layers), num_buffers):
-            for buffer, layer in enumerate(layers[start : start + num_buffers]):
-                layer_groups[layer], layer_buffers[layer] = len(group_sizes), buffer
-            group_sizes.append(sizes[paged])
-            group_specs.append(paged)
+    num_groups = _groups_by_spec(by_spec, stages) if by_spec else {}
+    held_by_spec = {spec: [layer for layer in layers if layer in held] for spec, layers in by_spec.items()}
+    num_buffers = max((cdiv(len(layers), num_groups[spec]) for spec, layers in held_by_spec.items()), default=0)
+    for paged, layers in held_by_spec.items():
+        for place, layer in enumerate(layers):
+            group, buffer = divmod(place, num_buffers)
+            layer_groups[layer - held.start], layer_buffers[layer - held.start] = len(group_sizes) + group, buffer
+        group_sizes += [sizes[paged]] * num_groups[paged]
+        group_specs += [paged] * num_groups[paged]
     state_bytes = num_states = 0
     for group, (state, layers) in enumerate(states.items(), start=len(group_specs)):
         for layer in layers:
-            layer_groups[layer], layer_buffers[layer] = group, num_states
-            num_states += 1
-        state_bytes += len(layers) * cast(StateBackend, backend_for(state)).state_bytes()
+            if layer in held:
+                layer_groups[layer - held.start], layer_buffers[layer - held.start] = group, num_states
+                num_states += 1
+                state_bytes += cast(StateBackend, backend_for(state)).state_bytes()
     for group, layers in enumerate(encoders.values()):
         for layer in layers:
             layer_groups[layer] = group
@@ -89,6 +105,13 @@ def plan_kv(specs: Sequence[CacheSpec], backend_for: BackendFor, block_size: int
         state_bytes=state_bytes,
         encoders=tuple(encoders),
     )
+
+
+def _groups_by_spec(by_spec: dict[PagedSpec, list[int]], stages: Sequence[range]) -> dict[PagedSpec, int]:
+    """How many groups the layers of each spec form: enough for the stage that has most of them."""
+    most = {spec: max(sum(layer in held for layer in layers) for held in stages) for spec, layers in by_spec.items()}
+    size = _group_size(most)
+    return {spec: cdiv(count, size) for spec, count in most.items()}
 
 
 def _paged(backend_for: BackendFor, spec: PagedSpec) -> PagedBackend:

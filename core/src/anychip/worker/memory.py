@@ -86,7 +86,8 @@ def count_blocks(prepared: Preparation, activations: PeakMemory, graphs: int, *,
             return 1
         # More than every slot filled to the model's length can hold is never used.
         useful = 1 + config.resolved_max_num_seqs * sum(cdiv(limits.max_model_len, size) for size in kv.block_sizes)
-        count = min((nbytes - states) // prepared.block_bytes, useful)
+        # A stage of states alone has blocks of tokens in the count, and no byte of them.
+        count = min((nbytes - states) // prepared.block_bytes, useful) if prepared.block_bytes else useful
     max_slots = prepared.platform.capabilities.max_slots
     if max_slots is not None:
         count = min(count, max_slots // max(kv.block_sizes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,10 @@ class ModelRunner:
 
     def __init__(self, program: StepProgram, batch: InputBatch, state: object, head: VectorHead | None = None) -> None:
         """`head` makes of pooled vectors what is served, for requests that ask for it."""
+        self.passes_on = False
+        """Whether another stage has the results: then those of this one are empty."""
+        self.await_ids: Callable[[Any, int], None] = lambda state, ids_behind: None
+        """Takes in drawn ids before a step, where others draw; StepDecision.ids_behind says which."""
         self.program = program
         self.head = head
         self.batch = batch
@@ -54,6 +58,7 @@ class ModelRunner:
         if decision.adapters:
             self._state = self.program.adapt(self._state, self.adapter_entries(decision.adapters))
         inputs = self.batch.step_inputs(rows)
+        self.await_ids(self._state, decision.ids_behind)
         self._state, hidden = self.program.forward(self._state, inputs)
         if inputs.num_tapped:
             self.read_taps(inputs, self.program.taps(hidden))
@@ -72,6 +77,8 @@ class ModelRunner:
         inputs = self.batch.sampling_inputs(rows, step, late)
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
         self.batch.ring.used()
+        if self.passes_on:
+            return PassedOn(rows, outputs, self.batch.num_logprobs[:0], ())
         wanted = self.batch.num_logprobs[rows.sample_slots]
         scored = [
             (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
@@ -180,6 +187,14 @@ class RunnerResult:
                 ]
                 start += tokens
         return found
+
+
+class PassedOn(RunnerResult):
+    """Of a step that another stage of the pipeline finishes."""
+
+    def fetch(self) -> StepResult:
+        self._outputs.fetch()  # raises the device's fault
+        return StepResult(self._rows.step_id, b"", {})
 
 
 def _entry(chosen: np.ndarray, top_ids: np.ndarray, top: np.ndarray, row: int, count: int) -> TokenLogprobs:

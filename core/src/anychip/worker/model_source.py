@@ -11,9 +11,11 @@ import msgspec
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import EngineConfig
-from anychip.errors import ConfigError
+from anychip.errors import ConfigError, Unsupported
 from anychip.layers.build import Builder
+from anychip.layers.stage import WHOLE
 from anychip.model_config import ModelConfig
+from anychip.models.decoder import Decoder
 from anychip.models.registry import ModelFamily, find_family
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
@@ -37,6 +39,7 @@ from anychip.weights.register import WeightRegister, load_weights
 from anychip.weights.spare_threads import spare_threads
 from anychip.weights.stored import StoredTensors
 from anychip.worker.held import check_weights_fit, held_bytes, held_storages, held_tensors
+from anychip.worker.stages import StageCosts, balanced, cache_places, check_layers, stage_of
 
 _KV_DTYPES: dict[str, DType] = {"fp8": "float8_e4m3fn"}
 """Short names of --kv-cache-dtype."""
@@ -75,8 +78,17 @@ class CheckpointSource:
         self.got_on: Callable[[str], None] = lambda doing: None
         self.progress = LoadProgress(0, shown=False)
         self.held_bytes = 0
+        self.stage = WHOLE
+        """What `build` builds of the model."""
+        self._own = slice(None)  # of attention_specs, those of the stage's layers
         self.notes: tuple[str, ...] = ()
         """What of the checkpoint the last built layers leave out."""
+
+    @property
+    def held_elsewhere(self) -> tuple[str, ...]:
+        """Beginnings of the names of what other stages hold; () where one holds all."""
+        whole = self.stage.count == 1
+        return () if whole else self.stage.held_elsewhere(self.model.num_layers, embedding=True)
 
     @property
     def config_json(self) -> Mapping[str, Any]:
@@ -114,6 +126,32 @@ class CheckpointSource:
             self.build_layers(Mesh.alone(), register)
         yield from dummy_views(register, self.dtype, self.platform.pinned)
 
+    def take_stage(self, shape: MeshShape, rank: int) -> Sequence[range]:
+        """From now on `build` builds the layers of this rank's stage. Returns, by stage, where the specs of its layers
+        are among attention_specs. Raises ConfigError for stages that do not go with the model, and Unsupported for a
+        family whose layers are not those of the frame."""
+        if not (isinstance(self.family, type) and issubclass(self.family, Decoder)):
+            raise Unsupported(
+                f"{self.architecture} over {shape.pp} stages",
+                ["native decoders alone are cut into stages; leave pipeline_parallel_size at 1"],
+            )
+        check_layers(self.config, self.model.num_layers)
+        layers_each = self.config.pipeline_layers or balanced(self._stage_costs(), shape.pp)
+        places = cache_places(layers_each, self.family.caches_by_layer(self.model))
+        self.stage = stage_of(layers_each, shape.place("pp", rank))
+        self._own = slice(places[self.stage.index].start, places[self.stage.index].stop)
+        return places
+
+    def _stage_costs(self) -> StageCosts:
+        """Of the whole model, whose layers are built without memory."""
+        with FakeTensorMode():
+            model = self.build_layers(Mesh.alone(), WeightRegister())
+        assert isinstance(model, Decoder), "its family is one"
+        head = 0 if model.head is None else held_bytes(model.head)
+        tied = model.head is not None and model.head.adopted is not None
+        layers = [held_bytes(layer) for layer in model.layers]
+        return StageCosts(layers=layers, embedding=held_bytes(model.embedding), head=head, tied=tied)
+
     def tensors(self, model: StepModel) -> Sequence[HeldTensor]:
         return held_tensors(model)
 
@@ -147,6 +185,7 @@ class CheckpointSource:
             self.config.quantization,
             mesh.rank,
             [(axis, mesh.shape.size_of(axis)) for axis in AXES],
+            (self.stage.first_layer, self.stage.end_layer),
         )
         stats = [(path.name, path.stat()) for path in files]
         contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
@@ -170,11 +209,12 @@ class CheckpointSource:
             weights=register,
             formats=CheckedFormat(inner, self.platform),
             stored=StoredTensors(None if made_up else self.checkpoint, register),
+            stage=self.stage,
             draws=self.config.task in ("auto", "generate"),
             kv_scales=self.kv_dtype != self.dtype,
             takes_adapters=self.config.resolved_max_adapters > 0,
         )
-        model = self.family(self.model, builder, self.attention_specs(mesh.shape))
+        model = self.family(self.model, builder, self.attention_specs(mesh.shape)[self._own])
         self.notes = register.notes
         return model
 

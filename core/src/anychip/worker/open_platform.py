@@ -92,14 +92,20 @@ def _check_methods(manifest: PlatformManifest, cls: type[Platform]) -> None:
 
 
 @contextmanager
-def explained(platform: Platform) -> Iterator[None]:
+def explained(platform: Platform, *, others_wait: bool = False) -> Iterator[None]:
     """Errors within leave in anychip's words: a device's fault, as the platform explains it, or PluginFailed for what a
-    plugin's code raised. Others pass as they are."""
+    plugin's code raised. Others pass as they are. `others_wait`: for what this rank computes, so that every fault is
+    fatal."""
     try:
         yield
     except BaseException as error:
-        named = _explained(platform, error) or blamed(error, platform.context.manifest)
-        if named is None:
+        known = error if isinstance(error, DeviceFault) else None
+        named = _explained(platform, error) or known or blamed(error, platform.context.manifest)
+        if others_wait and isinstance(named, DeviceFault) and not named.fatal:
+            named = DeviceFault(
+                f"{named}; the other stages wait for this one's step", kind=named.kind, fatal=True, ranks=named.ranks
+            )
+        if named is None or named is error:
             raise
         raise named from error
 

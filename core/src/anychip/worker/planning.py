@@ -7,7 +7,7 @@ of more layers holds no more. The KV cache then follows from what is free.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.config import WorkerSpec
+from anychip.layers.stage import Stage
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.ops.table import resolve_platform_ops
+from anychip.ops.table import OpTable, resolve_platform_ops
 from anychip.plugin_api import (
     Communicator,
     Mesh,
@@ -66,7 +67,7 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
     check_weights_fit(platform, weights, platform.memory(platform.context.device_indexes[0]).free)
     notes = [*ops.notes, *whole.notes, *whole.source.notes, *whole.source.checkpoint.notes]
     if platform.context.manifest.seam == "torch":
-        activations = _activations(prepare(spec, _first_layers(whole), platform, ops, *contributed), mesh)
+        activations = _activations(_part_of(whole, spec, platform, ops, contributed), mesh)
     else:
         activations = PeakMemory(nbytes=0, exact=False)
         notes.append("activations are not counted: the step program says what it needs once it is built")
@@ -92,12 +93,34 @@ class AbsentRanks(Communicator):
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return torch.cat([x] * self.size, dim=dim)
 
+    def send(self, x: Tensor, to: int) -> None:
+        pass
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        return x.zero_()
+
 
 def _weights(source: CheckpointSource, mesh: Mesh, limits: StepLimits | None = None) -> int:
     """Bytes of a model's weights, and of the slots for adapters of a model that steps of these limits run."""
     with FakeTensorMode():
         model = source.build_layers(mesh, WeightRegister())
         return held_bytes(model) + (0 if limits is None else slot_bytes(sites_of(model), limits))
+
+
+def _part_of(
+    whole: Preparation,
+    spec: WorkerSpec,
+    platform: Platform,
+    ops: OpTable,
+    contributed: tuple[dict[str, str], Mapping[str, str]],
+) -> Preparation:
+    """Of the model's first layers, with the embedding and the head that the rank's stage has."""
+    config = msgspec.structs.replace(spec.config, pipeline_parallel_size=1, pipeline_layers=())
+    stage, num_ranks = whole.source.stage, spec.world_size // spec.config.pipeline_parallel_size
+    spec = msgspec.structs.replace(spec, config=config, rank=spec.rank % num_ranks, world_size=num_ranks)
+    part = prepare(spec, _first_layers(whole), platform, ops, *contributed)
+    part.source.stage = Stage(index=stage.index, count=stage.count)
+    return part
 
 
 def _first_layers(prepared: Preparation) -> ModelConfig:
@@ -127,7 +150,8 @@ def _activations(prepared: Preparation, mesh: Mesh) -> PeakMemory:
         kv=prepared.kv,
         limits=prepared.limits,
         communicators=mesh.opened,
-        edits=prepared.draws,
+        edits=prepared.edits,
+        returning=prepared.returning_ids(mesh),
     )
     return measure_largest_step(prepared, program)
 

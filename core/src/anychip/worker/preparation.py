@@ -40,6 +40,7 @@ from anychip.worker.head_steps import HeadSteps, tap_every_token
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
+from anychip.worker.returning_ids import ReturningIds
 from anychip.worker.staging import StagingRing
 from anychip.worker.vector_head import VectorHead, load_head
 
@@ -108,6 +109,11 @@ class Preparation:
         return not self.kv.encoders
 
     @property
+    def edits(self) -> bool:
+        """Whether this rank draws tokens, for which it keeps what edits their logits."""
+        return self.draws and self.source.stage.is_last
+
+    @property
     def drafts(self) -> CheckpointSource | None:
         """Of the draft model or the heads; None: nothing drafts in the workers."""
         return self.medusa if self.draft is None else self.draft.source
@@ -132,7 +138,7 @@ class Preparation:
         limits, model = self.limits, self.model
         embeddings = 4 * limits.max_embeddings * model.hidden_size
         features = 0 if self.draft is None else self.draft.feature_bytes
-        edits = edit_state_bytes(limits.max_slots, model.vocab_size) if self.draws else 0
+        edits = edit_state_bytes(limits.max_slots, model.vocab_size) if self.edits else 0
         return edits + embeddings + features
 
     @property
@@ -151,15 +157,25 @@ class Preparation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the model's layers rule out of what was asked for."""
+        """What the model's layers rule out of what was asked for, and what the rank's stage holds."""
         unused = self.kv.states and self.config.speculate is not None
-        return ("a state cannot give a token back: no drafts for this model",) if unused else ()
+        found = ("a state cannot give a token back: no drafts for this model",) if unused else ()
+        stage = self.source.stage
+        if stage.count == 1:
+            return found
+        token_bytes = self.model.hidden_size * itemsize(self.source.dtype)
+        return (*found, stage.described(self.model.num_layers, token_bytes))
 
     def vector_head(self) -> VectorHead | None:
         """What makes of pooled vectors what the model's files describe; None: nothing does."""
         if self.config.task in ("auto", "generate") or self.config.load_format == "dummy":
             return None
         return load_head(served_task(self.config, self.model), Path(self.model.folder))
+
+    def returning_ids(self, mesh: Mesh) -> ReturningIds | None:
+        """What brings drawn ids back to the first stage; None: all layers are on one."""
+        stage = self.source.stage
+        return ReturningIds(stage, mesh.axis("pp")) if stage.count > 1 else None
 
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
         """The mesh as a worker's rank sees it, over the collectives that `communicator` opens."""
@@ -196,8 +212,10 @@ def prepare(
         quant_formats=quant_formats,
     )
     shape = _mesh_shape(spec, platform)
+    specs = source.attention_specs(shape)
+    stages = source.take_stage(shape, spec.rank) if shape.pp > 1 else None
     backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
-    kv = plan_kv(source.attention_specs(shape), backend_for, config.block_size)
+    kv = plan_kv(specs, backend_for, config.block_size, stages=stages, own=source.stage.index)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
     check_shape_policy(platform.context.manifest.package, policy.bucket)
@@ -219,12 +237,14 @@ def prepare(
 def _mesh_shape(spec: WorkerSpec, platform: Platform) -> MeshShape:
     """Of the devices of one process, whose step program divides the model by itself; or of processes, one device each.
     Raises Unsupported for both at once."""
-    devices = platform.device_mesh
+    devices, sizes = platform.device_mesh, spec.config.parallel_sizes
     if devices.size > 1 and spec.world_size > 1:
         raise Unsupported(
             platform.name, [f"{spec.world_size} processes that each drive {devices.size} devices; one of both is 1"]
         )
-    return devices if devices.size > 1 else MeshShape(tp=spec.world_size)
+    if sizes.pp > 1 and platform.context.manifest.seam == "step":
+        raise Unsupported(platform.name, [f"axis pp of {sizes.pp} ranks: its step program runs whole models"])
+    return devices if devices.size > 1 else MeshShape(pp=sizes.pp, tp=spec.world_size // sizes.pp)
 
 
 def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:

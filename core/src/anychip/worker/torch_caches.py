@@ -36,7 +36,9 @@ class LayerCaches:
             if layer not in states and layer not in encoders
         }
         num_groups = len(kv.specs) + len(kv.states) + len(kv.encoders)
-        self._first_layer = [kv.layer_groups.index(group) for group in range(num_groups)]
+        self._first_layer: list[int | None] = [None] * num_groups  # None: another stage has all of the group's layers
+        for layer, group in reversed(list(enumerate(kv.layer_groups))):
+            self._first_layer[group] = layer
 
     def make(self, num_blocks: int, num_states: int) -> list[object]:
         """By layer."""
@@ -75,20 +77,31 @@ class LayerCaches:
         into: Sequence[object] | None = None,
         recorder: Recorder | None = None,
     ) -> list[object]:
-        """By group: those of tokens, then those of states, then those of encoders."""
+        """By group: those of tokens, then those of states, then those of encoders; None for a group without a layer
+        here."""
         host_lengths = self._platform.capabilities.host_lengths
         plans: list[object] = []
         for group, size in enumerate(self._kv.block_sizes):
+            first = self._first_layer[group]
+            if first is None:
+                plans.append(None)
+                continue
             batch = batch_view(inputs, fields, group=group, block_size=size, host_lengths=host_lengths)
-            backend = self._paged[self._first_layer[group]]
+            backend = self._paged[first]
             plan = into[group] if into is not None else None
             plans.append(backend.plan(batch, inputs.key, group=group, into=plan, recorder=recorder))
         for group in range(len(plans), len(plans) + len(self._kv.states)):
-            states, plan = self._states[self._first_layer[group]], into[group] if into is not None else None
+            first = self._first_layer[group]
+            if first is None:
+                plans.append(None)
+                continue
+            states, plan = self._states[first], into[group] if into is not None else None
             view = state_view(inputs, fields)
             plans.append(states.plan(view, inputs.key, group=group, into=plan, recorder=recorder))
         for group in range(len(plans), len(self._first_layer)):
-            encoder, plan = self._encoders[self._first_layer[group]], into[group] if into is not None else None
+            first = self._first_layer[group]
+            assert first is not None, "a model of encoder layers is whole"
+            encoder, plan = self._encoders[first], into[group] if into is not None else None
             rows = encoder_view(inputs, fields)
             plans.append(encoder.plan(rows, inputs.key, group=group, into=plan, recorder=recorder))
         return plans

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anychip.layers.stage import WHOLE
 from anychip.ops.reference import EditState, arena_views, draw_tokens, pooled_sums, write_adapters, write_embeddings
 from anychip.plugin_api import (
     MAX_LOGPROBS,
@@ -39,6 +40,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.step_layout import blank_step_inputs
 from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
+from anychip.worker.returning_ids import ReturningIds
 from anychip.worker.torch_caches import LayerCaches
 from anychip.worker.torch_state import (
     SCORE_NAMES,
@@ -58,7 +60,7 @@ _SCORED_AT_ONCE = 128
 class TorchStepProgram(StepProgram):
     """`communicators` are those that the model's layers use: a capture must know them. `pieces` are the numbers of
     tokens of steps that are captured in pieces. Without `edits` no step has penalties or biases, and no state is kept
-    for them. `embeddings` None: the buffer is its own."""
+    for them. `embeddings` None: the buffer is its own. `returning` None: all of the model's layers are here."""
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class TorchStepProgram(StepProgram):
         pieces: Sequence[int] = (),
         edits: bool = True,
         embeddings: Tensor | None = None,
+        returning: ReturningIds | None = None,
     ) -> None:
         self.platform = platform
         self.model = model
@@ -80,6 +83,8 @@ class TorchStepProgram(StepProgram):
         self.limits = limits
         self.communicators = communicators
         self.pieces = pieces
+        self.stage = WHOLE if returning is None else returning.stage
+        self._returning = returning
         self.device = platform.default_device
         self.graphs = platform.graph_capture()
         self._steps = Captured(self._capture)
@@ -131,7 +136,8 @@ class TorchStepProgram(StepProgram):
 
     @torch.inference_mode()
     def enter(self, state: TorchState, rows: Sequence[EnteringRow]) -> TorchState:
-        state.edits.enter(rows)
+        if self.stage.is_last:
+            state.edits.enter(rows)
         return state
 
     @torch.inference_mode()
@@ -150,6 +156,12 @@ class TorchStepProgram(StepProgram):
         return state
 
     # -- a step -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def await_ids(self, state: TorchState, ids_behind: int) -> None:
+        """Before a step: takes in what the last stage has drawn, where this is the first of several."""
+        if self._returning is not None and self.stage.is_first:
+            self._returning.take_in(state.last_ids, ids_behind)
 
     @torch.inference_mode()
     def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
@@ -171,9 +183,9 @@ class TorchStepProgram(StepProgram):
             context = self._context(state, plans, extras=extras, adapters=adapters)
             hidden = self.model.forward(ids, fields["positions"], context)
             taps = () if extras is None else extras.tapped()
-        scores = () if inputs.score_targets is None else self._scores(hidden, inputs.score_targets)
-        pooled = None
-        if inputs.pool_rows is not None:
+        targets = inputs.score_targets if self.stage.is_last else None
+        scores, pooled = () if targets is None else self._scores(hidden, targets), None
+        if inputs.pool_rows is not None and self.stage.is_last:
             pooled = pooled_sums(hidden, fields["pool_rows"], inputs.key.num_reqs)
         slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs)
         return state, TorchHidden(self._logits(hidden, rows), slots, draws, scores, pooled, taps)
@@ -207,7 +219,7 @@ class TorchStepProgram(StepProgram):
         return self.graphs.run_pieces(pieces.handle, plans), pieces.taps
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
-        return self.model.logits(hidden[rows]) if len(rows) else None
+        return self.model.logits(hidden[rows]) if len(rows) and self.stage.is_last else None
 
     def _scores(self, hidden: Tensor, targets: np.ndarray) -> tuple[Tensor, ...]:
         """In parts, so that the logits of a whole chunk of prompt never exist at once."""
@@ -227,6 +239,8 @@ class TorchStepProgram(StepProgram):
             results["pooled"] = hidden.pooled
         if hidden.logits is None or late.num_samples == 0:
             results["token_ids"] = torch.empty(0, dtype=torch.int32)
+            if self._returning is not None and self.stage.is_first:
+                self._returning.expect(hidden.sample_slots[: late.num_samples])
         else:
             results |= self._draw(state, hidden, hidden.logits, late)
         host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
@@ -251,6 +265,8 @@ class TorchStepProgram(StepProgram):
         )
         state.last_ids.copy_(drawn.last_ids)  # graphs read this storage
         state.edits.counts = drawn.counts
+        if self._returning is not None:
+            self._returning.give(drawn.ids)
         return drawn.outputs()
 
     # -- graphs -------------------------------------------------------------------------------------------

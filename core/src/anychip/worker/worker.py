@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import msgspec
 
 from anychip.config import WorkerSpec
 from anychip.errors import InvalidOverride, Unsupported
+from anychip.layers.stage import WHOLE
 from anychip.messages import (
     DropAdapter,
     KVCacheConfig,
@@ -31,7 +32,6 @@ from anychip.plugin_api import (
     CompileReport,
     Mesh,
     PeakMemory,
-    Platform,
     StepLimits,
     StepModel,
     StepProgram,
@@ -63,6 +63,7 @@ class Worker:
         self.drafter: DraftRunner | HeadRunner | MedusaRunner | None = None
         self._got_on = got_on
         self._launched: StepDecision | None = None
+        self._stage = WHOLE
         self._step_costs = self._draft_costs = tuple[tuple[int, float], ...]()
         config = spec.config
         model = load_model_config(config.model)
@@ -81,7 +82,7 @@ class Worker:
     def _start(self, model: ModelConfig, plugins: Plugins) -> None:
         prepared = prepare_all(self.spec, model, self.platform, self.ops, plugins.models, plugins.quant_formats)
         source, limits = prepared.source, prepared.limits
-        source.got_on = self._got_on
+        source.got_on, self._stage = self._got_on, source.stage
         program, drafting, medusa = self._step_program(prepared), None, None
         if program is not None:
             needed = step_memory(program, prepared.policy, self.platform.step_rules, limits)
@@ -108,7 +109,10 @@ class Worker:
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
         self.runner = ModelRunner(program, prepared.new_batch(), state, prepared.vector_head())
-        self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank)
+        self.runner.passes_on = not self._stage.is_last
+        if isinstance(program, TorchStepProgram):
+            self.runner.await_ids = program.await_ids
+        self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank, source.held_elsewhere)
         self.runner.adapter_entries = self.adapters.entries
         if prepared.draft is not None and drafting is not None:
             self._start_drafting(prepared.draft, drafting, blocks)
@@ -206,8 +210,9 @@ class Worker:
             limits=prepared.limits,
             communicators=mesh.opened,
             pieces=prepared.pieces,
-            edits=prepared.lies_under is None and prepared.draws,
+            edits=prepared.lies_under is None and prepared.edits,
             embeddings=features,
+            returning=prepared.returning_ids(mesh),
         )
 
     def _start_drafting(self, prepared: Preparation, program: TorchStepProgram, num_blocks: int) -> None:
@@ -242,15 +247,19 @@ class Worker:
 
     def launch(self, decision: StepDecision) -> None:
         self._launched = decision
-        with explained(self.platform):
+        with self._explained():
             self.runner.launch(decision)
 
     def sample(self, late: LateInputs) -> WorkerResult:
-        with explained(self.platform):
+        with self._explained():
             result = self.runner.sample(late)
             if self.drafter is None or self._launched is None:
-                return WorkerResult(self.platform, result)
-            return WorkerResult(self.platform, result, self.drafter.sampled(self._launched, result))
+                return WorkerResult(self._explained, result)
+            return WorkerResult(self._explained, result, self.drafter.sampled(self._launched, result))
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """Around what a step does on the device."""
+        return explained(self.platform, others_wait=self._stage.count > 1)
 
     # -- adapters -----------------------------------------------------------------------------------------
 
@@ -274,12 +283,12 @@ class Worker:
 class WorkerResult:
     """executor.PendingResult of a device: its errors come in anychip's words. `proposed` as StepResult has it."""
 
-    platform: Platform
+    explained: Callable[[], AbstractContextManager[None]]
     result: RunnerResult
     proposed: bytes = b""
 
     def fetch(self) -> StepResult:
-        with explained(self.platform):
+        with self.explained():
             result = self.result.fetch()
         return msgspec.structs.replace(result, proposed=self.proposed) if self.proposed else result
 

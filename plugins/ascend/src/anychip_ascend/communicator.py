@@ -15,6 +15,11 @@ from anychip_ascend.runtime import device_module
 
 LEAST_BUFFER_MIB = 1
 
+NO_PIPELINE = (
+    "stages of a pipeline send both ways at once, and its sends take turns on a stream with what it receives: two "
+    "stages would wait for each other"
+)
+
 
 class HcclCommunicator(ProcessGroupCommunicator):
     """Calls are issued on the current stream and may be captured: to wait is to make the stream wait.

@@ -37,7 +37,7 @@ from anychip.plugin_api import (
 from anychip_ascend.attention import FusedAttention, PlainAttention
 from anychip_ascend.attention_call import causal_mask
 from anychip_ascend.attention_choice import BLOCK_SIZE, FUSED_LIMITS, AttentionChoice, choose_attention
-from anychip_ascend.communicator import HcclCommunicator
+from anychip_ascend.communicator import NO_PIPELINE, HcclCommunicator
 from anychip_ascend.faults import explained
 from anychip_ascend.generations import Generation, generation_of, unknown_chip
 from anychip_ascend.graph import NpuGraphs
@@ -181,6 +181,8 @@ class AscendPlatform(Platform):
     def communicator(self, group: GroupSpec) -> Communicator:
         if group.size == 1:
             return Communicator(group)
+        if group.purpose == "pp":
+            raise Unsupported(self.name, [NO_PIPELINE])
         return HcclCommunicator(group, self.default_device, self._options.hccl_buffer_mib)
 
     # -- steps --------------------------------------------------------------------------------------------

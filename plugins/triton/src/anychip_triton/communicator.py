@@ -11,6 +11,11 @@ from torch import Tensor
 from anychip.ops.reference import ProcessGroupCommunicator
 from anychip.plugin_api import GroupSpec
 
+NO_PIPELINE = (
+    "stages of a pipeline send both ways at once, and its sends take turns on a stream with what it receives: two "
+    "stages would wait for each other"
+)
+
 
 class RuntimeCommunicator(ProcessGroupCommunicator):
     """Calls are issued on the current stream and may be captured: to wait is to make the stream wait."""

@@ -27,10 +27,11 @@ from anychip.plugin_api import (
     RegionCompiler,
     ShapePolicy,
     StepLimits,
+    Unsupported,
 )
 from anychip.plugin_api.ops import COMPILED_OPS
 from anychip_triton.attention import MAX_HEAD_DIM
-from anychip_triton.communicator import RuntimeCommunicator
+from anychip_triton.communicator import NO_PIPELINE, RuntimeCommunicator
 from anychip_triton.compiler import TorchCompiler
 from anychip_triton.graph import DecodeShapes, DeviceGraphs
 from anychip_triton.linear import EPILOGUES
@@ -121,7 +122,11 @@ class GpuPlatform(TritonPlatform):
         return {name: op for name, op in made.items() if name not in COMPILED_OPS} if self._compiles else made
 
     def communicator(self, group: GroupSpec) -> Communicator:
-        return Communicator(group) if group.size == 1 else RuntimeCommunicator(group, self.default_device)
+        if group.size == 1:
+            return Communicator(group)
+        if group.purpose == "pp":
+            raise Unsupported(self.name, [NO_PIPELINE])
+        return RuntimeCommunicator(group, self.default_device)
 
     def profiler(self) -> contextlib.AbstractContextManager[DeviceProfile]:
         kinds = torch.profiler.ProfilerActivity

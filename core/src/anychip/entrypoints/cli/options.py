@@ -31,7 +31,11 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
         "--device-opt", dest="device_options", action="append", default=[], metavar="KEY=VALUE",
         help="an option of the device's plugin; `anychip devices` lists them",
     )  # fmt: skip
-    device.add_argument("--tensor-parallel-size", type=int, default=unset)
+    device.add_argument("--tensor-parallel-size", type=int, default=unset, help="ranks that share every layer")
+    device.add_argument("--pipeline-parallel-size", type=int, default=unset, help="stages of whole layers")
+    device.add_argument(
+        "--pipeline-layers", type=parse_sizes, default=unset, metavar="N,N", help="layers of each stage, first to last"
+    )
     device.add_argument("--executor", choices=["auto", "inline", "multiprocess", "ray"], default=unset)
     device.add_argument(
         "--nodes",

@@ -12,6 +12,7 @@ from anychip.config import Environment
 from anychip.entrypoints.cli.options import add_engine_options, engine_config
 from anychip.entrypoints.cli.serve import size
 from anychip.launch.plan import EnginePlan, plan_engine
+from anychip.messages import MemoryPlan
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:
@@ -25,14 +26,33 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(name: str, plan: EnginePlan) -> None:
-    memory = plan.worker.memory
     each = "" if plan.num_devices == 1 else f", each of {plan.num_devices} devices"
+    if len(plan.stages) > 1:
+        each = f", {len(plan.stages)} stages of {plan.num_devices // len(plan.stages)} of {plan.num_devices} devices"
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{escape(name)}[/] on {plan.worker.device}{each} "
         f"({plan.model.architecture}, {plan.model.num_layers} layers, quantization {plan.quantization})"
     )
     console.print(f"serves {plan.served.task}: {escape(plan.served.why)}")
+    told = set[str]()
+    for stage, worker in enumerate(plan.stages, start=1):
+        if len(plan.stages) > 1:
+            console.print(f"\neach device of stage {stage}:")
+        table = _memory_table(worker.memory, plan.total)
+        if worker is plan.worker:
+            table.add_row("context", str(plan.max_model_len), f"of the model's {plan.model.max_positions}")
+            at_once = f"requests of {plan.max_model_len} tokens at once"
+            table.add_row("concurrency", f"{worker.memory.max_concurrency:.1f}", at_once)
+        console.print(table)
+        for note in worker.notes:
+            if note not in told:
+                console.print(f"  note: {escape(note)}")
+        told.update(worker.notes)
+
+
+def _memory_table(memory: MemoryPlan, total: int | None) -> Table:
+    """What one device holds; `total` bytes are its memory, where that is known."""
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(justify="left")
     table.add_column(justify="right")
@@ -51,10 +71,6 @@ def show(name: str, plan: EnginePlan) -> None:
             table.add_row("  of a token", f"{nbytes} B", f"{what}, in all layers")
     if memory.state_sequence:
         table.add_row("  of a sequence", f"{memory.state_sequence} B", "states, in all layers, whatever its length")
-    total = memory.weights + memory.activations + memory.graphs + memory.kv_cache
-    table.add_row("together", size(total), "" if plan.total is None else f"of {size(plan.total)}")
-    table.add_row("context", str(plan.max_model_len), f"of the model's {plan.model.max_positions}")
-    table.add_row("concurrency", f"{memory.max_concurrency:.1f}", f"requests of {plan.max_model_len} tokens at once")
-    console.print(table)
-    for note in plan.worker.notes:
-        console.print(f"  note: {escape(note)}")
+    together = memory.weights + memory.activations + memory.graphs + memory.kv_cache
+    table.add_row("together", size(together), "" if total is None else f"of {size(total)}")
+    return table

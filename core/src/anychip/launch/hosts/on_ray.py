@@ -26,7 +26,7 @@ class RayAgents:
 
     def __init__(self, config: EngineConfig, manifest: PlatformManifest) -> None:
         self._ray = _ray()
-        self.names = tuple(f"rank-{index}" for index in range(config.tensor_parallel_size))
+        self.names = tuple(f"rank-{index}" for index in range(config.parallel_sizes.num_ranks))
         self.workers_each = 1
         self.remedy = "`ray status` and the logs of its workers say more"
         self._resource = manifest.ray_resource or "CPU"

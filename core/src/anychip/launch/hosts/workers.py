@@ -21,6 +21,7 @@ from anychip.launch.folder import private_folder
 from anychip.launch.hosts.control import Hosts, RemoteWorker
 from anychip.launch.hosts.messages import AgentSpec, HostProbed
 from anychip.launch.worker_spec import worker_spec
+from anychip.parallel_sizes import for_one_host
 from anychip.plugin_api.manifest import PlatformManifest, ProbeResult
 from anychip.registry.devices import (
     Candidate,
@@ -59,7 +60,7 @@ class NodeAgents:
 
     def __init__(self, config: EngineConfig) -> None:
         self.names = config.nodes
-        self.workers_each = config.tensor_parallel_size // len(config.nodes)
+        self.workers_each = config.parallel_sizes.num_ranks // len(config.nodes)
         try:
             self.address = str(socket.getaddrinfo(config.nodes[0], None)[0][4][0])
         except OSError as error:
@@ -223,7 +224,7 @@ def _manifest(config: EngineConfig, plugins: Plugins) -> PlatformManifest:
     if index:
         raise ConfigError(f"device {config.device!r}: hosts choose their devices themselves; give {name!r} alone")
     if name == "auto":
-        return choose_device(msgspec.structs.replace(config, nodes=(), tensor_parallel_size=1), plugins).manifest
+        return choose_device(for_one_host(config), plugins).manifest
     return named_manifest(name, plugins)
 
 

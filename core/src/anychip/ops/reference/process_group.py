@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from anychip.keyed_sockets import ClusterKey
 from anychip.ops.reference.keyed_store import KeyedStore
-from anychip.plugin_api import Communicator, DeviceFault, GroupSpec, Unsupported
+from anychip.plugin_api import MAX_SENT, Communicator, DeviceFault, GroupSpec, Unsupported
 
 _dist: Any = torch.distributed
 """Its stores and groups come from C++ without types."""
@@ -25,6 +27,7 @@ class ProcessGroupCommunicator(Communicator):
     def __init__(self, spec: GroupSpec) -> None:
         super().__init__(spec)
         self._generation = 0
+        self._sent: dict[int, deque[tuple[Any, Tensor]]] = {}  # by receiver: what keeps a tensor until it is there
         self._group = self._open()
 
     @abstractmethod
@@ -52,8 +55,14 @@ class ProcessGroupCommunicator(Communicator):
         return self.make_group(_dist.PrefixStore(name, store), timedelta(seconds=spec.timeout_s))
 
     def _wait(self, work: Any) -> None:
-        try:
+        with self._peers():
             work.wait()
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Around what fails where another rank is gone. Raises DeviceFault."""
+        try:
+            yield
         except RuntimeError as error:
             raise self.fault(f"a rank is gone or did not answer: {error}", "peer_lost") from error
 
@@ -106,10 +115,16 @@ class ProcessGroupCommunicator(Communicator):
         return x
 
     def send(self, x: Tensor, to: int) -> None:
-        self._wait(self._group.send([x.contiguous()], to, 0))
+        sent = x.contiguous().clone()  # the caller goes on, and may write to x
+        on_their_way = self._sent.setdefault(to, deque())
+        with self._peers():  # a connection that is closed refuses at once
+            on_their_way.append((self._group.send([sent], to, 0), sent))
+        if len(on_their_way) > MAX_SENT:
+            self._wait(on_their_way.popleft()[0])
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        self._wait(self._group.recv([x], source, 0))
+        with self._peers():
+            self._group.recv([x], source, 0).wait()
         return x
 
     def barrier(self) -> None:
@@ -117,4 +132,5 @@ class ProcessGroupCommunicator(Communicator):
 
     def restore(self) -> None:
         self._generation += 1
+        self._sent.clear()
         self._group = self._open()
