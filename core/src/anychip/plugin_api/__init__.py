@@ -76,7 +76,7 @@ from anychip.plugin_api.manifest import (
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.mesh import AXES, Axis, Mesh, MeshShape
-from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
+from anychip.plugin_api.moe import Activation, Dispatched, ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Platform, PlatformContext, ReferenceKernels
@@ -113,8 +113,8 @@ __all__ = [
     "SCORES", "SEGMENTS", "TAPS", "VALUES", "ActFormat", "Activation", "AdaptedPart", "AdapterEntry", "AdapterSite",
     "AdapterStack", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis", "BatchView", "CacheBackend",
     "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest", "Communicator", "CompileReport",
-    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "EagerCall", "EmbeddingRows",
-    "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig", "EnteringRow", "Event",
+    "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan", "Dispatched", "EagerCall",
+    "EmbeddingRows", "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig", "EnteringRow", "Event",
     "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture", "GraphLevel", "GroupSpec",
     "HeldTensor", "HostOutputs", "IndexSpec", "KVLayout", "KVPlan", "LatentBackend", "LatentLayer", "LatentSpec",
     "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo", "Mesh", "MeshShape", "MoESpec",

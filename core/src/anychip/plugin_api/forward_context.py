@@ -34,6 +34,8 @@ class ForwardContext:
     extras: ForwardExtras | None = None
     adapters: StepAdapters | None = None
     """None: no token of the step has one."""
+    routed: Tensor | None = None
+    """[num_tokens] bool: False for padded tokens, which no expert is to see. None: nobody asks."""
 
     def attend(
         self,

@@ -32,6 +32,23 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
         help="an option of the device's plugin; `anychip devices` lists them",
     )  # fmt: skip
     device.add_argument("--tensor-parallel-size", type=int, default=unset)
+    device.add_argument(
+        "--expert-parallel", action="store_true", default=unset, help="ranks hold whole experts, not slices of all"
+    )
+    device.add_argument(
+        "--eplb-interval",
+        type=parse_count,
+        default=unset,
+        metavar="STEPS",
+        help="steps between looks at the experts' load, after which some move to other ranks",
+    )
+    device.add_argument(
+        "--num-redundant-experts",
+        type=parse_count,
+        default=unset,
+        metavar="N",
+        help="slots for copies of busy experts, over all ranks",
+    )
     device.add_argument("--executor", choices=["auto", "inline", "multiprocess", "ray"], default=unset)
     device.add_argument(
         "--nodes",

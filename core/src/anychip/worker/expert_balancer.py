@@ -1,0 +1,173 @@
+"""Moves experts between ranks, so that every rank has about as much to do: looks at the load every so many steps, and
+carries out what follows from it a little at a time, between steps.
+
+All ranks take the same steps in the same order and see the same loads, so they decide alike without a word.
+docs/decisions/0060 says why experts move, and what that costs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anychip.config import EngineConfig
+from anychip.layers.expert_slots import ExpertSlots
+from anychip.layers.mlp import SparseMoE, moving_layers
+from anychip.messages import ExpertStats
+from anychip.plugin_api import Communicator, StepModel
+from anychip.worker.expert_moves import EMPTY, Exchange, Move, aligned, exchanges
+from anychip.worker.expert_packing import Places, balanced, imbalance
+
+MOVES_A_STEP = 2
+"""Slots that get another expert before one step: two that change places are two."""
+_WORTH = 0.02
+"""Of the mean load of a rank: what a layer's busiest rank must lose for experts to move."""
+
+
+class ExpertBalancer:
+    def __init__(self, layers: Sequence[SparseMoE], *, interval: int, num_hosts: int = 1) -> None:
+        """Raises Unsupported for kernels whose experts cannot move."""
+        first = layers[0]
+        assert first.ep is not None
+        self._layers = layers
+        self._communicator: Communicator = first.ep.communicator
+        self._interval, self._num_hosts = interval, num_hosts
+        self._steps = 0
+        self._moved = 0
+        self._pending: deque[tuple[int, np.ndarray]] = deque()
+        """Layers whose load was looked at, and it [num_experts]: their packing is still to be worked out."""
+        self._moves: deque[tuple[int, Exchange]] = deque()
+        self._before: list[float] = []
+        self._after: list[float] = []
+        self._stats: ExpertStats | None = None
+        for layer in layers:
+            layer.kernel.expert_tensors(layer.packed, 0)
+        self._forget()
+
+    @classmethod
+    def of(cls, model: StepModel, config: EngineConfig) -> ExpertBalancer | None:
+        """None: none of a built model's experts may move."""
+        layers = moving_layers(model)
+        if not layers or config.eplb_interval is None:
+            return None
+        return cls(layers, interval=config.eplb_interval, num_hosts=max(1, len(config.nodes)))
+
+    def step(self) -> None:
+        """Before each step: a little of what is to be done, and every `interval` steps a look."""
+        self._steps += 1
+        if self._pending:
+            self._decide(*self._pending.popleft())
+        elif self._moves:
+            self._move_some()
+        elif self._steps % self._interval == 0:
+            self._look()
+
+    def news(self) -> ExpertStats | None:
+        """What changed since it was last asked; None: nothing."""
+        stats, self._stats = self._stats, None
+        return stats
+
+    # -- deciding -----------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Sums the ranks' counts; the next steps work out what follows, a layer each."""
+        loads = torch.stack([_slots(layer).load[:-1] for layer in self._layers])
+        total = self._communicator.all_reduce(loads).cpu().numpy()  # [num_layers, num_experts]
+        self._forget()
+        self._pending.extend(enumerate(total))
+        self._before, self._after = [], []
+
+    def _forget(self) -> None:
+        for layer in self._layers:
+            _slots(layer).load.zero_()
+
+    def _decide(self, index: int, load: np.ndarray) -> None:
+        layer, ranks = self._layers[index], self._communicator.size
+        slots = _slots(layer)
+        places = Places(
+            num_ranks=ranks,
+            slots_each=slots.each,
+            num_groups=layer.spec.num_groups,
+            num_hosts=self._num_hosts,
+        )
+        current = np.array(slots.experts)
+        target = aligned(current, balanced(load.astype(float), places), ranks, self._hosts(layer))
+        before, after = imbalance(current, load, ranks), imbalance(target, load, ranks)
+        if before - after > _WORTH:
+            self._moves.extend((index, exchange) for exchange in exchanges(current, target))
+        self._before.append(before)
+        self._after.append(min(before, after))
+        if not self._pending:
+            self._tell()
+
+    def _hosts(self, layer: SparseMoE) -> int:
+        """Hosts that groups of experts are bound to."""
+        return 1 if layer.spec.num_groups % self._num_hosts else self._num_hosts
+
+    def _tell(self) -> None:
+        self._stats = ExpertStats(
+            imbalance=float(np.mean(self._before)), planned=float(np.mean(self._after)), moved=self._moved
+        )
+
+    # -- moving -------------------------------------------------------------------------------------------
+
+    def _move_some(self) -> None:
+        done = 0
+        while self._moves and done + len(self._moves[0][1]) <= MOVES_A_STEP:
+            index, exchange = self._moves.popleft()
+            self._carry_out(self._layers[index], exchange)
+            done += len(exchange)
+        self._moved += done
+        self._tell()
+
+    def _carry_out(self, layer: SparseMoE, exchange: Exchange) -> None:
+        slots = _slots(layer)
+        arrived = [(move.to, self._bring(layer, move)) for move in exchange]
+        for to, tensors in arrived:
+            if tensors:  # the slot is this rank's
+                for held, new in zip(self._tensors(layer, to), tensors, strict=True):
+                    held.copy_(new)
+        experts = list(slots.experts)
+        for move in exchange:
+            assert slots.experts[move.source] != EMPTY
+            experts[move.to] = slots.experts[move.source]
+        slots.assign(experts)
+
+    def _bring(self, layer: SparseMoE, move: Move) -> list[Tensor]:
+        """On the rank of move.to, a copy of what is to lie there; on others nothing. Exchanges go one after the other on
+        every rank, so no two wait for each other."""
+        rank, each = self._communicator.rank, _slots(layer).each
+        source, to = move.source // each, move.to // each
+        if source == to:
+            return [held.clone() for held in self._tensors(layer, move.source)] if rank == to else []
+        if rank == source:
+            for held in self._tensors(layer, move.source):
+                self._communicator.send(_bytes(held), to)
+        if rank != to:
+            return []
+        return [
+            self._communicator.recv(torch.empty_like(_bytes(held)), source).view(held.dtype).view(held.shape)
+            for held in self._tensors(layer, move.to)
+        ]
+
+    def _tensors(self, layer: SparseMoE, slot: int) -> Sequence[Tensor]:
+        return layer.kernel.expert_tensors(layer.packed, slot % _slots(layer).each)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be worked out or moved."""
+        return not self._pending and not self._moves
+
+
+def _slots(layer: SparseMoE) -> ExpertSlots:
+    assert layer.slots is not None
+    return layer.slots
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """[num_bytes] uint8, a copy where it does not lie in one piece."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
