@@ -41,8 +41,8 @@ class ExpertSlots:
         each = num_experts // num_ranks
         if each + num_spare > num_experts:
             raise ConfigError(
-                f"{num_spare * num_ranks} redundant experts are {num_spare} on each of {num_ranks} ranks, beside {each} "
-                f"of {num_experts} experts; {(num_experts - each) * num_ranks} or fewer have a use"
+                f"{num_spare * num_ranks} redundant experts are {num_spare} on each of {num_ranks} ranks, beside "
+                f"{each} of {num_experts} experts; {(num_experts - each) * num_ranks} or fewer have a use"
             )
         self.num_ranks, self.each = num_ranks, each + num_spare
         first = torch.arange(num_experts).view(num_ranks, each)

@@ -138,8 +138,8 @@ class ExpertBalancer:
         slots.assign(experts)
 
     def _bring(self, layer: SparseMoE, move: Move) -> list[Tensor]:
-        """On the rank of move.to, a copy of what is to lie there; on others nothing. Exchanges go one after the other on
-        every rank, so no two wait for each other."""
+        """On the rank of move.to, a copy of what is to lie there; on others nothing. Every rank takes the moves in the
+        same order, so no two wait for each other."""
         rank, each = self._communicator.rank, _slots(layer).each
         source, to = move.source // each, move.to // each
         if source == to:

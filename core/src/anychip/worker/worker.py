@@ -279,7 +279,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerResult:
-    """executor.PendingResult of a device: its errors come in anychip's words. `proposed` and `experts` as StepResult's."""
+    """executor.PendingResult of a device: its errors come in anychip's words. The others are StepResult's."""
 
     platform: Platform
     result: RunnerResult
