@@ -40,7 +40,7 @@ class MovedIntoACopy(InvariantMoE):
         return [each.clone() for each in super().expert_tensors(packed, expert)]
 
 
-@fault("moe-move-forgets-scales", "moe", killed_by="moe.moved_expert.005")
+@fault("moe-move-forgets-scales", "moe", killed_by="moe.moved_expert.008")
 class MoveForgetsScales(InvariantMoE):
     """An expert of integers leaves its scales behind."""
 

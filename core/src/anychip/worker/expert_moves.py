@@ -30,16 +30,23 @@ def aligned(current: np.ndarray, target: np.ndarray, num_ranks: int, num_hosts: 
     """The same packs of experts as `target` [num_slots], given to ranks and slots so that few experts move: ranks of a
     host take the packs that they hold most of, and an expert that stays keeps its slot."""
     now, wanted = current.reshape(num_ranks, -1), target.reshape(num_ranks, -1)
-    each = num_ranks // num_hosts
+    each, most = num_ranks // num_hosts, int(target.max())
     found = np.empty_like(wanted)
     for first in range(0, num_ranks, each):
-        here = range(first, first + each)
-        same = np.array([[np.isin(wanted[pack], now[rank]).sum() for pack in here] for rank in here])
-        for _ in here:
+        here = slice(first, first + each)
+        same = _members(now[here], most) @ _members(wanted[here], most).T  # [ranks, packs]
+        for _ in range(each):
             rank, pack = np.unravel_index(int(same.argmax()), same.shape)
             found[first + rank] = _in_place(now[first + rank], wanted[first + pack])
             same[rank, :] = same[:, pack] = -1
     return found.ravel()
+
+
+def _members(packs: np.ndarray, most: int) -> np.ndarray:
+    """[num_packs, most + 1]: whether a pack holds an expert."""
+    found = np.zeros((len(packs), most + 2), int)
+    np.put_along_axis(found, packs, 1, axis=1)  # an empty slot counts at the end
+    return found[:, :-1]
 
 
 def _in_place(now: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SWAPS = 4
-"""Times the number of ranks: exchanges that the refinement of a packing may make."""
+_SWAPS = 1
+"""For each rank: exchanges that the refinement of a packing may make."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,10 @@ def pack(weights: np.ndarray, copies: np.ndarray, num_packs: int, size: int) -> 
 
 
 def _lightest(totals: np.ndarray, room: np.ndarray, count: int, pending: np.ndarray) -> np.ndarray:
-    """The lightest `count` packs with room, as far as the copies that are pending still fit behind them."""
+    """The lightest `count` packs with room, as far as the copies that are pending still fit behind them. Single items,
+    the last ones, always fit."""
+    if count == 1:
+        return np.array([int(np.where(room > 0, totals, np.inf).argmin())])
     open_packs = np.flatnonzero(room)
     light = open_packs[np.argsort(totals[open_packs], kind="stable")]
     roomy = open_packs[np.lexsort((totals[open_packs], -room[open_packs]))]
@@ -111,22 +114,22 @@ def _fits(room: np.ndarray, pending: np.ndarray) -> bool:
 def _refine(packs: np.ndarray, weights: np.ndarray) -> None:
     """Exchanges items between the heaviest pack and another, while the heavier of the two gets lighter."""
     totals = weights[packs].sum(axis=1)
+    holds = np.zeros((len(packs), len(weights)), bool)
+    np.put_along_axis(holds, packs, True, axis=1)
     for _ in range(_SWAPS * len(packs)):
         heavy = int(totals.argmax())
-        best, gain = None, 1e-12 * max(1.0, float(totals[heavy]))
-        own = weights[packs[heavy]]
-        for other in np.argsort(totals, kind="stable")[:-1]:
-            given = own[:, None] - weights[packs[other]][None, :]  # what `heavy` loses
-            after = np.maximum(totals[heavy] - given, totals[other] + given)
-            twice = np.isin(packs[heavy], packs[other])[:, None] | np.isin(packs[other], packs[heavy])[None, :]
-            after[twice] = np.inf
-            at = np.unravel_index(int(after.argmin()), after.shape)
-            if totals[heavy] - after[at] > gain:
-                best, gain = (int(other), int(at[0]), int(at[1])), float(totals[heavy] - after[at])
-        if best is None:
+        own = packs[heavy]
+        given = weights[own][None, :, None] - weights[packs][:, None, :]  # [packs, own, theirs]: what `heavy` loses
+        after = np.maximum(totals[heavy] - given, totals[:, None, None] + given)
+        twice = holds[:, own][:, :, None] | holds[heavy][packs][:, None, :]  # the pack itself among them
+        after[twice] = np.inf
+        other, mine, theirs = (int(at) for at in np.unravel_index(int(after.argmin()), after.shape))
+        if totals[heavy] - after[other, mine, theirs] <= 1e-12 * max(1.0, float(totals[heavy])):
             return
-        other, mine, theirs = best
-        packs[heavy, mine], packs[other, theirs] = packs[other, theirs], packs[heavy, mine]
+        leaves, comes = packs[heavy, mine], packs[other, theirs]
+        packs[heavy, mine], packs[other, theirs] = comes, leaves
+        holds[heavy, leaves] = holds[other, comes] = False
+        holds[heavy, comes] = holds[other, leaves] = True
         totals[[heavy, other]] = weights[packs[[heavy, other]]].sum(axis=1)
 
 
