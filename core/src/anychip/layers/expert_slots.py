@@ -30,7 +30,7 @@ def check_experts(num_experts: int, shape: MeshShape, what: str) -> None:
 class ExpertSlots:
     """Every rank has as many slots as every other, and the first of them hold its experts when it is loaded; the others
     are empty until the load of the experts is known. `experts` is the expert of each slot, all ranks' slots in their
-    order; -1 where it is empty. An expert lies once on a rank at most.
+    order; -1 where it is empty. An expert lies once on a rank at most, but for steps in the midst of a move.
 
     `load` [num_experts + 1] counts how often each expert was picked by tokens that this rank routed since somebody set
     it to zero; the last one counts padded tokens.
@@ -45,12 +45,11 @@ class ExpertSlots:
                 f"{each} of {num_experts} experts; {(num_experts - each) * num_ranks} or fewer have a use"
             )
         self.num_ranks, self.each = num_ranks, each + num_spare
-        first = torch.arange(num_experts).view(num_ranks, each)
-        empty = torch.full((num_ranks, num_spare), -1)
         self._table = platform.empty((num_experts, num_ranks), "int64", "weights")
         self._copies = platform.empty((num_experts,), "int64", "weights")
         self.load = platform.empty((num_experts + 1,), "int64", "weights").zero_()
-        self.assign(torch.cat((first, empty), dim=1).flatten().tolist())
+        firsts = range(0, num_experts, each)
+        self.assign([slot for first in firsts for slot in (*range(first, first + each), *[-1] * num_spare)])
 
     def assign(self, experts: Sequence[int]) -> None:
         """From now on the slots hold these."""
@@ -60,9 +59,9 @@ class ExpertSlots:
             if expert >= 0:
                 places[expert].append(slot)
         assert all(places), "an expert lies nowhere"
-        table = [(slots * self.num_ranks)[: self.num_ranks] for slots in places]
-        self._table.copy_(torch.tensor(table))
-        self._copies.copy_(torch.tensor([len(slots) for slots in places]))
+        used = [slots[: self.num_ranks] for slots in places]
+        self._table.copy_(torch.tensor([(slots * self.num_ranks)[: self.num_ranks] for slots in used]))
+        self._copies.copy_(torch.tensor([len(slots) for slots in used]))
 
     def pick(self, routing: Routing, routed: Tensor | None) -> Routing:
         """The routing with slots in place of experts; an expert's copies take turns by token. Padded tokens, False in
