@@ -200,9 +200,7 @@ def test_stacked_experts_are_read_where_a_ranks_own_lie(oracles, cpu):
 
 def test_a_model_without_experts_is_refused_by_name(tmp_path, cpu):
     make_checkpoint("llama", tmp_path)
-    with pytest.raises(
-        Unsupported, match="LlamaForCausalLM: expert_parallel: it has no experts that ranks could"
-    ):
+    with pytest.raises(Unsupported, match="LlamaForCausalLM: expert_parallel: it has no experts that ranks could"):
         built(tmp_path, cpu, 2)
     with pytest.raises(Unsupported, match="LlamaForCausalLM: expert_parallel"):
         plan_engine(EngineConfig(model=str(tmp_path), device="cpu", tensor_parallel_size=2, expert_parallel=True))
@@ -212,9 +210,7 @@ def test_experts_that_do_not_divide_are_refused_with_what_would(tmp_path, cpu):
     make_checkpoint("mixtral", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_local_experts": 6}))
-    with pytest.raises(
-        ConfigError, match=r"6 experts of .*_moe do not split evenly over 4 ranks; 1, 2, 3, 6 would"
-    ):
+    with pytest.raises(ConfigError, match=r"6 experts of .*_moe do not split evenly over 4 ranks; 1, 2, 3, 6 would"):
         built(tmp_path, cpu, 4)
 
 

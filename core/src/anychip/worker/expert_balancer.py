@@ -24,7 +24,9 @@ from anychip.worker.expert_packing import Places, balanced, imbalance
 
 MOVES_A_STEP = 2
 """Slots that get another expert before one step: two that change places are two."""
-_WORTH = 0.02
+_ALIGN = 16
+"""Bytes: a tensor within others' bytes begins where any dtype may."""
+_WORTH = 0.05
 """Of the mean load of a rank: what a layer's busiest rank must lose for experts to move."""
 
 
@@ -116,45 +118,54 @@ class ExpertBalancer:
     # -- moving -------------------------------------------------------------------------------------------
 
     def _move_some(self) -> None:
-        done = 0
-        while self._moves and done + len(self._moves[0][1]) <= MOVES_A_STEP:
-            index, exchange = self._moves.popleft()
-            self._carry_out(self._layers[index], exchange)
-            done += len(exchange)
-        self._moved += done
+        """Carries out the next exchanges, as many as one step may have, in one collective: all read what their slots
+        held before, so none may need what another of them writes."""
+        chosen: list[tuple[int, Move]] = []
+        written: set[tuple[int, int]] = set()
+        while self._moves:
+            index, exchange = self._moves[0]
+            touched = {(index, slot) for move in exchange for slot in move}
+            if chosen and (touched & written or len(chosen) + len(exchange) > MOVES_A_STEP):
+                break
+            self._moves.popleft()
+            written |= {(index, move.to) for move in exchange}
+            chosen += [(index, move) for move in exchange]
+        self._carry_out(chosen)
+        self._moved += len(chosen)
         self._tell()
 
-    def _carry_out(self, layer: SparseMoE, exchange: Exchange) -> None:
-        slots = _slots(layer)
-        arrived = [(move.to, self._bring(layer, move)) for move in exchange]
-        for to, tensors in arrived:
-            if tensors:  # the slot is this rank's
-                for held, new in zip(self._tensors(layer, to), tensors, strict=True):
-                    held.copy_(new)
-        experts = list(slots.experts)
-        for move in exchange:
-            assert slots.experts[move.source] != EMPTY
-            experts[move.to] = slots.experts[move.source]
-        slots.assign(experts)
+    def _carry_out(self, moves: Sequence[tuple[int, Move]]) -> None:
+        rank, ranks = self._communicator.rank, range(self._communicator.size)
+        leaving: list[list[Tensor]] = [[] for _ in ranks]  # by the rank that they go to
+        coming: list[list[tuple[int, int]]] = [[] for _ in ranks]  # (layer, slot) by the rank that they come from
+        for index, (to, source) in moves:
+            each = _slots(self._layers[index]).each
+            if source // each == rank:
+                leaving[to // each].append(_bytes(self._tensors(index, source)))
+            if to // each == rank:
+                coming[source // each].append((index, to))
+        sizes = {index: _num_bytes(self._tensors(index, 0)) for index, _ in moves}
+        received = [sum(sizes[index] for index, _ in there) for there in coming]
+        sent = [sum(map(len, parts)) for parts in leaving]
+        device = self._tensors(moves[0][0], 0)[0].device
+        flat = [part for parts in leaving for part in parts] or [torch.empty(0, dtype=torch.uint8, device=device)]
+        arrived = self._communicator.all_to_all_v(torch.cat(flat), sent, received)
+        order = [place for there in coming for place in there]
+        pieces = torch.split(arrived, [sizes[index] for index, _ in order])  # type: ignore[no-untyped-call]
+        for (index, slot), data in zip(order, pieces, strict=True):
+            _fill(self._tensors(index, slot), data)
+        for index in sizes:
+            slots = _slots(self._layers[index])
+            experts = list(slots.experts)
+            for layer, move in moves:
+                if layer == index:
+                    assert slots.experts[move.source] != EMPTY
+                    experts[move.to] = slots.experts[move.source]
+            slots.assign(experts)
 
-    def _bring(self, layer: SparseMoE, move: Move) -> list[Tensor]:
-        """On the rank of move.to, a copy of what is to lie there; on others nothing. Every rank takes the moves in the
-        same order, so no two wait for each other."""
-        rank, each = self._communicator.rank, _slots(layer).each
-        source, to = move.source // each, move.to // each
-        if source == to:
-            return [held.clone() for held in self._tensors(layer, move.source)] if rank == to else []
-        if rank == source:
-            for held in self._tensors(layer, move.source):
-                self._communicator.send(_bytes(held), to)
-        if rank != to:
-            return []
-        return [
-            self._communicator.recv(torch.empty_like(_bytes(held)), source).view(held.dtype).view(held.shape)
-            for held in self._tensors(layer, move.to)
-        ]
-
-    def _tensors(self, layer: SparseMoE, slot: int) -> Sequence[Tensor]:
+    def _tensors(self, index: int, slot: int) -> Sequence[Tensor]:
+        """Of a slot of this rank."""
+        layer = self._layers[index]
         return layer.kernel.expert_tensors(layer.packed, slot % _slots(layer).each)
 
     @property
@@ -168,6 +179,19 @@ def _slots(layer: SparseMoE) -> ExpertSlots:
     return layer.slots
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """[num_bytes] uint8, a copy where it does not lie in one piece."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """[num_bytes] uint8: all of them, one behind the other, each filled up to a multiple of _ALIGN."""
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % _ALIGN)) for part in parts])
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors)
+
+
+def _fill(tensors: Sequence[Tensor], data: Tensor) -> None:
+    """The other way round."""
+    start = 0
+    for tensor in tensors:
+        tensor.copy_(data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        start += -(-tensor.nbytes // _ALIGN) * _ALIGN
