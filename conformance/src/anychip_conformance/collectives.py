@@ -14,11 +14,12 @@ from torch import Tensor
 from anychip.plugin_api import AXES, MAX_SENT, Axis, Communicator, Mesh, MeshShape
 from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, bits
+from anychip_conformance.expert_ranks import experts
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
                          "all_to_all_v", "broadcast", "send_recv", "send_ahead", "barrier", "order", "close_restore",
-                         "mesh"]  # fmt: skip
+                         "mesh", "experts"]  # fmt: skip
 
 
 class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -233,6 +234,6 @@ def along(case: CollectiveCase, axis: Axis, rank: int) -> list[int]:
 CHECKS: dict[str, Callable[[Member], bytes]] = {
     check.__name__: check
     for check in (all_reduce, all_gather, all_gather_v, reduce_scatter, reduce_scatter_v, all_to_all, all_to_all_v,
-                  broadcast, send_recv, send_ahead, barrier, order, close_restore, mesh)
+                  broadcast, send_recv, send_ahead, barrier, order, close_restore, mesh, experts)
 }  # fmt: skip
 """Each returns bytes that must be the same at every member."""

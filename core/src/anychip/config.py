@@ -65,6 +65,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Stages of whole layers, each on ranks of its own."""
     pipeline_layers: tuple[int, ...] = ()
     """Layers of each stage, the first stage's first; (): what balances the stages."""
+    expert_parallel: bool = False
+    """Whether ranks hold whole experts, instead of a share of every expert's features."""
+    eplb_interval: int | None = None
+    """Steps between looks at the load of the experts, after which some move to other ranks; None: they stay."""
+    num_redundant_experts: int = 0
+    """Slots for experts beyond one for each, over all ranks: a busy expert is held by several."""
     executor: Literal["auto", "inline", "multiprocess", "ray"] = "auto"
     nodes: tuple[str, ...] = ()
     """Hosts that share the ranks, this one first: its name or address is where the others find it."""
@@ -113,6 +119,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2, "block_size": 1, "num_kv_blocks": 2,
             "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "kv_cache_bytes": 1, "max_waiting": 1,
             "max_waiting_tokens": 1, "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
+            "eplb_interval": 1, "num_redundant_experts": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -136,6 +143,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("num_kv_blocks and kv_cache_bytes both size the KV cache; give one")
         check_sizes(self)
         check_nodes(self)
+        if self.eplb_interval is not None and not self.expert_parallel:
+            raise ConfigError("eplb_interval moves experts between ranks, which takes expert_parallel; give both")
+        if self.num_redundant_experts and self.eplb_interval is None:
+            raise ConfigError(
+                "num_redundant_experts are slots that the balance of load fills; give an eplb_interval, such as 3000"
+            )
 
     @property
     def parallel_sizes(self) -> ParallelSizes:

@@ -140,6 +140,17 @@ class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
         return sum(self.accepted_at)
 
 
+class ExpertStats(msgspec.Struct, frozen=True, array_like=True):
+    """How the experts of a model that is spread over ranks are loaded, at the newest look."""
+
+    imbalance: float
+    """The busiest rank's routed tokens over the mean of all ranks, averaged over layers. 1 is even."""
+    planned: float
+    """The same, with the same load, once the moves that were decided on are done."""
+    moved: int
+    """Slots that got another expert, since the start."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """How the engine stands. What counts events counts them since its start."""
 
@@ -159,6 +170,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """None: nothing is drafted."""
     weights_version: int = 0
     """How often the weights have changed in place."""
+    experts: ExpertStats | None = None
+    """None: no experts move, or nobody has looked yet."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -403,6 +416,8 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
     a vector. Such rows sample nothing."""
     proposed: bytes = b""
     """What the draft model drafted: int32 [sum of num_proposed]; -1 where it has not caught up with a row."""
+    experts: ExpertStats | None = None
+    """After a look at the experts' load, and while some move."""
 
 
 ToEngine = AddRequest | Abort | LoadAdapter | DropAdapter | Shutdown

@@ -158,6 +158,18 @@ class Loaded:
         name = "moe" if case.scheme is None else f"moe {case.scheme.name}"
         self.device.compare("combined output", result, expected, label=f"{name}/{case.dtype}")
 
+    def judge_rows(self, x: Tensor, experts: np.ndarray, result: Tensor) -> None:
+        """Of rows with one expert each, [num_tokens], and a weight of one."""
+        case = self.case
+        ones = np.ones((len(experts), 1))
+        dw = 0.0 if case.scheme is None else 2 * UNIT_ROUNDOFF[case.dtype]
+        outputs = {
+            index: oracle.run_expert(seen(x), self.experts[index], case.activation, case.dtype, dw=dw)
+            for index in case.here
+        }
+        expected = oracle.combine(outputs, ones, experts[:, None], np.zeros_like(ones), case.dtype)
+        self.device.compare("rows of one expert", result, expected)
+
 
 def router_inputs(device: Device, case: MoECase) -> tuple[Tensor, Tensor | None]:
     """Logits a fixed distance apart, in random order, so that the picked experts are beyond doubt."""

@@ -30,6 +30,7 @@ _MODULES = (
     "products",
     "formats",
     "experts",
+    "expert_ranks",
     "sampling",
     "ranks",
     "axes",

@@ -191,6 +191,8 @@ class EngineCore:
         except DeviceFault as fault:
             self._lose(step, fault)
             return []
+        if result.experts is not None:
+            self.scheduler.experts = result.experts
         return self.scheduler.update(step, result)
 
     def _lose(self, step: ScheduledStep, fault: DeviceFault) -> None:

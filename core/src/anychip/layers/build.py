@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from anychip.errors import ConfigError
 from anychip.layers.stage import WHOLE, Stage
@@ -47,6 +48,12 @@ class Builder:
     """Whether requests may have adapters, so that products note where those go."""
     adapter_sites: list[AdapterSite] = field(default_factory=list)
     """Of the products built so far."""
+    expert_layers: list[Any] = field(default_factory=list)
+    """Mixtures of experts that were built so far: layers.mlp.SparseMoE, or what stands for one."""
+    moves_experts: bool = False
+    """Whether experts may move between ranks, and tokens travel to them."""
+    num_redundant_experts: int = 0
+    """Slots of all ranks beyond one for each expert."""
 
     def scheme(self, modules: Sequence[str], in_features: int) -> QuantScheme | None:
         """The one scheme of modules that are packed into one product."""
@@ -67,6 +74,10 @@ class Builder:
     def split(self, total: int, what: str) -> Span:
         """This rank's equal share of `total` along tp."""
         return self.held((total,), (Sharded(dim=0),), what)[0]
+
+    def expert_features(self, total: int) -> int:
+        """How many of an expert's intermediate features this rank holds."""
+        return total if self.mesh.shape.covers("ep", "tp") else self.split(total, "expert features").count
 
     def kv_heads(self, spec: AttentionSpec, num_kv_heads: int) -> Span:
         """This rank's KV heads, as the pages are placed."""

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from anychip.layers.build import Builder
+from anychip.layers.expert_slots import ExpertSlots, check_experts, expert_placement
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
-from anychip.plugin_api import ActFormat, ExpertParallel, MoESpec, Sharded, Span, StepAdapters, WeightView
+from anychip.plugin_api import (
+    ActFormat,
+    ExpertParallel,
+    ForwardContext,
+    MoESpec,
+    Routing,
+    Sharded,
+    Span,
+    StepAdapters,
+    WeightView,
+)
 from anychip.weights.matrix import Matrix
-
-EXPERTS, FEATURES = Sharded(dim=0, axis="ep"), Sharded(dim=1)
-"""How experts' matrices [num_experts, intermediate_size, hidden_size] are divided."""
 
 
 class GatedMLP:
@@ -74,7 +82,8 @@ class GatedMLP:
     def accepts(self) -> ActFormat:
         return self.gate_up.accepts
 
-    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+    def __call__(self, x: Tensor, context: ForwardContext | None) -> Tensor:
+        adapters = None if context is None else context.adapters
         return self._multiplied(self.down(self._inner(x, adapters), adapters))
 
     def partial(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
@@ -97,7 +106,9 @@ class GatedMLP:
 
 class SparseMoE:
     """A rank holds its share of the experts along ep, and of each its share of the intermediate features along tp;
-    outputs are summed over both.
+    outputs are summed over both. Where ep covers tp, it holds whole experts, and the one sum along tp adds what every
+    rank's experts make of all tokens. With `slots`, tokens travel instead, and experts may move between steps
+    (docs/decisions/0059).
 
     `names` are those of the expert's gate, up and down matrices. `shared` is an expert that every token goes through;
     `shared_gate` names the module that weights it, if one does. `correction` names the tensor [num_experts] that is
@@ -118,9 +129,11 @@ class SparseMoE:
         shared: GatedMLP | None = None,
         shared_gate: str = "",
     ) -> None:
-        placed = (EXPERTS, FEATURES)
+        shape = builder.mesh.shape
+        placed = expert_placement(shape)
+        check_experts(spec.num_experts, shape, f"experts of {name}")
         extents = (spec.num_experts, intermediate_size, spec.hidden_size)
-        self.held, span, _ = builder.held(extents, placed, f"experts or their features of {name}")
+        self.held, span, _ = builder.held(extents, placed, f"expert features of {name}")
         assert span.count == spec.intermediate_size
         self.communicator = builder.mesh.axis("tp")
         self.router = ReplicatedLinear(
@@ -146,12 +159,11 @@ class SparseMoE:
         self.spec = replace(spec, scheme=scheme, placed=placed)
         self.ep: ExpertParallel | None = None
         self.expert_map: Tensor | None = None
-        if builder.mesh.shape.size_of("ep") > 1:
-            self.spec = replace(self.spec, num_local_experts=self.held.count)
-            self.ep = ExpertParallel(communicator=builder.mesh.axis("ep"), num_local_experts=self.held.count)
-            self.expert_map = self._expert_map(builder)
-            self._leave_out_others(builder, f"{name}.experts")
+        self.slots: ExpertSlots | None = None
+        if shape.size_of("ep") > 1:
+            self._spread(builder, f"{name}.experts")
         self.kernel = builder.platform.moe(self.spec)
+        builder.expert_layers.append(self)
         self.packed = self.kernel.begin()
         self.want_experts(builder, f"{name}.experts", intermediate_size, span, names)
         builder.weights.finishers.append(self._finish)
@@ -194,6 +206,24 @@ class SparseMoE:
         builder.weights.want(name, (size,), take)
         return held
 
+    def _spread(self, builder: Builder, name: str) -> None:
+        """Experts lie on several ranks: what finds them, and what is not to be read here."""
+        shape, held, num_spare = builder.mesh.shape, self.held.count, 0
+        if builder.moves_experts:
+            num_spare = builder.num_redundant_experts // shape.size_of("ep")
+            self.slots = ExpertSlots(
+                builder.platform,
+                num_experts=self.spec.num_experts,
+                num_ranks=shape.size_of("ep"),
+                num_spare=num_spare,
+            )
+        else:
+            self.expert_map = self._expert_map(builder)
+        self.spec = replace(self.spec, num_local_experts=held + num_spare)
+        if self.slots is not None or not shape.covers("ep", "tp"):
+            self.ep = ExpertParallel(communicator=builder.mesh.axis("ep"), num_local_experts=held + num_spare)
+        self._leave_out_others(builder, name)
+
     def _expert_map(self, builder: Builder) -> Tensor:
         """[num_experts]: an expert's place among those held here, -1 for one that is elsewhere."""
         places = torch.full((self.spec.num_experts,), -1)
@@ -212,23 +242,51 @@ class SparseMoE:
     def accepts(self) -> ActFormat:
         return self.router.accepts
 
-    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+    def __call__(self, x: Tensor, context: ForwardContext | None) -> Tensor:
         """The experts take no adapters; the router and what every token goes through do."""
+        adapters = None if context is None else context.adapters
+        logits = self.router(x, adapters)
+        shared = None if self.shared is None else self._shared(self.shared, x, adapters)
+        if self.slots is not None:
+            partial = self._travelled(x, logits, None if context is None else context.routed)
+            return self.communicator.all_reduce(partial if shared is None else partial + shared)
         partial = self.kernel.apply(
             x,
-            self.router(x, adapters),
+            logits,
             self.packed,
             router_bias=self.correction,
-            shared=None if self.shared is None else self._shared(self.shared, x, adapters),
+            shared=shared,
             ep=self.ep,
             expert_map=self.expert_map,
         )
         return self.communicator.all_reduce(partial)
 
+    def _travelled(self, x: Tensor, logits: Tensor, routed: Tensor | None) -> Tensor:
+        """This rank's part of the sum along tp, whose ranks have the same tokens: the outputs for its share of them,
+        which travel to their experts and back."""
+        assert self.slots is not None and self.ep is not None
+        rank, size = self.communicator.rank, self.communicator.size
+        own = slice(len(x) * rank // size, len(x) * (rank + 1) // size)
+        every = self.kernel.route(logits, self.correction)
+        routing = self.slots.pick(
+            Routing(every.weights[own], every.expert_ids[own]), None if routed is None else routed[own]
+        )
+        arrived = self.kernel.dispatch(x[own], routing, self.ep)
+        outputs = self.kernel.experts(arrived.x, arrived.routing, self.packed)
+        result = torch.zeros_like(x)
+        result[own] = self.kernel.combine(outputs, arrived, routing, self.ep)
+        return result
+
     def _shared(self, shared: GatedMLP, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         """This rank's part of what every token gets."""
         partial = shared.partial(x, adapters)
         return partial if self.shared_gate is None else partial * self.shared_gate(x).sigmoid()
+
+
+def moving_layers(model: object) -> list[SparseMoE]:
+    """A built model's mixtures whose experts may move between ranks."""
+    layers = getattr(model, "expert_layers", ())
+    return [layer for layer in layers if isinstance(layer, SparseMoE) and layer.slots is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from anychip.plugin_api import ActFormat, Sharded, StepAdapters
+from anychip.plugin_api import ActFormat, ForwardContext, Sharded
 
 
 class SquaredReluMLP:
@@ -37,5 +37,6 @@ class SquaredReluMLP:
     def accepts(self) -> ActFormat:
         return self.up.accepts
 
-    def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+    def __call__(self, x: Tensor, context: ForwardContext | None) -> Tensor:
+        adapters = None if context is None else context.adapters
         return self.down(self.up(x, adapters).relu().square(), adapters)

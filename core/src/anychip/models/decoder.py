@@ -110,6 +110,7 @@ class Decoder:
         if not builder.draws:
             builder.weights.elsewhere += ("lm_head.", "score.")  # read for the vectors' head, if at all
         self.adapter_sites = builder.adapter_sites
+        self.expert_layers = builder.expert_layers
 
     @classmethod
     def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> Sequence[Any]:
@@ -213,7 +214,7 @@ class Decoder:
             num_experts=num_experts,
             top_k=top_k,
             hidden_size=self.config.hidden_size,
-            intermediate_size=builder.split(intermediate_size, "expert features").count,
+            intermediate_size=builder.expert_features(intermediate_size),
             dtype=builder.dtype,
             activation=self.activation,
             **differences,
@@ -317,4 +318,4 @@ class PreNormLayer:
         hidden, residual = self.input_norm.with_residual(hidden, residual, self.attention.accepts)
         hidden = self.attention(hidden, context)
         hidden, residual = self.mlp_norm.with_residual(hidden, residual, self.mlp.accepts)
-        return self.mlp(hidden, context.adapters), residual
+        return self.mlp(hidden, context), residual

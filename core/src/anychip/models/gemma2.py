@@ -67,4 +67,4 @@ class SandwichLayer:
         hidden, residual = self.before_attention.with_residual(hidden, residual, self.attention.accepts)
         hidden = self.after_attention(self.attention(hidden, context))
         hidden, residual = self.before_mlp.with_residual(hidden, residual, self.mlp.accepts)
-        return self.after_mlp(self.mlp(hidden, context.adapters)), residual
+        return self.after_mlp(self.mlp(hidden, context)), residual

@@ -38,7 +38,7 @@ class GptOss(Decoder):
             num_experts=int(config.need("num_local_experts")),
             top_k=int(config.need("num_experts_per_tok")),
             hidden_size=config.hidden_size,
-            intermediate_size=builder.split(config.intermediate_size, "expert features").count,
+            intermediate_size=builder.expert_features(config.intermediate_size),
             dtype=builder.dtype,
             activation="swiglu_clamped",
             bias=True,
@@ -66,7 +66,9 @@ class StackedExperts(SparseMoE):
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: Sequence[str]
     ) -> None:
         count, hidden_size = self.spec.num_experts, self.spec.hidden_size
-        hidden, first_rank = Span(0, hidden_size), self.communicator.rank == 0
+        hidden = Span(0, hidden_size)
+        # The sum over ranks that share an expert's features must hold its bias once.
+        adds_bias = span.start == 0
         own, wide = span.times(2), 2 * intermediate_size
         halves = (("gate", 0), ("up", 1))
         wide_shape, tall_shape = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
@@ -106,8 +108,7 @@ class StackedExperts(SparseMoE):
         def take_down_bias(view: WeightView) -> None:
             bias = view.read(self.held.bounds)
             for place in range(self.held.count):
-                # The sum over ranks must hold it once.
-                PutExpert(self, place, "down")("bias", bias[place] if first_rank else bias[place] * 0)
+                PutExpert(self, place, "down")("bias", bias[place] if adds_bias else bias[place] * 0)
 
         builder.weights.want(f"{name}.gate_up_proj_bias", (count, wide), take_gate_up_bias)
         builder.weights.want(f"{name}.down_proj_bias", (count, hidden_size), take_down_bias)

@@ -42,4 +42,4 @@ class GraniteLayer(PreNormLayer):
         hidden, residual = self.input_norm.with_residual(hidden, residual, self.attention.accepts)
         hidden = self.attention(hidden, context) * self.multiplier
         hidden, residual = self.mlp_norm.with_residual(hidden, residual, self.mlp.accepts)
-        return self.mlp(hidden, context.adapters) * self.multiplier, residual
+        return self.mlp(hidden, context) * self.multiplier, residual

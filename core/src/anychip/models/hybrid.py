@@ -22,7 +22,6 @@ from anychip.plugin_api import (
     MeshShape,
     Rope,
     StateSpec,
-    StepAdapters,
 )
 from anychip.types import DType
 
@@ -50,7 +49,7 @@ class FeedForward(Protocol):
     @property
     def accepts(self) -> ActFormat: ...
 
-    def __call__(self, x: Tensor, adapters: StepAdapters | None, /) -> Tensor: ...
+    def __call__(self, x: Tensor, context: ForwardContext | None, /) -> Tensor: ...
 
 
 class StateSizes(Protocol):
@@ -95,7 +94,7 @@ class BlockLayer:
             hidden = self._scaled(mixer(normed, context))
         for norm, block in self.blocks:
             normed, residual = norm.with_residual(hidden, residual, block.accepts)
-            hidden = self._scaled(block(normed, context.adapters))
+            hidden = self._scaled(block(normed, context))
         assert residual is not None, "a layer has a block"
         return hidden, residual
 

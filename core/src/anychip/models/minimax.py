@@ -82,4 +82,4 @@ class MiniMaxLayer:
         kept, added = self.of_mixer
         x = self.expert_norm(x * kept + self.mixer(x, context) * added)
         kept, added = self.of_experts
-        return self.experts(x, context.adapters) * added, x * kept
+        return self.experts(x, context) * added, x * kept

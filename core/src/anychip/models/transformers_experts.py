@@ -12,14 +12,16 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
+from anychip.layers.expert_slots import check_experts, expert_placement
 from anychip.models.transformers_weights import Conversions
-from anychip.plugin_api import Activation, MoESpec, Routing, Sharded, Span
+from anychip.plugin_api import Activation, MoESpec, Routing, Span
 from anychip.weights.matrix import Matrix, MatrixStack, Put, StackPiece
 
 EXPERTS_FUNCTION = "anychip"
@@ -86,9 +88,16 @@ def fused_experts(
     count, outputs, hidden_size = module.gate_up_proj.shape
     if module.is_transposed:
         outputs, hidden_size = hidden_size, outputs
-    if builder.mesh.shape.size_of("ep") > 1:
-        raise Unsupported(f"{type(module).__name__} through transformers", ["experts spread over ranks"])
-    span = builder.split(outputs // 2, f"expert features of {name}")
+    shape, placed = builder.mesh.shape, expert_placement(builder.mesh.shape)
+    reasons = []
+    if shape.size_of("ep") > 1 and not shape.covers("ep", "tp"):
+        reasons.append("an axis ep beside tp")
+    if builder.moves_experts:
+        reasons.append("experts that move between ranks (--eplb-interval)")
+    if reasons:
+        raise Unsupported(f"{type(module).__name__} through transformers", reasons)
+    check_experts(count, shape, f"experts of {name}")
+    here, span, _ = builder.held((count, outputs // 2, hidden_size), placed, f"expert features of {name}")
     spec = MoESpec(
         num_experts=count,
         top_k=top_k,
@@ -96,19 +105,22 @@ def fused_experts(
         intermediate_size=span.count,
         dtype=builder.dtype,
         activation=activation,
-        placed=(Sharded(dim=1),),
+        placed=placed,
+        num_local_experts=here.count if here.count < count else None,
     )
-    return FusedExperts(builder, name, spec, span, outputs // 2, module, conversions)
+    return FusedExperts(builder, name, spec, here, span, outputs // 2, module, conversions)
 
 
 class FusedExperts(nn.Module):
-    """Stands for one of the library's modules of experts. A rank holds its share of each expert's features."""
+    """Stands for one of the library's modules of experts. A rank holds the experts `here`, or of each expert the
+    features `span`, and adds what it has to the sum along tp."""
 
     def __init__(
         self,
         builder: Builder,
         name: str,
         spec: MoESpec,
+        here: Span,
         span: Span,
         intermediate_size: int,
         module: Any,
@@ -116,6 +128,8 @@ class FusedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.communicator = builder.mesh.axis("tp")
+        self.here = here
+        builder.expert_layers.append(self)
         apart = conversions.experts(name, spec.num_experts)
         modules = [part for each in apart for part in (each.gate, each.up, each.down)]
         scheme = builder.scheme(
@@ -124,11 +138,20 @@ class FusedExperts(nn.Module):
         self.spec = replace(spec, scheme=scheme)
         self.kernel = builder.platform.moe(self.spec)
         self.packed = self.kernel.begin()
+        self.expert_map: Tensor | None = None
+        if here.count < spec.num_experts:
+            places = torch.full((spec.num_experts,), -1)
+            places[slice(*here.bounds)] = torch.arange(here.count)
+            self.expert_map = builder.platform.empty(tuple(places.shape), "int64", "weights").copy_(places)
         builder.weights.finishers.append(self._finish)
         matrices = self._matrices(span, intermediate_size)
         if apart:
             for expert, each in enumerate(apart):
-                for part, source in (("gate", each.gate), ("up", each.up), ("down", each.down)):
+                sources = (("gate", each.gate), ("up", each.up), ("down", each.down))
+                if expert not in range(*here.bounds):
+                    builder.weights.elsewhere += tuple(f"{source}." for _, source in sources)
+                    continue
+                for part, source in sources:
                     builder.formats.want(builder.weights, matrices(part, source, expert))
         else:
             self._want_stacks(builder, name, module, span, intermediate_size, matrices)
@@ -146,7 +169,7 @@ class FusedExperts(nn.Module):
 
     def _put(self, part: str, expert: int) -> Put:
         def put(kind: str, tensor: Tensor, row: int = 0) -> None:
-            self.kernel.load(self.packed, expert, f"{part}.{kind}" if kind else part, tensor, row=row)
+            self.kernel.load(self.packed, expert - self.here.start, f"{part}.{kind}" if kind else part, tensor, row=row)
 
         return put
 
@@ -164,7 +187,9 @@ class FusedExperts(nn.Module):
         start, stop = span.bounds
 
         def piece(part: str, rows: slice) -> StackPiece:
-            return StackPiece(rows, [matrices(part, f"{name}.{expert}.{part}", expert) for expert in range(count)])
+            return StackPiece(
+                rows, [matrices(part, f"{name}.{expert}.{part}", expert) for expert in range(*self.here.bounds)]
+            )
 
         if module.is_concatenated:
             halves = slice(start, stop), slice(intermediate_size + start, intermediate_size + stop)
@@ -177,7 +202,7 @@ class FusedExperts(nn.Module):
             stack = MatrixStack(
                 name=f"{name}.{stacked}",
                 count=count,
-                held=Span(0, count),
+                held=self.here,
                 shape=shape,
                 pieces=pieces,
                 outputs_first=not module.is_transposed,
@@ -189,4 +214,6 @@ class FusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routing = Routing(top_k_weights.float(), top_k_index)
-        return self.communicator.all_reduce(self.kernel.experts(hidden_states, routing, self.packed))
+        return self.communicator.all_reduce(
+            self.kernel.experts(hidden_states, routing, self.packed, expert_map=self.expert_map)
+        )

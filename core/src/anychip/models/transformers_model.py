@@ -60,6 +60,7 @@ class TransformersModel:
             builder.mesh.axis("tp").rank,
         )
         self._replace_experts(recorded, conversions)
+        self.expert_layers = builder.expert_layers
         self._replace_embeddings()
         self._replace_linears()
         self._want_parameters()

@@ -49,6 +49,10 @@ class Metrics:
         )
         self.saved = self._gauge("spec_decode_saved_seconds", "What drafts saved since the engine's start")
         self.proposer_failures = self._counter("spec_decode_failures", "Sequences whose proposer failed")
+        self.expert_imbalance = self._gauge(
+            "expert_imbalance_ratio", "Tokens routed to the busiest rank's experts over the mean of the ranks"
+        )
+        self.expert_moves = self._counter("expert_moves", "Slots that got another expert")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were begun")
         self.finished = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self.failed = self._counter("request_failure", "Requests that ended with an error, by its kind", "error")
@@ -116,6 +120,9 @@ class Metrics:
         self.preemptions.inc(self._last.preemptions - last.preemptions)
         if self._last.speculation is not None:
             self._take_speculation(last.speculation, self._last.speculation)
+        if self._last.experts is not None:
+            self.expert_imbalance.set(self._last.experts.imbalance)
+            self.expert_moves.inc(self._last.experts.moved - (last.experts.moved if last.experts else 0))
 
     def _take_speculation(self, last: SpeculationStats | None, stats: SpeculationStats) -> None:
         before = last or SpeculationStats(0, (0,) * len(stats.accepted_at), 0.0, 0)
@@ -143,6 +150,8 @@ def _counted(last: EngineStats, stats: EngineStats) -> EngineStats:
     counts = ("steps", "preemptions", "prefix_queries", "prefix_hits")
     newest = {name: max(getattr(last, name), getattr(stats, name)) for name in counts}
     drafts = [each for each in (last.speculation, stats.speculation) if each is not None]
+    looks = [each for each in (stats.experts, last.experts) if each is not None]
+    newest["experts"] = max(looks, key=lambda each: each.moved, default=None)
     newest["speculation"] = max(drafts, key=lambda each: (each.drafted, each.accepted, each.failures), default=None)
     return msgspec.structs.replace(stats, **newest)
 

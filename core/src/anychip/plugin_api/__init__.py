@@ -76,7 +76,7 @@ from anychip.plugin_api.manifest import (
 )
 from anychip.plugin_api.memory import MemoryInfo, PeakMemory, WeightsKey
 from anychip.plugin_api.mesh import AXES, Axis, Mesh, MeshShape
-from anychip.plugin_api.moe import Activation, ExpertParallel, FusedMoE, MoESpec, Routing
+from anychip.plugin_api.moe import Activation, Dispatched, ExpertParallel, FusedMoE, MoESpec, Routing
 from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Platform, PlatformContext, ReferenceKernels
@@ -114,14 +114,14 @@ __all__ = [
     "AdapterEntry", "AdapterSite", "AdapterStack", "AttentionBackend", "AttentionLayer", "AttentionSpec", "Axis",
     "BatchView", "CacheBackend", "CacheSpec", "CanonicalArray", "Capabilities", "CapturedShapes", "CommandManifest",
     "Communicator", "CompileReport", "Decision", "DeviceFault", "DeviceInfo", "DeviceProfile", "DeviceSpan",
-    "EagerCall", "EmbeddingRows", "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView", "EngineConfig",
-    "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE", "GraphCapture",
-    "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexInputs", "KVLayout", "KVPlan", "LatentBackend",
-    "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo", "Mesh",
-    "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec", "ParserManifest",
-    "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform", "PlatformContext",
-    "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest", "QKNorm",
-    "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels",
+    "Dispatched", "EagerCall", "EmbeddingRows", "EncoderBackend", "EncoderLayer", "EncoderSpec", "EncoderView",
+    "EngineConfig", "EnteringRow", "Event", "ExpertParallel", "ForwardContext", "ForwardExtras", "FusedMoE",
+    "GraphCapture", "GraphLevel", "GroupSpec", "HeldTensor", "HostOutputs", "IndexInputs", "KVLayout", "KVPlan",
+    "LatentBackend", "LatentLayer", "LatentSpec", "LinearKernel", "LinearPart", "LinearSpec", "LowRank", "MemoryInfo",
+    "Mesh", "MeshShape", "MoESpec", "ModelManifest", "ModelSource", "Ops", "PagedBackend", "PagedSpec",
+    "ParserManifest", "PartialAttention", "PeakMemory", "Placed", "Placement", "PlannedCall", "Platform",
+    "PlatformContext", "PlatformManifest", "PluginOptions", "PolicyManifest", "ProbeResult", "ProposerManifest",
+    "QKNorm", "QuantFormatManifest", "QuantScheme", "ReadyOutputs", "Recorder", "Recurrence", "ReferenceKernels",
     "RegionCompiler", "Requirement", "Rope", "Routing", "RunOutsideGraph", "SamplingInputs", "Scores", "Section",
     "ShapeKey", "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView",
     "StepAdapters", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology",

@@ -37,6 +37,8 @@ class ForwardContext:
     chosen: Tensor | None = None
     """int32 [num_tokens, top_k]: what the last layer that chose tokens has chosen; layers behind it may attend to the
     same."""
+    routed: Tensor | None = None
+    """[num_tokens] bool: False for padded tokens, which no expert is to see. None: nobody asks."""
 
     def attend(
         self,

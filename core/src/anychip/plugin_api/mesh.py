@@ -56,6 +56,10 @@ class MeshShape:
         """Ranks along an axis. Raises Unsupported for one that does not exist."""
         return prod(getattr(self, part) for part in self._parts(axis))
 
+    def covers(self, axis: Axis, other: Axis) -> bool:
+        """Whether what lies along `other` lies along `axis` already: {"ep": ("dp", "tp")} covers tp."""
+        return axis == other or other in self.joined.get(axis, ())
+
     def coordinates(self, rank: int) -> dict[Axis, int]:
         """Where a rank of the world lies, by axis."""
         return {axis: rank // stride % getattr(self, axis) for axis, stride in self._strides().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -67,10 +68,26 @@ class ExpertParallel:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """weights [num_tokens, top_k] float32 and expert ids [num_tokens, top_k]."""
+    """weights [num_tokens, top_k] float32 and expert ids [num_tokens, top_k]. Rows that were dispatched have one choice
+    each, whatever the spec's top_k is."""
 
     weights: Tensor
     expert_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatched:
+    """The rows that came to this rank, one for each choice of an expert that lies here, and how they go back."""
+
+    x: Tensor  # [num_rows, hidden_size]
+    routing: Routing
+    """[num_rows, 1]: places among the experts held here, and weights of one: `combine` weighs."""
+    choices: Tensor
+    """[num_sent] token * top_k + choice of what this rank sent, in the order in which it was sent."""
+    sent: Sequence[int]
+    """Rows by the rank that they went to."""
+    received: Sequence[int]
+    """Rows by the rank that they came from."""
 
 
 class FusedMoE:
@@ -108,6 +125,40 @@ class FusedMoE:
         """Weighted sum of the picked experts' outputs, [num_tokens, hidden_size]. An id that expert_map turns
         into -1 contributes nothing."""
         raise Unsupported(self.name, ["experts is not implemented"])
+
+    def expert_tensors(self, packed: Packed, expert: int) -> Sequence[Tensor]:
+        """All that is kept of one expert, by its place among those held here: views that a copy into them changes, of
+        the same shapes and dtypes for every expert. Optional: without it, experts stay where they are loaded."""
+        raise Unsupported(self.name, ["experts that move between ranks: expert_tensors is not implemented"])
+
+    def dispatch(self, x: Tensor, routing: Routing, ep: ExpertParallel) -> Dispatched:
+        """Sends tokens to the ranks that hold their experts. x [num_tokens, hidden_size] are this rank's own tokens.
+        routing.expert_ids are slots: num_local_experts of them lie on each rank, in the order of ranks. A slot of -1
+        is sent to nobody. Rows arrive in the order of ranks, and of choices within a rank."""
+        slots = routing.expert_ids.flatten().long()
+        ranks = slots.div(ep.num_local_experts, rounding_mode="floor")
+        counts = (ranks + 1).bincount(minlength=ep.communicator.size + 1)  # the first are nobody's
+        arriving = ep.communicator.all_to_all(counts[1:].contiguous())
+        nobodys, *sent = counts.tolist()
+        received = arriving.tolist()
+        choices = ranks.argsort(stable=True)[nobodys:]
+        rows = ep.communicator.all_to_all_v(x[choices // routing.expert_ids.shape[1]], sent, received)
+        places = ep.communicator.all_to_all_v((slots % ep.num_local_experts)[choices], sent, received)
+        ones = routing.weights.new_ones(len(rows), 1)
+        return Dispatched(
+            x=rows, routing=Routing(ones, places.unsqueeze(1)), choices=choices, sent=sent, received=received
+        )
+
+    def combine(self, outputs: Tensor, dispatched: Dispatched, routing: Routing, ep: ExpertParallel) -> Tensor:
+        """Brings outputs [num_rows, hidden_size] of dispatched rows back to their tokens: the weighted sums
+        [num_tokens, hidden_size]. They are added in the order of a token's choices, so where an expert lies does not
+        show in the sum."""
+        back = ep.communicator.all_to_all_v(outputs, dispatched.received, dispatched.sent)
+        weights = routing.weights.float()
+        picked = weights.new_zeros(weights.numel(), outputs.shape[1])
+        picked[dispatched.choices] = back.float()
+        picked = picked.view(*weights.shape, outputs.shape[1])
+        return (picked * weights.unsqueeze(-1)).sum(dim=1).to(outputs.dtype)
 
     def apply(
         self,

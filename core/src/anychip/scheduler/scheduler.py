@@ -12,7 +12,7 @@ from bisect import insort
 from collections.abc import Iterator
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, EngineStats, SequenceDelta, StepResult, TokenLogprobs
+from anychip.messages import DeviceRules, EngineStats, ExpertStats, SequenceDelta, StepResult, TokenLogprobs
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.adapters import AdapterSlots
 from anychip.scheduler.beams import Beams
@@ -63,6 +63,8 @@ class Scheduler:
         self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
         self._finished_slots: list[int] = []
         self._next_step = 1
+        self.experts: ExpertStats | None = None
+        """The workers' newest word on the load of experts that may move."""
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -138,6 +140,7 @@ class Scheduler:
             prefix_hits=self.prefix_hits,
             speculation=None if self.drafting is None else self.drafting.stats,
             weights_version=self.kv.weights_version,
+            experts=self.experts,
         )
 
     # -- a step out ---------------------------------------------------------------------------------------

@@ -130,6 +130,9 @@ def _source(
         max_embeddings=0,
         adapters={},
         max_adapters=0,
+        expert_parallel=False,
+        eplb_interval=None,
+        num_redundant_experts=0,
         dtype=target.config.dtype if family is None else target.source.dtype,
     )
     return CheckpointSource(

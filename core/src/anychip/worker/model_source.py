@@ -38,6 +38,7 @@ from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.weights.spare_threads import spare_threads
 from anychip.weights.stored import StoredTensors
+from anychip.worker.expert_ranks import check_spread
 from anychip.worker.held import check_weights_fit, held_bytes, held_storages, held_tensors
 from anychip.worker.stages import StageCosts, balanced, cache_places, check_layers, stage_of
 
@@ -105,6 +106,7 @@ class CheckpointSource:
         register = WeightRegister()
         free = self.platform.memory(self.platform.context.device_indexes[0]).free
         model = self.build_layers(mesh, register)
+        check_spread(model, self.architecture, self.config)
         # Memory that comes as it is written lets every allocation pass: this says so before anything is read.
         check_weights_fit(self.platform, held_bytes(model), free)
         if self.config.load_format == "dummy":
@@ -186,6 +188,8 @@ class CheckpointSource:
             mesh.rank,
             [(axis, mesh.shape.size_of(axis)) for axis in AXES],
             (self.stage.first_layer, self.stage.end_layer),
+            sorted(mesh.shape.joined.items()),
+            self.config.num_redundant_experts,
         )
         stats = [(path.name, path.stat()) for path in files]
         contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
@@ -213,6 +217,8 @@ class CheckpointSource:
             draws=self.config.task in ("auto", "generate"),
             kv_scales=self.kv_dtype != self.dtype,
             takes_adapters=self.config.resolved_max_adapters > 0,
+            moves_experts=self.config.eplb_interval is not None,
+            num_redundant_experts=self.config.num_redundant_experts,
         )
         model = self.family(self.model, builder, self.attention_specs(mesh.shape)[self._own])
         self.notes = register.notes

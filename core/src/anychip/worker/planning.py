@@ -32,6 +32,7 @@ from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.worker.adapters import slot_bytes
 from anychip.worker.draft_preparation import prepare_all
+from anychip.worker.expert_ranks import check_spread
 from anychip.worker.held import check_weights_fit, held_bytes
 from anychip.worker.kv_plan import kv_cache_config
 from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
@@ -104,6 +105,7 @@ def _weights(source: CheckpointSource, mesh: Mesh, limits: StepLimits | None = N
     """Bytes of a model's weights, and of the slots for adapters of a model that steps of these limits run."""
     with FakeTensorMode():
         model = source.build_layers(mesh, WeightRegister())
+        check_spread(model, source.architecture, source.config)
         return held_bytes(model) + (0 if limits is None else slot_bytes(sites_of(model), limits))
 
 

@@ -36,6 +36,7 @@ from anychip.plugin_api import (
 from anychip.plugin_api.version import check_shape_policy
 from anychip.tasks.detect import served_task
 from anychip.types import cdiv, itemsize
+from anychip.worker.expert_ranks import with_experts
 from anychip.worker.head_steps import HeadSteps, tap_every_token
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
@@ -228,9 +229,10 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        # Graphs are of steps of one token a row, and of what lies between attention over a cache.
-        keys=() if kv.encoders else affordable_graphs(platform, policy, limits),
-        pieces=() if kv.encoders else policy.pieces(),
+        # Graphs are of steps of one token a row, and of what lies between attention over a cache. Tokens that travel
+        # to their experts are counted by the host, which no capture takes.
+        keys=() if kv.encoders or config.eplb_interval else affordable_graphs(platform, policy, limits),
+        pieces=() if kv.encoders or config.eplb_interval else policy.pieces(),
     )
 
 
@@ -244,7 +246,8 @@ def _mesh_shape(spec: WorkerSpec, platform: Platform) -> MeshShape:
         )
     if sizes.pp > 1 and platform.context.manifest.seam == "step":
         raise Unsupported(platform.name, [f"axis pp of {sizes.pp} ranks: its step program runs whole models"])
-    return devices if devices.size > 1 else MeshShape(pp=sizes.pp, tp=spec.world_size // sizes.pp)
+    shape = devices if devices.size > 1 else MeshShape(pp=sizes.pp, tp=spec.world_size // sizes.pp)
+    return with_experts(shape, spec.config, platform) if spec.config.expert_parallel else shape
 
 
 def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:

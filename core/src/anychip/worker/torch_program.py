@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anychip.layers.mlp import moving_layers
 from anychip.layers.stage import WHOLE
 from anychip.ops.reference import EditState, arena_views, draw_tokens, pooled_sums, write_adapters, write_embeddings
 from anychip.plugin_api import (
@@ -97,6 +98,7 @@ class TorchStepProgram(StepProgram):
         self._sites = sites_of(model) if limits.max_adapters else ()
         self._adapters = blank_adapters(self._sites, limits, platform)
         self._caches = LayerCaches(platform, model.attention, kv)
+        self._moving = moving_layers(model)
 
     # -- preparation --------------------------------------------------------------------------------------
 
@@ -181,6 +183,8 @@ class TorchStepProgram(StepProgram):
         hidden, taps = (None, ()) if adapters is not None else self._in_pieces(ids, fields, plans, extras)
         if hidden is None:
             context = self._context(state, plans, extras=extras, adapters=adapters)
+            if self._moving:
+                context.routed = fields["token_slots"] < self.limits.max_slots
             hidden = self.model.forward(ids, fields["positions"], context)
             taps = () if extras is None else extras.tapped()
         targets = inputs.score_targets if self.stage.is_last else None

@@ -14,6 +14,7 @@ from anychip.errors import InvalidOverride, Unsupported
 from anychip.layers.stage import WHOLE
 from anychip.messages import (
     DropAdapter,
+    ExpertStats,
     KVCacheConfig,
     LateInputs,
     LoadAdapter,
@@ -41,6 +42,7 @@ from anychip.registry.plugins import Plugins, load_plugins
 from anychip.worker.adapters import AdapterStore, Report, slot_bytes
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.draft_runner import DraftRunner
+from anychip.worker.expert_balancer import ExpertBalancer
 from anychip.worker.head_runner import HeadRunner
 from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
@@ -61,6 +63,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec, got_on: Callable[[str], None] = lambda doing: None) -> None:
         self.spec = spec
         self.drafter: DraftRunner | HeadRunner | MedusaRunner | None = None
+        self.balancer: ExpertBalancer | None = None
         self._got_on = got_on
         self._launched: StepDecision | None = None
         self._stage = WHOLE
@@ -93,6 +96,7 @@ class Worker:
             program = self._torch_program(prepared, mesh)
             activations = measure_largest_step(prepared, program)
             pending = 0
+            self.balancer = ExpertBalancer.of(program.model, config=self.spec.config)
             if prepared.draft is not None:
                 _lend(program.model, prepared.draft.source)
                 drafting = self._torch_program(prepared.draft, mesh)
@@ -248,14 +252,17 @@ class Worker:
     def launch(self, decision: StepDecision) -> None:
         self._launched = decision
         with self._explained():
+            if self.balancer is not None:
+                self.balancer.step()
             self.runner.launch(decision)
 
     def sample(self, late: LateInputs) -> WorkerResult:
         with self._explained():
             result = self.runner.sample(late)
+            experts = None if self.balancer is None else self.balancer.news()
             if self.drafter is None or self._launched is None:
-                return WorkerResult(self._explained, result)
-            return WorkerResult(self._explained, result, self.drafter.sampled(self._launched, result))
+                return WorkerResult(self._explained, result, experts=experts)
+            return WorkerResult(self._explained, result, self.drafter.sampled(self._launched, result), experts)
 
     def _explained(self) -> AbstractContextManager[None]:
         """Around what a step does on the device."""
@@ -281,16 +288,19 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerResult:
-    """executor.PendingResult of a device: its errors come in anychip's words. `proposed` as StepResult has it."""
+    """executor.PendingResult of a device: its errors come in anychip's words. The others are StepResult's."""
 
     explained: Callable[[], AbstractContextManager[None]]
     result: RunnerResult
     proposed: bytes = b""
+    experts: ExpertStats | None = None
 
     def fetch(self) -> StepResult:
         with self.explained():
             result = self.result.fetch()
-        return msgspec.structs.replace(result, proposed=self.proposed) if self.proposed else result
+        if self.proposed or self.experts is not None:
+            return msgspec.structs.replace(result, proposed=self.proposed, experts=self.experts)
+        return result
 
 
 def _lend(target: StepModel, heads: CheckpointSource) -> None:

@@ -6,7 +6,7 @@ npu_moe_token_unpermute in the torch_npu wheel; aclnnGroupedMatmulV5.md, which l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -114,6 +114,10 @@ class AscendMoE(ReferenceMoE):
         matrix = (packed.down if name == "down" else packed.gate_up)[expert]
         first = offset + row
         matrix[:, first : first + len(tensor)].copy_(tensor.T)
+
+    def expert_tensors(self, packed: StackedExperts, expert: int) -> list[Tensor]:  # type: ignore[override]
+        held = (getattr(packed, field.name) for field in fields(packed))
+        return [each[expert] for each in held if each is not None]
 
     def remap(self, packed: StackedExperts, expert_map: Tensor) -> StackedExperts:  # type: ignore[override]
         held = (expert_map >= 0).nonzero().squeeze(-1)

@@ -77,6 +77,10 @@ class CpuMoE(ReferenceMoE):
             panels = packed.down if down else packed.gate_up
             panels.put(kind, tensor, slice(0, rows), index=expert, row=row, lane=lane, span=span)
 
+    def expert_tensors(self, packed: PackedExperts, expert: int) -> list[Tensor]:
+        rows = [*packed.gate_up.of_matrix(expert), *packed.down.of_matrix(expert)]
+        return rows + [bias[expert] for bias in (packed.gate_up_bias, packed.down_bias) if bias is not None]
+
     def remap(self, packed: PackedExperts, expert_map: Tensor) -> PackedExperts:
         held = (expert_map >= 0).nonzero().squeeze(-1)
         return replace(packed, expert_ids=held[expert_map[held].argsort()])

@@ -117,6 +117,12 @@ class Panels:
             _address(self.input_scale, index),
         )
 
+    def of_matrix(self, index: int) -> list[Tensor]:
+        """All that is kept of one matrix, as views."""
+        assert self.sums is None, "sums are of a single matrix"
+        parts = (self.values, self.scales, self.zero_points, self.zeros, self.input_scale)
+        return [part[index : index + 1] for part in parts if part is not None]
+
     def put(
         self, kind: str, tensor: Tensor, place: slice, *, index: int = 0, row: int = 0, lane: int = 0, span: int = PANEL
     ) -> None:

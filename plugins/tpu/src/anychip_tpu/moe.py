@@ -56,6 +56,9 @@ class XlaMoE(ReferenceMoE):
     def update(self, packed: Any, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
         raise Unsupported("anychip-tpu", ["weights are not rewritten: Capabilities.reload is none"])
 
+    def expert_tensors(self, packed: Any, expert: int) -> Sequence[Tensor]:  # type: ignore[override]
+        raise Unsupported("anychip-tpu", ["experts that move: programs are compiled for where they lie"])
+
     def remap(self, packed: Any, expert_map: Tensor) -> Any:
         """expert_map as FusedMoE has it, on the host."""
         map_ = expert_map.cpu()

@@ -93,6 +93,16 @@ class TritonMoE(ReferenceMoE):
         else:
             weights[expert, offset + row : offset + row + tensor.shape[0]].copy_(tensor)
 
+    def expert_tensors(self, packed: StackedExperts, expert: int) -> list[Tensor]:  # type: ignore[override]
+        found: list[Tensor] = []
+        for weights in (packed.gate_up, packed.down):
+            if isinstance(weights, QuantizedMatrix):
+                height = weights.shape[0] // packed.num_experts
+                found += [part[expert * height :][:height] for part in weights.tensors]
+            else:
+                found.append(weights[expert])
+        return found + [bias[expert] for bias in (packed.gate_up_bias, packed.down_bias) if bias is not None]
+
     def remap(self, packed: StackedExperts, expert_map: Tensor) -> StackedExperts:  # type: ignore[override]
         held = (expert_map >= 0).nonzero().squeeze(-1)
         local = held[expert_map[held].argsort()]
@@ -130,14 +140,14 @@ class TritonMoE(ReferenceMoE):
         pair_experts = ids.flatten().to(torch.int32)
         gate_up, down = (self._multiplied(weights, pair_experts.numel()) for weights in (packed.gate_up, packed.down))
         order = self._order(pair_experts, packed.num_experts, None if isinstance(gate_up, Tensor) else gate_up.scheme)
-        hidden = self._product(x, gate_up, packed.gate_up_bias, order, top_k=s.top_k, activation=s.activation)
+        hidden = self._product(x, gate_up, packed.gate_up_bias, order, top_k=ids.shape[1], activation=s.activation)
         parts = self._product(hidden, down, packed.down_bias, order, top_k=1, activation="")
         result = torch.empty_like(x)
         blocks, options = split_tile(self._launch.tiles.tile("combine_pairs", width=s.hidden_size))
         self._launch(
             combine_pairs, (x.shape[0], -(-s.hidden_size // blocks["BLOCK"])), options,
             out=result, parts=parts, weights=routing.weights, pair_experts=pair_experts, width=s.hidden_size,
-            TOP_K=s.top_k, **blocks,
+            TOP_K=ids.shape[1], **blocks,
         )  # fmt: skip
         return result
 

@@ -36,6 +36,23 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     device.add_argument(
         "--pipeline-layers", type=parse_sizes, default=unset, metavar="N,N", help="layers of each stage, first to last"
     )
+    device.add_argument(
+        "--expert-parallel", action="store_true", default=unset, help="ranks hold whole experts, not slices of all"
+    )
+    device.add_argument(
+        "--eplb-interval",
+        type=parse_count,
+        default=unset,
+        metavar="STEPS",
+        help="steps between looks at the experts' load, after which some move to other ranks",
+    )
+    device.add_argument(
+        "--num-redundant-experts",
+        type=parse_count,
+        default=unset,
+        metavar="N",
+        help="slots for copies of busy experts, over all ranks",
+    )
     device.add_argument("--executor", choices=["auto", "inline", "multiprocess", "ray"], default=unset)
     device.add_argument(
         "--nodes",

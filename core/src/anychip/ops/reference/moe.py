@@ -63,6 +63,12 @@ class ReferenceMoE(FusedMoE):
         else:
             matrix[offset + row : offset + row + tensor.shape[0]].copy_(tensor)
 
+    def expert_tensors(self, packed: ExpertWeights, expert: int) -> list[Tensor]:
+        found: list[Tensor] = []
+        for matrix in (packed.gate_up[expert], packed.down[expert]):
+            found += matrix.tensors if isinstance(matrix, QuantizedMatrix) else [matrix]
+        return found + [bias[expert] for bias in (packed.gate_up_bias, packed.down_bias) if bias is not None]
+
     def remap(self, packed: ExpertWeights, expert_map: Tensor) -> ExpertWeights:
         held = (expert_map >= 0).nonzero().squeeze(-1)
         local = held[expert_map[held].argsort()].tolist()

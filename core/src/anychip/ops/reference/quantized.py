@@ -98,6 +98,12 @@ class QuantizedMatrix:
             codebook=codebook,
         )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What was loaded."""
+        parts = (self.values, self.scales, self.zeros, self.input_scale, self.global_scales)
+        return [part for part in parts if part is not None]
+
     def load(self, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
         """One kind of a part that stands at `offset` and has `rows` rows; `row` as in LinearKernel.load."""
         if kind == "":

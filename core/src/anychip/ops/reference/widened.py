@@ -6,7 +6,7 @@ The reference's quantized products keep weights narrow instead, and dequantize t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +126,9 @@ class WidenedMoE(FusedMoE):
 
     def finish(self, packed: Packed) -> Packed:
         return self._plain.finish(packed)
+
+    def expert_tensors(self, packed: Packed, expert: int) -> Sequence[Tensor]:
+        return self._plain.expert_tensors(packed, expert)
 
     def remap(self, packed: Packed, expert_map: Tensor) -> Packed:
         return self._plain.remap(packed, expert_map)

@@ -1,0 +1,39 @@
+"""Over which ranks of a mesh the experts lie, and whether they can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from anychip.config import EngineConfig
+from anychip.errors import ConfigError, Unsupported
+from anychip.plugin_api import MeshShape, Platform, StepModel
+
+
+def with_experts(shape: MeshShape, config: EngineConfig, platform: Platform) -> MeshShape:
+    """The mesh of a configuration with expert_parallel: its axis ep covers tp, but for a mesh of devices that has an
+    axis ep already. Raises ConfigError for one rank and for redundant experts that do not divide, and Unsupported for
+    devices of one process whose step program has no experts on devices of their own, or cannot move them."""
+    of_devices = platform.device_mesh.size > 1
+    if of_devices and config.eplb_interval is not None:
+        raise Unsupported(platform.name, ["eplb_interval: its step program cannot move experts between devices"])
+    if shape.size_of("ep") == 1:
+        if of_devices:
+            raise Unsupported(platform.name, [f"expert_parallel: its devices form a mesh of {shape}, without ep"])
+        shape = replace(shape, joined={**shape.joined, "ep": ("tp",)})
+    ranks, spare = shape.size_of("ep"), config.num_redundant_experts
+    if ranks == 1:
+        raise ConfigError("expert_parallel spreads experts over ranks, and there is 1; give a tensor_parallel_size")
+    if spare % ranks:
+        raise ConfigError(
+            f"{spare} redundant experts do not split evenly over {ranks} ranks; give {spare // ranks * ranks} or "
+            f"{(spare // ranks + 1) * ranks} with --num-redundant-experts"
+        )
+    return shape
+
+
+def check_spread(model: StepModel, architecture: str, config: EngineConfig) -> None:
+    """Raises Unsupported for a model without experts, where they are to lie on several ranks."""
+    if config.expert_parallel and not getattr(model, "expert_layers", ()):
+        raise Unsupported(
+            architecture, ["expert_parallel: it has no experts that ranks could share; leave --expert-parallel out"]
+        )
