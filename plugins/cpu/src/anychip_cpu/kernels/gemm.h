@@ -156,8 +156,9 @@ void gemm_typed(const Gemm& g) {
   const int64_t outer = direct ? w.k : kOuterInputs;
   static Scratch left_store, sum_store;
   const int64_t tiles = cdiv<int64_t>(kBlockRows, direct ? kQuantizedRows : V::MR);  // of a whole block
-  for (int64_t row = 0; row < g.m; row += kRegionRows) {
-    const int64_t rows = std::min(kRegionRows, g.m - row), blocks = cdiv(rows, kBlockRows);
+  const int64_t most = region_rows(sizeof(Left<V, B>) * std::min(w.k, outer) + (w.k > outer ? sizeof(float) * panels * kPanel : 0));
+  for (int64_t row = 0; row < g.m; row += most) {
+    const int64_t rows = std::min(most, g.m - row), blocks = cdiv(rows, kBlockRows);
     float* sums = w.k > outer ? sum_store.get<float>(panels * rows * kPanel) : nullptr;
     for (int64_t begin = 0; begin < w.k; begin += outer) {
       const int64_t end = std::min(w.k, begin + outer);

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <deque>
 #include <memory>
-#include <vector>
 
 #include "helper.h"
 #include "shares.h"
@@ -45,7 +44,6 @@ class Pool {
  public:
   explicit Pool(int threads) : shares_(new Share[threads]) {
     for (int i = 1; i < threads; ++i) helpers_.emplace_back();
-    held_.reserve(helpers_.size());
     for (Helper& helper : helpers_) helper.thread = std::thread([this, &helper] { serve(helper); });
   }
 
@@ -63,7 +61,8 @@ class Pool {
     const int64_t pieces = (work.n + grain - 1) / grain;
     piece_.store(work.piece, std::memory_order_relaxed), context_.store(work.context, std::memory_order_relaxed);
     n_.store(work.n, std::memory_order_relaxed), grain_.store(grain, std::memory_order_relaxed);
-    const Clock::time_point began = any_aside_ ? Clock::now() : Clock::time_point();
+    const Clock::time_point began = Clock::now();
+    if (began - window_began_ > kWindow) watch(began);
     if (any_aside_) admit(began);
     const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
     share_out(region, pieces, work.streamed);
@@ -115,7 +114,6 @@ class Pool {
         between();
         const int64_t index = shares_[share].take(region, share == own);
         if (index < 0) break;
-        if (helper) helper->begun.store(helper->begun.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
         try {
           piece(context, index * grain, std::min(n, (index + 1) * grain));
         } catch (const std::bad_alloc&) {
@@ -138,6 +136,8 @@ class Pool {
   // -- the helpers' side
 
   void serve(Helper& helper) {
+    RunDelay delay;
+    helper.delay = &delay;
     uint32_t seen = 0;
     const auto aside = [&] { return helper.aside.load(std::memory_order_seq_cst); };
     const auto called = [&] { return region_.load(std::memory_order_seq_cst) != seen && !aside(); };
@@ -184,6 +184,28 @@ class Pool {
     }
   }
 
+  // Where our threads wait for cores, there are fewer cores than threads that want them: as many helpers are set aside as
+  // wait on the average, those first who waited most. The others then run without being interrupted in a piece.
+  void watch(Clock::time_point now) {
+    static thread_local RunDelay callers;
+    int64_t waited = callers.since_last();
+    for (Helper& helper : helpers_) {
+      RunDelay* const delay = helper.delay;
+      helper.waited = delay ? delay->since_last() : 0;
+      waited += helper.waited;
+    }
+    const int64_t window = std::chrono::nanoseconds(now - window_began_).count();
+    window_began_ = now;
+    for (int64_t left = waited; left > 2 * window / 5; left -= window) {
+      Helper* most = nullptr;
+      for (Helper& helper : helpers_)
+        if (!helper.aside.load(std::memory_order_relaxed) && (!most || helper.waited > most->waited)) most = &helper;
+      if (!most) return;
+      most->set_aside(now);
+      any_aside_ = true;
+    }
+  }
+
   // Until helpers have run so many pieces of this region.
   void join(uint64_t theirs) {
     helped_ += theirs;
@@ -195,31 +217,16 @@ class Pool {
     if (!spin(kSpinning, all_done)) wait(all_done);
   }
 
-  // Asleep, so that a helper that has lost its core may get this one. Whoever did not run meanwhile is set aside.
+  // Asleep, so that a helper that has lost its core may get this one.
   template <class Done>
   void wait(const Done& all_done) {
-    const Clock::time_point began = Clock::now();
-    held_.clear();
-    for (Helper& helper : helpers_)
-      if (helper.inside_piece()) held_.push_back({&helper, helper.processor_time()});
     waiting_.store(true, std::memory_order_seq_cst);
     {
       std::unique_lock<std::mutex> lock(mutex_);
       done_.wait(lock, all_done);
     }
     waiting_.store(false, std::memory_order_relaxed);
-    const Clock::time_point now = Clock::now();
-    if (now - began < kLost) return;
-    for (const Held& held : held_) {
-      const auto ran = std::chrono::nanoseconds(held.helper->processor_time() - held.time);
-      if (held.time >= 0 && 2 * ran < now - began) held.helper->set_aside(now), any_aside_ = true;
-    }
   }
-
-  struct Held {  // a helper that the caller waits for, and the processor time that it had had then
-    Helper* helper;
-    int64_t time;
-  };
 
   std::unique_ptr<Share[]> shares_;
   std::deque<Helper> helpers_;
@@ -232,9 +239,9 @@ class Pool {
   std::atomic<bool> failed_{false}, ending_{false};
   std::mutex mutex_;
   std::condition_variable done_;
-  std::vector<Held> held_;
   uint64_t helped_ = 0;     // pieces that helpers ran or will have run, ever
   bool any_aside_ = false;  // or was, at the last region
+  Clock::time_point window_began_{};
 };
 
 std::atomic<int> wanted_threads{1};

@@ -15,7 +15,6 @@ namespace anychip {
 
 constexpr int kPanel = 32;  // columns of packed weights that lie together
 constexpr int64_t kBlockRows = 96;  // of a left operand that is taken through all panels
-constexpr int64_t kRegionRows = 8 * kBlockRows;  // of a product between two joins: blocks that threads share
 constexpr float kFp8Bias = 256.0f;  // what `half` of fp8 leaves out; folded into scales
 
 // What the left operand is converted to: pairs of bf16 where the processor multiplies those, float32 elsewhere.

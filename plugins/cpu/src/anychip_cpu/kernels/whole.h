@@ -12,6 +12,14 @@
 
 namespace anychip {
 
+constexpr int64_t kRegionBlocks = 24;        // of rows between two joins, at most
+constexpr int64_t kRegionBytes = 32 << 20;  // that are kept for them, about
+
+// Rows that are packed, and then multiplied, without a join between their blocks; `bytes` are kept for each.
+inline int64_t region_rows(int64_t bytes) {
+  return kBlockRows * std::clamp<int64_t>(kRegionBytes / (kBlockRows * bytes), 1, kRegionBlocks);
+}
+
 // Some rows, tile after tile.
 template <class Form>
 struct WholeRows {
@@ -57,8 +65,9 @@ void whole_gemm(const Gemm& g, const Store& store) {
   static Scratch stores[3];
   const int64_t panels = cdiv<int64_t>(g.w.n, kPanel);
   const int64_t tiles = cdiv<int64_t>(kBlockRows, Form::kRows);  // of a whole block
-  for (int64_t row = 0; row < g.m; row += kRegionRows) {
-    const int64_t rows = std::min(kRegionRows, g.m - row), blocks = cdiv(rows, kBlockRows);
+  const int64_t most = region_rows(Form::row_bytes(g.w));
+  for (int64_t row = 0; row < g.m; row += most) {
+    const int64_t rows = std::min(most, g.m - row), blocks = cdiv(rows, kBlockRows);
     const auto block_of = [&](int64_t block) {  // storage has grown with the first: any thread may ask then
       return WholeRows<Form>(std::min(kBlockRows, rows - block * kBlockRows), g.w, stores, block, rows);
     };
