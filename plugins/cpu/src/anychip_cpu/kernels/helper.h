@@ -18,9 +18,9 @@ namespace anychip {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-constexpr auto kWindow = microseconds(20000);     // over which the time is counted that threads wait for a core
+constexpr auto kWindow = microseconds(100000);    // over which the time is counted that threads wait for a core
 constexpr auto kAsideLeast = 2 * kWindow;         // of a helper whose core others want
-constexpr auto kAsideMost = microseconds(640000);
+constexpr auto kAsideMost = microseconds(1600000);
 
 // The time that the calling thread has been ready to run and did not run, as Linux counts it.
 class RunDelay {

@@ -177,26 +177,22 @@ class Pool {
   // Those whose time is over are aside no more.
   void admit(Clock::time_point now) {
     any_aside_ = false;
+    bool back = false;
     for (Helper& helper : helpers_) {
       const bool aside = now < helper.aside_until;
+      back |= !aside && helper.aside.load(std::memory_order_relaxed);
       helper.aside.store(aside, std::memory_order_seq_cst);
       any_aside_ |= aside;
     }
+    if (back) count_waits(now);  // how it is with them shows from here on
   }
 
   // Where our threads wait for cores, there are fewer cores than threads that want them: as many helpers are set aside as
   // wait on the average, those first who waited most. The others then run without being interrupted in a piece.
   void watch(Clock::time_point now) {
-    static thread_local RunDelay callers;
-    int64_t waited = callers.since_last();
-    for (Helper& helper : helpers_) {
-      RunDelay* const delay = helper.delay;
-      helper.waited = delay ? delay->since_last() : 0;
-      waited += helper.waited;
-    }
     const int64_t window = std::chrono::nanoseconds(now - window_began_).count();
-    window_began_ = now;
-    for (int64_t left = waited; left > 2 * window / 5; left -= window) {
+    const int64_t waited = count_waits(now);
+    for (int64_t left = waited; left > 3 * window / 5; left -= window) {
       Helper* most = nullptr;
       for (Helper& helper : helpers_)
         if (!helper.aside.load(std::memory_order_relaxed) && (!most || helper.waited > most->waited)) most = &helper;
@@ -204,6 +200,18 @@ class Pool {
       most->set_aside(now);
       any_aside_ = true;
     }
+  }
+
+  // Nanoseconds that all threads have waited for a core in the window, which ends here and begins anew.
+  int64_t count_waits(Clock::time_point now) {
+    static thread_local RunDelay callers;
+    window_began_ = now;
+    int64_t waited = callers.since_last();
+    for (Helper& helper : helpers_) {
+      RunDelay* const delay = helper.delay;
+      waited += helper.waited = delay ? delay->since_last() : 0;
+    }
+    return waited;
   }
 
   // Until helpers have run so many pieces of this region.
