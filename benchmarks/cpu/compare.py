@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ HERE = Path(__file__).parent
 
 
 class Engine:
-    """engine.py in a process; `quantization` for anychip alone."""
+    """engine.py in a process; `quantization` for anychip alone. `within` is a command that runs the one behind it."""
 
-    def __init__(self, name: str, python: str, model: str, quantization: str | None = None) -> None:
+    def __init__(
+        self, name: str, python: str, model: str, quantization: str | None = None, *, within: Sequence[str] = ()
+    ) -> None:
         self.name = name
-        command = [python, str(HERE / "engine.py"), name, model]
+        command = [*within, python, str(HERE / "engine.py"), name, model]
         command += ["--quantization", quantization] if quantization else []
         began = time.perf_counter()
         self._process = subprocess.Popen(
@@ -99,6 +102,12 @@ def figure(workload: str, seed: int, result: dict[str, Any]) -> float:
         return float(result["seconds"])
     tokens = sum(count for _, count in asked) if workload == "b" else len(asked[0][0])
     return tokens / float(result["seconds"])
+
+
+def rate(workload: str, seed: int, result: dict[str, Any]) -> float:
+    """Tokens a second: more is faster."""
+    value = figure(workload, seed, result)
+    return 1e3 / value if workload == "a" else value
 
 
 UNITS = {"a": "ms/token", "b": "output tok/s", "c": "s", "d": "prompt tok/s"}

@@ -20,7 +20,9 @@ from anychip_cpu.probe import cores_by_node
 
 @dataclass(frozen=True, kw_only=True)
 class CpuOptions(PluginOptions):
-    threads: int = field(default=0, metadata={"help": "threads per worker; 0: the cores over the workers"})
+    threads: int = field(
+        default=0, metadata={"help": "threads per worker; 0: what affinity, cpuset and quota allow, over the workers"}
+    )
     isa: str = field(
         default="",
         metadata={"help": "kernels to use: avx512_amx, avx512_bf16, avx512, avx2, generic, reference; '': the fastest"},
@@ -33,17 +35,23 @@ class CpuOptions(PluginOptions):
 
 CORES_VARIABLE = "ANYCHIP_CPU_CORES"
 """Of a worker process: the cores that it binds itself to."""
+RANKS_VARIABLE = "ANYCHIP_CPU_RANKS"
+"""Of a worker process: how many share the host, and with it a quota."""
 
 
 def worker_env(config: EngineConfig, placement: Placement) -> Mapping[str, str]:
     """Workers on one host share its cores evenly, each within as few NUMA nodes as that allows."""
-    if placement.world_size == 1 or "threads" in config.device_options:
+    ranks = placement.world_size
+    if ranks == 1:
         return {}
+    shared = {RANKS_VARIABLE: str(ranks)}
+    if "threads" in config.device_options:
+        return shared
     cores = cores_by_node()
-    share = cores[placement.rank * len(cores) // placement.world_size :][: max(1, len(cores) // placement.world_size)]
+    share = cores[placement.rank * len(cores) // ranks :][: max(1, len(cores) // ranks)]
     # With more ranks than cores nobody is bound: the scheduler spreads them better than a rule.
-    bound = {CORES_VARIABLE: ",".join(map(str, share))} if len(cores) >= placement.world_size else {}
-    return {"OMP_NUM_THREADS": str(max(1, len(share))), **bound}
+    bound = {CORES_VARIABLE: ",".join(map(str, share))} if len(cores) >= ranks else {}
+    return {"OMP_NUM_THREADS": str(max(1, len(share))), **shared, **bound}
 
 
 MANIFEST = PlatformManifest(

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from anychip.plugin_api import (
     Communicator,
     EncoderBackend,
     EncoderSpec,
+    Event,
     FusedMoE,
     GroupSpec,
     LatentBackend,
@@ -36,7 +38,7 @@ from anychip.plugin_api import (
     Unsupported,
     WeightsKey,
 )
-from anychip_cpu import CORES_VARIABLE, CpuOptions, native
+from anychip_cpu import CORES_VARIABLE, RANKS_VARIABLE, CpuOptions, native
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
 from anychip_cpu.encoder import SdpaEncoder
@@ -44,13 +46,14 @@ from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import GraphCapture
 from anychip_cpu.latent import CpuLatent
 from anychip_cpu.latent_kernel import KernelLatent
+from anychip_cpu.limits import ThreadCount, cpu_limit
 from anychip_cpu.linear import CpuLinear
 from anychip_cpu.memory import HUGE_PAGE, peak_resident, zeroed
 from anychip_cpu.moe import GroupedMoE
 from anychip_cpu.ops import CpuOps, count_tokens
 from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
-from anychip_cpu.probe import available_cores, meminfo
+from anychip_cpu.probe import meminfo
 from anychip_cpu.weights_cache import WeightsCache
 
 _log = logging.getLogger(__name__)
@@ -77,21 +80,29 @@ class CpuPlatform(Platform):
         options = context.options
         assert isinstance(options, CpuOptions)
         self.cpu_options = options
-        cores = available_cores()
-        if options.threads > cores:
-            raise Unsupported(self.name, [f"threads={options.threads}: this process may use {cores} cores"])
-        threads = options.threads or min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
+        limits = partial(cpu_limit, ranks=int(os.environ.get(RANKS_VARIABLE) or 1))
+        if options.threads > (limit := limits()).most:
+            raise Unsupported(self.name, [f"threads={options.threads}: this process may use {limit.most}, {limit.why}"])
         self.kernels = native.load(options.isa)
         if self.kernels is not None:
             self.capabilities = replace(self.capabilities, attention_lse=True)
             self.isa = native.name_of(self.kernels)
-            self.kernels.set_threads(threads)
         elif not options.isa:
             _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
-        torch.set_num_threads(threads)
+        self.threads = ThreadCount(
+            limits,
+            torch.set_num_threads if self.kernels is None else self.kernels.set_threads,
+            asked=options.threads,
+            most=int(os.environ.get("OMP_NUM_THREADS") or 0),
+        )
+        torch.set_num_threads(self.threads.threads)  # until weights are loaded: see measure()
         folder = options.packed_weights
         isa = native.REFERENCE if self.kernels is None else self.isa
         self._packed = WeightsCache(Path(folder).expanduser(), isa) if folder else None
+
+    def event(self) -> Event:
+        self.threads.refresh()  # a step was issued, and the next one is still to come
+        return super().event()
 
     def memory(self, device: int) -> MemoryInfo:
         info = meminfo()

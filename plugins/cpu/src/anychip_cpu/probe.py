@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
 from anychip.plugin_api import DeviceInfo, ProbeResult
+from anychip_cpu.limits import allowed_cores, cpu_limit, listed_cores
 
 MAX_RANKS = 16
 """Worker processes that may share the host, each a device to the core."""
@@ -15,34 +15,26 @@ MAX_RANKS = 16
 def probe() -> ProbeResult:
     """Always finds the host. Each index is the same processor, with its share of the cores."""
     name = _processor_name()
-    cores = available_cores()
+    limit = cpu_limit()
     memory = total_memory()
     devices = tuple(
-        DeviceInfo(
-            index=index, name=name, total_memory=memory, detail=f"{cores} cores, shared by all ranks", backing="host"
-        )
+        DeviceInfo(index=index, name=name, total_memory=memory, detail=f"{limit}; shared by all ranks", backing="host")
         for index in range(MAX_RANKS)
     )
-    return ProbeResult(devices=devices, versions={"kernel": platform.release()})
+    return ProbeResult(devices=devices, versions={"kernel": platform.release(), "may run": str(limit)})
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, and keep busy."""
+    return cpu_limit().threads
 
 
 def cores_by_node() -> list[int]:
-    """Those cores, NUMA node by node."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(available_cores()))
+    """Cores that this process may use, NUMA node by node."""
+    allowed = allowed_cores()
     nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda node: int(node.name[4:]))
-    ordered = [core for node in nodes for core in _listed(node / "cpulist") if core in allowed]
+    ordered = [core for node in nodes for core in listed_cores((node / "cpulist").read_text()) if core in allowed]
     return ordered + sorted(allowed - set(ordered))
-
-
-def _listed(path: Path) -> list[int]:
-    """Cores of a list such as 0-3,8."""
-    ranges = [part.split("-") for part in path.read_text().strip().split(",") if part]
-    return [core for bounds in ranges for core in range(int(bounds[0]), int(bounds[-1]) + 1)]
 
 
 def total_memory() -> int | None:

@@ -155,26 +155,34 @@ void gemm_typed(const Gemm& g) {
   const bool direct = w.quantized() && g.m <= kQuantizedRows * kDirectTiles;
   const int64_t outer = direct ? w.k : kOuterInputs;
   static Scratch left_store, sum_store;
-  for (int64_t row = 0; row < g.m; row += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, g.m - row);
+  const int64_t tiles = cdiv<int64_t>(kBlockRows, direct ? kQuantizedRows : V::MR);  // of a whole block
+  const int64_t most = region_rows(sizeof(Left<V, B>) * std::min(w.k, outer) + (w.k > outer ? sizeof(float) * panels * kPanel : 0));
+  for (int64_t row = 0; row < g.m; row += most) {
+    const int64_t rows = std::min(most, g.m - row), blocks = cdiv(rows, kBlockRows);
     float* sums = w.k > outer ? sum_store.get<float>(panels * rows * kPanel) : nullptr;
     for (int64_t begin = 0; begin < w.k; begin += outer) {
       const int64_t end = std::min(w.k, begin + outer);
-      const LeftBlock<V, B> left(rows, end - begin, left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)),
-                                 direct ? kQuantizedRows : V::MR);
+      Left<V, B>* const store = left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin));
+      const auto block_of = [&](int64_t block) {
+        const int64_t first = block * kBlockRows;
+        return LeftBlock<V, B>(std::min(kBlockRows, rows - first), end - begin,
+                               store + LeftBlock<V, B>::size(first, end - begin), direct ? kQuantizedRows : V::MR);
+      };
+      const int64_t all_tiles = (blocks - 1) * tiles + block_of(blocks - 1).tiles;
       // A few rows are packed sooner than another thread would have begun.
-      parallel_for(left.tiles, rows * (end - begin) <= kWorthPacking ? left.tiles : 1, [&](int64_t t, int64_t stop) {
-        for (; t < stop; ++t) pack_rows(g, left, row, begin, end, t);
+      parallel_for(all_tiles, rows * (end - begin) <= kWorthPacking ? all_tiles : 1, [&](int64_t t, int64_t stop) {
+        for (; t < stop; ++t) pack_rows(g, block_of(t / tiles), row + t / tiles * kBlockRows, begin, end, t % tiles);
       });
-      stream_for(panels, 1, [&](int64_t panel, int64_t stop) {
+      stream_for(blocks * panels, 1, [&](int64_t item, int64_t stop) {
         alignas(64) float c[kBlockRows * kPanel];
-        for (; panel < stop; ++panel) {
-          float* kept = sums ? sums + panel * rows * kPanel : nullptr;
-          if (begin) std::memcpy(c, kept, sizeof(float) * rows * kPanel);
-          else std::memset(c, 0, sizeof(float) * rows * kPanel);
+        for (; item < stop; ++item) {
+          const int64_t first = item / panels * kBlockRows, panel = item % panels;
+          const LeftBlock<V, B> left = block_of(item / panels);
+          const size_t bytes = sizeof(float) * left.rows * kPanel;
+          float* kept = sums ? sums + (first * panels + panel * left.rows) * kPanel : nullptr;
+          if (begin) std::memcpy(c, kept, bytes); else std::memset(c, 0, bytes);
           panel_product<V, B>(c, left, w, panel, begin, direct);
-          if (end < w.k) std::memcpy(kept, c, sizeof(float) * rows * kPanel);
-          else store_panel<V>(g, c, row, rows, panel);
+          if (end < w.k) std::memcpy(kept, c, bytes); else store_panel<V>(g, c, row + first, left.rows, panel);
         }
       });
     }

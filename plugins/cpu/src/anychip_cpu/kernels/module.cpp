@@ -90,8 +90,7 @@ PyObject* set_thread_count(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
   const int64_t threads = a.integer();
   if (a.failed()) return nullptr;
-  set_threads(int(threads));
-  Py_RETURN_NONE;
+  return without_gil([&] { set_threads(int(threads)); });
 }
 
 // (weights, source, rows, first, span, lane)

@@ -12,6 +12,7 @@ namespace anychip {
 
 constexpr int64_t kHalf = kPanel / 2;
 constexpr int64_t kMoeBytes = 32 << 20;  // of float32 results kept at a time
+constexpr int64_t kExpertPanels = 16;    // of a piece, at most
 
 inline Weights expert_weights(const PackedWeights& first, int64_t expert, int64_t stride, int64_t scale_stride) {
   Weights w = first.weights();
@@ -54,7 +55,8 @@ template <class V, class B, class X, class WeightsOf, class RowOf, class Fn>
 void each_product(const std::vector<ExpertBlock>& blocks, const X* x, int64_t ldx, const WeightsOf& weights_of,
                   const RowOf& row_of, const Fn& fn) {
   const int64_t panels = cdiv<int64_t>(weights_of(0).n, kPanel);
-  const int64_t shares = std::min(panels, std::max<int64_t>(1, cdiv<int64_t>(32 * num_threads(), blocks.size())));
+  // Each packs the block's rows anew, which costs little beside some panels; more panels would hold others up.
+  const int64_t shares = std::min(panels, std::max<int64_t>(cdiv<int64_t>(32 * num_threads(), blocks.size()), cdiv(panels, kExpertPanels)));
   stream_for(blocks.size() * shares, 1, [&](int64_t item, int64_t end) {
     static thread_local Scratch store;
     alignas(64) float c[kBlockRows * kPanel];

@@ -1,8 +1,11 @@
-// Threads of the kernels' own. They are awake while steps follow one another, and sleep when nothing comes.
+// Threads of the kernels' own. They take pieces of a kernel's work, and sleep when nothing comes.
+//
+// A piece has the same bounds whoever runs it, so results do not depend on which threads came, or on when. A helper takes
+// a piece when it gets to it: one that the system has not let run yet is not waited for, and what it would have done is
+// done by the others. Only pieces that were begun are waited for, so a piece should take some tens of microseconds.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -14,27 +17,36 @@ namespace anychip {
 void set_threads(int threads);
 int num_threads();
 
-using Body = void (*)(void* context, int thread, int threads);
-void run(Body body, void* context);
+// Items 0 to n, in pieces of `grain`, or of more where that would make more than 65,535 of them.
+struct Work {
+  void (*piece)(void* context, int64_t begin, int64_t end);
+  void* context;
+  int64_t n, grain;
+  bool streamed;  // each thread has a share of its own, which it goes through from its front
+};
 
-// fn(thread, threads) on every thread of the pool; returns when all have.
+// On every thread that comes; returns when all is done. Throws std::bad_alloc when a piece did.
+void run(const Work& work);
+
 template <class Fn>
-void parallel(const Fn& fn) {
-  run([](void* context, int thread, int threads) { (*(const Fn*)context)(thread, threads); }, (void*)&fn);
+void run_pieces(int64_t n, int64_t grain, bool streamed, const Fn& fn) {
+  if (n <= 0) return;
+  if (n <= grain || num_threads() == 1) return fn(int64_t(0), n);
+  const auto piece = [](void* context, int64_t begin, int64_t end) { (*(const Fn*)context)(begin, end); };
+  run({piece, (void*)&fn, n, grain, streamed});
 }
 
-// fn(begin, end) over pieces of at most `grain` of 0 to n, which threads take as they become free.
+// fn(begin, end) over pieces of about `grain` of 0 to n, in that order, which threads take as they become free.
 template <class Fn>
 void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
-  if (n <= grain || num_threads() == 1) {
-    if (n > 0) fn(int64_t(0), n);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  parallel([&](int, int) {
-    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
-      fn(begin, begin + grain < n ? begin + grain : n);
-  });
+  run_pieces(n, grain, false, fn);
+}
+
+// As parallel_for, for work that reads memory from one end to the other: a thread goes through a share of its own, in
+// order, so that what is asked for ahead is what it comes to next. Others take from the share's end when they have none.
+template <class Fn>
+void stream_for(int64_t n, int64_t grain, const Fn& fn) {
+  run_pieces(n, grain, true, fn);
 }
 
 // Storage that grows and is kept for the next call. One for each use and thread: declare it static thread_local.
@@ -60,30 +72,5 @@ class Scratch {
   std::unique_ptr<void, Free> held_;
   size_t size_ = 0;
 };
-
-// As parallel_for, for work that reads memory from one end to the other: a thread goes through a share of its own, in
-// order, so that what is asked for ahead is what it comes to next, and then helps the others.
-template <class Fn>
-void stream_for(int64_t n, int64_t grain, const Fn& fn) {
-  if (n <= grain || num_threads() == 1) {
-    if (n > 0) fn(int64_t(0), n);
-    return;
-  }
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  static Scratch store;
-  const int64_t threads = num_threads();
-  Share* shares = store.get<Share>(threads);
-  for (int64_t t = 0; t < threads; ++t) new (&shares[t]) Share{{n * t / threads}, n * (t + 1) / threads};
-  parallel([&](int thread, int) {
-    for (int64_t i = 0; i < threads; ++i) {
-      Share& share = shares[(thread + i) % threads];
-      for (int64_t begin; (begin = share.next.fetch_add(grain, std::memory_order_relaxed)) < share.end;)
-        fn(begin, std::min(begin + grain, share.end));
-    }
-  });
-}
 
 }  // namespace anychip

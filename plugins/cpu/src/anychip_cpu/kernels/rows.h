@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "pool.h"
 #include "tile.h"
@@ -85,10 +86,9 @@ void rows(const Gemm& g) {
 template <class V>
 float read(const float* data, int64_t count) {
   std::atomic<float> kept{0};
-  parallel([&](int thread, int threads) {
-    const int64_t begin = count / 64 * thread / threads * 64, end = count / 64 * (thread + 1) / threads * 64;
+  stream_for(count / 64, 1024, [&](int64_t piece, int64_t end) {
     typename V::F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    for (int64_t i = begin; i < end; i += 64) {
+    for (int64_t i = piece * 64; i < end * 64; i += 64) {
       for (int64_t line = 0; line < 64; line += 16) __builtin_prefetch(data + i + 512 + line);
       for (int64_t at = 0; at < 64; at += V::W) sums[at / V::W % 4] = V::max(sums[at / V::W % 4], V::load(data + i + at));
     }
