@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from anychip.bench.report import percentiles, write
 from anychip.model_config import load_model_config
 from anychip.simulate.accelerator import read_accelerator
@@ -128,15 +130,28 @@ def _h200(shape: str, bs1: float, bs8: float, bs128: float, batch: float, prefil
             source=H200_VLLM,
         )
 
+    batch_traffic = Traffic(num_requests=512, input_len=512, output_len=160, spread=0.5)
     return [
         one("1 stream", Traffic(num_requests=1, input_len=1024, output_len=129), "ms between tokens", bs1),
         one("8 streams", Traffic(num_requests=8, input_len=512, output_len=129), "ms between tokens", bs8),
         one("128 streams", Traffic(num_requests=128, input_len=512, output_len=129), "ms of a decoding step", bs128),
-        one(
-            "512 requests", Traffic(num_requests=512, input_len=512, output_len=160, spread=0.5), "output tok/s", batch
-        ),
+        one("512 requests", batch_traffic, "output tok/s", batch),
         one("8 prompts of 8,192", Traffic(num_requests=8, input_len=8192, output_len=1), "input tok/s", prefill),
     ]
+
+
+def _tp8(name: str, layout: Layout) -> Deployment:
+    """Nobody has published figures of this deployment that could be found."""
+    return Deployment(
+        name=name,
+        shape="Llama-3.1-70B",
+        accelerator="h100",
+        layout=layout,
+        traffic=Traffic(num_requests=512, input_len=1024, output_len=256),
+        figure="output tok/s",
+        known=None,
+        source="",
+    )
 
 
 def _lanes(name: str, ranks: int, phase: str, figure: str, known: float | None, **more: Any) -> Deployment:
@@ -149,6 +164,7 @@ def _lanes(name: str, ranks: int, phase: str, figure: str, known: float | None, 
         traffic=Traffic(num_requests=each * ranks, input_len=2000, output_len=100, phase=phase),  # type: ignore[arg-type]
         figure=figure,
         known=known,
+        source="" if known is None else LMSYS,
         weights="fp8",
         max_tokens=1_000_000 if phase == "decode" else 16384,
         **more,
@@ -175,26 +191,15 @@ DEPLOYMENTS = [
     *_h200("Qwen2.5-0.5B", 1.46, 1.90, 4.02, 36578, 381633),
     *_h200("Llama-3.1-8B", 4.92, 5.28, 9.11, 7748, 37950),
     *_h200("Qwen3-30B-A3B", 4.15, 9.14, 20.2, 8073, 52897),
-    _lanes("DeepSeek-V3, 72 lanes decode", 72, "decode", "output tok/s a node", 22300, source=LMSYS),
-    _lanes(
-        "DeepSeek-V3, 72 lanes, all-to-all half hidden",
-        72,
-        "decode",
-        "output tok/s a node",
-        22300,
-        source=LMSYS,
-        overlap=0.5,
-    ),
-    _lanes("DeepSeek-V3, 32 lanes prefill", 32, "prefill", "input tok/s a node", 52300, source=LMSYS),
-    _lanes(
-        "DeepSeek-V3, 32 lanes, all-to-all half hidden",
-        32,
-        "prefill",
-        "input tok/s a node",
-        52300,
-        source=LMSYS,
-        overlap=0.5,
-    ),
+    _tp8("Llama-3.1-70B, tp 8", Layout(tp=8)),
+    _tp8("Llama-3.1-70B, tp 8, 2 stages", Layout(tp=8, pp=2)),
+    _l4("Llama-3.1-70B, tp 2, 4 stages", Layout(tp=2, pp=4), 307.6),
+    _l4("Llama-3.1-70B, tp 4, 2 stages", Layout(tp=4, pp=2), 261.2),
+    _lanes("DeepSeek-V3, 72 lanes decode", 72, "decode", "output tok/s a node", 22300),
+    _lanes("DeepSeek-V3, 72 lanes, half hidden", 72, "decode", "output tok/s a node", 22300, overlap=0.5),
+    _lanes("DeepSeek-V3, 256 lanes decode", 256, "decode", "output tok/s a node", None),
+    _lanes("DeepSeek-V3, 32 lanes prefill", 32, "prefill", "input tok/s a node", 52300),
+    _lanes("DeepSeek-V3, 32 lanes, half hidden", 32, "prefill", "input tok/s a node", 52300, overlap=0.5),
 ]
 
 
@@ -205,10 +210,7 @@ def simulate(deployment: Deployment, folder: Path) -> tuple[float, Outcome]:
     (path / "config.json").write_text(json.dumps(SHAPES[deployment.shape]))
     accelerator = read_accelerator(HERE / "accelerators" / f"{deployment.accelerator}.json")
     if deployment.overlap is not None:
-        accelerator = accelerator.__class__(
-            **{name: getattr(accelerator, name) for name in accelerator.__struct_fields__}
-            | {"overlap": deployment.overlap}
-        )
+        accelerator = msgspec.structs.replace(accelerator, overlap=deployment.overlap)
     shape, layout = model_shape(load_model_config(str(path)), deployment.weights), deployment.layout
     check_layout(layout, shape)
     limits = Limits(

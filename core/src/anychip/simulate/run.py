@@ -89,6 +89,7 @@ class Simulation:
                 rules=DeviceRules(),
                 max_num_seqs=limits.max_rows,
                 max_num_batched_tokens=limits.max_tokens,
+                num_stages=limits.stages,
             )
             for _ in range(num_lanes)
         ]
