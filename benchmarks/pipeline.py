@@ -1,9 +1,10 @@
-"""What a second stage brings: tokens a second of two processes that hold half of the layers each, beside one process that
-holds all of them, every process on one core.
+"""What a second stage brings: tokens a second of two processes that hold half of the layers each, beside one process
+that holds all of them, every process on one core.
 
 The model has random weights, and its layers are nearly all of it. Both engines are open at once and take turns, so that
-what disturbs the machine disturbs both; the ratio of a turn is what counts. The machine needs two quiet cores. Beside it stands what processor time
-allows, which a busy machine hardly changes: that of the one process over that of the busier stage.
+what disturbs the machine disturbs both; the ratio of a turn is what counts. The machine needs two quiet cores. Beside
+it stands what processor time allows, which a busy machine hardly changes: that of the one process over that of the
+busier stage.
 
     python benchmarks/pipeline.py [--requests 16] [--turns 7] [--output benchmarks/results/cpu/pipeline.json]
 """
