@@ -4,9 +4,10 @@ that holds all of them, every process on one core.
 The model has random weights, and its layers are nearly all of it. Both engines are open at once and take turns, so that
 what disturbs the machine disturbs both; the ratio of a turn is what counts. The machine needs two quiet cores. Beside
 it stands what processor time allows, which a busy machine hardly changes: that of the one process over that of the
-busier stage.
+busier stage. Requests take turns, so a step over two stages has half of them: with few, a step is bound by reading
+weights and not by rows, and the second stage brings less.
 
-    python benchmarks/pipeline.py [--requests 16] [--turns 7] [--output benchmarks/results/cpu/pipeline.json]
+    python benchmarks/pipeline.py [--requests 64] [--turns 7] [--output benchmarks/results/cpu/pipeline.json]
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MODEL = {
     "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-PROMPT, TOKENS = 16, 64
+PROMPT, TOKENS = 16, 48
 TARGET = 1.6
 
 
@@ -43,7 +44,8 @@ def opened(folder: str, num_stages: int) -> LLM:
         load_format="dummy",
         skip_tokenizer=True,
         max_model_len=256,
-        kv_cache_bytes=256 << 20,
+        max_num_seqs=128,
+        kv_cache_bytes=512 << 20,
         prefix_caching=False,
     )
 
@@ -87,7 +89,7 @@ def measure(num_requests: int, turns: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
