@@ -67,8 +67,9 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def test_two_hosts_answer_as_one_and_a_killed_rank_is_replaced(link, expected):
-    hosts = TwoHosts(link, *OPTIONS)
+@pytest.mark.parametrize("axis", ["tensor", pytest.param("pipeline", marks=pytest.mark.full)])
+def test_two_hosts_answer_as_one_and_a_killed_rank_is_replaced(link, expected, axis):
+    hosts = TwoHosts(link, *OPTIONS, axis=axis)
     try:
         hosts.await_ready()
         assert hosts.tokens(PROMPT, NUM_TOKENS) == expected

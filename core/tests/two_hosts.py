@@ -94,7 +94,7 @@ def can_make_namespaces() -> bool:
 class TwoHosts:
     """The server is on the first host, and its clients reach it by a Unix socket, which no network separates."""
 
-    def __init__(self, link: Link, *options: str) -> None:
+    def __init__(self, link: Link, *options: str, axis: str = "tensor") -> None:
         self.link = link
         self.folder = tempfile.TemporaryDirectory(prefix="two-")
         self.key = Path(self.folder.name, "key")
@@ -108,8 +108,7 @@ class TwoHosts:
             "quickstart",
             "--device",
             "cpu",
-            "--tensor-parallel-size",
-            "2",
+            f"--{axis}-parallel-size=2",
             "--uds",
             uds,
             *nodes,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from anychip.errors import ConfigError
-from anychip.parallel_sizes import ParallelSizes, check_nodes, check_sizes
+from anychip.parallel_sizes import ParallelSizes, check_nodes, check_stages
 from anychip.types import DTYPES, QUICKSTART
 
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
@@ -141,8 +141,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"dtype is {self.dtype!r}; expected auto or one of {', '.join(DTYPES)}")
         if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
             raise ConfigError("num_kv_blocks and kv_cache_bytes both size the KV cache; give one")
-        check_sizes(self)
-        check_nodes(self)
+        self._check_ranks()
+        self._check_experts()
+
+    def _check_ranks(self) -> None:
+        """Raises ConfigError for ranks that no engine can have, or that its hosts cannot share."""
+        sizes = self.parallel_sizes
+        if self.executor == "inline" and sizes.num_ranks > 1:
+            raise ConfigError(f"executor inline drives one worker, and {sizes} are several; use executor multiprocess")
+        check_stages(sizes, self.pipeline_layers, {"speculate": self.speculate is not None, "taps": bool(self.taps)})
+        if not self.nodes:
+            return
+        if self.executor in ("inline", "ray"):
+            raise ConfigError(f"executor {self.executor} has no use for nodes; leave one of them out")
+        if self.cluster_key is None:
+            raise ConfigError("nodes takes a cluster_key: whoever reaches the port could join; `openssl rand -hex 32`")
+        check_nodes(sizes, self.nodes)
+
+    def _check_experts(self) -> None:
+        """Raises ConfigError for experts that are to move, and cannot."""
         if self.eplb_interval is not None and not self.expert_parallel:
             raise ConfigError("eplb_interval moves experts between ranks, which takes expert_parallel; give both")
         if self.num_redundant_experts and self.eplb_interval is None:

@@ -16,8 +16,7 @@ from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.parallel_sizes import for_one_host
-from anychip.registry.devices import ChosenDevice, choose_device
+from anychip.registry.devices import ChosenDevice, choose_device, for_one_host
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.tasks.served import ServedTask
 

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anychip.errors import CheckpointError, Unsupported
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
@@ -19,6 +18,7 @@ from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
 from anychip.layers.stage import StageLinks
 from anychip.model_config import ModelConfig, rope_parameters
+from anychip.models.config_kinds import known_activation
 from anychip.plugin_api import (
     FINAL,
     KV_HEADS,
@@ -46,16 +46,6 @@ class DecoderLayer(Protocol):
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """(this layer's output before its residual sum, the residual) -> the same of the next."""
         ...
-
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
-"""By transformers' names."""
 
 
 class Decoder:
@@ -250,34 +240,9 @@ class Decoder:
         return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
 
 
-def known_activation(config: ModelConfig, field: str, default: str) -> Activation:
-    """What config.json names in a field. Raises Unsupported for one that no kernel has."""
-    name = config.get(field, default)
-    if name not in _ACTIVATIONS:
-        raise Unsupported(config.architecture, [f"{field} {name!r}; known are {', '.join(_ACTIVATIONS)}"])
-    return _ACTIVATIONS[name]
-
-
 def rounded(value: float, dtype: DType) -> float:
     """The nearest number that `dtype` has."""
     return float(torch.tensor(value, dtype=getattr(torch, dtype)))
-
-
-def given_layer_types(config: ModelConfig) -> list[str] | None:
-    """config.json's layer_types, for families that read them. Raises Unsupported for an unknown kind of attention, and
-    CheckpointError if their number is not that of the layers."""
-    kinds = config.get("layer_types")
-    if kinds is None:
-        return None
-    unknown = sorted({*kinds} - {"full_attention", "sliding_attention"})
-    if unknown:
-        reason = f"layer_types {', '.join(unknown)}; known are full_attention and sliding_attention"
-        raise Unsupported(config.architecture, [reason])
-    if len(kinds) != config.num_layers:
-        raise CheckpointError(
-            f"{config.folder}/config.json has {len(kinds)} layer_types and {config.num_layers} num_hidden_layers"
-        )
-    return list(kinds)
 
 
 PAGES_BY_HEAD = Sharded(dim=KV_HEADS, uneven="repeat")

@@ -24,7 +24,8 @@ from anychip.layers.mlp import GatedMLP
 from anychip.layers.norm import RMSNorm
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
-from anychip.models.decoder import full_attention, known_activation
+from anychip.models.config_kinds import known_activation
+from anychip.models.decoder import full_attention
 from anychip.models.head_parts import TargetParts, drafted_ids
 from anychip.plugin_api import (
     AttentionBackend,

@@ -13,7 +13,8 @@ from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP
 from anychip.layers.norm import RMSNorm
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, given_layer_types
+from anychip.models.config_kinds import given_layer_types
+from anychip.models.decoder import Decoder
 from anychip.plugin_api import AttentionSpec, ForwardContext, Rope
 
 

@@ -7,7 +7,7 @@ from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.rotary import Parameters, make_rope
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import given_layer_types
+from anychip.models.config_kinds import given_layer_types
 from anychip.models.gemma2 import Gemma2, SandwichLayer
 from anychip.plugin_api import AttentionSpec, Rope
 

@@ -10,7 +10,8 @@ from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mlp import PutExpert, SparseMoE
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
+from anychip.models.config_kinds import given_layer_types
+from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import AttentionSpec, MeshShape, MoESpec, Rope, WeightView
 from anychip.types import DType
 from anychip.weights.matrix import Matrix, MatrixStack, Span, StackPiece

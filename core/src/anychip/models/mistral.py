@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from anychip.layers.build import Builder
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
+from anychip.models.config_kinds import given_layer_types
+from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import AttentionSpec, Rope
 
 

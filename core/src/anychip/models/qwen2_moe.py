@@ -9,7 +9,8 @@ from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
-from anychip.models.decoder import Decoder, PreNormLayer, given_layer_types
+from anychip.models.config_kinds import given_layer_types
+from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.models.qwen2 import Qwen2
 from anychip.plugin_api import AttentionSpec, Rope
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+import msgspec
+
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable
 from anychip.plugin_api.manifest import Decision, PlatformManifest, PluginOptions, ProbeResult
@@ -99,6 +101,13 @@ def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
         raise ConfigError(f"{manifest.package} refuses this configuration: " + "; ".join(decision.refuse))
     options = parsed_options(manifest, config.device_options)
     return ChosenDevice(candidate=chosen, indexes=indexes, options=options, reason=reason, decision=decision)
+
+
+def for_one_host(config: EngineConfig, num_ranks: int = 1) -> EngineConfig:
+    """The configuration as one host sees it that chooses devices for so many of the ranks."""
+    return msgspec.structs.replace(
+        config, nodes=(), tensor_parallel_size=num_ranks, pipeline_parallel_size=1, pipeline_layers=()
+    )
 
 
 def negotiated(manifest: PlatformManifest, config: EngineConfig, probe: ProbeResult) -> Decision:

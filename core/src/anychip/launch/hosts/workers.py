@@ -21,12 +21,12 @@ from anychip.launch.folder import private_folder
 from anychip.launch.hosts.control import Hosts, RemoteWorker
 from anychip.launch.hosts.messages import AgentSpec, HostProbed
 from anychip.launch.worker_spec import worker_spec
-from anychip.parallel_sizes import for_one_host
 from anychip.plugin_api.manifest import PlatformManifest, ProbeResult
 from anychip.registry.devices import (
     Candidate,
     ChosenDevice,
     choose_device,
+    for_one_host,
     named_manifest,
     negotiated,
     one_process,
