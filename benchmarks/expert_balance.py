@@ -49,7 +49,7 @@ def make_model(folder: Path) -> None:
 
 
 def run(folder: Path, num_tokens: int, interval: int, redundant: int) -> dict[str, Any]:
-    """Seconds of every step of decoding, how many slots had changed after it, imbalance by look, tokens."""
+    """Seconds from a step's result to the next one's, how many slots had changed by then, imbalance by look, tokens."""
     settings = {"dtype": "float32", "max_model_len": 1024, "num_kv_blocks": 2048, "max_num_seqs": REQUESTS}
     spread = {
         "tensor_parallel_size": RANKS,
@@ -63,19 +63,21 @@ def run(folder: Path, num_tokens: int, interval: int, redundant: int) -> dict[st
     moved: list[int] = []
     looks: list[float] = []
     with LLM(str(folder), device="cpu", skip_tokenizer=True, overlap=False, **settings, **spread) as llm:
-        step, scheduler = llm.engine.step, llm.engine.scheduler
+        scheduler, last = llm.engine.scheduler, time.perf_counter()
+        update = scheduler.update
 
-        def timed() -> Any:
-            start = time.perf_counter()
-            found = step()
-            seconds.append(time.perf_counter() - start)
+        def timed(step: Any, result: Any) -> Any:
+            nonlocal last
+            now = time.perf_counter()
+            seconds.append(now - last)
+            last = now
             experts = scheduler.experts
             moved.append(0 if experts is None else experts.moved)
             if experts is not None and (not looks or looks[-1] != experts.imbalance):
                 looks.append(experts.imbalance)
-            return found
+            return update(step, result)
 
-        llm.engine.step = timed  # type: ignore[method-assign]
+        scheduler.update = timed  # type: ignore[method-assign]
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, sampling)]
     warm = 3

@@ -151,7 +151,7 @@ class ExpertBalancer:
         flat = [part for parts in leaving for part in parts] or [torch.empty(0, dtype=torch.uint8, device=device)]
         arrived = self._communicator.all_to_all_v(torch.cat(flat), sent, received)
         order = [place for there in coming for place in there]
-        pieces = torch.split(arrived, [sizes[index] for index, _ in order])  # type: ignore[no-untyped-call]
+        pieces = torch.split(arrived, [sizes[index] for index, _ in order])
         for (index, slot), data in zip(order, pieces, strict=True):
             _fill(self._tensors(index, slot), data)
         for index in sizes:
