@@ -37,10 +37,10 @@ def is_running(pid: int) -> bool:
 LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-_WORKER = ("worker", ["--tensor-parallel-size", "2"])
+_WORKER = pytest.param("worker", ["--tensor-parallel-size", "2"], marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize(("victim", "options"), [("engine", []), pytest.param(*_WORKER, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("victim", "options"), [("engine", []), _WORKER])
 def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
     try:
