@@ -3,9 +3,9 @@ passes."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import pytest
 
@@ -17,19 +17,30 @@ from anychip_conformance.run import run_case
 from anychip_conformance.verdicts import Outcome, Verdict
 
 MUST_HAVE = 130
-SAMPLE = 4
-"""One fault in so many, of every section, is planted by `make test`; `make mutation` plants all."""
+T = TypeVar("T")
+BUDGET = 120
+"""So many faults are planted by `make test`, however many there are; `make mutation` plants all."""
 
 
-def sampled() -> list[Any]:
-    seen: Counter[str] = Counter()
-    parameters = []
-    for id in all_faults():
-        section = id.partition("-")[0]
-        marks = [pytest.mark.full] if seen[section] % SAMPLE else []
-        parameters.append(pytest.param(id, marks=marks))
-        seen[section] += 1
-    return parameters
+def in_turn(groups: Iterable[Sequence[T]]) -> list[T]:
+    """The first of every group, then the second of every one that has two, and so on."""
+    return [each for nth in itertools.zip_longest(*groups) for each in nth if each is not None]
+
+
+def sample(faults: dict[str, str], budget: int) -> set[str]:
+    """Of faults and the cases that kill them, `budget` many: one of each kind of case, and then another of each, where
+    sections take turns with their kinds."""
+    sections: dict[str, dict[str, list[str]]] = {}
+    for id, killed_by in faults.items():
+        kind = killed_by.rpartition(".")[0]
+        sections.setdefault(id.partition("-")[0], {}).setdefault(kind, []).append(id)
+    return set(in_turn(in_turn(list(kinds.values()) for kinds in sections.values()))[:budget])
+
+
+def parameters() -> list[Any]:
+    faults = {id: fault.killed_by for id, fault in all_faults().items()}
+    chosen = sample(faults, BUDGET)
+    return [pytest.param(id, marks=[] if id in chosen else [pytest.mark.full]) for id in faults]
 
 
 class Honest:
@@ -63,7 +74,15 @@ def test_there_are_enough_faults() -> None:
     assert all(find_case(fault.killed_by) is not None for fault in all_faults().values())
 
 
-@pytest.mark.parametrize("id", sampled())
+def test_the_sample_has_some_of_every_section_and_of_its_kinds() -> None:
+    faults = {f"a-{n}": f"a.x.{n:03}" for n in range(9)} | {"a-z": "a.y.001", "b-1": "b.x.001"}
+    assert [sample(faults, budget) for budget in (1, 2, 3)] == [{"a-0"}, {"a-0", "b-1"}, {"a-0", "b-1", "a-z"}]
+    chosen = sample({id: fault.killed_by for id, fault in all_faults().items()}, BUDGET)
+    assert {id.partition("-")[0] for id in chosen} == {id.partition("-")[0] for id in all_faults()}
+    assert len(chosen) == BUDGET
+
+
+@pytest.mark.parametrize("id", parameters())
 def test_the_fault_is_killed(id: str, honest: Honest) -> None:
     fault = all_faults()[id]
     case = find_case(fault.killed_by)

@@ -48,9 +48,9 @@ _STAGE = ("worker", ["--pipeline-parallel-size", "3"])
 def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
     try:
-        tally = asyncio.run(storm(server, requests=100, concurrency=30, kills=1, seed=4, victim=victim))
+        tally = asyncio.run(storm(server, requests=60, concurrency=20, kills=1, seed=4, victim=victim))
         assert tally.lost == []
-        assert sum(tally.ends.values()) >= 100 and len(tally.ready_s) == 1
+        assert sum(tally.ends.values()) >= 60 and len(tally.ready_s) == 1
         assert leftovers(server) == {}
         assert server.metric("anychip_engine_restarts_total") == 1
     finally:
@@ -126,7 +126,9 @@ def test_a_full_queue_refuses_with_a_time_to_come_again():
 
         def send() -> None:
             with httpx.Client(base_url=server.url, timeout=60) as client:
-                tally.append(client.post("/v1/completions", json=LONG | {"stream": len(tally) % 2 == 0}))
+                tally.append(
+                    client.post("/v1/completions", json=LONG | {"max_tokens": 100, "stream": len(tally) % 2 == 0})
+                )
 
         threads = [threading.Thread(target=send) for _ in range(12)]
         for thread in threads:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anychip import LLM, SamplingParams
+from anychip.config import EngineConfig
 from anychip.errors import CheckpointError, ConfigError, KVCacheTooSmall, Unsupported
+from anychip.launch.plan import plan_engine
 from anychip_conformance.equality.tiny_models import make_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -172,4 +174,4 @@ def test_a_block_size_that_the_backend_lacks_is_refused(checkpoint):
 
 def test_tensor_parallelism_that_does_not_divide_the_heads_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="4 attention heads do not split evenly over 3 ranks"):
-        open_llm(checkpoint, tensor_parallel_size=3)
+        plan_engine(EngineConfig(model=str(checkpoint), device="cpu", tensor_parallel_size=3))

@@ -49,7 +49,7 @@ def test_vectors_are_those_of_transformers_model(family: str, tmp_path: Path) ->
         assert not llm.engine.has_work and llm.engine.scheduler.stats.running == 0
 
 
-@pytest.mark.parametrize("family", ["MPNet", "ModernBert"])
+@pytest.mark.parametrize("family", ["MPNet", pytest.param("ModernBert", marks=pytest.mark.full)])
 def test_ranks_share_an_encoder(family: str, tmp_path: Path) -> None:
     model = make_encoder(family, tmp_path)
     with opened(tmp_path, task="embed", vector_pooling="cls", tensor_parallel_size=2) as llm:

@@ -235,7 +235,7 @@ def same_tokens(model, case: Case, folder: Path, **settings) -> None:
         assert verdict.divergence is None or verdict.excused, verdict
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu-tp2", "fake-static", "fake-spmd"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cpu-tp2", marks=pytest.mark.full), "fake-static", "fake-spmd"])
 def test_gpt_oss_in_mxfp4_gives_the_tokens_of_its_dequantized_weights(device, tmp_path):
     model, _ = make_mxfp4_gpt_oss(tmp_path)
     same_tokens(model, Case("gpt-oss", 64, True, False, True, device), tmp_path)

@@ -43,6 +43,9 @@ _PICKING = ("qwen3-moe", "gpt-oss")
 class Checkpoint:
     """A family's weights on disk, and transformers' model of them."""
 
+    _held: tuple[str, torch.dtype] | None = None
+    """The dtype through which the model's weights went last, and the one in which they are."""
+
     def __init__(self, family: str, head_dim: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="anychip-tiny-")
         # transformers takes seconds to import: only processes that run a model pay for it.
@@ -69,7 +72,7 @@ class Checkpoint:
     def hidden_states(self, ids: list[int], dtype: str) -> list[np.ndarray]:
         """Of all tokens [num_tokens, hidden_size], from weights as `dtype` holds them, in float32 arithmetic: behind
         each layer but the last, and behind the final norm."""
-        model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        model = self._model(dtype, torch.float32)
         found = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states
         return [state[0].numpy() for state in found[1:]]
 
@@ -79,7 +82,7 @@ class Checkpoint:
     ) -> np.ndarray:
         """Of the token after `ids` [vocab_size], with rotary positions [3, num_tokens] of which each axis turns so many
         frequencies; as the definition says, in place of the library's own rotary module."""
-        model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        model = self._model(dtype, torch.float32)
         rotary = model.model.rotary_emb
         axis_of = np.repeat(np.arange(3), sections)
         places = torch.from_numpy(positions[axis_of].T.astype(np.float32))  # [num_tokens, frequencies]
@@ -97,8 +100,15 @@ class Checkpoint:
         return float(np.abs(narrow - self._evaluated(ids, dtype, torch.float32)).max())
 
     def _evaluated(self, ids: list[int], weights: str, compute: torch.dtype) -> np.ndarray:
-        model = self.model.to(getattr(torch, weights)).to(compute)
+        model = self._model(weights, compute)
         return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy())
+
+    def _model(self, weights: str, compute: torch.dtype) -> Any:
+        """With weights as the dtype `weights` holds them, computing in `compute`."""
+        if self._held != (weights, compute):
+            self.model.to(getattr(torch, weights)).to(compute)
+            self._held = (weights, compute)
+        return self.model
 
 
 class Merged(Checkpoint):

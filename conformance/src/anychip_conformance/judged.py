@@ -5,6 +5,7 @@ The judge reads answers from a descriptor of their own, so a plugin may print wh
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main(answers_fd: int) -> None:
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything
             _send(answers, Answer(fatal=described(error)))
             device = absent_device(opening.device, opening.options)
+        gc.freeze()  # every engine that closes collects garbage, and need not look for it in the libraries
         serve(device, tasks, answers)
         device.close()
 

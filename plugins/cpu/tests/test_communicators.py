@@ -11,14 +11,36 @@ import torch
 
 from anychip_cpu.native import built, load
 
-PROGRAM = """
+FORKS = """
+import os
 import sys
 import torch
-from anychip.plugin_api import GroupSpec
+from anychip.plugin_api import DeviceFault, GroupSpec
 from anychip_cpu.communicator import communicator
 from anychip_cpu.native import load
 
-rank, size, store, isa = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def rank_of_fork(size):
+    # A process for each rank, of which all but rank 0 are forks: torch is loaded once, and has started no thread yet.
+    global pids
+    pids = []
+    for rank in range(1, size):
+        pid = os.fork()
+        if pid == 0:
+            return rank
+        pids.append(pid)
+    return 0
+
+def end(rank):
+    # Rank 0 ends last, and only it speaks.
+    if rank:
+        os._exit(0)
+    assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids), "a rank has failed"
+    print("fine")
+"""
+
+PROGRAM = """
+size, store, isa = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank = rank_of_fork(size)
 spec = GroupSpec(ranks=tuple(range(size)), rank=rank, purpose="test", max_message_bytes=1 << 20,
                  store=f"file://{store}", timeout_s=60)
 c = communicator(spec, load(isa))
@@ -56,7 +78,7 @@ if rank == 0:
 elif rank == 1:
     assert c.recv(torch.empty(1), 0).item() == 5.0, "recv"
 c.barrier()
-print("fine")
+end(rank)
 """
 
 
@@ -64,19 +86,9 @@ print("fine")
 def test_every_collective_brings_each_ranks_numbers_to_the_right_place(size: int, isa: str, tmp_path: Path) -> None:
     if isa != "reference" and not built():
         pytest.skip("no kernels were compiled")
-    arguments = [str(size), str(tmp_path / "store"), isa]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert out.strip() == "fine", error[-1500:]
+    command = [sys.executable, "-c", FORKS + PROGRAM, str(size), str(tmp_path / "store"), isa]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "fine", done.stderr[-1500:]
 
 
 def test_a_rank_that_never_comes_is_an_error_within_the_timeout(tmp_path: Path) -> None:
@@ -89,14 +101,8 @@ def test_a_rank_that_never_comes_is_an_error_within_the_timeout(tmp_path: Path) 
 
 
 LEFT_ALONE = """
-import os
-import sys
-import torch
-from anychip.plugin_api import DeviceFault, GroupSpec
-from anychip_cpu.communicator import communicator
-from anychip_cpu.native import load
-
-rank, store, isa = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+store, isa = sys.argv[1], sys.argv[2]
+rank = rank_of_fork(2)
 spec = GroupSpec(ranks=(0, 1), rank=rank, purpose="tensor_parallel", max_message_bytes=1 << 20,
                  store=f"file://{store}", timeout_s=2)
 c = communicator(spec, load(isa))
@@ -111,7 +117,7 @@ for collective in (c.all_reduce, c.all_gather):
         assert "tensor_parallel, rank 0 of (0, 1)" in str(fault), fault
     else:
         raise AssertionError("a collective with a dead rank has returned")
-print("fine")
+end(rank)
 """
 
 
@@ -119,11 +125,6 @@ print("fine")
 def test_a_rank_that_died_is_a_fault_that_names_the_group(isa: str, tmp_path: Path) -> None:
     if isa != "reference" and not built():
         pytest.skip("no kernels were compiled")
-    command = [sys.executable, "-c", LEFT_ALONE]
-    dies, stays = (
-        subprocess.Popen([*command, rank, str(tmp_path / "store"), isa], stdout=-1, stderr=-1, text=True)
-        for rank in ("1", "0")
-    )
-    out, error = stays.communicate(timeout=120)
-    assert out.strip() == "fine", error[-1500:]
-    assert dies.wait(10) == 0
+    command = [sys.executable, "-c", FORKS + LEFT_ALONE, str(tmp_path / "store"), isa]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "fine", done.stderr[-1500:]

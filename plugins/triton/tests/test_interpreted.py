@@ -7,8 +7,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 SAMPLING = (
     "sample.draw.001",
     "sample.distinct.001",
@@ -37,7 +35,7 @@ import anychip_triton.interpreter
 import torch
 from anychip_triton.kernels.routing import sort_pairs
 torch.manual_seed(0)
-for pairs, experts in ((1, 3), (65, 1), (300, 7), (512, 128), (90, 64)):
+for pairs, experts in ((1, 3), (65, 1), (300, 7), (90, 64)):
     ids = torch.randint(-1, experts, (pairs,), dtype=torch.int32)
     order = torch.full((pairs,), -7, dtype=torch.int32)
     ends, tiles = torch.empty(experts, dtype=torch.int32), torch.empty(experts, dtype=torch.int32)
@@ -75,8 +73,8 @@ given = {
     "top_p": torch.tensor([1.0, 0.9, 0.5, 0.01, 0.999] * 3)[:rows],
     "min_p": torch.tensor([0.0, 0.0, 0.05, 0.5, 1.0, 0.0, 0.0] * 2)[:rows],
 }
-for vocab in (7, 230):
-    for spread in (0.1, 2.0, 20.0):
+for vocab, spreads in ((7, (2.0,)), (106, (0.1, 20.0))):
+    for spread in spreads:
         for name in ("seed_low", "seed_high", "sample_index", "position"):
             given[name] = torch.randint(-1000, 1000, (rows,), dtype=torch.int32)
         logits = torch.randn(rows, vocab) * spread
@@ -173,13 +171,15 @@ except ImportError as error:
     assert "needs a process of its own" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 1.00390625, 1.01171875, -3.14159, 3.3895314e38, 1e-40])
-def test_bfloat16_is_rounded_as_devices_round_it(value):
-    program = f"""
-import numpy as np, torch
+def test_bfloat16_is_rounded_as_devices_round_it():
+    program = """
+import torch
 from anychip_triton.interpreter import _narrowed
-x = torch.tensor([{value}])
-print(int(_narrowed(x.numpy())[0]) == int(x.bfloat16().view(torch.int16)) % 65536)
+values = torch.tensor([0.0, 1.0, 1.00390625, 1.01171875, -3.14159, 3.3895314e38, 1e-40])
+for value in values:
+    x = value.view(1)
+    assert int(_narrowed(x.numpy())[0]) == int(x.bfloat16().view(torch.int16)) % 65536, value
+print("equal")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+    assert done.stdout.strip() == "equal", done.stderr

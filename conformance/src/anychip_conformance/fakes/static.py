@@ -1,7 +1,7 @@
 """fake-static: a device that runs compiled steps only.
 
-A compiled step is an FX graph traced for one ShapeKey: it refuses any other shape, cannot read a value on the host,
-and takes its state by donation. Compilations are counted; after warm_up there must be none.
+A compiled step is a tape of ops, recorded for one ShapeKey: it refuses any other shape, cannot read a value on the
+host, and takes its state by donation. Compilations are counted; after warm_up there must be none.
 """
 
 from __future__ import annotations

@@ -1,0 +1,16 @@
+"""What a simulated device may record: ops of torch, of which none reads a value on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+
+
+class HostReadInCapture(RuntimeError):
+    """A recorded region asked for a value, which the device does not have yet."""
+
+
+def refuse_host_read(op: Any) -> None:
+    if op.name().startswith(_HOST_READS):
+        raise HostReadInCapture(f"{op.name()} reads a value on the host")
