@@ -107,7 +107,7 @@ class LatentCall:
             for page in range(cdiv(context, size)):
                 part = rows[page * size : (page + 1) * size]
                 held[table[page], : len(part)] = part
-        cache = backend.import_arrays(cache, range(num_blocks), {"latent": device.tensor(held, case.dtype)})
+        cache = backend.import_arrays(cache, range(num_blocks), {"latent": device.held(held, case.dtype)})
         shapes = {
             "q_nope": (case.num_heads, case.nope_dim),
             "q_rope": (case.num_heads, case.rope_dim),
@@ -120,14 +120,14 @@ class LatentCall:
         }
         up = {"k_up": case.nope_dim, "v_up": case.v_dim}
         weights = {
-            name: device.tensor(rng.normal(size=(case.num_heads, dim, case.latent_dim)) / 4, case.dtype)
+            name: device.held(rng.normal(size=(case.num_heads, dim, case.latent_dim)) / 4, case.dtype)
             for name, dim in up.items()
         }
         layer = LatentLayer(index=0, scale=case.scale, ops=device.ops.ops, **weights)
         rope = None
         if case.rope:
             angles = np.outer(np.arange(_MAX_POSITIONS), 100.0 ** (-np.arange(case.rope_dim // 2) / case.rope_dim))
-            cos, sin = device.tensor(np.cos(angles), "float32"), device.tensor(np.sin(angles), "float32")
+            cos, sin = device.held(np.cos(angles), "float32"), device.held(np.sin(angles), "float32")
             rope = Rope(cos=cos, sin=sin, rotary_dim=case.rope_dim)
         return cls(device, case, backend, batch, cache, num_blocks, size, layer, inputs, rope)
 

@@ -71,7 +71,7 @@ def check_low_rank(device: Device, case: LowRankCase) -> None:
     )
     write_adapters([stack], [site], entries)
     x = device.tensor(rng.normal(size=(case.tokens, case.columns)), case.dtype)
-    y = device.tensor(rng.normal(size=(case.tokens, starts[-1])), case.dtype)
+    y = device.tensor(rng.normal(size=(case.tokens, starts[-1])), case.dtype, written=True)
     chosen = np.where(rng.random(case.tokens) < 0.2, -1, rng.integers(0, case.slots, case.tokens))
     chosen[0], chosen[-1] = case.slots - 1, -1
     slots = device.tensor(chosen, "int32")

@@ -79,7 +79,7 @@ class Loaded:
             self.matrices.append(matrix)
             stream(matrix, f"p{index}", self._load)
             if case.bias:
-                self.biases.append(device.tensor(rng.normal(size=rows), case.dtype))
+                self.biases.append(device.held(rng.normal(size=rows), case.dtype))
                 self.kernel.load(self.packed, f"p{index}.bias", self.biases[-1])
         self.packed = self.kernel.finish(self.packed)
 
@@ -117,7 +117,7 @@ def check(device: Device, case: LinearCase) -> None:
     same = unchanged(device, {"x": x})
     out = None
     if case.guarded:
-        out = device.tensor(np.full((case.tokens + 4, case.features), np.nan), case.dtype)
+        out = device.tensor(np.full((case.tokens + 4, case.features), np.nan), case.dtype, written=True)
     result = loaded.kernel.apply(x, loaded.packed, out=None if out is None else out[2:-2])
     same()
     loaded.judge(x, result)
@@ -244,7 +244,7 @@ def update(device: Device, case: LinearCase) -> None:
 def adopt(device: Device, case: LinearCase) -> None:
     """A finished plain weight is taken as it is: tied embeddings."""
     loaded = Loaded(device, case)
-    weight = device.tensor(np.concatenate([matrix.dense for matrix in loaded.matrices]), case.dtype)
+    weight = device.held(np.concatenate([matrix.dense for matrix in loaded.matrices]), case.dtype)
     packed = loaded.kernel.adopt(weight)
     x = loaded.inputs(case.tokens)
     loaded.judge(x, loaded.kernel.apply(x, packed))

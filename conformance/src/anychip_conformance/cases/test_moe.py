@@ -105,13 +105,11 @@ class Loaded:
         self.packed = self.kernel.finish(self.packed)
         if case.away:
             here = np.where(np.arange(case.experts) < case.experts - case.away, np.arange(case.experts), -1)
-            self.expert_map: Tensor | None = device.tensor(here, "int64")
+            self.expert_map: Tensor | None = device.held(here, "int64")
             self.packed = self.kernel.remap(self.packed, self.expert_map)
         elif case.local:
             numbers = np.arange(case.experts)
-            self.expert_map = device.tensor(
-                np.where(numbers >= case.here.start, numbers - case.here.start, -1), "int64"
-            )
+            self.expert_map = device.held(np.where(numbers >= case.here.start, numbers - case.here.start, -1), "int64")
         else:
             self.expert_map = None
 
@@ -132,7 +130,7 @@ class Loaded:
             matrices[part] = make_matrix(device, rng, rows, columns, case.dtype, case.scheme)
             stream(matrices[part], part, load)
             if case.bias:
-                bias = device.tensor(rng.normal(size=rows), case.dtype)
+                bias = device.held(rng.normal(size=rows), case.dtype)
                 load(f"{part}.bias", bias)
                 biases[f"{part}_bias"] = seen(bias)
         return Expert(**{part: matrix.dense for part, matrix in matrices.items()}, **biases)
@@ -168,7 +166,7 @@ def router_inputs(device: Device, case: MoECase) -> tuple[Tensor, Tensor | None]
         order[:] = order[:1]
     bias = None
     if case.router_bias:
-        bias = device.tensor(rng.uniform(-0.3, 0.3, case.experts), "float32")
+        bias = device.held(rng.uniform(-0.3, 0.3, case.experts), "float32")
     return device.tensor(ladder[order], case.dtype), bias
 
 
@@ -190,7 +188,9 @@ def check(device: Device, case: MoECase) -> None:
     x, logits, bias = loaded.inputs()
     shared = device.tensor(np.random.default_rng(case.seed).normal(size=(case.tokens, case.hidden)), case.dtype)
     given = shared if case.shared else None
-    out = device.tensor(np.full((case.tokens + 4, case.hidden), np.nan), case.dtype) if case.guarded else None
+    out = None
+    if case.guarded:
+        out = device.tensor(np.full((case.tokens + 4, case.hidden), np.nan), case.dtype, written=True)
     same = unchanged(device, {"x": x, "router_logits": logits, "shared": shared})
     result = loaded.kernel.apply(
         x,
