@@ -104,8 +104,16 @@ class RotaryCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     qk_norm: bool = False
     unit_offset: bool = False
     strided: bool = False
+    furthest: int = 99
+    """The last position of the rotary table, which one of the tokens has."""
     dtype: CaseDtype = "any"
     seed: int = 0
+
+    def positions(self, rng: np.random.Generator) -> np.ndarray:
+        """Of the tokens, the last among them."""
+        if self.furthest < 100:
+            return rng.permutation(100)[: self.tokens]
+        return np.concatenate([[self.furthest], self.furthest - rng.integers(0, 300, self.tokens - 1)])
 
 
 _rotary = st.builds(
@@ -143,8 +151,8 @@ def rotary(device: Device, case: RotaryCase) -> None:
     rng = np.random.default_rng(case.seed)
     width = case.head_dim * (2 if case.strided else 1)
     x = device.tensor(rng.normal(size=(case.tokens, case.heads, width)), case.dtype)[..., : case.head_dim]
-    positions = rng.permutation(100)[: case.tokens]
-    rope = rope_tables(device, case.rotary_dim, 100)
+    positions = case.positions(rng)
+    rope = rope_tables(device, case.rotary_dim, case.furthest + 1)
     rope.interleaved = case.interleaved
     same = unchanged(device, {"x": x})
     result = device.ops.ops.rotary(x=x, positions=device.tensor(positions, "int32"), rope=rope)
@@ -168,8 +176,8 @@ def qkv_norm_rope(device: Device, case: RotaryCase) -> None:
     k = device.tensor(rng.normal(size=(case.tokens, case.heads, case.head_dim)), case.dtype)
     weights = [device.held(1 + 0.3 * rng.normal(size=case.head_dim), case.dtype) for _ in range(2)]
     norm = QKNorm(q_weight=weights[0], k_weight=weights[1], eps=1e-5, unit_offset=case.unit_offset)
-    positions = rng.permutation(100)[: case.tokens]
-    rope = rope_tables(device, case.rotary_dim, 100)
+    positions = case.positions(rng)
+    rope = rope_tables(device, case.rotary_dim, case.furthest + 1)
     rope.interleaved = case.interleaved
     given = norm if case.qk_norm else None
     at = device.tensor(positions, "int32")
@@ -303,7 +311,8 @@ def edit_logits(device: Device, case: OpCase) -> None:
     rows, vocab, spare = case.tokens, case.width, 2
     logits = device.tensor(rng.normal(size=(rows, vocab)), "float32")
     slots = rng.permutation(rows + spare)[:rows]
-    counts = rng.integers(0, 2, (rows + spare, vocab)) + 2 * rng.choice([0, 0, 1, 7], (rows + spare, vocab))
+    often = int(case.option or 7)  # times that a token was drawn
+    counts = rng.integers(0, 2, (rows + spare, vocab)) + 2 * rng.choice([0, 0, 1, often], (rows + spare, vocab))
     penalties = {
         "repetition_penalty": rng.choice([0.5, 1.3, 2.0], rows),
         "presence_penalty": rng.choice([0.0, -1.5, 0.25], rows),
@@ -346,9 +355,11 @@ def edit_logits(device: Device, case: OpCase) -> None:
 def count_tokens(device: Device, case: OpCase) -> None:
     """Each pair of slot and id adds two to its count, a pair that is there twice adds twice, and no other changes."""
     rng = np.random.default_rng(case.seed)
-    counts = rng.integers(0, 9, (case.tokens + 1, case.width))
+    counts = rng.integers(0, 9, (case.tokens + 1, case.width)) + 2 * int(case.option or 0)
     slots = rng.integers(0, case.tokens + 1, case.tokens)
     ids = rng.integers(0, case.width, case.tokens)
+    if case.width > 100:
+        ids[:2] = case.width - 1, case.width // 2
     slots[-1], ids[-1] = slots[0], ids[0]
     result = device.ops.ops.count_tokens(
         counts=device.held(counts, "int32"), slots=device.tensor(slots, "int32"), ids=device.tensor(ids, "int32")

@@ -40,7 +40,7 @@ CONTEXTS = Visits(
         Visit(
             test_attention.chunk,
             "context",
-            lambda n: one((0, n - 20, 20), dtype="narrow"),
+            lambda n: one((0, n - 5, 5), dtype="narrow"),
             least=1023,
             variant="of a chunk",
         ),
