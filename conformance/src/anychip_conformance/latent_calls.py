@@ -140,7 +140,12 @@ class LatentCall:
         layer = LatentLayer(index=0, scale=case.scale, ops=device.ops.ops, **weights)
         rope = None
         if case.rope:
-            angles = np.outer(np.arange(max(_MAX_POSITIONS, *(c + row.query for c, row in zip(batch.contexts, case.rows, strict=True)))), 100.0 ** (-np.arange(case.rope_dim // 2) / case.rope_dim))
+            angles = np.outer(
+                np.arange(
+                    max(_MAX_POSITIONS, *(c + row.query for c, row in zip(batch.contexts, case.rows, strict=True)))
+                ),
+                100.0 ** (-np.arange(case.rope_dim // 2) / case.rope_dim),
+            )
             cos, sin = device.held(np.cos(angles), "float32"), device.held(np.sin(angles), "float32")
             rope = Rope(cos=cos, sin=sin, rotary_dim=case.rope_dim)
         return cls(device, case, backend, batch, cache, num_blocks, size, layer, inputs, rope)

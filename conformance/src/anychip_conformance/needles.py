@@ -38,4 +38,3 @@ def tokens(
         passed = max(0, context + 1 - window)
         found[0, :passed], found[1, :passed] = 1.5 * needle, _TRAP
     return found
-

@@ -332,7 +332,9 @@ def _rope(device: Device, case: AttentionCase, longest: int) -> Rope | None:
     if case.rope == "none":
         return None
     rotary_dim = max(2, int(case.head_dim * case.rotary_fraction) // 2 * 2)
-    angle = np.arange(max(_MAX_POSITIONS, longest))[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
+    angle = np.arange(max(_MAX_POSITIONS, longest))[:, None] * 100.0 ** (
+        -np.arange(rotary_dim // 2) / (rotary_dim // 2)
+    )
     return Rope(
         cos=device.held(np.cos(angle), "float32"),
         sin=device.held(np.sin(angle), "float32"),

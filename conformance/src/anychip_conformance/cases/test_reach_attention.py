@@ -105,7 +105,9 @@ BATCHES = Visits(
             "chunk",
             lambda n: few(rows=(Row(0, 0, n), Row(0, 0, 1)), num_heads=1, num_kv_heads=1),
         ),
-        Visit(test_attention.chunk, "chunk", lambda n: few(rows=(Row(0, 21, n),), num_heads=2, num_kv_heads=1), most=513),
+        Visit(
+            test_attention.chunk, "chunk", lambda n: few(rows=(Row(0, 21, n),), num_heads=2, num_kv_heads=1), most=513
+        ),
     )
 )
 

@@ -32,7 +32,9 @@ LATENT = Visits(
             sizes=(1025, 4097, 32_769),
             variant="of a chunk",
         ),
-        Visit(test_latent.attend, "rows", lambda n: _latent(*[(0, row % 4, 1) for row in range(n)]), most=513, least=63),
+        Visit(
+            test_latent.attend, "rows", lambda n: _latent(*[(0, row % 4, 1) for row in range(n)]), most=513, least=63
+        ),
         Visit(test_latent.attend, "chunk", lambda n: _latent((0, 0, n), (0, 3, 1)), most=1025),
         Visit(test_latent.attend, "heads", lambda n: _latent((0, 9, 2), (0, 2, 1), num_heads=n)),
         Visit(
@@ -112,7 +114,9 @@ ENCODERS = Visits(
         Visit(
             test_encoder.attend,
             "rows",
-            lambda n: EncoderCase(lengths=tuple(1 + row % 3 for row in range(n)), num_heads=2, num_kv_heads=2, head_dim=16),
+            lambda n: EncoderCase(
+                lengths=tuple(1 + row % 3 for row in range(n)), num_heads=2, num_kv_heads=2, head_dim=16
+            ),
         ),
         Visit(
             test_encoder.attend,

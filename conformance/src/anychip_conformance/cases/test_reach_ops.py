@@ -18,9 +18,7 @@ ROWS = Visits(
     (
         Visit(test_ops.rms_norm, "elementwise rows", lambda n: OpCase(tokens=n, width=_SMALL)),
         Visit(test_ops.residual_norm, "elementwise rows", lambda n: OpCase(tokens=n, width=_SMALL)),
-        Visit(
-            test_ops.gated_activation, "elementwise rows", lambda n: OpCase(tokens=n, width=_SMALL, option="silu")
-        ),
+        Visit(test_ops.gated_activation, "elementwise rows", lambda n: OpCase(tokens=n, width=_SMALL, option="silu")),
         Visit(test_ops.gate_up_act, "elementwise rows", lambda n: OpCase(tokens=n, width=_SMALL, option="silu")),
         Visit(test_ops.softcap, "elementwise rows", lambda n: OpCase(tokens=n, width=_SMALL, option="5")),
         Visit(test_ops.embedding, "elementwise rows", lambda n: EmbeddingCase(tokens=n, width=_SMALL)),
@@ -140,7 +138,9 @@ DRAWS = Visits(
         Visit(test_sampling.logprobs, "vocabulary", lambda n: _edges(n, rows=8)),
         Visit(test_sampling.greedy, "rows", lambda n: SampleCase(rows=n, temperature=(0.0,), vocab=9)),
         Visit(test_sampling.draw, "rows", lambda n: SampleCase(rows=n, vocab=9), most=513),
-        Visit(test_sampling.truncation, "rows", lambda n: SampleCase(rows=n, vocab=9, top_k=(3, 0)), least=127, most=257),
+        Visit(
+            test_sampling.truncation, "rows", lambda n: SampleCase(rows=n, vocab=9, top_k=(3, 0)), least=127, most=257
+        ),
         Visit(test_sampling.logprobs, "rows", lambda n: SampleCase(rows=n, vocab=30)),
         Visit(test_sampling.draw, "positions", lambda n: SampleCase(rows=6, exact=True, position=n)),
         Visit(test_sampling.truncation, "ids kept", lambda n: SampleCase(rows=6, vocab=1100, spread=0.2, top_k=(n,))),

@@ -14,7 +14,9 @@ _DEADLINE_S = 240.0
 
 DENSE = Visits(
     (
-        Visit(test_linear.dense, "tokens", lambda n: LinearCase(tokens=n, columns=16, rows=(8,)), variant="narrow rows"),
+        Visit(
+            test_linear.dense, "tokens", lambda n: LinearCase(tokens=n, columns=16, rows=(8,)), variant="narrow rows"
+        ),
         Visit(
             test_linear.dense,
             "tokens",
@@ -108,7 +110,9 @@ EXPERTS = Visits(
         Visit(
             test_moe.route,
             "experts",
-            lambda n: _experts(tokens=9, experts=n, top_k=8, scoring="sigmoid", router_bias=True, groups=8, top_groups=4),
+            lambda n: _experts(
+                tokens=9, experts=n, top_k=8, scoring="sigmoid", router_bias=True, groups=8, top_groups=4
+            ),
             sizes=(64, 128, 256, 384, 512),
             variant="in groups",
         ),

@@ -39,6 +39,8 @@ _MODULES = (
     "step_drafts_results",
     "step_extras",
     "adapters",
+    "reach_attention",
+    "reach_ops",
 )
 
 
