@@ -28,6 +28,10 @@ MOE_SCHEMES = (
 MOE_FORMATS = tuple(scheme for scheme in FORMATS if scheme.name in ("mxfp4", "nvfp4"))
 
 
+_LAST = 4
+"""Numbers of a wide hidden state that have most of its size."""
+
+
 class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`away` experts, the last ones, live on other ranks; or `local` experts, the last ones, are all that is loaded
     here. `crowded` sends every token to the same experts. `strided`
@@ -52,6 +56,8 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     local: int = 0
     shared: bool = False
     crowded: bool = False
+    every: bool = False
+    """Tokens pick the experts in turn, and together all of them; of wide activations, the last numbers count most."""
     guarded: bool = False
     invariant: bool = False
     seed: int = 0
@@ -138,7 +144,10 @@ class Loaded:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Activations, router logits that no rounding reorders, and the correction for picking."""
         case, rng = self.case, np.random.default_rng((self.case.seed, 3))
-        x = self.device.tensor(rng.normal(size=(case.tokens, case.hidden)), case.dtype)
+        wide = rng.normal(size=(case.tokens, case.hidden))
+        if case.every:
+            wide[:, :-_LAST] *= min(1.0, _LAST / case.hidden)
+        x = self.device.tensor(wide, case.dtype)
         return x, *router_inputs(self.device, case)
 
     def judge(self, x: Tensor, logits: Tensor, bias: Tensor | None, shared: Tensor | None, result: Tensor) -> None:
@@ -157,13 +166,25 @@ class Loaded:
         self.device.compare("combined output", result, expected, label=f"{name}/{case.dtype}")
 
 
+def router_ladder(count: int) -> np.ndarray:
+    """So many numbers from -2 to 2 in order, of which no two are one in a narrow dtype."""
+    if count <= 256:
+        return np.linspace(-2.0, 2.0, count)
+    steps = np.concatenate([2.0**octave * (1 + np.arange(128) / 128) for octave in (-2, -1, 0)])
+    half = np.sort(steps)[-(-(-count // 2)) :]
+    return np.concatenate([-half[::-1], half])[:count]
+
+
 def router_inputs(device: Device, case: MoECase) -> tuple[Tensor, Tensor | None]:
     """Logits a fixed distance apart, in random order, so that the picked experts are beyond doubt."""
     rng = np.random.default_rng((case.seed, 5))
-    ladder = np.linspace(-2.0, 2.0, case.experts)
+    ladder = router_ladder(case.experts)
     order = np.argsort(rng.random((case.tokens, case.experts)), axis=-1)
     if case.crowded:
         order[:] = order[:1]
+    if case.every:
+        first = np.arange(case.tokens)[:, None] * case.top_k
+        order = case.experts - 1 - (np.arange(case.experts) - first) % case.experts
     bias = None
     if case.router_bias:
         bias = device.held(rng.uniform(-0.3, 0.3, case.experts), "float32")

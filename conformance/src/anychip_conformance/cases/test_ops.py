@@ -30,12 +30,16 @@ class OpCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     option: str = ""
     magnitude: float = 1.0
     strided: bool = False
+    needles: bool = False
+    """The last row's last number is as large as all others together."""
     seed: int = 0
 
 
 def values(device: Device, case: OpCase, *shape: int, salt: int = 0) -> torch.Tensor:
     rng = np.random.default_rng((case.seed, salt))
     wide = case.magnitude * rng.normal(size=(*shape[:-1], shape[-1] + (3 if case.strided else 0)))
+    if case.needles:
+        wide[-1, shape[-1] - 1] = case.magnitude * shape[-1]
     return device.tensor(wide, case.dtype)[..., : shape[-1]]
 
 

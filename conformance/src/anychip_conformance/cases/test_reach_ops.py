@@ -51,13 +51,13 @@ def rows(device: Device, case: VisitCase) -> None:
 
 WIDTHS = Visits(
     (
-        Visit(test_ops.rms_norm, "hidden", lambda n: OpCase(tokens=2, width=n)),
-        Visit(test_ops.rms_norm, "hidden", lambda n: OpCase(tokens=2, width=n, dtype="narrow"), variant="narrow"),
-        Visit(test_ops.residual_norm, "hidden", lambda n: OpCase(tokens=2, width=n)),
+        Visit(test_ops.rms_norm, "hidden", lambda n: OpCase(tokens=2, width=n, needles=True)),
+        Visit(test_ops.rms_norm, "hidden", lambda n: OpCase(tokens=2, width=n, dtype="narrow", needles=True), variant="narrow"),
+        Visit(test_ops.residual_norm, "hidden", lambda n: OpCase(tokens=2, width=n, needles=True)),
         Visit(test_ops.embedding, "hidden", lambda n: EmbeddingCase(tokens=3, width=n)),
         Visit(test_ops.gated_activation, "intermediate", lambda n: OpCase(tokens=2, width=n, option="silu")),
         Visit(test_ops.gate_up_act, "intermediate", lambda n: OpCase(tokens=2, width=n, option="swiglu_clamped")),
-        Visit(test_ops.matmul_reduce, "columns", lambda n: OpCase(tokens=2, width=n)),
+        Visit(test_ops.matmul_reduce, "columns", lambda n: OpCase(tokens=2, width=n, needles=True)),
         Visit(test_ops.rotary, "heads", lambda n: RotaryCase(tokens=2, heads=n)),
         Visit(test_ops.qkv_norm_rope, "heads", lambda n: RotaryCase(tokens=2, heads=n, qk_norm=True)),
         Visit(test_ops.rotary, "head_dim", lambda n: RotaryCase(tokens=3, heads=2, head_dim=n, rotary_dim=n)),

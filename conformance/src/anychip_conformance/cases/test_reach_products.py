@@ -24,11 +24,11 @@ DENSE = Visits(
             most=1025,
             variant="parts",
         ),
-        Visit(test_linear.dense, "columns", lambda n: LinearCase(tokens=1, columns=n, rows=(8,)), variant="one token"),
+        Visit(test_linear.dense, "columns", lambda n: LinearCase(tokens=1, columns=n, rows=(8,), needles=True), variant="one token"),
         Visit(
             test_linear.dense,
             "columns",
-            lambda n: LinearCase(tokens=9, columns=n, rows=(8, 8), dtype="narrow"),
+            lambda n: LinearCase(tokens=9, columns=n, rows=(8, 8), dtype="narrow", needles=True),
             variant="tokens",
         ),
         Visit(test_linear.dense, "features", lambda n: LinearCase(tokens=1, columns=8, rows=(n,)), variant="one token"),
@@ -84,9 +84,9 @@ def _quantized(scheme: Scheme) -> list[Visit]:
         ),
     ]
     if group is None:
-        at = lambda n: LinearCase(tokens=2, columns=n, rows=(32,), scheme=scheme)  # noqa: E731
+        at = lambda n: LinearCase(tokens=2, columns=n, rows=(32,), scheme=scheme, needles=True)  # noqa: E731
         return [*visits, Visit(check, "columns", at, sizes=(4096, 16_384, 53_248), variant=name)]
-    grouped = lambda n: LinearCase(tokens=2, columns=n * group, rows=(32,), scheme=scheme)  # noqa: E731
+    grouped = lambda n: LinearCase(tokens=2, columns=n * group, rows=(32,), scheme=scheme, needles=True)  # noqa: E731
     return [*visits, Visit(check, "groups", grouped, variant=name, most=53_248 // group)]
 
 
@@ -106,7 +106,7 @@ def _experts(**sizes: object) -> MoECase:
 
 EXPERTS = Visits(
     (
-        Visit(test_moe.route, "experts", lambda n: _experts(tokens=9, experts=n, top_k=min(8, n // 2))),
+        Visit(test_moe.route, "experts", lambda n: _experts(tokens=2 + n // 8, experts=n, top_k=min(8, n // 2), every=True)),
         Visit(
             test_moe.route,
             "experts",
@@ -121,7 +121,7 @@ EXPERTS = Visits(
         Visit(
             test_moe.experts,
             "experts",
-            lambda n: _experts(tokens=12, experts=n, top_k=min(8, n // 2)),
+            lambda n: _experts(tokens=2 + n // 8, experts=n, top_k=min(8, n // 2), every=True),
             sizes=(8, 64, 65, 127, 128, 129, 256, 257, 384, 512),
         ),
         Visit(test_moe.experts, "top_k", lambda n: _experts(tokens=5, experts=24, top_k=n)),
@@ -131,10 +131,10 @@ EXPERTS = Visits(
             "tokens of an expert",
             lambda n: _experts(tokens=n, experts=16, top_k=2, crowded=True, dtype="narrow"),
         ),
-        Visit(test_moe.experts, "hidden", lambda n: _experts(hidden=n, experts=3, top_k=2), most=8193),
+        Visit(test_moe.experts, "hidden", lambda n: _experts(hidden=n, experts=3, top_k=2, every=True), most=8193),
         Visit(test_moe.experts, "intermediate", lambda n: _experts(intermediate=n, experts=3, top_k=2), most=16_384),
-        Visit(test_moe.expert_map, "experts", lambda n: _experts(experts=n, away=n // 2, top_k=4), sizes=(128, 256)),
-        Visit(test_moe.local_experts, "experts", lambda n: _experts(experts=n, local=9, top_k=8), sizes=(65, 129, 257)),
+        Visit(test_moe.expert_map, "experts", lambda n: _experts(tokens=2 + n // 4, experts=n, away=n // 2, top_k=4, every=True), sizes=(128, 256)),
+        Visit(test_moe.local_experts, "experts", lambda n: _experts(tokens=2 + n // 8, experts=n, local=9, top_k=8, every=True), sizes=(65, 129, 257)),
     )
 )
 
@@ -150,7 +150,7 @@ BYTES = Visits(
         Visit(
             test_moe.quantized,
             "experts",
-            lambda n, scheme=scheme: _experts(experts=n, hidden=32, intermediate=32, top_k=4, scheme=scheme),  # type: ignore[misc]
+            lambda n, scheme=scheme: _experts(tokens=2 + n // 4, experts=n, hidden=32, intermediate=32, top_k=4, scheme=scheme, every=True),  # type: ignore[misc]
             sizes=(65, 129, 257),
             variant=scheme.name + (" zeros" if scheme.zero_points else ""),
         )

@@ -69,6 +69,15 @@ def norm_of_8192_columns(*, x: Tensor, weight: Tensor, eps: float, unit_offset: 
     return (normed * (weight.float() + unit_offset)).to(x.dtype)
 
 
+@fault("op-norm-last-column", "op", op="rms_norm", killed_by=_WIDTH.format(2))
+def norm_last_column(*, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """In rows of more than 4,096 numbers, what does not fill a vector of four is left out of the mean of squares."""
+    wide = x.float()
+    whole = wide[..., : wide.shape[-1] // 4 * 4] if wide.shape[-1] > 4096 else wide
+    normed = wide * torch.rsqrt(whole.square().sum(-1, keepdim=True) / wide.shape[-1] + eps)
+    return (normed * (weight.float() + unit_offset)).to(x.dtype)
+
+
 def _tail_as_head(result: Tensor, **_: Any) -> Tensor:
     result = result.clone()
     result[..., 32_768:] = result[..., : max(0, result.shape[-1] - 32_768)]

@@ -41,6 +41,7 @@ _MODULES = (
     "adapters",
     "reach_attention",
     "reach_ops",
+    "reach_products",
 )
 
 
