@@ -42,6 +42,8 @@ _MODULES = (
     "reach_attention",
     "reach_ops",
     "reach_products",
+    "reach_steps",
+    "forms",
 )
 
 
