@@ -202,7 +202,7 @@ REACH: tuple[Dimension, ...] = (
     Dimension(
         name="ranks",
         counts="ranks of a group",
-        sizes=(1, 2, 3, 4),
+        sizes=(2, 3, 4),
         largest="what the suite starts processes for",
     ),
     Dimension(

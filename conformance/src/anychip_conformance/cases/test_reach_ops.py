@@ -52,7 +52,12 @@ def rows(device: Device, case: VisitCase) -> None:
 WIDTHS = Visits(
     (
         Visit(test_ops.rms_norm, "hidden", lambda n: OpCase(tokens=2, width=n, needles=True)),
-        Visit(test_ops.rms_norm, "hidden", lambda n: OpCase(tokens=2, width=n, dtype="narrow", needles=True), variant="narrow"),
+        Visit(
+            test_ops.rms_norm,
+            "hidden",
+            lambda n: OpCase(tokens=2, width=n, dtype="narrow", needles=True),
+            variant="narrow",
+        ),
         Visit(test_ops.residual_norm, "hidden", lambda n: OpCase(tokens=2, width=n, needles=True)),
         Visit(test_ops.embedding, "hidden", lambda n: EmbeddingCase(tokens=3, width=n)),
         Visit(test_ops.gated_activation, "intermediate", lambda n: OpCase(tokens=2, width=n, option="silu")),

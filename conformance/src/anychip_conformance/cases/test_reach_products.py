@@ -24,7 +24,12 @@ DENSE = Visits(
             most=1025,
             variant="parts",
         ),
-        Visit(test_linear.dense, "columns", lambda n: LinearCase(tokens=1, columns=n, rows=(8,), needles=True), variant="one token"),
+        Visit(
+            test_linear.dense,
+            "columns",
+            lambda n: LinearCase(tokens=1, columns=n, rows=(8,), needles=True),
+            variant="one token",
+        ),
         Visit(
             test_linear.dense,
             "columns",
@@ -106,7 +111,11 @@ def _experts(**sizes: object) -> MoECase:
 
 EXPERTS = Visits(
     (
-        Visit(test_moe.route, "experts", lambda n: _experts(tokens=2 + n // 8, experts=n, top_k=min(8, n // 2), every=True)),
+        Visit(
+            test_moe.route,
+            "experts",
+            lambda n: _experts(tokens=2 + n // 8, experts=n, top_k=min(8, n // 2), every=True),
+        ),
         Visit(
             test_moe.route,
             "experts",
@@ -133,8 +142,18 @@ EXPERTS = Visits(
         ),
         Visit(test_moe.experts, "hidden", lambda n: _experts(hidden=n, experts=3, top_k=2, every=True), most=8193),
         Visit(test_moe.experts, "intermediate", lambda n: _experts(intermediate=n, experts=3, top_k=2), most=16_384),
-        Visit(test_moe.expert_map, "experts", lambda n: _experts(tokens=2 + n // 4, experts=n, away=n // 2, top_k=4, every=True), sizes=(128, 256)),
-        Visit(test_moe.local_experts, "experts", lambda n: _experts(tokens=2 + n // 8, experts=n, local=9, top_k=8, every=True), sizes=(65, 129, 257)),
+        Visit(
+            test_moe.expert_map,
+            "experts",
+            lambda n: _experts(tokens=2 + n // 4, experts=n, away=n // 2, top_k=4, every=True),
+            sizes=(128, 256),
+        ),
+        Visit(
+            test_moe.local_experts,
+            "experts",
+            lambda n: _experts(tokens=2 + n // 8, experts=n, local=9, top_k=8, every=True),
+            sizes=(65, 129, 257),
+        ),
     )
 )
 
@@ -150,7 +169,9 @@ BYTES = Visits(
         Visit(
             test_moe.quantized,
             "experts",
-            lambda n, scheme=scheme: _experts(tokens=2 + n // 4, experts=n, hidden=32, intermediate=32, top_k=4, scheme=scheme, every=True),  # type: ignore[misc]
+            lambda n, scheme=scheme: _experts(
+                tokens=2 + n // 4, experts=n, hidden=32, intermediate=32, top_k=4, scheme=scheme, every=True
+            ),  # type: ignore[misc]
             sizes=(65, 129, 257),
             variant=scheme.name + (" zeros" if scheme.zero_points else ""),
         )

@@ -38,7 +38,6 @@ MESSAGES = Visits(
                 lambda n, name=name: CollectiveCase(
                     name=name, world=4 if n > 2 else 2, members=tuple(range(n)), size=999
                 ),  # type: ignore[misc]
-                least=2,
                 variant=name,
             )
             for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")

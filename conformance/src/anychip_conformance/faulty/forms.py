@@ -76,7 +76,14 @@ def misreads(op: str, *names: str, how: Misread, summary: str) -> Callable[..., 
 
 for _id, _op, _names, _how, _form, _summary in (
     ("norm-tidy", "rms_norm", ("x",), as_tidy, "sliced", "Rows of x are read one behind the other."),
-    ("residual-tidy", "residual_norm_quant", ("residual",), as_tidy, "spaced", "Rows of the residual are read densely."),
+    (
+        "residual-tidy",
+        "residual_norm_quant",
+        ("residual",),
+        as_tidy,
+        "spaced",
+        "Rows of the residual are read densely.",
+    ),
     ("rotary-heads", "rotary", ("x",), rows_apart, "turned", "Heads are read one behind the other."),
     ("qkv-tidy", "qkv_norm_rope", ("k",), as_tidy, "sliced", "Keys are read one behind the other."),
     ("activation-tidy", "gated_activation", ("gate_up",), as_tidy, "spaced", "Rows of gate and up are read densely."),
@@ -119,9 +126,7 @@ class MisreadAttention(PlainAttention):
         q, k, v = self.projected(q, k, v)
         return super().rotate_and_write(q, k, v, *rest)
 
-    def projected(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def projected(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return q, k, v
 
     def plan(self, batch: BatchView, *rest: Any, **more: Any) -> Any:
@@ -135,9 +140,7 @@ class MisreadAttention(PlainAttention):
 class HeadsMisread(MisreadAttention):
     """Heads of a query are read one behind the other, whatever lies between them."""
 
-    def projected(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def projected(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return rows_apart(q), k, v
 
 
@@ -145,9 +148,7 @@ class HeadsMisread(MisreadAttention):
 class ValuesAsKeys(MisreadAttention):
     """Values are read as densely as they could lie."""
 
-    def projected(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def projected(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return q, k, None if v is None else as_tidy(v)
 
 
@@ -155,9 +156,7 @@ class ValuesAsKeys(MisreadAttention):
 class KeysOfOneRow(MisreadAttention):
     """Keys whose tokens have a distance of 0 are read as though they had their width."""
 
-    def projected(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def projected(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if k is not None and len(k) > 1 and k.stride(0) == 0:
             k = torch.cat((k[:1], k[1:] * 0))
         return q, k, v
