@@ -40,7 +40,7 @@ EXPERTS = formed([test_moe.route, test_moe.experts, test_moe.expert_map, test_mo
 
 @kind("op.form", corpus=every_form(), quick=6)
 def op_form(device: Device, case: FormCase) -> None:
-    """Every op over views of activations, of logits and of arrays by row: what lies between and around takes no part."""
+    """Every op over views of activations, logits and arrays by row: what lies between and around takes no part."""
     check_formed(device, OPS, case)
 
 

@@ -171,7 +171,7 @@ def router_ladder(count: int) -> np.ndarray:
     if count <= 256:
         return np.linspace(-2.0, 2.0, count)
     steps = np.concatenate([2.0**octave * (1 + np.arange(128) / 128) for octave in (-2, -1, 0)])
-    half = np.sort(steps)[-(-(-count // 2)) :]
+    half = np.sort(steps)[-((count + 1) // 2) :]
     return np.concatenate([-half[::-1], half])[:count]
 
 

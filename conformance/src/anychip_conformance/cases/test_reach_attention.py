@@ -1,5 +1,5 @@
-"""Attention at the sizes of real models (reach.REACH): long contexts with a few keys that count, long block tables, many
-rows, long chunks, many heads, wide heads, wide windows, far positions."""
+"""Attention at the sizes of real models (reach.REACH): long contexts with a few keys that count, long block tables,
+many rows, long chunks, many heads, wide heads, wide windows, far positions."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ HEADS = Visits(
 
 @kind("attn.reach_heads", corpus=HEADS.corpus, quick=2, deadline_s=_DEADLINE_S)
 def heads(device: Device, case: VisitCase) -> None:
-    """Many heads, large groups, one KV head for all, wide heads: each query head reads its own KV head, sink and slope."""
+    """Many heads, large groups, one KV head for all, wide heads: each query head reads its own KV head and sink."""
     HEADS.check(device, case)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ def zeros_past(what: str, size: int, summary: str) -> type[PlainAttention]:
             if what == "tokens":
                 result[size:] = 0
             if what == "queries":
-                for begin, end in zip(starts, starts[1:], strict=False):
+                for begin, end in pairwise(starts):
                     result[min(begin + size, end) : end] = 0
             if what == "heads":
                 result[:, size:] = 0

@@ -1,5 +1,5 @@
-"""Latent attention (MLA): one row per token that all heads share, and the backend's contract. What projections gave may be
-views: see Form in plugin_api/ops.py."""
+"""Latent attention (MLA): one row per token that all heads share, and the backend's contract. What projections gave may
+be views: see Form in plugin_api/ops.py."""
 
 from __future__ import annotations
 
