@@ -9,18 +9,19 @@ from typing import Any
 import msgspec
 
 from anychip_conformance.case import Kind
-from anychip_conformance.choices import CaseDtype, resolved
+from anychip_conformance.choices import CaseDtype, resolved, seeded
 from anychip_conformance.device import Device
 from anychip_conformance.forms import FORMS, Form
 from anychip_conformance.verdicts import Mismatch, Refused
 
 
 class FormCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`only`: one kind of those that the case goes through."""
+    """`only`: one kind of those that the case goes through. `seed`: of other values."""
 
     form: Form
     dtype: CaseDtype = "any"
     only: str = ""
+    seed: int = 0
 
 
 def every_form(*dtypes: CaseDtype) -> list[FormCase]:
@@ -58,7 +59,8 @@ def check_formed(device: Device, kinds: Sequence[Formed], case: FormCase) -> Non
         for params in each.params:
             try:
                 with device.formed(case.form):
-                    each.kind.check(device, resolved(_in_dtype(params, case.dtype), device))
+                    made = seeded(_in_dtype(params, case.dtype), case.seed)
+                    each.kind.check(device, resolved(made, device))
                 passed += 1
             except Refused as refusal:
                 refused = refusal

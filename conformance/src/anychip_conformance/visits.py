@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from anychip_conformance.case import Case, Kind
-from anychip_conformance.choices import resolved
+from anychip_conformance.choices import resolved, seeded
 from anychip_conformance.form_checks import within
 from anychip_conformance.reach import dimension
 from anychip_conformance.verdicts import Refused
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from anychip_conformance.device import Device
 
 
-class VisitCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The visit of that name, at these sizes of a dimension, one after the other."""
+class VisitCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The visit of that name, at these sizes of a dimension, one after the other. `seed`: of other values."""
 
     visit: str
     dimension: str
     sizes: tuple[int, ...]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Visits:
         for size in case.sizes:
             try:
                 device.reaches(case.dimension, size)
-                visit.kind.check(device, resolved(visit.params(size), device))
+                visit.kind.check(device, resolved(seeded(visit.params(size), case.seed), device))
                 passed += 1
             except Refused as refusal:
                 refused = refusal

@@ -50,7 +50,7 @@ def sample_form(device: Device, case: FormCase) -> None:
     check_formed(device, SAMPLING, case)
 
 
-@kind("attn.form", corpus=every_form(), quick=3)
+@kind("attn.form", corpus=every_form(), quick=1)
 def attention_form(device: Device, case: FormCase) -> None:
     """Every feature of attention over views: queries, keys and values, block tables, slots, lengths, positions."""
     check_formed(device, ATTENTION, case)
@@ -62,31 +62,31 @@ def attention_lse_form(device: Device, case: FormCase) -> None:
     check_formed(device, formed([test_attention_lse.log_sum_exp]), case)
 
 
-@kind("latent.form", corpus=every_form("any"))
+@kind("latent.form", corpus=every_form("any"), quick=1)
 def latent_form(device: Device, case: FormCase) -> None:
     """Latent attention over views of what its projections gave."""
     check_formed(device, formed([test_latent.attend], most=7), case)
 
 
-@kind("state.form", corpus=every_form("any"))
+@kind("state.form", corpus=every_form("any"), quick=1)
 def state_form(device: Device, case: FormCase) -> None:
     """Every recurrence over views of its inputs."""
     check_formed(device, formed([test_states.advance, test_recurrences.recurrence], most=40), case)
 
 
-@kind("encoder.form", corpus=every_form("any"))
+@kind("encoder.form", corpus=every_form("any"), quick=1)
 def encoder_form(device: Device, case: FormCase) -> None:
     """Attention of encoders over views."""
     check_formed(device, formed([test_encoder.attend], most=5), case)
 
 
-@kind("kv.form", corpus=every_form(), quick=3)
+@kind("kv.form", corpus=every_form(), quick=1)
 def kv_form(device: Device, case: FormCase) -> None:
     """Writes to the cache from views, padding and long runs among them."""
     check_formed(device, formed([test_kv.padding_slot, test_kv.write_order]), case)
 
 
-@kind("linear.form", corpus=every_form())
+@kind("linear.form", corpus=every_form(), quick=1)
 def linear_form(device: Device, case: FormCase) -> None:
     """Dense products of views, with and without an epilogue, into views."""
     check_formed(device, LINEAR, case)
@@ -98,7 +98,7 @@ def quantized_form(device: Device, case: FormCase) -> None:
     check_formed(device, QUANTIZED, case)
 
 
-@kind("moe.form", corpus=every_form())
+@kind("moe.form", corpus=every_form(), quick=1)
 def moe_form(device: Device, case: FormCase) -> None:
     """Routing and experts over views of activations and of router logits, into views."""
     check_formed(device, EXPERTS, case)

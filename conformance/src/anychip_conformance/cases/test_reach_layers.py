@@ -52,7 +52,7 @@ LATENT = Visits(
 )
 
 
-@kind("latent.reach", corpus=LATENT.corpus, deadline_s=_DEADLINE_S)
+@kind("latent.reach", corpus=LATENT.corpus, quick=0, deadline_s=_DEADLINE_S)
 def latent(device: Device, case: VisitCase) -> None:
     """Latent attention over long contexts, in many rows, with 128 heads over rows of 512 numbers."""
     LATENT.check(device, case)
@@ -91,7 +91,7 @@ STATES = Visits(
 )
 
 
-@kind("state.reach", corpus=STATES.corpus, deadline_s=_DEADLINE_S)
+@kind("state.reach", corpus=STATES.corpus, quick=0, deadline_s=_DEADLINE_S)
 def state(device: Device, case: VisitCase) -> None:
     """Many sequences in a step, and long chunks of one, in every recurrence."""
     STATES.check(device, case)
@@ -127,7 +127,7 @@ ENCODERS = Visits(
 )
 
 
-@kind("encoder.reach", corpus=ENCODERS.corpus, deadline_s=_DEADLINE_S)
+@kind("encoder.reach", corpus=ENCODERS.corpus, quick=0, deadline_s=_DEADLINE_S)
 def encoder(device: Device, case: VisitCase) -> None:
     """Long sequences, many of them in a step, and many heads."""
     ENCODERS.check(device, case)

@@ -35,6 +35,7 @@ def judge_greedy(device: Device, model: Checkpoint, ids: list[int], num_prompt: 
 @kind(
     "step.reach_vocabulary",
     corpus=[VisitCase(visit="step", dimension="vocabulary", sizes=(WIDE_VOCAB_SIZE,))],
+    quick=0,
     deadline_s=_DEADLINE_S,
 )
 def vocabulary(device: Device, case: VisitCase) -> None:
@@ -73,6 +74,7 @@ def _check_vocabulary(device: Device, driver: StepDriver, model: Checkpoint) -> 
 @kind(
     "step.reach_steps",
     corpus=[VisitCase(visit="step", dimension="steps", sizes=dimension("steps").sizes)],
+    quick=0,
     deadline_s=_DEADLINE_S,
 )
 def steps(device: Device, case: VisitCase) -> None:
@@ -117,6 +119,7 @@ def _many_steps(driver: StepDriver, last: int, *, visitors: bool) -> list[tuple[
 @kind(
     "step.reach_rows",
     corpus=[VisitCase(visit="step", dimension="rows", sizes=(sizes,)) for sizes in (65, 129)],
+    quick=0,
     deadline_s=_DEADLINE_S,
 )
 def rows(device: Device, case: VisitCase) -> None:
