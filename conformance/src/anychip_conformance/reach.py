@@ -68,6 +68,12 @@ REACH: tuple[Dimension, ...] = (
         largest="131,072 positions in blocks of 16",
     ),
     Dimension(
+        name="blocks moved",
+        counts="blocks that one call copies, zeroes, takes out or puts back",
+        sizes=(1, *around(64, 128, 256), 512, 1025),
+        largest="a prompt of 16,384 tokens in blocks of 16",
+    ),
+    Dimension(
         name="window",
         counts="keys that a sliding window lets a query see",
         sizes=(*around(128), 512, 513, *around(1024), *around(4096), 32_768),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -241,6 +242,33 @@ class SlopesOf64Heads(PlainAttention):
 
     def slopes(self, layer: AttentionLayer) -> Tensor:
         return super().slopes(layer)[torch.arange(self.spec.num_heads) % 64]
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------
+
+
+@fault("kv-copies-64-blocks", "attention", killed_by="kv.reach.001")
+class Copies64Blocks(PlainAttention):
+    """Of a longer list, the first 64 blocks are copied."""
+
+    def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
+        return super().copy_blocks(cache, src[:64], dst[:64])
+
+
+@fault("kv-zeroes-256-blocks", "attention", killed_by="kv.reach.001")
+class Zeroes256Blocks(PlainAttention):
+    """Places in a list are kept in a byte: blocks past the 256th are not zeroed."""
+
+    def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
+        return super().zero_blocks(cache, ids[:256])
+
+
+@fault("kv-puts-back-in-order", "attention", killed_by="kv.reach.001")
+class PutsBackInOrder(PlainAttention):
+    """More than 128 blocks are put back in the order of their ids."""
+
+    def import_blocks(self, cache: Tensor, ids: Sequence[int], data: Tensor) -> Tensor:
+        return super().import_blocks(cache, ids if len(ids) <= 128 else sorted(ids), data)
 
 
 # -- calls ------------------------------------------------------------------------------------------------------
