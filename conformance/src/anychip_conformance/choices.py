@@ -25,6 +25,11 @@ def each_dtype(*cases: C) -> list[C]:
     return [msgspec.structs.replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
 
 
+def seeded(params: C, seed: int) -> C:
+    """The same case with values of another seed, where it has one."""
+    return msgspec.structs.replace(params, seed=seed) if seed and hasattr(params, "seed") else params
+
+
 def widest(capabilities: Capabilities) -> DType:
     return next(dtype for dtype in _BY_WIDTH if dtype in capabilities.dtypes)
 

@@ -15,6 +15,7 @@ from anychip.plugin_api import AXES, MAX_SENT, Axis, Communicator, Mesh, MeshSha
 from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, bits
 from anychip_conformance.expert_ranks import experts
+from anychip_conformance.forms import Form, laid_out
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
@@ -36,6 +37,10 @@ class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dtype: CaseDtype = "any"
     axes: dict[Axis, int] = {}
     joined: tuple[Axis, ...] = ()
+    form: Form = "tidy"
+    """Of what each rank brings."""
+    rounds: int = 20
+    """Of order: two collectives each."""
 
     @property
     def mesh(self) -> MeshShape:
@@ -64,7 +69,7 @@ class Member:
         return (np.arange(rows * self.case.width).reshape(rows, self.case.width) * 7 + rank * 13) % 31 + rank
 
     def tensor(self, values: np.ndarray) -> Tensor:
-        return self.device.tensor(values, self.case.dtype)
+        return laid_out(self.device.held(values, self.case.dtype), self.case.form, written=True)
 
     def same(self, what: str, actual: Tensor, expected: np.ndarray) -> None:
         exact = Bounded(expected.astype(float), np.zeros(expected.shape))
@@ -191,11 +196,12 @@ def barrier(m: Member) -> bytes:
 
 def order(m: Member) -> bytes:
     """Many collectives in a row, as the layers of a model issue them."""
-    for step in range(20):
-        reduced = m.comm.all_reduce(m.tensor(m.values(m.rank) + step))
-        m.same(f"sum {step}", reduced, np.asarray(sum(m.values(r) + step for r in range(m.count))))
-        gathered = m.comm.all_gather(m.tensor(m.values(m.rank, 2) + step), dim=0)
-        m.same(f"gathered {step}", gathered, np.concatenate([m.values(r, 2) + step for r in range(m.count)]))
+    for step in range(m.case.rounds):
+        more = step % 20  # sums stay exact
+        reduced = m.comm.all_reduce(m.tensor(m.values(m.rank) + more))
+        m.same(f"sum {step}", reduced, np.asarray(sum(m.values(r) + more for r in range(m.count))))
+        gathered = m.comm.all_gather(m.tensor(m.values(m.rank, 2) + more), dim=0)
+        m.same(f"gathered {step}", gathered, np.concatenate([m.values(r, 2) + more for r in range(m.count)]))
     return b""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from anychip.registry.devices import candidate, choose_named, negotiated, one_pr
 from anychip.registry.plugins import load_plugins
 from anychip.types import DType
 from anychip.worker.open_platform import open_platform
+from anychip_conformance.forms import Form, laid_out
 from anychip_conformance.oracle.vectorised import Bounded
 from anychip_conformance.verdicts import Difference, Mismatch, Refused
 
@@ -40,6 +42,8 @@ class Device:
     """Declared capabilities that the present case relies on."""
     resources: dict[str, Any] = field(default_factory=dict)
     """What costs seconds to make and serves several cases, by name; closed with the device where it can be."""
+    form: Form = "tidy"
+    """Of the tensors of a step that cases make."""
 
     @property
     def platform(self) -> Platform:
@@ -61,10 +65,29 @@ class Device:
 
     # -- values -------------------------------------------------------------------------------------------
 
-    def tensor(self, values: np.ndarray | Sequence[Any], dtype: str) -> Tensor:
-        """On the device, rounded to `dtype`: what the oracle then reads back with `seen`."""
+    def tensor(self, values: np.ndarray | Sequence[Any], dtype: str, *, written: bool = False) -> Tensor:
+        """On the device, rounded to `dtype`: what the oracle then reads back with `seen`. It is a step's, and so comes
+        in `form`; `written`: it may be overwritten."""
+        return laid_out(self.held(values, dtype), self.form, written=written)
+
+    def held(self, values: np.ndarray | Sequence[Any], dtype: str) -> Tensor:
+        """The same of what outlives a step: weights, tables, scales, what a cache is filled with."""
         wide = torch.as_tensor(np.asarray(values))
         return wide.to(getattr(torch, dtype)).to(self.platform.default_device)
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """The same values in storage of their own and in `form`: for what may be overwritten, and is read again."""
+        own = tensor.clone(memory_format=torch.contiguous_format)
+        return laid_out(own, self.form, written=True)
+
+    @contextmanager
+    def formed(self, form: Form) -> Iterator[None]:
+        """Within it, tensors of steps come in another form."""
+        before, self.form = self.form, form
+        try:
+            yield
+        finally:
+            self.form = before
 
     @property
     def poison(self) -> float:
@@ -91,6 +114,11 @@ class Device:
         """The gate for what is no capability: a case beyond the device's limits is left out, and says why."""
         if not within:
             raise Refused("", f"{self.name}: {what}")
+
+    def reaches(self, dimension: str, size: int) -> None:
+        """The gate for sizes: a simulation may be too slow for those of real models, and its probe says so."""
+        most = self.probe.devices[0].reach
+        self.limit(f"a simulation that is judged at sizes up to {most}", most is None or size <= most)
 
     def need_dtype(self, dtype: str) -> None:
         part = LinearPart(name="any", offset=0, rows=8)

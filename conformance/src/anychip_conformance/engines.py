@@ -46,7 +46,7 @@ class Checkpoint:
     _held: tuple[str, torch.dtype] | None = None
     """The dtype through which the model's weights went last, and the one in which they are."""
 
-    def __init__(self, family: str, head_dim: int) -> None:
+    def __init__(self, family: str, head_dim: int, **settings: Any) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="anychip-tiny-")
         # transformers takes seconds to import: only processes that run a model pay for it.
         from transformers.utils.logging import disable_progress_bar
@@ -54,7 +54,7 @@ class Checkpoint:
         from anychip_conformance.equality.tiny_models import make_checkpoint
 
         disable_progress_bar()
-        self.model = make_checkpoint(family, self.path, head_dim=head_dim)
+        self.model = make_checkpoint(family, self.path, head_dim=head_dim, **settings)
 
     @property
     def path(self) -> Path:
@@ -67,6 +67,12 @@ class Checkpoint:
     def logits(self, ids: list[int], dtype: str) -> np.ndarray:
         """Of the token after `ids`, from weights as `dtype` holds them, in float32 arithmetic."""
         return self._evaluated(ids, dtype, torch.float32)
+
+    @torch.inference_mode()
+    def logits_by_token(self, ids: list[int], dtype: str) -> np.ndarray:
+        """Of the token after each of `ids`, [num_tokens, vocab_size], as `logits`."""
+        model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        return np.asarray(model(torch.tensor([ids]), use_cache=False).logits[0].double().numpy())
 
     @torch.inference_mode()
     def hidden_states(self, ids: list[int], dtype: str) -> list[np.ndarray]:
@@ -129,13 +135,30 @@ def checkpoint(device: Device, family: str) -> Checkpoint:
     device.need(f"kv dtype {dtype}", dtype in device.capabilities.kv_dtypes)
     if family in _PICKING:
         device.need_dtype("float32")
-    dims = device.capabilities.head_dims
-    head_dim = _HEAD_DIM if dims is None or _HEAD_DIM in dims else min(dims)
     key = f"checkpoint {family}"
     if key not in device.resources:
-        device.resources[key] = Checkpoint(family, head_dim)
+        device.resources[key] = Checkpoint(family, _head_dim(device))
     found: Checkpoint = device.resources[key]
     return found
+
+
+WIDE_VOCAB_SIZE = 152_064
+
+
+def wide_checkpoint(device: Device) -> Checkpoint:
+    """A model of one layer with the vocabulary of a large one; made once per judged process."""
+    dtype = widest(device.capabilities)
+    device.need(f"kv dtype {dtype}", dtype in device.capabilities.kv_dtypes)
+    if "wide checkpoint" not in device.resources:
+        sizes = {"vocab_size": WIDE_VOCAB_SIZE, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+        device.resources["wide checkpoint"] = Checkpoint("qwen3", _head_dim(device), **sizes)
+    found: Checkpoint = device.resources["wide checkpoint"]
+    return found
+
+
+def _head_dim(device: Device) -> int:
+    dims = device.capabilities.head_dims
+    return _HEAD_DIM if dims is None or _HEAD_DIM in dims else min(dims)
 
 
 def logits_bound(device: Device, model: Checkpoint, ids: list[int], hidden: int = 64) -> float:

@@ -81,6 +81,8 @@ def relaxations(device: Device) -> list[str]:
         found.append("the cache is copied at every write: far block ids are not reached")
     if caps.padding == "dummy_request":
         found.append("padded rows hold a query of their own: their output is not judged")
+    if device.probe.devices[0].reach is not None:
+        found.append(f"a simulation, judged at sizes up to {device.probe.devices[0].reach:,}")
     if caps.slot_dtype == "int32":
         found.append("slots are 32 bits wide")
     for rule in fields(rules):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anychip.plugin_api import LatentBackend, LatentLayer, LatentSpec, Rope
 from anychip.types import cdiv
+from anychip_conformance import needles
 from anychip_conformance.batch import Padding, PagedBatch, Row, paged_batch
 from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device, seen, unchanged
@@ -33,6 +34,8 @@ class LatentCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     v_dim: int = 24
     window: int | None = None
     rope: bool = False
+    needles: bool = False
+    """A few rows of each context have all the weight, so that missing one shows."""
     page: int = 0
     pad_tokens: int = 0
     pad_rows: int = 0
@@ -53,7 +56,16 @@ class LatentCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def context_rows(self, rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """What the cache's array of this name holds of a row's context."""
-        return rng.normal(size=shape)
+        rows = rng.normal(size=shape)
+        if name == "latent" and self.needles:
+            rows[:, self.latent_dim :] *= 0.03
+            rows[needles.places(len(rows), self.window, 1), self.latent_dim :] = self.needle
+        return rows
+
+    @property
+    def needle(self) -> np.ndarray:
+        """The rotated part of a key that counts, and of the queries that find it."""
+        return needles.direction(self.rope_dim, self.scale)
 
     @property
     def scale(self) -> float:
@@ -115,7 +127,7 @@ class LatentCall:
                 for page in range(cdiv(context, size)):
                     part = rows[page * size : (page + 1) * size]
                     held[table[page], : len(part)] = part
-            arrays[array.name] = device.tensor(held, case.dtype)
+            arrays[array.name] = device.held(held, case.dtype)
         cache = backend.import_arrays(cache, range(num_blocks), arrays)
         shapes = {
             "q_nope": (case.num_heads, case.nope_dim),
@@ -127,16 +139,24 @@ class LatentCall:
             name: device.tensor(rng.normal(size=(batch.key.num_tokens, *shape)), case.dtype)
             for name, shape in shapes.items()
         }
+        if case.needles:
+            inputs["q_nope"].mul_(0.03)
+            inputs["q_rope"].copy_(device.held(case.needle, case.dtype))
         up = {"k_up": case.nope_dim, "v_up": case.v_dim}
         weights = {
-            name: device.tensor(rng.normal(size=(case.num_heads, dim, case.latent_dim)) / 4, case.dtype)
+            name: device.held(rng.normal(size=(case.num_heads, dim, case.latent_dim)) / 4, case.dtype)
             for name, dim in up.items()
         }
         layer = LatentLayer(index=0, scale=case.scale, ops=device.ops.ops, **weights)
         rope = None
         if case.rope:
-            angles = np.outer(np.arange(_MAX_POSITIONS), 100.0 ** (-np.arange(case.rope_dim // 2) / case.rope_dim))
-            cos, sin = device.tensor(np.cos(angles), "float32"), device.tensor(np.sin(angles), "float32")
+            angles = np.outer(
+                np.arange(
+                    max(_MAX_POSITIONS, *(c + row.query for c, row in zip(batch.contexts, case.rows, strict=True)))
+                ),
+                100.0 ** (-np.arange(case.rope_dim // 2) / case.rope_dim),
+            )
+            cos, sin = device.held(np.cos(angles), "float32"), device.held(np.sin(angles), "float32")
             rope = Rope(cos=cos, sin=sin, rotary_dim=case.rope_dim)
         return cls(device, case, backend, batch, cache, num_blocks, size, layer, inputs, rope)
 

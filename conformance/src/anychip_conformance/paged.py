@@ -13,9 +13,11 @@ from torch import Tensor
 
 from anychip.plugin_api import AttentionBackend, AttentionLayer, AttentionSpec, PartialAttention, QKNorm, Rope
 from anychip.types import DType, cdiv
+from anychip_conformance import needles
 from anychip_conformance.batch import Padding, PagedBatch, Row, paged_batch
 from anychip_conformance.choices import CaseDtype
 from anychip_conformance.device import Device
+from anychip_conformance.forms import laid_out
 
 GUARD = 3
 """Rows of storage before and behind an output that must stay as they were."""
@@ -63,11 +65,18 @@ class AttentionCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     invariant: bool = False
     lse: bool = False
     """The call gives the log-sum-exp as well."""
+    needles: bool = False
+    """A few keys of each context have all the weight, so that missing one shows."""
     seed: int = 0
 
     @property
     def kv_dtype(self) -> DType:
         return self.dtype if self.kv == "same" else _BYTE_DTYPES[self.kv]
+
+    @property
+    def score_scale(self) -> float:
+        """What multiplies q.k."""
+        return float(self.head_dim**-0.5 if self.scale is None else self.scale)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -175,11 +184,12 @@ class Call:
             )
         cache = _filled(device, case, backend, cache, batch, watched, size, rng)
         q, k, v = _inputs(device, case, batch.key.num_tokens, rng)
-        rope, qk_norm = _rope(device, case), _qk_norm(device, case, rng)
+        longest = max((row.context(size) + row.query for row in rows), default=0)
+        rope, qk_norm = _rope(device, case, longest), _qk_norm(device, case, rng)
         out = None
         if case.guarded:
             shape = (batch.key.num_tokens + 2 * GUARD, case.num_heads, case.head_dim)
-            out = device.tensor(np.full(shape, np.nan), case.dtype)
+            out = device.tensor(np.full(shape, np.nan), case.dtype, written=True)
         if case.read_only:
             k = v = None
         return cls(case, backend, batch, cache, layer, q, k, v, out, rope, qk_norm, watched, size, raw)
@@ -240,19 +250,18 @@ def _scattered(rng: np.random.Generator, pages: list[int], num_blocks: int, *, f
 
 
 def _layer(device: Device, case: AttentionCase, rng: np.random.Generator) -> AttentionLayer:
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    layer = AttentionLayer(index=0, scale=scale, ops=device.ops.ops)
+    layer = AttentionLayer(index=0, scale=case.score_scale, ops=device.ops.ops)
     if case.alibi:
         slopes = 2.0 ** -(8.0 * np.arange(1, case.num_heads + 1) / case.num_heads)
-        layer.alibi_slopes = device.tensor(slopes, "float32")
+        layer.alibi_slopes = device.held(slopes, "float32")
     if case.sinks:
-        layer.sinks = device.tensor(rng.normal(size=case.num_heads), "float32")
+        layer.sinks = device.held(rng.normal(size=case.num_heads), "float32")
     if case.kv != "same":
         count = case.num_kv_heads if case.head_scales else 1
         # Values of a few units: half of the range, so that some saturate.
         unit = 4.0 / BYTE_MAX[case.kv_dtype]
-        layer.k_scale = device.tensor(unit * rng.uniform(0.3, 1.0, count), "float32")
-        layer.v_scale = device.tensor(unit * rng.uniform(0.3, 1.0, count), "float32")
+        layer.k_scale = device.held(unit * rng.uniform(0.3, 1.0, count), "float32")
+        layer.v_scale = device.held(unit * rng.uniform(0.3, 1.0, count), "float32")
     return layer
 
 
@@ -278,7 +287,10 @@ def _filled(
     content = {block: np.full(shape, device.poison) for block in used}
     for table, context, query in zip(batch.tables, batch.contexts, batch.queries, strict=True):
         length = context + (query if case.read_only else 0)
-        tokens = rng.normal(size=(2, length, case.num_kv_heads, case.head_dim))
+        if case.needles:
+            tokens = needles.tokens(rng, length, query, *shape[2:], case.score_scale, case.window)
+        else:
+            tokens = rng.normal(size=(2, length, case.num_kv_heads, case.head_dim))
         tokens[1] += case.value_offset
         for page in range(cdiv(length, size)):
             part = tokens[:, page * size : (page + 1) * size]
@@ -292,11 +304,11 @@ def _filled(
 def _canonical(device: Device, case: AttentionCase, blocks: np.ndarray) -> Tensor:
     """[blocks, 2, size, kv_heads, dim] in the cache's dtype, as bytes where that is one byte wide."""
     if case.kv == "same":
-        return device.tensor(blocks, case.dtype)
+        return device.held(blocks, case.dtype)
     most = BYTE_MAX[case.kv_dtype]
     scaled = np.nan_to_num(blocks, nan=most * 2) if case.kv == "int8" else blocks
     scaled = np.clip(scaled * most / 8.0, -most, most)
-    return device.tensor(scaled.round() if case.kv == "int8" else scaled, case.kv_dtype).view(torch.uint8)
+    return device.held(scaled.round() if case.kv == "int8" else scaled, case.kv_dtype).view(torch.uint8)
 
 
 def _inputs(
@@ -305,20 +317,27 @@ def _inputs(
     heads = [case.num_heads, case.num_kv_heads, case.num_kv_heads]
     packed = rng.normal(size=(num_tokens, sum(heads), case.head_dim))
     packed[:, : case.num_heads] *= case.magnitude
+    if case.needles:
+        packed[:, : case.num_heads] = needles.direction(case.head_dim, case.score_scale)
     packed[:, -case.num_kv_heads :] += case.value_offset
-    whole = device.tensor(packed, case.dtype)
+    whole = device.held(packed, case.dtype)
     q, k, v = torch.split(whole, heads, dim=1)
-    return (q, k, v) if case.strided else (q.contiguous(), k.contiguous(), v.contiguous())
+    if case.strided:
+        return q, k, v
+    q, k, v = (laid_out(x.contiguous(), device.form) for x in (q, k, v))
+    return q, k, v
 
 
-def _rope(device: Device, case: AttentionCase) -> Rope | None:
+def _rope(device: Device, case: AttentionCase, longest: int) -> Rope | None:
     if case.rope == "none":
         return None
     rotary_dim = max(2, int(case.head_dim * case.rotary_fraction) // 2 * 2)
-    angle = np.arange(_MAX_POSITIONS)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim // 2))
+    angle = np.arange(max(_MAX_POSITIONS, longest))[:, None] * 100.0 ** (
+        -np.arange(rotary_dim // 2) / (rotary_dim // 2)
+    )
     return Rope(
-        cos=device.tensor(np.cos(angle), "float32"),
-        sin=device.tensor(np.sin(angle), "float32"),
+        cos=device.held(np.cos(angle), "float32"),
+        sin=device.held(np.sin(angle), "float32"),
         rotary_dim=rotary_dim,
         interleaved=case.rope == "interleaved",
     )
@@ -327,5 +346,5 @@ def _rope(device: Device, case: AttentionCase) -> Rope | None:
 def _qk_norm(device: Device, case: AttentionCase, rng: np.random.Generator) -> QKNorm | None:
     if not case.qk_norm:
         return None
-    weights = [device.tensor(1.0 + 0.2 * rng.normal(size=case.head_dim), case.dtype) for _ in range(2)]
+    weights = [device.held(1.0 + 0.2 * rng.normal(size=case.head_dim), case.dtype) for _ in range(2)]
     return QKNorm(q_weight=weights[0], k_weight=weights[1], eps=_NORM_EPS)

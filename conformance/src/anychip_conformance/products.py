@@ -86,7 +86,7 @@ def make_matrix(
 ) -> Matrix:
     """Random canonical weights. Scales of rows and of columns differ widely: one cannot pass for the other."""
     if scheme is None:
-        weight = device.tensor(rng.normal(size=(rows, columns)) / columns**0.5, dtype)
+        weight = device.held(rng.normal(size=(rows, columns)) / columns**0.5, dtype)
         return Matrix({"": weight}, seen(weight))
     spec = scheme.spec
     if spec.bits == 4:
@@ -95,17 +95,17 @@ def make_matrix(
         raw = np.clip(rng.normal(size=(rows, columns)) * 60, -FP8_MAX, FP8_MAX)
     else:
         raw = rng.integers(-127, 128, (rows, columns)).astype(float)
-    values = device.tensor(raw, VALUES[spec.values].dtype)
+    values = device.held(raw, VALUES[spec.values].dtype)
     shape = scale_shape(scheme, rows, columns)
     spread = {"int4": 8.0, "fp8_e4m3": 60.0, "fp4_e2m1": 3.0, "codebook": 0.5}.get(spec.values, 64.0)
     parts, factor = make_scales(device, rng, spec, shape, spread * columns**0.5)
     parts = {"": values, **parts}
     zero = np.zeros(1)
     if spec.zero_points == "float":
-        parts[".zero"] = device.tensor(rng.uniform(-4, 19, shape), "float32")
+        parts[".zero"] = device.held(rng.uniform(-4, 19, shape), "float32")
         zero = spread_out(seen(parts[".zero"]), scheme, rows, columns)
     elif scheme.zero_points:
-        parts[".zero"] = device.tensor(rng.integers(4, 12, shape), "uint8")
+        parts[".zero"] = device.held(rng.integers(4, 12, shape), "uint8")
         zero = spread_out(seen(parts[".zero"]), scheme, rows, columns)
     elif spec.values == "int4":
         zero = np.full(1, float(INT4_ZERO))
@@ -113,7 +113,7 @@ def make_matrix(
     matrix = Matrix(parts, dense)
     if scheme.activations == "static":
         matrix.input_scale = float(np.float32(4.0 / FP8_MAX))
-        parts[".input_scale"] = device.tensor([matrix.input_scale], "float32")
+        parts[".input_scale"] = device.held([matrix.input_scale], "float32")
     return matrix
 
 
@@ -124,13 +124,13 @@ def make_scales(
     wanted = 2.0 ** rng.integers(-3, 3, shape) / spread
     if spec.scale_format == "e8m0":
         exponent = np.round(np.log2(wanted))
-        return {".scale": device.tensor(exponent + _E8M0_BIAS, "uint8")}, 2.0**exponent
+        return {".scale": device.held(exponent + _E8M0_BIAS, "uint8")}, 2.0**exponent
     wanted = wanted * rng.uniform(0.7, 1.3, shape)
     if spec.scale_format == "float32":
-        scale = device.tensor(wanted, "float32")
+        scale = device.held(wanted, "float32")
         return {".scale": scale}, seen(scale)
-    whole = device.tensor([wanted.max() / FP8_MAX * rng.uniform(1.0, 1.3)], "float32")
-    scale = device.tensor(wanted / seen(whole), "float8_e4m3fn")
+    whole = device.held([wanted.max() / FP8_MAX * rng.uniform(1.0, 1.3)], "float32")
+    scale = device.held(wanted / seen(whole), "float8_e4m3fn")
     return {".scale": scale, ".global_scale": whole}, seen(scale.to("cpu").float()) * seen(whole)
 
 

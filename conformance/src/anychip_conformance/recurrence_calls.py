@@ -90,12 +90,12 @@ class RecurrenceCall:
         for row, block in zip(case.rows, blocks, strict=True):
             if row.context:
                 held[block] = rng.normal(size=array.shape)
-        given = device.tensor(held, str(array.dtype))
+        given = device.held(held, str(array.dtype))
         cache = backend.import_arrays(backend.make_cache(raw, num_blocks), range(num_blocks), {array.name: given})
         view, key = state_rows_view(device, case.rows, blocks, pad_tokens=case.pad_tokens, pad_rows=case.pad_rows)
         known = RECURRENCES[case.recurrence]
         weights = {
-            name: device.tensor(_drawn(name, shape, rng), _dtype(case, name)) for name, shape in known.weights.items()
+            name: device.held(_drawn(name, shape, rng), _dtype(case, name)) for name, shape in known.weights.items()
         }
         inputs = {
             name: device.tensor(_drawn(name, shape, rng, key.num_tokens), _dtype(case, name))

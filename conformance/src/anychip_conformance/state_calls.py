@@ -88,7 +88,7 @@ class StateCall:
         for row, block, state in zip(case.rows, blocks, states, strict=True):
             if row.context:
                 held[block] = state
-        cache = backend.import_arrays(cache, range(num_blocks), {"sum": device.tensor(held, "float32")})
+        cache = backend.import_arrays(cache, range(num_blocks), {"sum": device.held(held, "float32")})
         view, key = state_rows_view(device, case.rows, blocks, pad_tokens=case.pad_tokens, pad_rows=case.pad_rows)
         shape = (key.num_tokens, case.width)
         x = device.tensor(rng.normal(size=shape), case.dtype)

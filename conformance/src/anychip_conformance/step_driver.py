@@ -35,12 +35,15 @@ _NO_EDITS = RowEdits()
 class StepDriver:
     """One KV group. Requests get the blocks they are told, and stay in their slot until `finish`."""
 
-    def __init__(self, device: Device, folder: Path, *, max_drafts: int = 0, **settings: Any) -> None:
+    def __init__(
+        self, device: Device, folder: Path, *, max_drafts: int = 0, vocab_size: int = VOCAB_SIZE, **settings: Any
+    ) -> None:
         if max_drafts:
             settings |= {"speculate": "ngram", "max_drafts": max_drafts}
         self.worker = open_worker(device, folder, **settings)
         self._device, self._rules = device, device.platform.step_rules
         self.block_size = self.worker.ready.kv.groups[0].block_size
+        self._vocab_size = vocab_size
         self._step = 0
 
     def step(
@@ -98,7 +101,7 @@ class StepDriver:
                 adapters=adapters or [],
             )
         )
-        packed = {place: _bitmask(allowed) for place, allowed in (masks or {}).items()}
+        packed = {place: _bitmask(allowed, self._vocab_size) for place, allowed in (masks or {}).items()}
         return self.worker.sample(LateInputs(step_id=self._step, masks=packed)).fetch()
 
     @staticmethod
@@ -150,8 +153,8 @@ def _packed(numbers: list[int]) -> bytes:
     return np.asarray(numbers, dtype=np.int32).tobytes()
 
 
-def _bitmask(allowed: set[int]) -> bytes:
-    words = np.zeros(-(-VOCAB_SIZE // 32), dtype=np.uint32)
+def _bitmask(allowed: set[int], vocab_size: int) -> bytes:
+    words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
     for token in allowed:
         words[token // 32] |= np.uint32(1 << token % 32)
     return words.tobytes()

@@ -20,6 +20,7 @@ from anychip.ops.reference import blank_stacks, write_adapters
 from anychip.plugin_api import AdaptedPart, AdapterEntry, AdapterSite, LowRank, Span
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.cases.test_end_to_end import check_tokens, settings_of
+from anychip_conformance.cases.test_linear import column_sizes
 from anychip_conformance.cases.test_steps import TEXT
 from anychip_conformance.choices import CaseDtype, each_dtype, widest
 from anychip_conformance.device import Device, seen, unchanged
@@ -31,6 +32,8 @@ from anychip_conformance.step_driver import StepDriver, tokens_of
 
 _DEADLINE_S = 240.0
 _MAX_RANK = 64
+_WIDE = 1000
+"""Columns of which a few count, so that one that is left out shows."""
 
 # -- the op -------------------------------------------------------------------------------------------------------
 
@@ -70,8 +73,11 @@ def check_low_rank(device: Device, case: LowRankCase) -> None:
         [site], case.slots, case.max_rank, lambda shape, dtype: device.platform.empty(shape, dtype, "adapters")
     )
     write_adapters([stack], [site], entries)
-    x = device.tensor(rng.normal(size=(case.tokens, case.columns)), case.dtype)
-    y = device.tensor(rng.normal(size=(case.tokens, starts[-1])), case.dtype)
+    wide = rng.normal(size=(case.tokens, case.columns))
+    if case.columns > _WIDE:
+        wide *= column_sizes(case.columns)
+    x = device.tensor(wide, case.dtype)
+    y = device.tensor(rng.normal(size=(case.tokens, starts[-1])), case.dtype, written=True)
     chosen = np.where(rng.random(case.tokens) < 0.2, -1, rng.integers(0, case.slots, case.tokens))
     chosen[0], chosen[-1] = case.slots - 1, -1
     slots = device.tensor(chosen, "int32")

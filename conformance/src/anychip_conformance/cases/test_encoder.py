@@ -71,7 +71,7 @@ def attend(device: Device, case: EncoderCase) -> None:
         index=0,
         scale=case.head_dim**-0.5,
         ops=device.ops.ops,
-        bias=device.tensor(table, "float32") if case.reach else None,
+        bias=device.held(table, "float32") if case.reach else None,
     )
     same = unchanged(device, {"q": q, "k": k, "v": v})
     result = backend.forward(q, k, v, backend.plan(view, key, group=0), layer)

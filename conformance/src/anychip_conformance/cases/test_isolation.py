@@ -129,12 +129,15 @@ def no_fallback(device: Device, case: Nothing) -> None:
 
 @kind("isolation.capabilities")
 def capabilities_are_whole(device: Device, case: Nothing) -> None:
-    """What is declared fits together: a dtype to compute in, block sizes that layouts offer, positive limits."""
+    """What is declared fits together: a dtype to compute in, block sizes that layouts offer, positive limits; and
+    only a simulation is too slow for the sizes of real models."""
     caps, rules = device.capabilities, device.platform.step_rules
     assert isinstance(device.platform, Platform)
     assert caps.dtypes & {"float32", "bfloat16", "float16"}, f"no dtype to compute in among {sorted(caps.dtypes)}"
     assert caps.block_sizes and all(size > 0 for size in caps.block_sizes)
     assert caps.max_slots is None or caps.max_slots >= max(caps.block_sizes), "not one block fits max_slots"
     assert rules.chunk_multiple >= 1
+    shown = device.probe.devices[0]
+    assert shown.reach is None or shown.backing == "simulated", f"reach is for simulations, and this is {shown.backing}"
     for limit in (rules.max_tokens, rules.max_rows, rules.max_prefills, rules.max_padded_tokens):
         assert limit is None or limit > 0

@@ -37,7 +37,7 @@ class Pool:
         raw = device.platform.empty((_BLOCKS * layout.page_bytes(self.size),), "uint8", "kv")
         shape = (_BLOCKS, 2, self.size, case.num_kv_heads, case.head_dim)
         numbers = np.random.default_rng(case.seed).integers(1, 100, shape)
-        self.content = device.tensor(numbers, "uint8" if case.kv != "same" else case.dtype)
+        self.content = device.held(numbers, "uint8" if case.kv != "same" else case.dtype)
         self.cache: Any = self.backend.make_cache(raw, _BLOCKS, self.size)
         self.cache = self.backend.import_blocks(self.cache, list(range(_BLOCKS)), self.content)
 

@@ -58,7 +58,7 @@ class _Pool:
         self.device = device
         self.call = LatentCall.make(device, case)
         shape = tuple(self.call.held().shape)
-        self.content = device.tensor(np.random.default_rng(case.seed).integers(1, 100, shape), case.dtype)
+        self.content = device.held(np.random.default_rng(case.seed).integers(1, 100, shape), case.dtype)
         self.put(list(range(len(self.content))), self.content)
 
     def put(self, ids: list[int], rows: Tensor) -> None:

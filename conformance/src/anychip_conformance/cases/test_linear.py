@@ -35,6 +35,8 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     guarded: bool = False
     invariant: bool = False
     epilogue: Activation | None = None
+    needles: bool = False
+    """A few columns count, the last among them, and others next to nothing: a column that is left out shows."""
     seed: int = 0
 
     @property
@@ -55,6 +57,15 @@ class LinearCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def features(self) -> int:
         """Of the result."""
         return sum(self.rows) // (1 if self.epilogue is None else 2)
+
+
+def column_sizes(columns: int) -> np.ndarray:
+    """One for the first column, the last two, and those before and behind a size where something changes; next to
+    nothing for others."""
+    sizes = np.full(columns, min(1.0, 4.0 / columns))
+    edges = [edge + step for edge in (128, 1024, 4096, 16_384, 32_768) for step in (-1, 0) if edge + step < columns]
+    sizes[[0, columns - 2, columns - 1, *edges]] = 1.0
+    return sizes
 
 
 class Loaded:
@@ -79,7 +90,7 @@ class Loaded:
             self.matrices.append(matrix)
             stream(matrix, f"p{index}", self._load)
             if case.bias:
-                self.biases.append(device.tensor(rng.normal(size=rows), case.dtype))
+                self.biases.append(device.held(rng.normal(size=rows), case.dtype))
                 self.kernel.load(self.packed, f"p{index}.bias", self.biases[-1])
         self.packed = self.kernel.finish(self.packed)
 
@@ -91,6 +102,8 @@ class Loaded:
         wide = np.random.default_rng((case.seed, 7, salt)).normal(
             size=(tokens, case.columns + (5 if case.strided else 0))
         )
+        if case.needles:
+            wide *= column_sizes(case.columns)
         return self.device.tensor(wide, case.dtype)[:, : case.columns]
 
     def judge(self, x: Tensor, result: Tensor) -> None:
@@ -117,7 +130,7 @@ def check(device: Device, case: LinearCase) -> None:
     same = unchanged(device, {"x": x})
     out = None
     if case.guarded:
-        out = device.tensor(np.full((case.tokens + 4, case.features), np.nan), case.dtype)
+        out = device.tensor(np.full((case.tokens + 4, case.features), np.nan), case.dtype, written=True)
     result = loaded.kernel.apply(x, loaded.packed, out=None if out is None else out[2:-2])
     same()
     loaded.judge(x, result)
@@ -244,7 +257,7 @@ def update(device: Device, case: LinearCase) -> None:
 def adopt(device: Device, case: LinearCase) -> None:
     """A finished plain weight is taken as it is: tied embeddings."""
     loaded = Loaded(device, case)
-    weight = device.tensor(np.concatenate([matrix.dense for matrix in loaded.matrices]), case.dtype)
+    weight = device.held(np.concatenate([matrix.dense for matrix in loaded.matrices]), case.dtype)
     packed = loaded.kernel.adopt(weight)
     x = loaded.inputs(case.tokens)
     loaded.judge(x, loaded.kernel.apply(x, packed))

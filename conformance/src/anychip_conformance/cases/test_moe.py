@@ -28,6 +28,10 @@ MOE_SCHEMES = (
 MOE_FORMATS = tuple(scheme for scheme in FORMATS if scheme.name in ("mxfp4", "nvfp4"))
 
 
+_LAST = 4
+"""Numbers of a wide hidden state that have most of its size."""
+
+
 class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`away` experts, the last ones, live on other ranks; or `local` experts, the last ones, are all that is loaded
     here. `crowded` sends every token to the same experts. `strided`
@@ -52,6 +56,8 @@ class MoECase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     local: int = 0
     shared: bool = False
     crowded: bool = False
+    every: bool = False
+    """Tokens pick the experts in turn, and together all of them; of wide activations, the last numbers count most."""
     guarded: bool = False
     invariant: bool = False
     seed: int = 0
@@ -105,13 +111,11 @@ class Loaded:
         self.packed = self.kernel.finish(self.packed)
         if case.away:
             here = np.where(np.arange(case.experts) < case.experts - case.away, np.arange(case.experts), -1)
-            self.expert_map: Tensor | None = device.tensor(here, "int64")
+            self.expert_map: Tensor | None = device.held(here, "int64")
             self.packed = self.kernel.remap(self.packed, self.expert_map)
         elif case.local:
             numbers = np.arange(case.experts)
-            self.expert_map = device.tensor(
-                np.where(numbers >= case.here.start, numbers - case.here.start, -1), "int64"
-            )
+            self.expert_map = device.held(np.where(numbers >= case.here.start, numbers - case.here.start, -1), "int64")
         else:
             self.expert_map = None
 
@@ -132,7 +136,7 @@ class Loaded:
             matrices[part] = make_matrix(device, rng, rows, columns, case.dtype, case.scheme)
             stream(matrices[part], part, load)
             if case.bias:
-                bias = device.tensor(rng.normal(size=rows), case.dtype)
+                bias = device.held(rng.normal(size=rows), case.dtype)
                 load(f"{part}.bias", bias)
                 biases[f"{part}_bias"] = seen(bias)
         return Expert(**{part: matrix.dense for part, matrix in matrices.items()}, **biases)
@@ -140,7 +144,10 @@ class Loaded:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Activations, router logits that no rounding reorders, and the correction for picking."""
         case, rng = self.case, np.random.default_rng((self.case.seed, 3))
-        x = self.device.tensor(rng.normal(size=(case.tokens, case.hidden)), case.dtype)
+        wide = rng.normal(size=(case.tokens, case.hidden))
+        if case.every:
+            wide[:, :-_LAST] *= min(1.0, _LAST / case.hidden)
+        x = self.device.tensor(wide, case.dtype)
         return x, *router_inputs(self.device, case)
 
     def judge(self, x: Tensor, logits: Tensor, bias: Tensor | None, shared: Tensor | None, result: Tensor) -> None:
@@ -171,16 +178,28 @@ class Loaded:
         self.device.compare("rows of one expert", result, expected)
 
 
+def router_ladder(count: int) -> np.ndarray:
+    """So many numbers from -2 to 2 in order, of which no two are one in a narrow dtype."""
+    if count <= 256:
+        return np.linspace(-2.0, 2.0, count)
+    steps = np.concatenate([2.0**octave * (1 + np.arange(128) / 128) for octave in (-2, -1, 0)])
+    half = np.sort(steps)[-((count + 1) // 2) :]
+    return np.concatenate([-half[::-1], half])[:count]
+
+
 def router_inputs(device: Device, case: MoECase) -> tuple[Tensor, Tensor | None]:
     """Logits a fixed distance apart, in random order, so that the picked experts are beyond doubt."""
     rng = np.random.default_rng((case.seed, 5))
-    ladder = np.linspace(-2.0, 2.0, case.experts)
+    ladder = router_ladder(case.experts)
     order = np.argsort(rng.random((case.tokens, case.experts)), axis=-1)
     if case.crowded:
         order[:] = order[:1]
+    if case.every:
+        first = np.arange(case.tokens)[:, None] * case.top_k
+        order = case.experts - 1 - (np.arange(case.experts) - first) % case.experts
     bias = None
     if case.router_bias:
-        bias = device.tensor(rng.uniform(-0.3, 0.3, case.experts), "float32")
+        bias = device.held(rng.uniform(-0.3, 0.3, case.experts), "float32")
     return device.tensor(ladder[order], case.dtype), bias
 
 
@@ -202,7 +221,9 @@ def check(device: Device, case: MoECase) -> None:
     x, logits, bias = loaded.inputs()
     shared = device.tensor(np.random.default_rng(case.seed).normal(size=(case.tokens, case.hidden)), case.dtype)
     given = shared if case.shared else None
-    out = device.tensor(np.full((case.tokens + 4, case.hidden), np.nan), case.dtype) if case.guarded else None
+    out = None
+    if case.guarded:
+        out = device.tensor(np.full((case.tokens + 4, case.hidden), np.nan), case.dtype, written=True)
     same = unchanged(device, {"x": x, "router_logits": logits, "shared": shared})
     result = loaded.kernel.apply(
         x,

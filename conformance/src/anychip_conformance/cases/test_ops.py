@@ -30,12 +30,16 @@ class OpCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     option: str = ""
     magnitude: float = 1.0
     strided: bool = False
+    needles: bool = False
+    """The last row's last number is as large as all others together."""
     seed: int = 0
 
 
 def values(device: Device, case: OpCase, *shape: int, salt: int = 0) -> torch.Tensor:
     rng = np.random.default_rng((case.seed, salt))
     wide = case.magnitude * rng.normal(size=(*shape[:-1], shape[-1] + (3 if case.strided else 0)))
+    if case.needles:
+        wide[-1, shape[-1] - 1] = case.magnitude * shape[-1]
     return device.tensor(wide, case.dtype)[..., : shape[-1]]
 
 
@@ -61,7 +65,7 @@ def rms_norm(device: Device, case: OpCase) -> None:
     """x / rms(x) * weight, the mean of squares in float32; unit_offset adds one to the weight."""
     device.need_dtype(case.dtype)
     x = values(device, case, case.tokens, case.width)
-    weight = device.tensor(1 + 0.3 * np.random.default_rng(case.seed).normal(size=case.width), case.dtype)
+    weight = device.held(1 + 0.3 * np.random.default_rng(case.seed).normal(size=case.width), case.dtype)
     offset = case.option == "offset"
     same = unchanged(device, {"x": x, "weight": weight})
     result = device.ops.ops.rms_norm(x=x, weight=weight, eps=1e-5, unit_offset=offset)
@@ -78,10 +82,10 @@ def residual_norm(device: Device, case: OpCase) -> None:
     device.need_dtype(case.dtype)
     x = values(device, case, case.tokens, case.width)
     residual = None if case.option == "first" else values(device, case, case.tokens, case.width, salt=1)
-    weight = device.tensor(1 + 0.3 * np.random.default_rng(case.seed).normal(size=case.width), case.dtype)
+    weight = device.held(1 + 0.3 * np.random.default_rng(case.seed).normal(size=case.width), case.dtype)
     wide = seen(x) + (0.0 if residual is None else seen(residual))
     result, total = device.ops.ops.residual_norm_quant(
-        x=x.clone(), residual=None if residual is None else residual.clone(), weight=weight, eps=1e-5,
+        x=device.copied(x), residual=None if residual is None else device.copied(residual), weight=weight, eps=1e-5,
         unit_offset=case.option == "offset", out_format=ActFormat(dtype=case.dtype),
     )  # fmt: skip
     error = np.zeros_like(wide) if residual is None else rounded(wide, case.dtype)
@@ -104,8 +108,16 @@ class RotaryCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     qk_norm: bool = False
     unit_offset: bool = False
     strided: bool = False
+    furthest: int = 99
+    """The last position of the rotary table, which one of the tokens has."""
     dtype: CaseDtype = "any"
     seed: int = 0
+
+    def positions(self, rng: np.random.Generator) -> np.ndarray:
+        """Of the tokens, the last among them."""
+        if self.furthest < 100:
+            return rng.permutation(100)[: self.tokens]
+        return np.concatenate([[self.furthest], self.furthest - rng.integers(0, 300, self.tokens - 1)])
 
 
 _rotary = st.builds(
@@ -126,7 +138,7 @@ _rotary = st.builds(
 def rope_tables(device: Device, rotary_dim: int, length: int) -> Rope:
     angle = np.arange(length)[:, None] * 50.0 ** (-np.arange(rotary_dim // 2) / (rotary_dim / 2))
     return Rope(
-        cos=device.tensor(np.cos(angle), "float32"), sin=device.tensor(np.sin(angle), "float32"), rotary_dim=rotary_dim
+        cos=device.held(np.cos(angle), "float32"), sin=device.held(np.sin(angle), "float32"), rotary_dim=rotary_dim
     )
 
 
@@ -143,8 +155,8 @@ def rotary(device: Device, case: RotaryCase) -> None:
     rng = np.random.default_rng(case.seed)
     width = case.head_dim * (2 if case.strided else 1)
     x = device.tensor(rng.normal(size=(case.tokens, case.heads, width)), case.dtype)[..., : case.head_dim]
-    positions = rng.permutation(100)[: case.tokens]
-    rope = rope_tables(device, case.rotary_dim, 100)
+    positions = case.positions(rng)
+    rope = rope_tables(device, case.rotary_dim, case.furthest + 1)
     rope.interleaved = case.interleaved
     same = unchanged(device, {"x": x})
     result = device.ops.ops.rotary(x=x, positions=device.tensor(positions, "int32"), rope=rope)
@@ -166,14 +178,16 @@ def qkv_norm_rope(device: Device, case: RotaryCase) -> None:
     rng = np.random.default_rng(case.seed)
     q = device.tensor(rng.normal(size=(case.tokens, 2 * case.heads, case.head_dim)), case.dtype)
     k = device.tensor(rng.normal(size=(case.tokens, case.heads, case.head_dim)), case.dtype)
-    weights = [device.tensor(1 + 0.3 * rng.normal(size=case.head_dim), case.dtype) for _ in range(2)]
+    weights = [device.held(1 + 0.3 * rng.normal(size=case.head_dim), case.dtype) for _ in range(2)]
     norm = QKNorm(q_weight=weights[0], k_weight=weights[1], eps=1e-5, unit_offset=case.unit_offset)
-    positions = rng.permutation(100)[: case.tokens]
-    rope = rope_tables(device, case.rotary_dim, 100)
+    positions = case.positions(rng)
+    rope = rope_tables(device, case.rotary_dim, case.furthest + 1)
     rope.interleaved = case.interleaved
     given = norm if case.qk_norm else None
     at = device.tensor(positions, "int32")
-    results = device.ops.ops.qkv_norm_rope(q=q.clone(), k=k.clone(), positions=at, rope=rope, qk_norm=given)
+    results = device.ops.ops.qkv_norm_rope(
+        q=device.copied(q), k=device.copied(k), positions=at, rope=rope, qk_norm=given
+    )
     for name, x, weight, result in (("q", q, weights[0], results[0]), ("k", k, weights[1], results[1])):
         normed = Bounded(seen(x), np.zeros(tuple(x.shape)))
         if case.qk_norm:
@@ -182,7 +196,7 @@ def qkv_norm_rope(device: Device, case: RotaryCase) -> None:
         turned = oracle.rotary(normed.value, *tables)
         carried = 2 * normed.bound.max(-1, keepdims=True)  # a rotation mixes two coordinates
         device.compare(name, result, Bounded(turned.value, turned.bound + carried), label=f"qkv_norm_rope/{case.dtype}")
-    alone, none = device.ops.ops.qkv_norm_rope(q=q.clone(), k=None, positions=at, rope=rope, qk_norm=given)
+    alone, none = device.ops.ops.qkv_norm_rope(q=device.copied(q), k=None, positions=at, rope=rope, qk_norm=given)
     assert none is None, "keys came back where none were given"
     device.same_bits("q without keys", alone.contiguous(), results[0].contiguous())
 
@@ -213,7 +227,7 @@ def gate_up_act(device: Device, case: OpCase) -> None:
     device.need_dtype(case.dtype)
     gate_up = values(device, case, case.tokens, 2 * case.width)
     result = device.ops.ops.gate_up_act_quant(
-        gate_up=gate_up.clone(), activation=case.option, out_format=ActFormat(dtype=case.dtype)
+        gate_up=device.copied(gate_up), activation=case.option, out_format=ActFormat(dtype=case.dtype)
     )
     _judge_activation(device, case, gate_up, result)
 
@@ -264,7 +278,7 @@ def embedding(device: Device, case: EmbeddingCase) -> None:
     """Rows of this rank's share of the vocabulary; ids that others hold give zeros, exactly."""
     device.need_dtype(case.dtype)
     rng = np.random.default_rng(case.seed)
-    weight = device.tensor(rng.normal(size=(case.rows, case.width)), case.dtype)
+    weight = device.held(rng.normal(size=(case.rows, case.width)), case.dtype)
     # Both ends of the share, and their outer neighbours, are always among the ids.
     edges = [case.first - 1, case.first, case.first + case.rows - 1, case.first + case.rows]
     ids = np.asarray([id for id in edges if 0 <= id < case.vocab] + rng.integers(0, case.vocab, case.tokens).tolist())
@@ -285,7 +299,9 @@ def token_masks(device: Device, case: OpCase) -> None:
     packed = np.zeros((case.tokens, words * 32), dtype=np.uint64)
     packed[:, : case.width] = allowed
     masks = (packed.reshape(case.tokens, words, 32) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32)
-    result = device.ops.ops.apply_token_masks(logits=logits.clone(), masks=device.tensor(masks.view(np.int32), "int32"))
+    result = device.ops.ops.apply_token_masks(
+        logits=device.copied(logits), masks=device.tensor(masks.view(np.int32), "int32")
+    )
     expected = np.where(allowed, seen(logits), -np.inf)
     device.compare("masked logits", result, Bounded(expected, np.zeros_like(expected)))
 
@@ -299,7 +315,8 @@ def edit_logits(device: Device, case: OpCase) -> None:
     rows, vocab, spare = case.tokens, case.width, 2
     logits = device.tensor(rng.normal(size=(rows, vocab)), "float32")
     slots = rng.permutation(rows + spare)[:rows]
-    counts = rng.integers(0, 2, (rows + spare, vocab)) + 2 * rng.choice([0, 0, 1, 7], (rows + spare, vocab))
+    often = int(case.option or 7)  # times that a token was drawn
+    counts = rng.integers(0, 2, (rows + spare, vocab)) + 2 * rng.choice([0, 0, 1, often], (rows + spare, vocab))
     penalties = {
         "repetition_penalty": rng.choice([0.5, 1.3, 2.0], rows),
         "presence_penalty": rng.choice([0.0, -1.5, 0.25], rows),
@@ -318,9 +335,9 @@ def edit_logits(device: Device, case: OpCase) -> None:
     result = device.ops.ops.edit_logits(
         logits=logits,
         slots=device.tensor(slots, "int32"),
-        counts=device.tensor(counts, "int32"),
-        bias_ids=device.tensor(bias_ids, "int32"),
-        biases=device.tensor(biases, "float32"),
+        counts=device.held(counts, "int32"),
+        bias_ids=device.held(bias_ids, "int32"),
+        biases=device.held(biases, "float32"),
         num_biases=device.tensor(num_biases, "int32"),
         **{name: device.tensor(values, "float32") for name, values in penalties.items()},
     )
@@ -342,12 +359,14 @@ def edit_logits(device: Device, case: OpCase) -> None:
 def count_tokens(device: Device, case: OpCase) -> None:
     """Each pair of slot and id adds two to its count, a pair that is there twice adds twice, and no other changes."""
     rng = np.random.default_rng(case.seed)
-    counts = rng.integers(0, 9, (case.tokens + 1, case.width))
+    counts = rng.integers(0, 9, (case.tokens + 1, case.width)) + 2 * int(case.option or 0)
     slots = rng.integers(0, case.tokens + 1, case.tokens)
     ids = rng.integers(0, case.width, case.tokens)
+    if case.width > 100:
+        ids[:2] = case.width - 1, case.width // 2
     slots[-1], ids[-1] = slots[0], ids[0]
     result = device.ops.ops.count_tokens(
-        counts=device.tensor(counts, "int32"), slots=device.tensor(slots, "int32"), ids=device.tensor(ids, "int32")
+        counts=device.held(counts, "int32"), slots=device.tensor(slots, "int32"), ids=device.tensor(ids, "int32")
     )
     np.add.at(counts, (slots, ids), 2)
     device.compare("counts", result, Bounded(counts.astype(np.float64), np.zeros(counts.shape)))
@@ -362,7 +381,7 @@ def matmul_reduce(device: Device, case: OpCase) -> None:
     )
     kernel = device.platform.linear(spec)
     packed = kernel.begin()
-    weight = device.tensor(np.random.default_rng(case.seed).normal(size=(24, case.width)), case.dtype)
+    weight = device.held(np.random.default_rng(case.seed).normal(size=(24, case.width)), case.dtype)
     kernel.load(packed, "o", weight)
     packed = kernel.finish(packed)
     x = values(device, case, case.tokens, case.width)

@@ -24,7 +24,13 @@ class SampleCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     top_p: tuple[float, ...] = (1.0,)
     min_p: tuple[float, ...] = (0.0,)
     exact: bool = False
+    edges: bool = False
+    """Only ids around those where something changes, and the last ones, are likely."""
     spread: float = 2.0
+    num_top: int = 20
+    """Of log-probabilities: how many ids are asked for."""
+    position: int = 500
+    """Of the first row's second draw; its first has 11."""
     seed: int = 0
 
     def of_row(self, values: tuple[float, ...], row: int) -> float:
@@ -32,6 +38,12 @@ class SampleCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 _EQUAL_TOKENS = 8
+_EDGES = (127, 128, 255, 256, 4095, 4096, 32_767, 32_768, 65_535, 65_536, 131_071, 131_072)
+
+
+def edge_ids(vocab: int) -> list[int]:
+    """Eight of them: the last three, and the largest edges before."""
+    return [*[edge for edge in (0, 1, 2, 3, 5, *_EDGES) if edge < vocab - 3][-5:], vocab - 3, vocab - 2, vocab - 1]
 
 
 def logits_of(device: Device, case: SampleCase) -> Tensor:
@@ -40,8 +52,13 @@ def logits_of(device: Device, case: SampleCase) -> Tensor:
         # Eight equal tokens and nothing else: their probabilities and sums are exact in every format.
         flat = np.full((case.rows, case.vocab), -np.inf)
         for row in flat:
-            row[rng.choice(case.vocab, _EQUAL_TOKENS, replace=False)] = 0.0
+            row[edge_ids(case.vocab) if case.edges else rng.choice(case.vocab, _EQUAL_TOKENS, replace=False)] = 0.0
         return device.tensor(flat, "float32")
+    if case.edges:
+        ragged = 0.1 * rng.normal(size=(case.rows, case.vocab))
+        for row, values in enumerate(ragged):
+            values[edge_ids(case.vocab)[(row + case.seed - 1) % _EQUAL_TOKENS]] = 9.0
+        return device.tensor(ragged, "float32")
     return device.tensor(case.spread * rng.normal(size=(case.rows, case.vocab)), "float32")
 
 
@@ -95,7 +112,7 @@ def check(device: Device, case: SampleCase) -> None:
     device.need("seeded_sampling", device.capabilities.seeded_sampling)
     logits = logits_of(device, case)
     before = logits.clone()
-    for position in (11, 500):
+    for position in (11, case.position):
         ids = device.ops.ops.sample(logits=logits, all_greedy=False, **arguments(device, case, position=position))
         judge(device, case, ids, logits, position)
     device.same_bits("input logits", logits, before)
@@ -197,7 +214,9 @@ def logprobs(device: Device, case: SampleCase) -> None:
     logits = logits_of(device, case)
     rng = np.random.default_rng(case.seed)
     chosen = rng.integers(0, case.vocab, case.rows)
-    num_top = min(20, case.vocab)
+    if case.edges:
+        chosen[0] = case.vocab - 1
+    num_top = min(case.num_top, case.vocab)
     got, top_ids, top = device.ops.ops.logprobs(
         logits=logits, token_ids=device.tensor(chosen, "int32"), num_top=num_top
     )

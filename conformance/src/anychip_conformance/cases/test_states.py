@@ -84,7 +84,7 @@ class _Pool:
         self.device = device
         self.call = StateCall.make(device, case)
         shape = (self.call.num_blocks, case.width)
-        self.content = device.tensor(np.random.default_rng(case.seed).integers(1, 100, shape), "float32")
+        self.content = device.held(np.random.default_rng(case.seed).integers(1, 100, shape), "float32")
         ids = list(range(self.call.num_blocks))
         self.call.cache = self.call.backend.import_arrays(self.call.cache, ids, {"sum": self.content})
 

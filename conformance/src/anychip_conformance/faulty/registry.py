@@ -40,6 +40,11 @@ _MODULES = (
     "step_drafts_results",
     "step_extras",
     "adapters",
+    "reach_attention",
+    "reach_ops",
+    "reach_products",
+    "reach_steps",
+    "forms",
 )
 
 

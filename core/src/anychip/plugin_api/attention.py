@@ -1,6 +1,7 @@
 """Paged attention: the spec that core asks for, and the backend's contract.
 
 Dimension names are those of docs/glossary.md. A backend owns its cache's layout; core owns which block is whose.
+Queries, keys and values may be views: see Form in plugin_api/ops.py.
 """
 
 from __future__ import annotations

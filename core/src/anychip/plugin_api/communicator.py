@@ -1,4 +1,4 @@
-"""Collectives within one group of ranks, made for one purpose."""
+"""Collectives within one group of ranks, made for one purpose. Tensors may be views: see Form in plugin_api/ops.py."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 computes it.
 
 A row of a step is a whole sequence: core never cuts one. Rows stand one behind the other without padding between them.
+Queries, keys and values may be views: see Form in plugin_api/ops.py.
 """
 
 from __future__ import annotations

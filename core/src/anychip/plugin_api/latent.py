@@ -1,5 +1,6 @@
 """Latent attention (MLA): one row per token that all heads share, and the backend's contract. It may be sparse: a query
-attends to the tokens that it chose by keys of their own."""
+attends to the tokens that it chose by keys of their own. What projections gave may be views: see Form in
+plugin_api/ops.py."""
 
 from __future__ import annotations
 

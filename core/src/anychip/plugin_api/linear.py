@@ -1,4 +1,5 @@
-"""Matrix products: packing on load, streamed from the checkpoint, and applying."""
+"""Matrix products: packing on load, streamed from the checkpoint, and applying. x and `out` may be views: see Form in
+plugin_api/ops.py."""
 
 from __future__ import annotations
 

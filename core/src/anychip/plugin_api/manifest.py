@@ -18,6 +18,9 @@ class DeviceInfo:
 
     `backing` says what runs the work: the accelerator itself; the host's own processor, which is the device; the
     vendor's CPU runtime in place of it; or a simulation. Scorecards carry it as their evidence.
+
+    `reach` is for simulations too slow for the sizes of real models: the largest size of any dimension at which the
+    conformance suite judges them. Scorecards show it; what is no simulation has none.
     """
 
     index: int
@@ -25,6 +28,7 @@ class DeviceInfo:
     total_memory: int | None = None
     detail: str = ""
     backing: Literal["hardware", "host", "cpu_runtime", "simulated"] = "hardware"
+    reach: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Mixture of experts: routing, dispatch, experts, combine, each overridable."""
+"""Mixture of experts: routing, dispatch, experts, combine, each overridable. Activations and router logits may be
+views: see Form in plugin_api/ops.py."""
 
 from __future__ import annotations
 

@@ -3,6 +3,13 @@
 An op is called by keyword. Each has a version; its signature here is the contract. An override declares the
 arguments it knows: one that lacks an argument added later (its default keeps the old meaning) is not called,
 the reference runs, and `doctor` says so.
+
+Form. The tensors of a step are activations, logits, and arrays by row, token or sample. They may be views, for ops and
+for every other kernel. Such a tensor begins at any element of its storage. Its last dimension is contiguous, and so is
+an array of one dimension. Its other dimensions have any strides: rows may lie apart, heads may lie before tokens in
+memory, and a stride may be 0. What may be overwritten has no stride of 0: `out`, y of add_low_rank, what a collective
+is given, and the activations and logits of composite ops and of apply_token_masks. Tensors that outlive a step are
+contiguous: weights, tables, scales, counts, biases by slot, stacks of adapters.
 """
 
 from __future__ import annotations

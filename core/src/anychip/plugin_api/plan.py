@@ -16,8 +16,8 @@ Plan = Any
 
 @dataclass(slots=True, kw_only=True)
 class BatchView:
-    """One step's rows as one KV group sees them. Device tensors, padded to the step's ShapeKey; the host
-    arrays are unpadded and present as `host_lengths` was declared.
+    """One step's rows as one KV group sees them. Device tensors, padded to the step's ShapeKey, which may be views (see
+    Form in plugin_api/ops.py); the host arrays are unpadded and present as `host_lengths` was declared.
 
     A row r owns query tokens query_start[r] .. query_start[r + 1]; its keys are the first seq_lens[r] tokens
     of its sequence, the last of them its own.

@@ -1,7 +1,8 @@
 """State layers: a recurrence whose past is one fixed block per sequence, and the backend's contract.
 
 A sequence has one state block from its first token to its last, the same in every state layer, out of a pool of its
-own. Every token that a step computes advances the states once; no token is computed twice while a sequence runs.
+own. Every token that a step computes advances the states once; no token is computed twice while a sequence runs. Inputs
+may be views: see Form in plugin_api/ops.py.
 """
 
 from __future__ import annotations
