@@ -102,17 +102,16 @@ Scan = Callable[[Given, Tensor, FunctionalStatePlan, Given], tuple[Tensor, Tenso
 def _scan(
     added: Tensor, kept: Tensor, first: Tensor, plan: FunctionalStatePlan, apply: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The states after each token, of maps `apply(kept, state) + added`."""
-    begins = plan.place == 0
-    added = torch.where(_as(begins, added), added + apply(kept, first[plan.row]), added)
-    kept = torch.where(_as(begins, kept), 0.0, kept)
+    """The states after each token, of maps `apply(kept, state) + added`. A row's maps are composed with its own alone:
+    what stands before them may be no number, which a product with zero would not take away."""
+    begun = plan.place == 0  # the maps composed so far reach back to their row's first token
+    added = torch.where(_as(begun, added), added + apply(kept, first[plan.row]), added)
     reach = 1
-    while reach < len(added):  # what is missing before the step's first token is multiplied by its 0
+    while reach < len(added):
         earlier, passed = torch.roll(added, reach, 0), torch.roll(kept, reach, 0)
-        outside = torch.arange(len(added)) < reach
-        earlier = torch.where(_as(outside, earlier), 0.0, earlier)
-        passed = torch.where(_as(outside, passed), 0.0, passed)
-        added, kept = added + apply(kept, earlier), apply(kept, passed)
+        added = torch.where(_as(begun, added), added, added + apply(kept, earlier))
+        kept = torch.where(_as(begun, kept), kept, apply(kept, passed))
+        begun = begun | torch.roll(begun, reach, 0) | (torch.arange(len(added)) < reach)
         reach *= 2
     return added
 
