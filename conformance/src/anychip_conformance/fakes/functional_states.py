@@ -82,16 +82,16 @@ class FunctionalStates(StateBackend):
         return result, cache.index_copy(0, plan.blocks, after)
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        return cache.index_copy(0, torch.tensor(list(dst)), cache[list(src)])
+        return cache.index_copy(0, torch.tensor(list(dst), dtype=torch.int64), cache[list(src)])
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
-        return cache.index_fill(0, torch.tensor(list(ids)), 0.0)
+        return cache.index_fill(0, torch.tensor(list(ids), dtype=torch.int64), 0.0)
 
     def export_arrays(self, cache: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
         return {self.spec.arrays[0].name: cache[list(ids)]}
 
     def import_arrays(self, cache: Tensor, ids: Sequence[int], arrays: Mapping[str, Tensor]) -> Tensor:
-        return cache.index_copy(0, torch.tensor(list(ids)), arrays[self.spec.arrays[0].name])
+        return cache.index_copy(0, torch.tensor(list(ids), dtype=torch.int64), arrays[self.spec.arrays[0].name])
 
 
 Given = Mapping[str, Tensor]
