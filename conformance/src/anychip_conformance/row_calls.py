@@ -212,7 +212,10 @@ class OpCalls:
         return self._call({"x": self._normal(self._sizes.rows, self._sizes.width)}, run)
 
     def add_low_rank(self) -> RowCall:
-        """Slots by token in turns, one of them none."""
+        return self.low_rank(None)
+
+    def low_rank(self, bad_slot: int | None) -> RowCall:
+        """No slot and the three slots, by token in turns; the adapter of `bad_slot` is NaN."""
         self._device.need("lora", self._device.capabilities.lora)
         rows, width, slots = self._sizes.rows, self._sizes.width, 3
         site = AdapterSite(
@@ -231,6 +234,9 @@ class OpCalls:
             for slot in range(slots)
         ]
         write_adapters([stack], [site], adapters)
+        if bad_slot is not None:
+            stack.down[bad_slot].fill_(float("nan"))
+            stack.up[bad_slot].fill_(float("nan"))
         chosen = self._device.tensor(np.arange(rows) % (slots + 1) - 1, "int32")
 
         def run(g: Given) -> dict[str, Tensor]:
@@ -239,5 +245,5 @@ class OpCalls:
         return self._call({"x": self._normal(rows, width), "y": self._normal(rows, 24)}, run, kept=False)
 
 
-OP_CALLS = tuple(name for name in vars(OpCalls) if not name.startswith("_") and name != "make")
+OP_CALLS = tuple(name for name in vars(OpCalls) if not name.startswith("_") and name not in ("make", "low_rank"))
 """Names of the ops that have a call."""

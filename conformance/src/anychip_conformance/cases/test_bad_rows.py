@@ -245,3 +245,19 @@ def one_left(device: Device, case: SampleCase) -> None:
         in_range("ids", ids, case.vocab)
         wrong = [row for row in range(case.rows) if row != 2 and int(ids[row]) != left[row]]
         assert not wrong, f"row {wrong[0]} drew {int(ids[wrong[0]])}, where only {left[wrong[0]]} is left"
+
+
+@kind("op.bad_adapter", corpus=[BadOpCase(call="add_low_rank", dtype=dtype) for dtype in ("any", "narrow")])  # type: ignore[arg-type]
+def bad_adapter(device: Device, case: BadOpCase) -> None:
+    """An adapter that is no number, in one slot, leaves every bit of the tokens that have another one, or none."""
+    device.need("lora", device.capabilities.lora)
+    device.need_dtype(case.dtype)
+    sizes = OpSizes(rows=case.rows, width=case.width, dtype=case.dtype)
+    clean, spoiled = OpCalls(device, sizes).low_rank(None), OpCalls(device, sizes).low_rank(1)
+    expected, found = clean.run(clean.inputs)["sum"], spoiled.run(spoiled.inputs)["sum"]
+    # Slots come in turns behind a token without any: the third has slot 1.
+    others = [row for row in range(case.rows) if row % 4 != BAD_PLACE]
+    device.same_bits("tokens of other slots", found[others].contiguous(), expected[others].contiguous())
+
+
+BAD_PLACE = 2

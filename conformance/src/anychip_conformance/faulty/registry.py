@@ -39,6 +39,10 @@ _MODULES = (
     "step_drafts_results",
     "step_extras",
     "adapters",
+    "bad_rows",
+    "bad_rows_caches",
+    "later",
+    "moves",
 )
 
 
