@@ -9,12 +9,12 @@ import torch
 
 from anychip import LLM
 from anychip.ops.reference import EditState
-from anychip.plugin_api import sampling_features
+from anychip.plugin_api import ShapeKey, sampling_features
 from anychip_conformance.equality.oracle import Answer, judge
 from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
 from anychip_conformance.equality.workload import CANNOT, covering, full_product
 from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
-from anychip_conformance.fakes.hostlen import HostlenGraphs, HostReadInCapture
+from anychip_conformance.fakes.hostlen import HostCopyInCapture, HostlenGraphs, HostReadInCapture
 from anychip_conformance.fakes.static import DonatedState, DonatedTwice, Held
 
 
@@ -52,6 +52,24 @@ def test_every_program_of_a_warm_up_can_be_traced(max_drafts, tmp_path):
         assert len(calls) == 2 + len(list(sampling_features(max_drafts)))
         for call in calls:
             call.trace()
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: x * x.new_tensor(2.0), lambda x: x + torch.tensor([1.0, 2.0]), lambda x: x[torch.tensor([1, 0])]]
+)
+def test_a_recording_takes_no_value_from_the_host(fn):
+    """A device would wait for the copy, or make it once and never again."""
+    x, key = torch.ones(2), ShapeKey(num_tokens=2, num_reqs=1, num_samples=1, max_query_len=2, num_pages=1)
+    with pytest.raises(HostCopyInCapture, match="from the host"):
+        HostlenGraphs().capture(lambda: fn(x), key)
+
+
+def test_a_recording_replays_a_collective_with_what_its_input_holds_by_then():
+    graphs, x = HostlenGraphs(), torch.ones(2)
+    key = ShapeKey(num_tokens=2, num_reqs=1, num_samples=1, max_query_len=2, num_pages=1)
+    handle = graphs.capture(lambda: graphs.collective(lambda y: y * 10, (x + 0,)) + 1, key)
+    x.fill_(3)
+    assert graphs.run(handle, []).tolist() == [31.0, 31.0]
 
 
 def test_a_donated_state_cannot_be_used_again():

@@ -42,10 +42,11 @@ def check_kept(device: Device, make: Maker) -> None:
 
 
 def check_many(device: Device, make: Maker, calls: int = MANY_CALLS) -> None:
-    """Two calls in turns, many times over: each gives what it gave the first time."""
+    """Two calls in turns, many times over, of one object: each gives what an object of its own gives."""
     call = make()
     turns = (copies(call.inputs), others(call.inputs))
-    first = [copies(call.run(copies(given))) for given in turns]
-    for number in range(2, calls):
+    alone = [make() for _ in turns]  # kept, so that none of their storage comes back
+    wanted = [copies(each.run(copies(given))) for each, given in zip(alone, turns, strict=True)]
+    for number in range(calls):
         found = call.run(copies(turns[number % 2]))
-        same(device, f"of call {number + 1}", found, first[number % 2])
+        same(device, f"of call {number + 1}", found, wanted[number % 2])

@@ -72,7 +72,8 @@ def fused(device: Device, case: LinearCase) -> None:
     normed, kept = ops.residual_norm_quant(x=x, residual=residual, weight=weight, eps=_EPS, out_format=wanted)
     device.compare("the new residual", kept, Bounded(total, rounded(total, case.dtype)))
     exact = oracle.rms_norm(total, seen(weight), _EPS, False, case.dtype)
-    moved = np.abs(exact.value) * 4 * rounded(np.ones(1), case.dtype) + np.abs(seen(weight)) * rounded(total, case.dtype)
+    moved = np.abs(exact.value) * 4 * rounded(np.ones(1), case.dtype)
+    moved = moved + np.abs(seen(weight)) * rounded(total, case.dtype)
     judge(device, loaded, "product behind a norm", Bounded(exact.value, exact.bound + moved), normed)
     gate_up = device.tensor(rng.normal(size=(case.tokens, 2 * case.columns)), case.dtype)
     made = ops.gate_up_act_quant(gate_up=gate_up.clone(), activation="silu", out_format=wanted)
@@ -87,4 +88,5 @@ def judge(device: Device, loaded: test_linear.Loaded, what: str, before: Bounded
     slack = scheme_slack(size, case.scheme, case.dtype, None)
     dense = np.concatenate([matrix.dense for matrix in loaded.matrices])
     result = loaded.kernel.apply(given, loaded.packed)  # type: ignore[arg-type]
-    device.compare(what, result, oracle.linear(before.value, dense, None, case.dtype, dx=before.bound + slack.dx, dw=slack.dw))
+    dx = before.bound + slack.dx
+    device.compare(what, result, oracle.linear(before.value, dense, None, case.dtype, dx=dx, dw=slack.dw))

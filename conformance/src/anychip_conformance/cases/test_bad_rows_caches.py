@@ -204,5 +204,3 @@ def bad_encoder(device: Device, case: BadEncoderCase) -> None:
     """A text of what is no number leaves every bit of the texts beside it."""
     call = resolved(case.call, device)
     check_others(device, lambda: encoder_call(device, call), case.bad, case.fill)
-
-

@@ -36,7 +36,8 @@ def late_fetch(device: Device, case: Nothing) -> None:
         for number, (found, again) in enumerate(later):
             wanted, _ = at_once[number]
             assert found == again, f"step {number + 1}, fetched twice: {found}, then {again}"
-            assert tokens_of(found) == tokens_of(wanted), f"step {number + 1}: {tokens_of(found)}, not {tokens_of(wanted)}"
+            ids, right = tokens_of(found), tokens_of(wanted)
+            assert ids == right, f"step {number + 1}: {ids}, fetched at once {right}"
             _near(f"step {number + 1}", found, wanted)
 
     driven(device, check)
@@ -70,7 +71,7 @@ def _near(what: str, found: StepResult, wanted: StepResult) -> None:
         assert off <= NEAR, f"{what}, row {row}: a score is off by {off:.2e}"
 
 
-STEPS, DRAWS = 300, 10
+STEPS, DRAWS = 300, (4, 2, 3, 1)
 
 
 @kind("step.long_run", deadline_s=_DEADLINE_S, quick=0)
@@ -79,28 +80,29 @@ def long_run(device: Device, case: Nothing) -> None:
     draws what the first drew."""
 
     def check(driver: StepDriver) -> None:
-        wanted, zeroed = expected(device, DRAWS), device.capabilities.stale_kv == "must_be_finite"
+        wanted, zeroed = expected(device, max(DRAWS)), device.capabilities.stale_kv == "must_be_finite"
         drawn: dict[int, list[int]] = {}  # by slot
         held: dict[int, int] = {}  # by slot, its block
+        draws: dict[int, int] = {}  # by slot, how many it will draw: no two steps end the same requests
         leaving: list[int] = []
         served = 0
         for step in range(STEPS):
             slot, block = step % 7, 1 + step % 11
             given: dict[str, Any] = {"tokens": dict.fromkeys(drawn, 1), "finished": leaving}
-            if slot not in drawn and block not in held.values():
+            if (step % 3 == 0 or not drawn) and slot not in drawn and block not in held.values():
                 # Prompts run alone: not every device takes them beside single tokens.
                 given |= {"new": {slot: (TEXT, [block])}, "tokens": {slot: len(TEXT)}, "zeros": [block] * zeroed}
-                drawn[slot], held[slot] = [], block
+                drawn[slot], held[slot], draws[slot] = [], block, DRAWS[step % len(DRAWS)]
             found = tokens_of(driver.step(**given))
             for row, token in zip(given["tokens"], found, strict=True):
                 drawn[row].append(token)
-            leaving = [row for row, ids in drawn.items() if len(ids) == DRAWS]
+            leaving = [row for row, ids in drawn.items() if len(ids) == draws[row]]
             for row in leaving:
                 ids = drawn.pop(row)
                 held.pop(row)
                 served += 1
-                assert ids == wanted, f"request {served}, after {step + 1} steps: drew {ids}, expected {wanted}"
-        assert served > STEPS // (4 * DRAWS), f"{served} requests in {STEPS} steps"
+                assert ids == wanted[: len(ids)], f"request {served}, step {step + 1}: drew {ids}, expected {wanted}"
+        assert served > STEPS // 8, f"{served} requests in {STEPS} steps"
 
     driven(device, check)
 
@@ -142,15 +144,14 @@ def bad_row(device: Device, case: Nothing) -> None:
         wanted = expected(device, 3)
         new = {0: (TEXT, [1]), 1: (_bad_text(), [2]), 2: (TEXT, [3])}
         rows = [tokens_of(driver.step(new=new, tokens={slot: len(ids) for slot, (ids, _) in new.items()}))]
-        rows += [tokens_of(driver.step(tokens={2: 1, 1: 1, 0: 1}))[::-1], tokens_of(driver.step(tokens={0: 1, 1: 1, 2: 1}))]
+        rows += [tokens_of(driver.step(tokens={2: 1, 1: 1, 0: 1}))[::-1]]
+        rows += [tokens_of(driver.step(tokens={0: 1, 1: 1, 2: 1}))]
         first, bad, last = zip(*rows, strict=True)
         in_range("ids of a request of NaN", torch.tensor(bad), VOCAB_SIZE)
         assert list(first) == wanted, f"in front of a request of NaN: drew {list(first)}, expected {wanted}"
         assert list(last) == wanted, f"behind a request of NaN: drew {list(last)}, expected {wanted}"
         zeros = [2] if device.capabilities.stale_kv == "must_be_finite" else []
-        found = tokens_of(
-            driver.step(new={1: (TEXT, [2])}, tokens={1: len(TEXT)}, finished=[1, 0, 2], zeros=zeros)
-        )
+        found = tokens_of(driver.step(new={1: (TEXT, [2])}, tokens={1: len(TEXT)}, finished=[1, 0, 2], zeros=zeros))
         found += tokens_of(driver.step(tokens={1: 1}))
         assert found == wanted[:2], f"after a request of NaN: drew {found}, expected {wanted[:2]}"
     finally:

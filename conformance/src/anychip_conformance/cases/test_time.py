@@ -240,4 +240,3 @@ def kept_encoder(device: Device, case: EncoderCase) -> None:
 def many_encoder(device: Device, case: EncoderCase) -> None:
     """The n-th call under one plan, as the layers of an encoder make them, is as right as the first."""
     check_many(device, lambda: encoder_call(device, case))
-

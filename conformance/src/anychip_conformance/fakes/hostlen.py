@@ -71,7 +71,7 @@ class HostCopyInCapture(RuntimeError):
 
 
 class Recording(TorchDispatchMode):
-    """Lists what runs. A value read on the host has no place in a graph, nor has a tensor made of the host's numbers."""
+    """Lists what runs. A value read on the host has no place in a graph, nor has a tensor of the host's numbers."""
 
     _HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
     _HOST_COPIES = ("aten::lift_fresh", "aten::lift")

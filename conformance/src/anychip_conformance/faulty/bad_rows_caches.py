@@ -166,7 +166,8 @@ class BadTextEndsTheStep(ReferenceEncoder):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: EncoderView, layer: EncoderLayer) -> Tensor:
         ends = np.cumsum(plan.host_query_lens)
-        whole = [not bool(bad(q[end - length : end]).any()) for end, length in zip(ends, plan.host_query_lens, strict=True)]
+        starts = ends - plan.host_query_lens
+        whole = [not bool(bad(q[start:end]).any()) for start, end in zip(starts, ends, strict=True)]
         count = whole.index(False) if False in whole else len(whole)
         return super().attend(q, k, v, dataclasses.replace(plan, host_query_lens=plan.host_query_lens[:count]), layer)
 

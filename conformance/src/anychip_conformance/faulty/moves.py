@@ -248,10 +248,14 @@ class CollectiveOfTheCapture(HostlenGraphs):
     """A replayed collective sends what its input held at the capture."""
 
     def collective(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        fixed = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments) if self.recording else arguments
+        if self.recording is None:
+            return run(*arguments)
+        self.recording.paused = True
+        fixed = tuple(given.clone() if isinstance(given, Tensor) else given for given in arguments)
+        self.recording.paused = False
 
         def again(*_: Any) -> Any:
-            return run(*(a.clone() if isinstance(a, Tensor) else a for a in fixed))
+            return run(*(given.clone() if isinstance(given, Tensor) else given for given in fixed))
 
         return super().collective(again, arguments)
 
