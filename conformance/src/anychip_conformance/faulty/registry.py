@@ -43,6 +43,7 @@ _MODULES = (
     "bad_rows_caches",
     "later",
     "moves",
+    "eight_bits",
 )
 
 
