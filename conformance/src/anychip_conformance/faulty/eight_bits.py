@@ -44,12 +44,12 @@ class AcceptsWhatNobodyMakes(ReferenceQuantizedLinear):
         return ActFormat(dtype=self.spec.dtype, scheme=self.spec.scheme.name)
 
 
-@fault("moe-activations-of-four-bits", "moe", killed_by="moe.activations.011")
-class ActivationsOfFourBits(InvariantMoE):
-    """Activations are rounded to an eighth of their row's largest."""
+@fault("moe-activations-of-two-bits", "moe", killed_by="moe.activations.011")
+class ActivationsOfTwoBits(InvariantMoE):
+    """Activations are rounded to a half of their row's largest."""
 
     def expert(self, x: Tensor, packed: ExpertWeights, expert: int) -> Tensor:
-        unit = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6) / 8
+        unit = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6) / 2
         return super().expert((x / unit).round() * unit, packed, expert)
 
 
