@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from anychip import LLM
 from anychip.ops.reference import EditState
-from anychip.plugin_api import sampling_features
+from anychip.plugin_api import ShapeKey, sampling_features
 from anychip_conformance.equality.oracle import Answer, judge
 from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
 from anychip_conformance.equality.workload import CANNOT, covering, full_product
 from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.hostlen import HostlenGraphs
-from anychip_conformance.fakes.recorded import HostReadInCapture
+from anychip_conformance.fakes.recorded import HostCopyInCapture, HostReadInCapture
 from anychip_conformance.fakes.static import DonatedState, DonatedTwice, Held
 
 ALWAYS_TRACED = ("llama",)
@@ -101,6 +101,24 @@ def warmed_up(
         smallest = min(key.num_tokens for key in program._steps)
         steps = [call for key, call in program._steps.items() if key.num_tokens == smallest]
         yield steps, [call for (samples, _), call in program._samplers.items() if samples == smallest]
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: x * x.new_tensor(2.0), lambda x: x + torch.tensor([1.0, 2.0]), lambda x: x[torch.tensor([1, 0])]]
+)
+def test_a_recording_takes_no_value_from_the_host(fn):
+    """A device would wait for the copy, or make it once and never again."""
+    x, key = torch.ones(2), ShapeKey(num_tokens=2, num_reqs=1, num_samples=1, max_query_len=2, num_pages=1)
+    with pytest.raises(HostCopyInCapture, match="from the host"):
+        HostlenGraphs().capture(lambda: fn(x), key)
+
+
+def test_a_recording_replays_a_collective_with_what_its_input_holds_by_then():
+    graphs, x = HostlenGraphs(), torch.ones(2)
+    key = ShapeKey(num_tokens=2, num_reqs=1, num_samples=1, max_query_len=2, num_pages=1)
+    handle = graphs.capture(lambda: graphs.collective(lambda y: y * 10, (x + 0,)) + 1, key)
+    x.fill_(3)
+    assert graphs.run(handle, []).tolist() == [31.0, 31.0]
 
 
 def test_a_donated_state_cannot_be_used_again():

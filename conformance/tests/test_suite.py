@@ -20,6 +20,7 @@ from anychip.plugin_api import StepProgram
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance import manifest, pages, registry, scorecard
 from anychip_conformance.device import open_device
+from anychip_conformance.facts import Facts
 from anychip_conformance.host_watch import HostWatch
 from anychip_conformance.manifest import frozen
 from anychip_conformance.registry import CASES, all_cases, find_case
@@ -300,6 +301,29 @@ def test_a_capability_that_only_factories_showed_is_not_tested_on_the_step_seam(
     assert scorecard.passed_through(outcomes, "step") == {"program": 1, "factories": 2}
     assert scorecard.passed_through(outcomes, "torch") == {}
     assert "program: 1; through reference factories: 2" in scorecard.through_line({"program": 1, "factories": 2})
+
+
+def test_a_capability_is_tested_by_cases_that_use_it() -> None:
+    """Not by one that was refused after it had met the capability."""
+    refused = Outcome(
+        case="linear.quantized.001", verdict=Verdict.NOT_SUPPORTED, used=("dtype float16",), capability="x"
+    )
+    facts = Facts(
+        evidence="host", hardware=[], versions={}, machine="", declared=["dtype float16"], undeclared=[], relaxations=[]
+    )
+    (row,) = [row for row in scorecard.capability_rows([refused], facts, "torch") if row.declared]
+    assert (row.state, row.num_cases) == ("untested", 0)
+
+
+@pytest.mark.parametrize("id", ["linear.undeclared.001", "attn.refused.002"])
+def test_a_case_that_only_makes_a_kernel_uses_nothing(id: str) -> None:
+    device, case = open_device("fake-faulty", {}), find_case(id)
+    assert case is not None
+    try:
+        found = run_case(device, case)
+    finally:
+        device.close()
+    assert (found.verdict, found.used) == (Verdict.PASS, ())
 
 
 def test_every_section_of_the_core_profile_says_what_it_exercises() -> None:

@@ -11,16 +11,20 @@ import msgspec
 import numpy as np
 from torch import Tensor
 
-from anychip.plugin_api import AXES, MAX_SENT, Axis, Communicator, Mesh, MeshShape
+from anychip.plugin_api import AXES, MAX_SENT, Axis, Communicator, Mesh, MeshShape, ShapeKey
 from anychip_conformance.choices import CaseDtype
-from anychip_conformance.device import Device, bits
+from anychip_conformance.device import Device, bits, seen
 from anychip_conformance.expert_ranks import experts
 from anychip_conformance.forms import Form, laid_out
 from anychip_conformance.oracle.vectorised import Bounded
 
 CollectiveName = Literal["all_reduce", "all_gather", "all_gather_v", "reduce_scatter", "reduce_scatter_v", "all_to_all",
                          "all_to_all_v", "broadcast", "send_recv", "send_ahead", "barrier", "order", "close_restore",
-                         "mesh", "experts"]  # fmt: skip
+                         "mesh", "experts", "graph", "kept", "many", "bad_values"]  # fmt: skip
+
+
+MANY_CALLS = 70
+"""Of one group."""
 
 
 class CollectiveCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -211,6 +215,70 @@ def close_restore(m: Member) -> bytes:
     return all_reduce(m)
 
 
+def graph(m: Member) -> bytes:
+    """Captured once, replayed with other values: sums and gathered parts are of what the ranks hold by then."""
+    graphs, fixed = m.device.platform.graph_capture(), m.tensor(m.values(m.rank))
+    rows = m.case.size
+    key = ShapeKey(num_tokens=rows, num_reqs=rows, num_samples=rows, max_query_len=1, num_pages=1)
+
+    def step() -> tuple[Tensor, Tensor]:
+        total = m.comm.all_reduce(fixed * 1) * 2
+        return total, m.comm.all_gather(total + fixed, dim=0)
+
+    handle = graphs.capture(step, key, communicators=[m.comm])
+    for turn in (1, 2, 3, 1):
+        fixed.copy_(m.tensor(m.values(m.rank) * turn))
+        total, gathered = graphs.run(handle, [])
+        own = [m.values(rank) * turn for rank in range(m.count)]
+        wanted = np.asarray(sum(own)) * 2
+        m.same(f"sum of replay {turn}", total, wanted)
+        m.same(f"gathered by replay {turn}", gathered, np.concatenate([wanted + mine for mine in own]))
+    return b""
+
+
+def kept(m: Member) -> bytes:
+    """Results, after what they were made of was overwritten and the group went on."""
+    own = [m.tensor(m.values(m.rank) + turn) for turn in range(5)]
+    found = []
+    for turn, mine in enumerate(own):
+        given = mine.clone()
+        gathered = m.comm.all_gather(given, dim=0)
+        given.fill_(5)
+        found.append((m.comm.all_reduce(mine.clone()), gathered, m.comm.broadcast(mine.clone(), root=turn % m.count)))
+    for turn, (total, gathered, received) in enumerate(found):
+        parts = [m.values(rank) + turn for rank in range(m.count)]
+        m.same(f"sum {turn}, read later", total, np.asarray(sum(parts)))
+        m.same(f"gathered {turn}, read later", gathered, np.concatenate(parts))
+        m.same(f"received {turn}, read later", received, parts[turn % m.count])
+    return b""
+
+
+def many(m: Member) -> bytes:
+    """More calls of one group than small counters hold."""
+    for call in range(MANY_CALLS):
+        total = m.comm.all_reduce(m.tensor(m.values(m.rank) + call % 3))
+        m.same(f"sum of call {call + 1}", total, np.asarray(sum(m.values(r) + call % 3 for r in range(m.count))))
+    return b""
+
+
+def bad_values(m: Member) -> bytes:
+    """NaN and infinity of one rank are in the results at their places, and nowhere else."""
+    plain = [m.values(rank).astype(float) for rank in range(m.count)]
+    spoiled = [part.copy() for part in plain]
+    spoiled[0].flat[0] = np.nan
+    spoiled[-1].flat[-1] = np.inf
+    own = m.tensor(spoiled[m.rank])
+    total, gathered = m.comm.all_reduce(own.clone()), m.comm.all_gather(own.clone(), dim=0)
+    for what, result, wanted in (
+        ("sum", total, np.sum(spoiled, axis=0)),
+        ("gathered", gathered, np.concatenate(spoiled)),
+    ):
+        found = seen(result)
+        wrong = ~((found == wanted) | (np.isnan(found) & np.isnan(wanted)))
+        assert not wrong.any(), f"rank {m.rank}: {what} has {found[wrong][0]}, expected {wanted[wrong][0]}"
+    return b""
+
+
 def mesh(m: Member) -> bytes:
     """Collectives along one axis between those along the others, in both orders, as the layers of a model mix them."""
     own = m.mesh.rank
@@ -240,6 +308,7 @@ def along(case: CollectiveCase, axis: Axis, rank: int) -> list[int]:
 CHECKS: dict[str, Callable[[Member], bytes]] = {
     check.__name__: check
     for check in (all_reduce, all_gather, all_gather_v, reduce_scatter, reduce_scatter_v, all_to_all, all_to_all_v,
-                  broadcast, send_recv, send_ahead, barrier, order, close_restore, mesh, experts)
+                  broadcast, send_recv, send_ahead, barrier, order, close_restore, mesh, experts, graph, kept, many,
+                  bad_values)
 }  # fmt: skip
 """Each returns bytes that must be the same at every member."""

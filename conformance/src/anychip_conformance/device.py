@@ -110,6 +110,10 @@ class Device:
             raise Refused(capability, str(refusal)) from None
         raise AssertionError(f"{self.name} does not declare {capability}, and its factory does not refuse it either")
 
+    def only_made(self) -> None:
+        """The present case made what it needed and judged no result of it: nothing counts as tested by that."""
+        self.used.clear()
+
     def limit(self, what: str, within: bool) -> None:
         """The gate for what is no capability: a case beyond the device's limits is left out, and says why."""
         if not within:

@@ -138,10 +138,13 @@ def through_line(through: Mapping[str, int]) -> str:
 
 def capability_rows(outcomes: Sequence[Outcome], facts: Facts | None, seam: str) -> list[Capability]:
     used: Counter[str] = Counter()
-    elsewhere = {name for o in outcomes if judged_through(seam, o.case) != "factories" for name in o.used}
+    # A case that was refused had met some capabilities before, and judged none of them.
+    judged = [outcome for outcome in outcomes if outcome.verdict is not Verdict.NOT_SUPPORTED]
+    elsewhere = {name for o in judged if judged_through(seam, o.case) != "factories" for name in o.used}
     failed, refused = set(), set()
-    for outcome in outcomes:
+    for outcome in judged:
         used.update(outcome.used)
+    for outcome in outcomes:
         if outcome.verdict in BAD:
             failed.update(outcome.used)
         if outcome.capability:

@@ -11,6 +11,7 @@ import numpy as np
 from anychip.messages import AdapterSlot, LateInputs, NewRow, StepDecision, StepResult
 from anychip.plugin_api import NO_ADAPTER
 from anychip.prompt_extras import PromptExtras
+from anychip.worker.worker import WorkerResult
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
 from anychip_conformance.equality import VOCAB_SIZE
@@ -46,7 +47,11 @@ class StepDriver:
         self._vocab_size = vocab_size
         self._step = 0
 
-    def step(
+    def step(self, **given: Any) -> StepResult:
+        """As begin, and waits for the result."""
+        return self.begin(**given).fetch()
+
+    def begin(
         self,
         *,
         new: dict[int, tuple[list[int], list[int]]] | None = None,
@@ -63,8 +68,10 @@ class StepDriver:
         extras: dict[int, PromptExtras] | None = None,
         adapters: list[AdapterSlot] | None = None,
         adapter_slots: dict[int, int] | None = None,
-    ) -> StepResult:
-        """`new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
+    ) -> WorkerResult:
+        """Starts a step, whose result is fetched later: at most one before the next is started.
+
+        `new` by slot: token ids and blocks, whose first `computed` tokens are in the cache already. `tokens` by
         slot: how many this step computes, its `drafts` among them. `masks` by place among the samples: the token ids
         that may be drawn. `rewinds` by slot: how many of its tokens are computed after all.
         `edits`, `extras` and `adapter_slots` by slot, of new ones; `adapters` are what the device's slots of adapters
@@ -102,7 +109,7 @@ class StepDriver:
             )
         )
         packed = {place: _bitmask(allowed, self._vocab_size) for place, allowed in (masks or {}).items()}
-        return self.worker.sample(LateInputs(step_id=self._step, masks=packed)).fetch()
+        return self.worker.sample(LateInputs(step_id=self._step, masks=packed))
 
     @staticmethod
     def _row(

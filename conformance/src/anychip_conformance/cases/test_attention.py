@@ -144,3 +144,4 @@ def refused(device: Device, case: AttentionCase) -> None:
         backend_for(device, case)
     except Unsupported as refusal:
         raise AssertionError(f"declared, and refused: {refusal}") from None
+    device.only_made()

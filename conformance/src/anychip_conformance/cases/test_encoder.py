@@ -61,7 +61,7 @@ def attend(device: Device, case: EncoderCase) -> None:
     device.need_dtype(case.dtype)
     device.need("encoders", device.capabilities.encoders, lambda: device.platform.encoder(case.spec))
     backend, rng = device.platform.encoder(case.spec), np.random.default_rng(case.seed)
-    view, key = _view(device, case)
+    view, key = encoder_view(device, case)
     q, k, v = (
         device.tensor(rng.normal(size=(key.num_tokens, heads, case.head_dim)), case.dtype)
         for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)
@@ -99,7 +99,7 @@ def attend(device: Device, case: EncoderCase) -> None:
     assert np.isfinite(seen(result[at:])).all(), "padded tokens hold numbers that are not finite"
 
 
-def _view(device: Device, case: EncoderCase) -> tuple[EncoderView, ShapeKey]:
+def encoder_view(device: Device, case: EncoderCase) -> tuple[EncoderView, ShapeKey]:
     num_tokens, num_rows = sum(case.lengths), len(case.lengths)
     key = ShapeKey(
         num_tokens=num_tokens + case.pad_tokens,

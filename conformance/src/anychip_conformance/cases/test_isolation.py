@@ -6,14 +6,23 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import msgspec
 import torch
 
 from anychip.plugin_api import Platform
 from anychip.registry.devices import probe
+from anychip_conformance.batch import Row
 from anychip_conformance.case import Nothing, kind
-from anychip_conformance.choices import widest
+from anychip_conformance.cases.test_linear import LinearCase
+from anychip_conformance.cases.test_moe import MoECase
+from anychip_conformance.cases.test_sampling import SampleCase
+from anychip_conformance.choices import resolved, widest
 from anychip_conformance.device import Device
 from anychip_conformance.host_watch import HostWatch
+from anychip_conformance.paged import AttentionCase
+from anychip_conformance.row_calls import OP_CALLS, Maker, OpCalls, OpSizes, RowCall
+from anychip_conformance.row_calls_caches import paged_call
+from anychip_conformance.row_calls_products import draw_call, experts_call, linear_call
 
 _TIMEOUT_S = 120
 
@@ -115,16 +124,36 @@ def placed_on_the_device(device: Device, case: Nothing) -> None:
         assert tensor.device.type == place.type, f"{what} gives a tensor on {tensor.device}, not on {place}"
 
 
-@kind("isolation.no_fallback")
-def no_fallback(device: Device, case: Nothing) -> None:
+class WatchedCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An op, or a part of a layer."""
+
+    call: str
+
+
+def _watched(device: Device, name: str) -> RowCall:
+    """Large enough that its results are no bookkeeping."""
+    sizes = OpSizes(rows=64, width=256, dtype=widest(device.capabilities))
+    parts: dict[str, Maker] = {
+        "linear": lambda: linear_call(device, resolved(LinearCase(tokens=64, columns=256, rows=(64,)), device)),
+        "experts": lambda: experts_call(device, resolved(MoECase(tokens=64, hidden=64), device)),
+        "draw": lambda: draw_call(device, SampleCase(rows=16, vocab=512, temperature=(1.0, 0.0))),
+        "attention": lambda: paged_call(device, resolved(AttentionCase(rows=(Row(0, 0, 40),), head_dim=64), device)),
+    }
+    return parts[name]() if name in parts else OpCalls(device, sizes).make(name)
+
+
+@kind(
+    "isolation.no_fallback",
+    corpus=[WatchedCase(call=call) for call in (*OP_CALLS, "linear", "experts", "draw", "attention")],
+)
+def no_fallback(device: Device, case: WatchedCase) -> None:
     """While kernels run, nothing but small bookkeeping is computed on the host, unless the host is the device."""
-    kernel_type = torch.device(device.platform.default_device).type
-    x = device.tensor(torch.randn(64, 256).numpy(), widest(device.capabilities))
-    watch = HostWatch(kernel_type)
+    call = _watched(device, case.call)
+    call.run(call.inputs)  # what a plugin prepares when an op is first used is no fallback
+    watch = HostWatch(torch.device(device.platform.default_device).type)
     with watch:
-        device.ops.ops.rms_norm(x=x, weight=x[0], eps=1e-5)
-        device.ops.ops.softcap(x=x, cap=3.0)
-    assert not watch.found, f"computed on the host: {', '.join(sorted(watch.found))}"
+        call.run(call.inputs)
+    assert not watch.found, f"{case.call} is computed on the host: {', '.join(sorted(watch.found))}"
 
 
 @kind("isolation.capabilities")

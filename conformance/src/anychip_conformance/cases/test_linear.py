@@ -277,6 +277,7 @@ def undeclared(device: Device, case: LinearCase) -> None:
     name = case.scheme.name
     device.need(f"quantization {name}", name in device.capabilities.quantization, refuses(device, case.spec))
     device.platform.linear(case.spec)
+    device.only_made()
 
 
 @kind(

@@ -17,7 +17,7 @@ from anychip_conformance.device import Device, refuses, seen, unchanged
 from anychip_conformance.oracle import vectorised as oracle
 from anychip_conformance.oracle.rounding import UNIT_ROUNDOFF
 from anychip_conformance.oracle.vectorised import Bounded, Expert
-from anychip_conformance.products import FORMATS, Matrix, Scheme, make_matrix, stream
+from anychip_conformance.products import FORMATS, Matrix, Scheme, make_matrix, scheme_slack, stream
 
 MOE_SCHEMES = (
     Scheme(name="int8", scales="channel"),
@@ -155,9 +155,12 @@ class Loaded:
         route = expected_route(case, logits, bias)
         dw = 0.0 if case.scheme is None else 2 * UNIT_ROUNDOFF[case.dtype]
         outputs = {
-            index: oracle.run_expert(seen(x), self.experts[index], case.activation, case.dtype, dw=dw)
+            index: oracle.run_expert(
+                seen(x), self.experts[index], case.activation, case.dtype, dw=dw,
+                rounding=lambda x: scheme_slack(x, case.scheme, case.dtype, None).dx,
+            )
             for index in case.here
-        }
+        }  # fmt: skip
         expected = oracle.combine(outputs, route.weights, route.ids, route.bound, case.dtype)
         if shared is not None:
             value = expected.value + seen(shared)

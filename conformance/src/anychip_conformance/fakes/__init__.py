@@ -17,6 +17,10 @@ def probe_one() -> ProbeResult:
     return ProbeResult(devices=(DeviceInfo(index=0, name="simulated", backing="simulated"),))
 
 
+def probe_two() -> ProbeResult:
+    return ProbeResult(devices=probe_four().devices[:2])
+
+
 def probe_four() -> ProbeResult:
     return ProbeResult(
         devices=tuple(DeviceInfo(index=i, name="simulated", backing="simulated") for i in range(NUM_SPMD_DEVICES))
@@ -37,8 +41,8 @@ HOSTLEN = PlatformManifest(
     name="fake-hostlen",
     package="anychip-conformance",
     api_version=API_VERSION,
-    summary="simulation: exact host lengths, int32 slots, recorded graphs",
-    probe="anychip_conformance.fakes:probe_one",
+    summary="simulation: exact host lengths, int32 slots, recorded graphs with collectives in them",
+    probe="anychip_conformance.fakes:probe_two",
     platform="anychip_conformance.fakes.hostlen:HostlenPlatform",
     auto_select=False,
 )

@@ -82,16 +82,16 @@ class FunctionalStates(StateBackend):
         return result, cache.index_copy(0, plan.blocks, after)
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        return cache.index_copy(0, torch.tensor(list(dst)), cache[list(src)])
+        return cache.index_copy(0, torch.tensor(list(dst), dtype=torch.int64), cache[list(src)])
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
-        return cache.index_fill(0, torch.tensor(list(ids)), 0.0)
+        return cache.index_fill(0, torch.tensor(list(ids), dtype=torch.int64), 0.0)
 
     def export_arrays(self, cache: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
         return {self.spec.arrays[0].name: cache[list(ids)]}
 
     def import_arrays(self, cache: Tensor, ids: Sequence[int], arrays: Mapping[str, Tensor]) -> Tensor:
-        return cache.index_copy(0, torch.tensor(list(ids)), arrays[self.spec.arrays[0].name])
+        return cache.index_copy(0, torch.tensor(list(ids), dtype=torch.int64), arrays[self.spec.arrays[0].name])
 
 
 Given = Mapping[str, Tensor]
@@ -102,17 +102,16 @@ Scan = Callable[[Given, Tensor, FunctionalStatePlan, Given], tuple[Tensor, Tenso
 def _scan(
     added: Tensor, kept: Tensor, first: Tensor, plan: FunctionalStatePlan, apply: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The states after each token, of maps `apply(kept, state) + added`."""
-    begins = plan.place == 0
-    added = torch.where(_as(begins, added), added + apply(kept, first[plan.row]), added)
-    kept = torch.where(_as(begins, kept), 0.0, kept)
+    """The states after each token, of maps `apply(kept, state) + added`. A row's maps are composed with its own alone:
+    what stands before them may be no number, which a product with zero would not take away."""
+    begun = plan.place == 0  # the maps composed so far reach back to their row's first token
+    added = torch.where(_as(begun, added), added + apply(kept, first[plan.row]), added)
     reach = 1
-    while reach < len(added):  # what is missing before the step's first token is multiplied by its 0
+    while reach < len(added):
         earlier, passed = torch.roll(added, reach, 0), torch.roll(kept, reach, 0)
-        outside = torch.arange(len(added)) < reach
-        earlier = torch.where(_as(outside, earlier), 0.0, earlier)
-        passed = torch.where(_as(outside, passed), 0.0, passed)
-        added, kept = added + apply(kept, earlier), apply(kept, passed)
+        added = torch.where(_as(begun, added), added, added + apply(kept, earlier))
+        kept = torch.where(_as(begun, kept), kept, apply(kept, passed))
+        begun = begun | torch.roll(begun, reach, 0) | (torch.arange(len(added)) < reach)
         reach *= 2
     return added
 

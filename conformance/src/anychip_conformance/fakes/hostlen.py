@@ -24,6 +24,7 @@ from anychip.plugin_api import (
     FusedMoE,
     GraphCapture,
     GraphLevel,
+    GroupSpec,
     MoESpec,
     PlannedCall,
     Platform,
@@ -35,7 +36,8 @@ from anychip.plugin_api import (
     StepLimits,
 )
 from anychip_conformance.fakes.functional import DenseMoE
-from anychip_conformance.fakes.recorded import refuse_host_read
+from anychip_conformance.fakes.recorded import refuse_host_copy, refuse_host_read
+from anychip_conformance.fakes.recorded_communicator import RecordedCommunicator, host_communicator
 
 BLOCK_SIZE = 128
 _GRAPH_ROWS = (1, 2, 4, 8, 16)
@@ -62,7 +64,7 @@ class Task:
 
 
 class Recording(TorchDispatchMode):
-    """Lists what runs. A value read on the host has no place in a graph."""
+    """Lists what runs. A value read on the host has no place in a graph, nor has a tensor of the host's numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class Recording(TorchDispatchMode):
         if self.paused:
             return func(*args, **(kwargs or {}))
         refuse_host_read(func)
+        refuse_host_copy(func)
         output = func(*args, **(kwargs or {}))
         self.tasks.append(Task(func, args, dict(kwargs or {}), output))
         return output
@@ -100,6 +103,19 @@ class HostlenGraphs(GraphCapture):
 
     def __init__(self) -> None:
         self.recording: Recording | None = None
+
+    def collective(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """RecordedCommunicator's: what a collective does inside is none of the graph's."""
+        recording = self.recording
+        if recording is None or recording.paused:
+            return run(*arguments)
+        recording.paused = True
+        try:
+            output = run(*arguments)
+        finally:
+            recording.paused = False
+        recording.tasks.append(Task(run, arguments, {}, output))
+        return output
 
     def capture(
         self,
@@ -135,8 +151,12 @@ class HostlenGraphs(GraphCapture):
             recording.tasks = []
             return eager.out
 
-        with recording:
-            output = fn(run_outside_graph)
+        self.recording = recording
+        try:
+            with recording:
+                output = fn(run_outside_graph)
+        finally:
+            self.recording = None
         return RecordedPieces([*pieces, recording.tasks], output)
 
     def run_pieces(self, handle: RecordedPieces, plans: Sequence[Any]) -> Any:
@@ -360,6 +380,7 @@ class HostlenPlatform(Platform):
         padding="dummy_request",
         stale_kv="must_be_finite",
         graph_level=GraphLevel.FULL,
+        collectives="runtime",
         lora=True,
     )
 
@@ -374,6 +395,10 @@ class HostlenPlatform(Platform):
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
         return DenseMoE(spec, self)
+
+    def communicator(self, group: GroupSpec) -> Communicator:
+        inner = host_communicator(group)
+        return inner if group.size == 1 else RecordedCommunicator(inner, self._graphs.collective)
 
     def kv_budget(self, profile: object) -> int:
         return 2**24

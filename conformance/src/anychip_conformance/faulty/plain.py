@@ -11,13 +11,8 @@ from torch import Tensor
 
 from anychip.ops.reference import DenseCacheAttention, DenseWeights, ExpertWeights, ReferenceLinear, ReferenceMoE
 from anychip.plugin_api import AttentionLayer, BatchView, Communicator, GroupSpec, PartialAttention, Routing
-from anychip.registry.devices import probe
-from anychip.registry.plugins import load_plugins
 from anychip.types import cdiv
-from anychip.worker.open_platform import open_platform
-
-_RUNTIME = "cpu"
-"""Whose communicator carries the ranks of a simulated platform."""
+from anychip_conformance.fakes.recorded_communicator import host_communicator
 
 
 class PlainAttention(DenseCacheAttention):
@@ -178,9 +173,5 @@ class InvariantMoE(ReferenceMoE):
 
 def plain_communicator(group: GroupSpec, fault: Callable[[Communicator], Communicator] | None) -> Communicator:
     """The host's own, wrapped by a fault."""
-    if group.size == 1:
-        return Communicator(group)
-    manifest = load_plugins().platforms[_RUNTIME]
-    platform = open_platform(manifest, device_indexes=(0,), options=manifest.options(), probe=probe(manifest))
-    inner = platform.communicator(group)
-    return inner if fault is None else fault(inner)
+    inner = host_communicator(group)
+    return inner if fault is None or group.size == 1 else fault(inner)

@@ -45,6 +45,11 @@ _MODULES = (
     "reach_products",
     "reach_steps",
     "forms",
+    "bad_rows",
+    "bad_rows_caches",
+    "later",
+    "moves",
+    "eight_bits",
 )
 
 

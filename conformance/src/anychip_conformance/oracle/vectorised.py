@@ -3,6 +3,7 @@ element, how far an honest backend may be from it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,11 +157,21 @@ class Expert:
     down_bias: Array | None = None
 
 
-def run_expert(x: Array, expert: Expert, activation: str, dtype: str, *, dw: float = 0.0) -> Bounded:
-    gate = linear(x, expert.gate, expert.gate_bias, dtype, dw=dw)
-    up = linear(x, expert.up, expert.up_bias, dtype, dw=dw)
+def run_expert(
+    x: Array,
+    expert: Expert,
+    activation: str,
+    dtype: str,
+    *,
+    dw: float = 0.0,
+    rounding: Callable[[Array], Array | float] = lambda x: 0.0,
+) -> Bounded:
+    """`rounding` gives what a scheme's rounding of activations may cost, by element."""
+    gate = linear(x, expert.gate, expert.gate_bias, dtype, dx=rounding(x), dw=dw)
+    up = linear(x, expert.up, expert.up_bias, dtype, dx=rounding(x), dw=dw)
     hidden = gated(gate, up, activation, dtype)
-    return linear(hidden.value, expert.down, expert.down_bias, dtype, dx=hidden.bound, dw=dw)
+    dx = hidden.bound + rounding(np.abs(hidden.value) + hidden.bound)
+    return linear(hidden.value, expert.down, expert.down_bias, dtype, dx=dx, dw=dw)
 
 
 def gated(gate: Bounded, up: Bounded, activation: str, dtype: str) -> Bounded:

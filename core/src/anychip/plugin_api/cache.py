@@ -55,17 +55,19 @@ class CacheBackend:
     name = "unnamed"
 
     def copy_blocks(self, cache: Cache, src: Sequence[int], dst: Sequence[int]) -> Cache:
-        """Block dst[i] becomes a copy of block src[i]."""
+        """Block dst[i] becomes a copy of block src[i] as it was before the call: a block may stand in both lists, and
+        several times in src. dst names a block once. Either may be empty."""
         raise Unsupported(self.name, ["copy_blocks is not implemented"])
 
     def zero_blocks(self, cache: Cache, ids: Sequence[int]) -> Cache:
-        """Fills blocks with zeros."""
+        """Fills blocks with zeros. An id may stand twice."""
         raise Unsupported(self.name, ["zero_blocks is not implemented"])
 
     def export_arrays(self, cache: Cache, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Blocks in canonical form, in the order of `ids`: the spec's arrays by name, each [len(ids), *shape]."""
+        """Blocks in canonical form, in the order of `ids`: the spec's arrays by name, each [len(ids), *shape]. They
+        are copies: the pool goes on without changing them. An id may stand twice; of no ids come empty arrays."""
         raise Unsupported(self.name, ["export_arrays is not implemented"])
 
     def import_arrays(self, cache: Cache, ids: Sequence[int], arrays: Mapping[str, Tensor]) -> Cache:
-        """The inverse of export_arrays; other blocks stay."""
+        """The inverse of export_arrays, of ids that differ; other blocks stay. The arrays are the caller's again."""
         raise Unsupported(self.name, ["import_arrays is not implemented"])

@@ -62,7 +62,8 @@ class Communicator:
         return self.spec.size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, on every rank. May reuse x's storage."""
+        """Sum over ranks, on every rank. May reuse x's storage. NaN and infinities are in the sum at their own places.
+        This and every other result is the caller's: later collectives leave it."""
         return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:

@@ -48,7 +48,7 @@ class EncoderView:
     """One step's rows as encoder layers see them. Device tensors, padded to the step's ShapeKey.
 
     Row r owns tokens query_start[r] .. query_start[r + 1]. Tokens from query_start[num_reqs] on are padding: what comes
-    out for them is nobody's, and finite.
+    out for them is nobody's, and finite where the rows are. What a row holds changes no bit of another's output.
     """
 
     query_start: Tensor  # [num_reqs + 1]

@@ -193,7 +193,8 @@ class GraphCapture:
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once, recording; returns a handle. fn reads and writes storage that outlives the call."""
+        """Runs fn once, recording; returns a handle. fn reads and writes storage that outlives the call. Collectives of
+        `communicators` in fn run again at every replay; fn reads no value on the host and brings none from there."""
         raise Unsupported("graph capture", ["the platform captures no graphs"])
 
     def run(self, handle: Any, plans: Sequence[Plan]) -> Any:

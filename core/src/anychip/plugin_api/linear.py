@@ -130,5 +130,6 @@ class LinearKernel:
         self.load(packed, part, tensor, row=row)
 
     def apply(self, x: Tensor, packed: Packed, *, out: Tensor | None = None) -> Tensor:
-        """[num_tokens, out_features], or half as many with an epilogue."""
+        """[num_tokens, out_features], or half as many with an epilogue. A row follows from its own activations, scales
+        of their rounding included, and the result is the caller's, as Ops says."""
         raise Unsupported(self.name, ["apply is not implemented"])

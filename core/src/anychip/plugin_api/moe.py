@@ -92,7 +92,9 @@ class Dispatched:
 
 
 class FusedMoE:
-    """load is called per expert with parts "gate", "up" and "down", as LinearKernel's is for its parts."""
+    """A token's result follows from that token, and is the caller's, as Ops says.
+
+    load is called per expert with parts "gate", "up" and "down", as LinearKernel's is for its parts."""
 
     name = "unnamed"
 
@@ -119,7 +121,9 @@ class FusedMoE:
         raise Unsupported(self.name, ["remap is not implemented"])
 
     def route(self, router_logits: Tensor, bias: Tensor | None = None) -> Routing:
-        """Picks experts. router_logits [num_tokens, num_experts]."""
+        """Picks experts. router_logits [num_tokens, num_experts]. A row's ids are top_k different experts that exist,
+        whatever its logits are: NaN and infinities, or minus infinity in all. Its weights may then be anything; other
+        rows keep their bits."""
         raise Unsupported(self.name, ["route is not implemented"])
 
     def experts(self, x: Tensor, routing: Routing, packed: Packed, *, expert_map: Tensor | None = None) -> Tensor:

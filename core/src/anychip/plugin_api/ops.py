@@ -91,11 +91,15 @@ class QKNorm:
 
 
 class Ops(Protocol):
-    """The ops as models call them. Shapes use docs/glossary.md; all arguments go by keyword."""
+    """The ops as models call them. Shapes use docs/glossary.md; all arguments go by keyword.
+
+    What an op gives for a row follows from that row and from the shapes: whatever stands in the others, NaN and
+    infinities too, changes no bit of it. A result is the caller's: later calls leave it, and so does who overwrites
+    the arguments behind the call, but for ops that say they may give an argument back."""
 
     def embedding(self, *, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
         """Rows of weight [rows, hidden_size] for ids [num_tokens]; weight holds ids from `first` on, and an id
-        it does not hold gives zeros."""
+        it does not hold gives zeros, also where weight holds NaN."""
         ...
 
     def rms_norm(self, *, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
@@ -115,7 +119,7 @@ class Ops(Protocol):
         ...
 
     def apply_token_masks(self, *, logits: Tensor, masks: Tensor) -> Tensor:
-        """Minus infinity where a packed bitmask [rows, words] int32 has a 0 bit."""
+        """Minus infinity where a packed bitmask [rows, words] int32 has a 0 bit, whatever the logit was: NaN too."""
         ...
 
     def edit_logits(
@@ -160,7 +164,8 @@ class Ops(Protocol):
         position: Tensor,
         all_greedy: bool = False,
     ) -> Tensor:
-        """Token ids [rows] int32 drawn as docs/reference/randomness.md specifies. `all_greedy` is a promise."""
+        """Token ids [rows] int32 drawn as docs/reference/randomness.md specifies. `all_greedy` is a promise.
+        A row that has NaN or infinity, or no token above minus infinity, draws some id of the vocabulary."""
         ...
 
     def accept_drafts(self, *, ids: Tensor, draft_ids: Tensor, first_samples: Tensor) -> Tensor:
@@ -170,7 +175,8 @@ class Ops(Protocol):
         ...
 
     def logprobs(self, *, logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability of token_ids [rows], then the num_top likeliest ids and their log-probabilities."""
+        """Log-probability of token_ids [rows], then the num_top likeliest ids and their log-probabilities. Ids are of
+        the vocabulary, whatever the row holds."""
         ...
 
     def qkv_norm_rope(

@@ -20,7 +20,9 @@ class BatchView:
     Form in plugin_api/ops.py); the host arrays are unpadded and present as `host_lengths` was declared.
 
     A row r owns query tokens query_start[r] .. query_start[r + 1]; its keys are the first seq_lens[r] tokens
-    of its sequence, the last of them its own.
+    of its sequence, the last of them its own. A row may own no token, wherever it stands: nothing is written for it,
+    and its length is 0. What is given for a row's tokens, NaN and infinities too, changes no bit of what other rows
+    get or keep; a forward's output is the caller's, and stays when the layer is called again.
     """
 
     query_start: Tensor  # [num_reqs + 1]

@@ -56,7 +56,8 @@ class StateView:
     """One step's rows as state layers see them. Device tensors, padded to the step's ShapeKey.
 
     A row r owns tokens query_start[r] .. query_start[r + 1], which come behind the seq_lens[r] minus that many tokens
-    that its state has taken in. Tokens from query_start[num_reqs] on are padding and advance nothing.
+    that its state has taken in. Tokens from query_start[num_reqs] on are padding and advance nothing; neither does a
+    row without a token. What a row takes in, NaN too, changes no bit of another's output or state.
     """
 
     query_start: Tensor  # [num_reqs + 1]

@@ -34,7 +34,8 @@ class StepOutputs(Protocol):
     """A step's results on their way to the host."""
 
     def fetch(self) -> HostOutputs:
-        """Waits for this step, and for no later one."""
+        """Waits for this step, and for no later one. The next step may have been started meanwhile; fetched again, the
+        outputs are the same."""
         ...
 
 

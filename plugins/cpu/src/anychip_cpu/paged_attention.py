@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class CpuPagedAttention(AttentionBackend):
         return keys, values.view(blocks, heads, size, dim).transpose(1, 2)
 
     def _flat(self, view: Tensor) -> Tensor:
-        return view.reshape(len(view), -1, self.spec.num_kv_heads, self._padded_dim)
+        heads, dim = self.spec.num_kv_heads, self._padded_dim
+        return view.reshape(len(view), prod(view.shape[1:]) // (heads * dim), heads, dim)  # of no blocks, too
 
     # -- a step -------------------------------------------------------------------------------------------
 

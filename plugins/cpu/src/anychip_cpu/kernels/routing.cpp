@@ -1,6 +1,7 @@
 #include "routing.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "pool.h"
@@ -20,7 +21,9 @@ void route_token(const Route& a, int64_t token, float* scores, float* picking) {
   }
   for (int64_t e = 0; e < a.experts; ++e) {
     if (!a.sigmoid) scores[e] /= total;
-    picking[e] = a.bias ? scores[e] + a.bias[e] : scores[e];
+    const float pick = a.bias ? scores[e] + a.bias[e] : scores[e];
+    // Above what was picked, also where it is NaN, which no comparison finds: a row's experts differ.
+    picking[e] = pick > -FLT_MAX ? pick : -FLT_MAX;
   }
   float sum = 0;
   for (int64_t k = 0; k < a.top_k; ++k) {

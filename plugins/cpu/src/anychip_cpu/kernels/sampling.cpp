@@ -21,14 +21,16 @@ double uniform(uint32_t seed_low, uint32_t seed_high, uint32_t index, uint32_t p
   return (double(c0 >> 5) * 67108864.0 + double(c1 >> 6)) * 0x1p-53;
 }
 
+// NaN is never the greatest; of a row that has nothing greater than -inf it is the first.
 int32_t greatest(const float* row, int64_t vocab) {
   constexpr int64_t kPiece = 4096;
   int64_t best = 0;
+  float found = -INFINITY;
   for (int64_t begin = 0; begin < vocab; begin += kPiece) {
     const int64_t end = std::min(vocab, begin + kPiece);
-    float most = row[begin];
-    for (int64_t i = begin + 1; i < end; ++i) most = row[i] > most ? row[i] : most;
-    if (most > row[best] || begin == 0) best = std::find(row + begin, row + end, most) - row;
+    float most = -INFINITY;
+    for (int64_t i = begin; i < end; ++i) most = row[i] > most ? row[i] : most;
+    if (most > found) found = most, best = std::find(row + begin, row + end, most) - row;
   }
   return int32_t(best);
 }
@@ -69,10 +71,10 @@ int32_t draw(const Sample& a, int64_t row, bool alone) {
   const double most = double(logits[best]) / temperature;
   std::vector<Ranked> items(a.vocab);
   const auto weigh = [&](int64_t i, int64_t end) {
-    // Masked tokens, often nearly all, need no exponential.
+    // Masked tokens, often nearly all, need no exponential. What is no number weighs nothing: ranks need an order.
     for (; i < end; ++i) {
-      const double weight = logits[i] == -INFINITY ? 0 : std::exp(double(logits[i]) / temperature - most);
-      items[i] = {weight, int32_t(i)};
+      const double weight = logits[i] > -INFINITY ? std::exp(double(logits[i]) / temperature - most) : 0;
+      items[i] = {weight > 0 ? weight : 0, int32_t(i)};
     }
   };
   if (alone) parallel_for(a.vocab, 8192, weigh);
