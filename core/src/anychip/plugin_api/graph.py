@@ -193,7 +193,8 @@ class GraphCapture:
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once, recording; returns a handle. fn reads and writes storage that outlives the call."""
+        """Records what fn does; returns a handle. fn reads and writes storage that outlives the call. Raises Unsupported
+        for an fn that holds what cannot be recorded: such steps run eagerly."""
         raise Unsupported("graph capture", ["the platform captures no graphs"])
 
     def run(self, handle: Any, plans: Sequence[Plan]) -> Any:
@@ -209,8 +210,8 @@ class GraphCapture:
         *,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once and records it in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are
-        not recorded: they run under `plans`. What is recorded depends on the number of tokens alone."""
+        """Records what fn does in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are not
+        recorded: they run under `plans`. What is recorded depends on the number of tokens alone. Raises as `capture`."""
         raise Unsupported("graph capture", ["the platform captures no pieces"])
 
     def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:

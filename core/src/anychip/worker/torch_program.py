@@ -35,9 +35,10 @@ from anychip.plugin_api import (
     StepModel,
     StepOutputs,
     StepProgram,
+    Unsupported,
     sites_of,
 )
-from anychip.plugin_api.step_layout import blank_step_inputs
+from anychip.plugin_api.step_layout import blank_step_inputs, sampling_layout, staged_size
 from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
 from anychip.worker.torch_caches import LayerCaches
 from anychip.worker.torch_state import (
@@ -84,6 +85,7 @@ class TorchStepProgram(StepProgram):
         self.graphs = platform.graph_capture()
         self._steps = Captured(self._capture)
         self._pieces = Captured(self._capture_pieces)
+        self._refused = ""
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size if edits else 0, self.device)
         if embeddings is None:
@@ -116,8 +118,10 @@ class TorchStepProgram(StepProgram):
             keys, pieces = keys[-1:], pieces[-1:]
         self._steps.now(keys)
         self._pieces.now(pieces)
-        num_programs = len(self._steps.made) + len(self._pieces.made)
-        return CompileReport(num_programs=num_programs, seconds=time.perf_counter() - start)
+        num_programs = len(self._steps) + len(self._pieces)
+        return CompileReport(
+            num_programs=num_programs, seconds=time.perf_counter() - start, refused=self._refused
+        )
 
     @torch.inference_mode()
     def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
@@ -155,11 +159,11 @@ class TorchStepProgram(StepProgram):
     def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
         captured = self._steps.get(inputs.key)
         if captured is not None:
-            captured.staged.copy_(torch.from_numpy(inputs.staged), non_blocking=True)
+            captured.staged[: len(inputs.staged)].copy_(torch.from_numpy(inputs.staged), non_blocking=True)
             plans = self._caches.plans(inputs, captured.fields, into=captured.plans)
             logits = self.graphs.run(captured.handle, plans)
-            slots = captured.fields["sample_slots"]
-            return state, TorchHidden(logits, slots, captured.draws, taps=captured.taps)
+            slots, draws = captured.fields["sample_slots"], captured.draws[inputs.has_drafts]
+            return state, TorchHidden(logits, slots, draws, taps=captured.taps)
         staged = torch.from_numpy(inputs.staged).to(self.device, non_blocking=True)
         fields = arena_views(staged, inputs.sections)
         plans = self._caches.plans(inputs, fields)
@@ -175,7 +179,7 @@ class TorchStepProgram(StepProgram):
         pooled = None
         if inputs.pool_rows is not None:
             pooled = pooled_sums(hidden, fields["pool_rows"], inputs.key.num_reqs)
-        slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs)
+        slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs, inputs.has_drafts)
         return state, TorchHidden(self._logits(hidden, rows), slots, draws, scores, pooled, taps)
 
     def taps(self, hidden: TorchHidden) -> Sequence[Tensor]:
@@ -256,7 +260,7 @@ class TorchStepProgram(StepProgram):
     # -- graphs -------------------------------------------------------------------------------------------
 
     def _blank(self, key: ShapeKey) -> tuple[StepInputs, Tensor, Mapping[str, Tensor]]:
-        """A step of padding alone, on the host and on the device."""
+        """A step of padding alone, on the host and on the device, there with room for drafts where steps have any."""
         inputs = blank_step_inputs(
             key,
             num_groups=len(self.kv.block_sizes),
@@ -264,10 +268,12 @@ class TorchStepProgram(StepProgram):
             max_slots=self.limits.max_slots,
             states=bool(self.kv.states),
         )
-        staged = torch.from_numpy(inputs.staged).to(self.device).clone()
+        draws = sampling_layout(key.num_samples, 0, drafts=bool(self.limits.max_drafts))
+        staged = torch.zeros(staged_size(inputs.sections, draws)[1], dtype=torch.uint8, device=self.device)
+        staged[: len(inputs.staged)].copy_(torch.from_numpy(inputs.staged))
         return inputs, staged, arena_views(staged, inputs.sections)
 
-    def _capture(self, key: ShapeKey) -> CapturedStep:
+    def _capture(self, key: ShapeKey) -> CapturedStep | None:
         inputs, staged, fields = self._blank(key)
         recorder = Recorder()
         plans, taps = self._caches.plans(inputs, fields, recorder=recorder), list[Tensor]()
@@ -281,10 +287,16 @@ class TorchStepProgram(StepProgram):
                 taps[:] = extras.tapped()  # the run that counts is the last
             return self._logits(hidden, fields["logits_indices"])
 
-        handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
-        return CapturedStep(handle, staged, fields, staged_draws(staged, inputs), plans, taps)
+        try:
+            handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
+        except Unsupported as error:
+            self._refused = str(error)
+            return None
+        with_drafts = (False, True) if self.limits.max_drafts else (False,)
+        draws = {drafts: staged_draws(staged, inputs, drafts) for drafts in with_drafts}
+        return CapturedStep(handle, staged, fields, draws, plans, taps)
 
-    def _capture_pieces(self, shape: tuple[int, bool]) -> CapturedPieces:
+    def _capture_pieces(self, shape: tuple[int, bool]) -> CapturedPieces | None:
         """Of so many tokens, with taps or without."""
         num_tokens, tapped = shape
         pages = max(self.limits.max_pages, default=1)
@@ -302,5 +314,9 @@ class TorchStepProgram(StepProgram):
                 taps[:] = extras.tapped()
             return hidden
 
-        handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
+        try:
+            handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
+        except Unsupported as error:
+            self._refused = str(error)
+            return None
         return CapturedPieces(handle, ids, positions, fields.get("tap_tokens"), taps)

@@ -77,8 +77,9 @@ def known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
     return torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
 
 
-def staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
-    layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
+def staged_draws(staged: Tensor, inputs: StepInputs, has_drafts: bool) -> Mapping[str, Tensor]:
+    """The arrays of SamplingInputs that are staged with a step of this layout."""
+    layout = sampling_layout(inputs.key.num_samples, 0, drafts=has_drafts)
     return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
 
 

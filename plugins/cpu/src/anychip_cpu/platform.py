@@ -23,6 +23,8 @@ from anychip.plugin_api import (
     EncoderBackend,
     EncoderSpec,
     FusedMoE,
+    GraphCapture,
+    GraphLevel,
     GroupSpec,
     LatentBackend,
     LatentSpec,
@@ -33,6 +35,8 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     PlatformContext,
+    ShapePolicy,
+    StepLimits,
     Unsupported,
     WeightsKey,
 )
@@ -41,7 +45,7 @@ from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
 from anychip_cpu.encoder import SdpaEncoder
 from anychip_cpu.experts import CpuMoE
-from anychip_cpu.graph import GraphCapture
+from anychip_cpu.graph import CpuGraphs, Recordings
 from anychip_cpu.latent import CpuLatent
 from anychip_cpu.latent_kernel import KernelLatent
 from anychip_cpu.linear import CpuLinear
@@ -51,6 +55,7 @@ from anychip_cpu.ops import CpuOps, count_tokens
 from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import available_cores, meminfo
+from anychip_cpu.shapes import RecordedShapes
 from anychip_cpu.weights_cache import WeightsCache
 
 _log = logging.getLogger(__name__)
@@ -81,8 +86,10 @@ class CpuPlatform(Platform):
             raise Unsupported(self.name, [f"threads={options.threads}: this process may use {cores} cores"])
         threads = options.threads or min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
         self.kernels = native.load(options.isa)
+        self.recordings = Recordings()
         if self.kernels is not None:
-            self.capabilities = replace(self.capabilities, attention_lse=True)
+            level = GraphLevel.FULL if options.graphs else GraphLevel.NONE
+            self.capabilities = replace(self.capabilities, attention_lse=True, graph_level=level)
             self.isa = native.name_of(self.kernels)
             self.kernels.set_threads(threads)
         elif not options.isa:
@@ -160,7 +167,14 @@ class CpuPlatform(Platform):
         return {"count_tokens": count_tokens} if self.kernels is None else CpuOps(self.kernels).overrides()
 
     def graph_capture(self) -> GraphCapture:
-        return GraphCapture()
+        return CpuGraphs(self.kernels, self.recordings) if self._records else GraphCapture()
+
+    def shape_policy(self, limits: StepLimits) -> ShapePolicy:
+        return RecordedShapes(limits) if self._records else ShapePolicy()
+
+    @property
+    def _records(self) -> bool:
+        return self.capabilities.graph_level > GraphLevel.NONE
 
     def communicator(self, group: GroupSpec) -> Communicator:
         return communicator(group, self.kernels)

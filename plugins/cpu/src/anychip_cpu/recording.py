@@ -1,0 +1,173 @@
+"""Lists what a step does: calls of compiled kernels, which are made again together, and between them what torch does,
+made again one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anychip_cpu.arena import Arena
+from anychip_cpu.native import Kernels
+
+_aten = torch.ops.aten
+_EMPTY = frozenset({
+    _aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default, _aten.empty_strided.default,
+    _aten.new_empty_strided.default,
+})  # fmt: skip
+_ZEROS = frozenset({_aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default})
+_INDEXED = frozenset({_aten.index.Tensor, _aten._index_put_impl_.default, _aten.index_put.default, _aten.index_put_.default})
+"""Whose result has a known shape unless an index is a mask."""
+_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+Piece = Callable[[Sequence[Any], int], None]
+"""Takes the step's plans and its tokens."""
+
+
+class Unrecordable(RuntimeError):
+    """What a step does depends on values that a kernel has yet to compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """Calls of compiled kernels."""
+
+    kernels: Kernels
+    recording: object
+    first: int
+    last: int
+
+    def __call__(self, plans: Sequence[Any], num_tokens: int) -> None:
+        self.kernels.replay(self.recording, self.first, self.last, num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCall:
+    """A call of one of torch's operators. `outputs` are what it made, where it was not given that."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+
+    def __call__(self, plans: Sequence[Any], num_tokens: int) -> None:
+        result = self.run(*self.arguments, **self.keywords)
+        for held, made in zip(self.outputs, tensors_of(result), strict=False):
+            held.copy_(made)
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A call that is made anew each time, into `out`."""
+
+    call: Callable[[Sequence[Any], Tensor | None], Tensor]
+    out: Tensor
+
+    def __call__(self, plans: Sequence[Any], num_tokens: int) -> None:
+        result = self.call(plans, self.out)
+        if result.data_ptr() != self.out.data_ptr():
+            self.out.copy_(result)
+
+
+class Recording(TorchDispatchMode):
+    """Within its context, kernels are listed and not run, and torch's operators are run and listed. Nothing of what a
+    kernel would compute is there yet, so a value that is read raises Unrecordable."""
+
+    def __init__(self, kernels: Kernels, arena: Arena, num_tokens: int) -> None:
+        super().__init__()
+        self.pieces: list[Piece] = []
+        self._kernels = kernels
+        self._arena = arena
+        self._listed = kernels.new_recording(num_tokens)
+        self._num_listed = 0
+        self._kept: dict[int, Tensor] = {}  # by address: of storage that is not the arena's, and that kernels may read
+
+    def __enter__(self) -> Recording:
+        super().__enter__()
+        self._kernels.record(self._listed)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._kernels.record()
+        super().__exit__(*raised)
+        self._end_native()
+
+    def between(self, call: Callable[[Sequence[Any], Tensor | None], Tensor], plans: Sequence[Any]) -> Tensor:
+        """Makes a call now, and at every replay with that step's plans."""
+        self._kernels.record()
+        self.paused = True
+        try:
+            result = call(plans, None)
+        finally:
+            self.paused = False
+            self._kernels.record(self._listed)
+        out = self._arena.empty(tuple(result.shape), result.dtype)
+        self._add(Between(call, out))
+        return out
+
+    paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if _reads_values(func, args):
+            raise Unrecordable(f"{func} depends on a value")
+        output = func(*args, **kwargs)
+        if func in _EMPTY or func in _ZEROS:
+            return self._blank(func, output)
+        if func._schema.is_mutable:
+            self._add(TorchCall(func, args, kwargs, ()))
+            return output
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
+        made = list(tensors_of(output))
+        if not all(tensor.untyped_storage().data_ptr() in given for tensor in made):
+            self._add(TorchCall(func, args, kwargs, tuple(made)))
+        for tensor in made:
+            if not self._arena.holds(tensor):
+                self._kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return output
+
+    def _blank(self, func: Any, like: Tensor) -> Tensor:
+        if not like.is_contiguous() or like.device.type != "cpu":
+            self._kept.setdefault(like.untyped_storage().data_ptr(), like)
+            out = like
+        else:
+            out = self._arena.empty(tuple(like.shape), like.dtype)
+        if func in _ZEROS:
+            self._add(TorchCall(_aten.zero_.default, (out,), {}, ()))
+        return out
+
+    def _add(self, piece: Piece) -> None:
+        self._end_native()
+        self.pieces.append(piece)
+
+    def _end_native(self) -> None:
+        """What kernels were called since the last piece is one."""
+        count = self._kernels.num_recorded(self._listed)
+        if count > self._num_listed:
+            self.pieces.append(Native(self._kernels, self._listed, self._num_listed, count))
+            self._num_listed = count
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """Those within lists, tuples and dicts, in order."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_of(value)
+    elif isinstance(values, dict):
+        yield from tensors_of(list(values.values()))
+
+
+def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
+    if func in _INDEXED:
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_of(args[1]))
+    return any(tag in func.tags for tag in _READS)
