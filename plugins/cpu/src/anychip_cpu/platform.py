@@ -36,18 +36,20 @@ from anychip.plugin_api import (
     Platform,
     PlatformContext,
     ShapePolicy,
+    StateBackend,
+    StateSpec,
     StepLimits,
     Unsupported,
     WeightsKey,
 )
 from anychip_cpu import CORES_VARIABLE, CpuOptions, native
+from anychip_cpu.anew import AnewLatent, AnewStates
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
 from anychip_cpu.encoder import SdpaEncoder
 from anychip_cpu.experts import CpuMoE
 from anychip_cpu.graph import CpuGraphs, Recordings
 from anychip_cpu.latent import CpuLatent
-from anychip_cpu.latent_kernel import KernelLatent
 from anychip_cpu.linear import CpuLinear
 from anychip_cpu.memory import HUGE_PAGE, peak_resident, zeroed
 from anychip_cpu.moe import GroupedMoE
@@ -139,7 +141,11 @@ class CpuPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        return CpuLatent(spec) if self.kernels is None else KernelLatent(spec, self.kernels, self.isa)
+        return CpuLatent(spec) if self.kernels is None else AnewLatent(spec, self.kernels, self.isa, self.recordings)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        return AnewStates(spec, self.recordings)
 
     def encoder(self, spec: EncoderSpec) -> EncoderBackend:
         self.check(spec)

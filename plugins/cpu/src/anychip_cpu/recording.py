@@ -3,7 +3,7 @@ made again one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip_cpu.arena import Arena
 from anychip_cpu.native import Kernels
+from anychip_cpu.torch_ops import as_kernel
 
 _aten = torch.ops.aten
 _EMPTY = frozenset({
@@ -82,6 +83,7 @@ class Recording(TorchDispatchMode):
         self.pieces: list[Piece] = []
         self._kernels = kernels
         self._arena = arena
+        self._num_tokens = num_tokens
         self._listed = kernels.new_recording(num_tokens)
         self._num_listed = 0
         self._kept: dict[int, Tensor] = {}  # by address: of storage that is not the arena's, and that kernels may read
@@ -128,15 +130,38 @@ class Recording(TorchDispatchMode):
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
         made = list(tensors_of(output))
         if not all(tensor.untyped_storage().data_ptr() in given for tensor in made):
+            if (written := self._by_kernel(func, output, args, kwargs)) is not None:
+                return written
             self._add(TorchCall(func, args, kwargs, tuple(made)))
-        for tensor in made:
+        self._keep(made)
+        return output
+
+    def _by_kernel(self, func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result in storage of the arena, which a kernel writes at every replay; None: no kernel has the operator,
+        or nothing says that its rows are the step's tokens."""
+        if not isinstance(output, Tensor) or not output.dim():
+            return None
+        given = list(tensors_of((args, kwargs)))
+        of_tokens = output.shape[0] == self._num_tokens and not output.dtype.is_floating_point
+        if not of_tokens and not any(map(self._arena.holds, given)):
+            return None
+        write = as_kernel(func, output, args, kwargs)
+        if write is None:
+            return None
+        out = self._arena.empty(tuple(output.shape), output.dtype)
+        out.copy_(output)
+        self._keep(given)
+        write(self._kernels, out)
+        return out
+
+    def _keep(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
             if not self._arena.holds(tensor):
                 self._kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return output
 
     def _blank(self, func: Any, like: Tensor) -> Tensor:
         if not like.is_contiguous() or like.device.type != "cpu":
-            self._kept.setdefault(like.untyped_storage().data_ptr(), like)
+            self._keep([like])
             out = like
         else:
             out = self._arena.empty(tuple(like.shape), like.dtype)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from anychip.plugin_api import ADAPTERS, SCORES, TAPS, ShapeKey, ShapePolicy, StepLimits
 
-_TOKENS = (1, 4, 16, 64)
+_TOKENS = (1, 5, 17, 67)
 """A recording takes as many tokens or fewer, and kernels compute none that a step does not have: a few sizes suffice.
-Above the last, Python costs a step a few hundredths of its time."""
+Above the last, Python costs a step a few hundredths of its time. They are primes, which no size of a model is a multiple
+of: a call's rows tell whether they follow the tokens."""
 
 _FEW_PAGES = 256
 """A step's block table is copied whole."""
@@ -19,8 +20,9 @@ class RecordedShapes(ShapePolicy):
     keep their sizes."""
 
     def __init__(self, limits: StepLimits) -> None:
-        self._pieces = [count for count in _TOKENS if 1 < count <= limits.max_num_tokens]
-        tokens = [count for count in _TOKENS if count <= limits.max_num_tokens]
+        smaller = (0, *_TOKENS)
+        tokens = [count for count, below in zip(_TOKENS, smaller, strict=False) if below < limits.max_num_tokens]
+        self._pieces = tokens[1:]
         longest = max(limits.max_pages, default=1)
         pages = sorted({min(_FEW_PAGES, longest), longest})
         self._keys = [

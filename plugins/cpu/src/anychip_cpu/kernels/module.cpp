@@ -19,6 +19,7 @@
 #include "routing.h"
 #include "sampling.h"
 #include "shared_memory.h"
+#include "tensors.h"
 
 namespace anychip {
 namespace {
@@ -334,6 +335,27 @@ PyObject* mask_tokens(PyObject*, Args args, Py_ssize_t count) {
   return launch(m, &Masks::rows, [](const Masks& m) { apply_masks(m); });
 }
 
+// (op, type, out type, a, b, condition, out, rows, width, scalar)
+PyObject* elementwise(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Elementwise e;
+  e.op = Elementwise::Op(a.integer()), e.type = a.type(), e.out_type = a.type();
+  e.a = a.address<void>(), e.b = a.address<void>(), e.condition = a.address<bool>(), e.out = a.address<void>();
+  e.rows = a.integer(), e.width = a.integer(), e.scalar = a.real();
+  if (a.failed()) return nullptr;
+  return launch(e, &Elementwise::rows, [](const Elementwise& e) { apply(e); });
+}
+
+// (source, indices, whether they are int64, out, rows, source rows, row bytes)
+PyObject* gather_rows(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Gather g;
+  g.source = a.address<char>(), g.indices = a.address<void>(), g.wide = a.integer(), g.out = a.address<char>();
+  g.rows = a.integer(), g.source_rows = a.integer(), g.row_bytes = a.integer();
+  if (a.failed()) return nullptr;
+  return launch(g, &Gather::rows, [](const Gather& g) { gather(g); });
+}
+
 // (region, rank, ranks, slot bytes, data, elements, type, timeout in seconds) -> whether every rank came
 PyObject* shared_all_reduce(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -402,6 +424,8 @@ PyMethodDef methods[] = {
     ENTRY("sample", sample_tokens),
     ENTRY("edit_logits", edit_row_logits),
     ENTRY("apply_token_masks", mask_tokens),
+    ENTRY("elementwise", elementwise),
+    ENTRY("gather", gather_rows),
     ENTRY("all_reduce", shared_all_reduce),
     ENTRY("new_recording", new_recording),
     ENTRY("record", record),
