@@ -176,6 +176,8 @@ class GraphCapture:
     level = GraphLevel.NONE
     lazy = False
     """Whether a shape is captured when a step first has it, instead of at the start."""
+    draws = False
+    """Whether what is drawn from a captured step's logits is captured as well."""
 
     def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
         """Bytes that capturing `keys`, and so many tokens in pieces, will need."""
@@ -193,8 +195,8 @@ class GraphCapture:
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Records what fn does; returns a handle. fn reads and writes storage that outlives the call. Raises Unsupported
-        for an fn that holds what cannot be recorded: such steps run eagerly."""
+        """Records what fn does; returns a handle. fn reads and writes storage that outlives the call. Raises
+        Unsupported for an fn that holds what cannot be recorded: such steps run eagerly."""
         raise Unsupported("graph capture", ["the platform captures no graphs"])
 
     def run(self, handle: Any, plans: Sequence[Plan]) -> Any:
@@ -211,7 +213,8 @@ class GraphCapture:
         communicators: Sequence[Communicator] = (),
     ) -> Any:
         """Records what fn does in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are not
-        recorded: they run under `plans`. What is recorded depends on the number of tokens alone. Raises as `capture`."""
+        recorded: they run under `plans`. What is recorded depends on the number of tokens alone. Raises as `capture`
+        does."""
         raise Unsupported("graph capture", ["the platform captures no pieces"])
 
     def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:

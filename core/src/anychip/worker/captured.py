@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+
+@dataclass(slots=True)
+class CapturedDraw:
+    handle: object
+    plans: list[object]
 
 
 @dataclass(slots=True)
@@ -20,6 +26,8 @@ class CapturedStep:
     draws: Mapping[bool, Mapping[str, Tensor]]  # by whether the step has drafts
     plans: list[object]
     taps: Sequence[Tensor]  # of `handle`'s output, which replays rewrite
+    draw_graphs: dict[tuple[tuple[str, ...], bool], CapturedDraw | None] = field(default_factory=dict)
+    """By the sampling's features and whether all is greedy; None where the platform could not."""
 
 
 @dataclass(slots=True)

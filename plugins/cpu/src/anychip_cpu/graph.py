@@ -53,6 +53,7 @@ class CpuGraphs(GraphCapture):
 
     level = GraphLevel.FULL
     lazy = True
+    draws = True
 
     def __init__(self, kernels: Kernels, recordings: Recordings) -> None:
         self._kernels = kernels

@@ -21,7 +21,9 @@ _EMPTY = frozenset({
     _aten.new_empty_strided.default,
 })  # fmt: skip
 _ZEROS = frozenset({_aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default})
-_INDEXED = frozenset({_aten.index.Tensor, _aten._index_put_impl_.default, _aten.index_put.default, _aten.index_put_.default})
+_INDEXED = frozenset(
+    {_aten.index.Tensor, _aten._index_put_impl_.default, _aten.index_put.default, _aten.index_put_.default}
+)
 """Whose result has a known shape unless an index is a mask."""
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -119,6 +121,12 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        if func._can_decompose():  # of inference mode: outside it, torch takes such operators apart before
+            super().__enter__()
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         if _reads_values(func, args):
             raise Unrecordable(f"{func} depends on a value")
         output = func(*args, **kwargs)

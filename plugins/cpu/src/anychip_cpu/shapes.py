@@ -8,8 +8,8 @@ from anychip.plugin_api import ADAPTERS, SCORES, TAPS, ShapeKey, ShapePolicy, St
 
 _TOKENS = (1, 5, 17, 67)
 """A recording takes as many tokens or fewer, and kernels compute none that a step does not have: a few sizes suffice.
-Above the last, Python costs a step a few hundredths of its time. They are primes, which no size of a model is a multiple
-of: a call's rows tell whether they follow the tokens."""
+Above the last, Python costs a step a few hundredths of its time. They are primes, of which no size of a model is a
+multiple: a call's rows tell whether they follow the tokens."""
 
 _FEW_PAGES = 256
 """A step's block table is copied whole."""

@@ -1,4 +1,4 @@
-"""Operators of torch that have a kernel of the same bits: recorded, they need no Python between the kernels around them."""
+"""Operators of torch that have a kernel of the same bits: recorded, they are part of the piece around them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from anychip_cpu.native import DTYPES, Kernels
 
 _aten = torch.ops.aten
-_ADD, _MULTIPLY, _SCALE, _CONVERT, _LESS, _SELECT = range(6)
+_ADD, _MULTIPLY, _SCALE, _CONVERT, _LESS, _SELECT, _WIDEN = range(7)
 """kernels/tensors.h's Elementwise::Op."""
 
 _CODES = {torch.float32: DTYPES["float32"], torch.bfloat16: DTYPES["bfloat16"]}
@@ -61,6 +61,8 @@ def _binary(op: int) -> Call:
 
 def _convert(result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Written | None:
     a = args[0]
+    if (a.dtype, result.dtype) == (torch.int32, torch.int64) and _alike(result, a):
+        return _elementwise(_WIDEN, a)
     fits = {a.dtype, result.dtype} <= _CODES.keys() and _alike(result, a)
     return _elementwise(_CONVERT, a) if fits else None
 
@@ -95,6 +97,21 @@ def _gather(result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return write
 
 
+def _replace(result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Written | None:
+    base, dim, index, source = args
+    whole = all(tensor.is_contiguous() for tensor in (base, index, source))
+    if dim != 0 or not whole or index.dtype != torch.int64 or base.dtype != source.dtype or index.dim() != 1:
+        return None
+    row_bytes = math.prod(base.shape[1:]) * base.element_size()
+
+    def write(kernels: Kernels, out: Tensor) -> None:
+        kernels.replace(
+            base.data_ptr(), index.data_ptr(), source.data_ptr(), out.data_ptr(), len(index), len(base), row_bytes
+        )
+
+    return write
+
+
 _KNOWN: Mapping[Any, Call] = MappingProxyType({
     _aten.add.Tensor: _binary(_ADD),
     _aten.mul.Tensor: _binary(_MULTIPLY),
@@ -102,4 +119,5 @@ _KNOWN: Mapping[Any, Call] = MappingProxyType({
     _aten.lt.Scalar: _less,
     _aten.where.self: _select,
     _aten.index.Tensor: _gather,
+    _aten.index_copy.default: _replace,
 })  # fmt: skip

@@ -356,6 +356,16 @@ PyObject* gather_rows(PyObject*, Args args, Py_ssize_t count) {
   return launch(g, &Gather::rows, [](const Gather& g) { gather(g); });
 }
 
+// (base, indices, source, out, rows, base rows, row bytes)
+PyObject* replaced_rows(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Replace r;
+  r.base = a.address<char>(), r.indices = a.address<int64_t>(), r.source = a.address<char>(), r.out = a.address<char>();
+  r.rows = a.integer(), r.base_rows = a.integer(), r.row_bytes = a.integer();
+  if (a.failed()) return nullptr;
+  return launch(r, &Replace::rows, [](const Replace& r) { replace_rows(r); });
+}
+
 // (region, rank, ranks, slot bytes, data, elements, type, timeout in seconds) -> whether every rank came
 PyObject* shared_all_reduce(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
@@ -426,6 +436,7 @@ PyMethodDef methods[] = {
     ENTRY("apply_token_masks", mask_tokens),
     ENTRY("elementwise", elementwise),
     ENTRY("gather", gather_rows),
+    ENTRY("replace", replaced_rows),
     ENTRY("all_reduce", shared_all_reduce),
     ENTRY("new_recording", new_recording),
     ENTRY("record", record),

@@ -11,9 +11,9 @@ namespace anychip {
 
 // One operator on contiguous tensors of `rows` by `width`.
 struct Elementwise {
-  enum Op : int64_t { kAdd, kMultiply, kScale, kConvert, kLess, kSelect };
+  enum Op : int64_t { kAdd, kMultiply, kScale, kConvert, kLess, kSelect, kWiden };
   Op op;
-  DType type;       // of a and b; what kSelect picks is four bytes wide, and kLess compares int32
+  DType type;       // of a and b; what kSelect picks is four bytes wide, and kLess compares int32, which kWiden makes int64
   DType out_type;   // of the result of kConvert
   const void *a, *b;  // b null: none
   const bool* condition;  // of kSelect: a where it holds
@@ -46,6 +46,9 @@ void apply_part(const Elementwise& e, int64_t begin, int64_t end) {
     case Elementwise::kLess:
       for (int64_t i = begin; i < end; ++i) ((bool*)e.out)[i] = ((const int32_t*)e.a)[i] < e.scalar;
       return;
+    case Elementwise::kWiden:
+      for (int64_t i = begin; i < end; ++i) ((int64_t*)e.out)[i] = ((const int32_t*)e.a)[i];
+      return;
     case Elementwise::kSelect:
       for (int64_t i = begin; i < end; ++i)
         ((int32_t*)e.out)[i] = (e.condition[i] ? (const int32_t*)e.a : (const int32_t*)e.b)[i];
@@ -76,6 +79,22 @@ inline void gather(const Gather& g) {
     if (row >= 0 && row < g.source_rows) std::memcpy(g.out + i * g.row_bytes, g.source + row * g.row_bytes, g.row_bytes);
     else std::memset(g.out + i * g.row_bytes, 0, g.row_bytes);
   }
+}
+
+// A copy of `base` with rows replaced; the last of several for one place stays.
+struct Replace {
+  const char* base;        // [base_rows] of row_bytes
+  const int64_t* indices;  // [rows], each within base_rows
+  const char* source;      // [rows]
+  char* out;               // [base_rows]
+  int64_t rows, base_rows, row_bytes;
+};
+
+inline void replace_rows(const Replace& r) {
+  std::memcpy(r.out, r.base, r.base_rows * r.row_bytes);
+  for (int64_t i = 0; i < r.rows; ++i)
+    if (r.indices[i] >= 0 && r.indices[i] < r.base_rows)
+      std::memcpy(r.out + r.indices[i] * r.row_bytes, r.source + i * r.row_bytes, r.row_bytes);
 }
 
 }  // namespace anychip
