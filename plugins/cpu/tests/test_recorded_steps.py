@@ -52,9 +52,9 @@ def engine(folder: Path, graphs: bool, **settings: Any) -> Iterator[LLM]:
 
 def answers(llm: LLM, prompts: Sequence[list[int]] = PROMPTS, **asked: Any) -> list[object]:
     """Tokens and log-probabilities of greedy and seeded requests, which end one after the other: twice, the second time
-    from a full prefix cache and recordings."""
+    from a full prefix cache and recordings. Where none are asked for, draws are recorded too."""
     params = [
-        SamplingParams(max_tokens=6 + row, temperature=0.8 * (row % 2), seed=row, ignore_eos=True, **asked)
+        SamplingParams(max_tokens=4 + row, temperature=0.8 * (row % 2), seed=row, ignore_eos=True, **asked)
         for row in range(len(prompts))
     ]
     found = [output.outputs[0] for _ in range(2) for output in llm.generate(prompts, params)]
@@ -67,10 +67,10 @@ def program(llm: LLM) -> Any:
 
 def both(folder: Path, prompts: Sequence[list[int]] = PROMPTS, **settings: Any) -> None:
     with engine(folder, True, **settings) as llm:
-        recorded = [answers(llm, prompts, logprobs=2), answers(llm, prompts)]
+        recorded = [answers(llm, prompts, logprobs=2), answers(llm, prompts[:3])]
         assert len(program(llm)._steps) and not program(llm)._captures.refused
     with engine(folder, False, **settings) as llm:
-        assert recorded == [answers(llm, prompts, logprobs=2), answers(llm, prompts)]
+        assert recorded == [answers(llm, prompts, logprobs=2), answers(llm, prompts[:3])]
 
 
 @pytest.mark.parametrize("family", SEVERAL)
@@ -88,7 +88,7 @@ def test_every_family_answers_as_it_does_eagerly(checkpoint, family):
     "settings",
     [
         {"quantization": "int4"},
-        {"quantization": "int8", "kv_cache_dtype": "int8"},
+        {"quantization": "int8", "kv_cache_dtype": "fp8"},
         {"speculate": "ngram", "max_drafts": 3},
         {"dtype": "float32"},
     ],
