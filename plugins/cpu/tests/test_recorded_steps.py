@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from anychip import LLM, SamplingParams
-from anychip.plugin_api import Unsupported
+from anychip.plugin_api import ShapeKey, Unsupported
 from anychip.worker.head_steps import tap_every_token
 from anychip_conformance.equality.tiny_adapters import FIVE
 from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
@@ -100,8 +101,6 @@ def test_settings_answer_as_they_do_eagerly(checkpoint, settings):
 
 def test_steps_with_adapters_and_without_answer_as_they_do_eagerly(checkpoint, tmp_path):
     folder = checkpoint("llama")
-    from transformers import AutoModelForCausalLM
-
     adapter = FIVE[1].save(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a")
     found = []
     for graphs in (True, False):
@@ -163,13 +162,21 @@ def test_recordings_are_as_few_as_the_policy_says(checkpoint):
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(
-    "reads", [torch.Tensor.item, torch.Tensor.nonzero, bool, torch.where, torch.argwhere, lambda x: x[x > 0]]
+    "reads",
+    [
+        torch.Tensor.item,
+        torch.Tensor.nonzero,
+        bool,
+        torch.where,
+        torch.argwhere,
+        lambda x: x[x > 0],
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+    ],
 )
 def test_a_value_that_is_read_is_refused(reads, inference):
     kernels = native.load("")
     graphs, x = CpuGraphs(kernels, Recordings()), torch.ones(1)
-    from anychip.plugin_api import ShapeKey
-
     key = ShapeKey(num_tokens=1, num_reqs=1, num_samples=1, max_query_len=1, num_pages=1)
     with torch.inference_mode(inference):
         with pytest.raises(Unsupported, match="depends on a value"):

@@ -57,7 +57,7 @@ from anychip_cpu.ops import CpuOps, count_tokens
 from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import available_cores, meminfo
-from anychip_cpu.shapes import RecordedShapes
+from anychip_cpu.shapes import MOST_TOKENS, RecordedShapes
 from anychip_cpu.weights_cache import WeightsCache
 
 _log = logging.getLogger(__name__)
@@ -177,6 +177,16 @@ class CpuPlatform(Platform):
 
     def shape_policy(self, limits: StepLimits) -> ShapePolicy:
         return RecordedShapes(limits) if self._records else ShapePolicy()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if not self._records:
+            why = "there are no compiled kernels" if self.kernels is None else "graphs=off"
+            return [f"every step runs in Python, call by call: {why}"]
+        return [
+            f"steps run in Python, call by call, above {MOST_TOKENS} tokens, where ranks exchange values, and where a "
+            "layer reads values on the host; others are recorded"
+        ]
 
     @property
     def _records(self) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anychip.plugin_api import EagerCall, PlannedCall
 from anychip_cpu.arena import Arena
 from anychip_cpu.native import Kernels
 from anychip_cpu.torch_ops import as_kernel
@@ -26,6 +28,9 @@ _INDEXED = frozenset(
 )
 """Whose result has a known shape unless an index is a mask."""
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+_READ_BY = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+"""Reach a tensor's memory without an operator."""
 
 Piece = Callable[[Sequence[Any], int], None]
 """Takes the step's plans and its tokens."""
@@ -65,15 +70,12 @@ class TorchCall:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """A call that is made anew each time, into `out`."""
+    """A call that is made anew each time."""
 
-    call: Callable[[Sequence[Any], Tensor | None], Tensor]
-    out: Tensor
+    eager: EagerCall
 
     def __call__(self, plans: Sequence[Any], num_tokens: int) -> None:
-        result = self.call(plans, self.out)
-        if result.data_ptr() != self.out.data_ptr():
-            self.out.copy_(result)
+        self.eager(plans)
 
 
 class Recording(TorchDispatchMode):
@@ -83,45 +85,54 @@ class Recording(TorchDispatchMode):
     def __init__(self, kernels: Kernels, arena: Arena, num_tokens: int) -> None:
         super().__init__()
         self.pieces: list[Piece] = []
+        self.paused = False
         self._kernels = kernels
         self._arena = arena
         self._num_tokens = num_tokens
         self._listed = kernels.new_recording(num_tokens)
         self._num_listed = 0
+        self._reads = _Reads(self)
         self._kept: dict[int, Tensor] = {}  # by address: of storage that is not the arena's, and that kernels may read
 
     def __enter__(self) -> Recording:
         super().__enter__()
+        self._reads.__enter__()
         self._kernels.record(self._listed)
         return self
 
     def __exit__(self, *raised: Any) -> None:
         self._kernels.record()
+        self._reads.__exit__(*raised)
         super().__exit__(*raised)
         self._end_native()
 
-    def between(self, call: Callable[[Sequence[Any], Tensor | None], Tensor], plans: Sequence[Any]) -> Tensor:
+    def between(self, call: PlannedCall, plans: Sequence[Any]) -> Tensor:
         """Makes a call now, and at every replay with that step's plans."""
         self._kernels.record()
         self.paused = True
         try:
             result = call(plans, None)
+            out = self._arena.empty(tuple(result.shape), result.dtype)
         finally:
             self.paused = False
             self._kernels.record(self._listed)
-        out = self._arena.empty(tuple(result.shape), result.dtype)
-        self._add(Between(call, out))
+        self._add(Between(EagerCall(call, out)))
         return out
-
-    paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if self.paused:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        self.paused = True
+        try:
+            return self._listed_call(func, args, kwargs or {})
+        finally:
+            self.paused = False
+
+    def _listed_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func._can_decompose():  # of inference mode: outside it, torch takes such operators apart before
+            self.paused = False
             super().__enter__()
             try:
                 return func.decompose(*args, **kwargs)
@@ -187,6 +198,21 @@ class Recording(TorchDispatchMode):
         if count > self._num_listed:
             self.pieces.append(Native(self._kernels, self._listed, self._num_listed, count))
             self._num_listed = count
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses what reads a value and is no operator."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READ_BY and not self._recording.paused:
+            raise Unrecordable(f"Tensor.{func.__name__} depends on a value")
+        return func(*args, **(kwargs or {}))
 
 
 def tensors_of(values: Any) -> Iterator[Tensor]:

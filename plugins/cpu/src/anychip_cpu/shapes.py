@@ -11,6 +11,8 @@ _TOKENS = (1, 5, 17, 67)
 Above the last, Python costs a step a few hundredths of its time. They are primes, of which no size of a model is a
 multiple: a call's rows tell whether they follow the tokens."""
 
+MOST_TOKENS = _TOKENS[-1]
+
 _FEW_PAGES = 256
 """A step's block table is copied whole."""
 
