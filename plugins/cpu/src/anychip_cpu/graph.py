@@ -71,7 +71,7 @@ class CpuGraphs(GraphCapture):
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> RecordedStep:
-        return self._recorded(lambda recording: fn(), fn, key.num_tokens, communicators)
+        return self._recorded(lambda recording: fn(), fn, key.num_tokens, communicators, whole=False)
 
     def run(self, handle: RecordedStep, plans: Sequence[Any]) -> Any:
         num_tokens = plans[0].num_tokens if plans else handle.num_tokens
@@ -93,17 +93,23 @@ class CpuGraphs(GraphCapture):
 
             return fn(run_outside_graph)
 
-        return self._recorded(step, fn, num_tokens, communicators)
+        return self._recorded(step, fn, num_tokens, communicators, whole=True)
 
     def run_pieces(self, handle: RecordedStep, plans: Sequence[Any]) -> Any:
         return self.run(handle, plans)
 
     def _recorded(
-        self, step: Callable[[Recording], Any], fn: object, num_tokens: int, communicators: Sequence[Communicator]
+        self,
+        step: Callable[[Recording], Any],
+        fn: object,
+        num_tokens: int,
+        communicators: Sequence[Communicator],
+        *,
+        whole: bool,
     ) -> RecordedStep:
         if any(communicator.size > 1 for communicator in communicators):
             raise Unsupported("recorded steps", ["ranks exchange values between kernels"])
-        recording = Recording(self._kernels, self._arena, num_tokens)
+        recording = Recording(self._kernels, self._arena, num_tokens, whole=whole)
         self._recordings.current = recording
         try:
             with recording:

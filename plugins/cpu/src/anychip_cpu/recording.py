@@ -80,15 +80,17 @@ class Between:
 
 class Recording(TorchDispatchMode):
     """Within its context, kernels are listed and not run, and torch's operators are run and listed. Nothing of what a
-    kernel would compute is there yet, so a value that is read raises Unrecordable."""
+    kernel would compute is there yet, so a value that is read raises Unrecordable. `whole`: what torch does between
+    kernels is done for padding too, which what runs outside may look at."""
 
-    def __init__(self, kernels: Kernels, arena: Arena, num_tokens: int) -> None:
+    def __init__(self, kernels: Kernels, arena: Arena, num_tokens: int, *, whole: bool = False) -> None:
         super().__init__()
         self.pieces: list[Piece] = []
         self.paused = False
         self._kernels = kernels
         self._arena = arena
         self._num_tokens = num_tokens
+        self._whole = whole
         self._listed = kernels.new_recording(num_tokens)
         self._num_listed = 0
         self._reads = _Reads(self)
@@ -164,13 +166,13 @@ class Recording(TorchDispatchMode):
         of_tokens = output.shape[0] == self._num_tokens and not output.dtype.is_floating_point
         if not of_tokens and not any(map(self._arena.holds, given)):
             return None
-        write = as_kernel(func, output, args, kwargs)
+        write = as_kernel(func, output, args, kwargs, whole=self._whole)
         if write is None:
             return None
         out = self._arena.empty(tuple(output.shape), output.dtype)
         out.copy_(output)
         self._keep(given)
-        write(self._kernels, out)
+        write(self._kernels, out, self._whole)
         return out
 
     def _keep(self, tensors: Iterable[Tensor]) -> None:

@@ -18,21 +18,23 @@ _ADD, _MULTIPLY, _SCALE, _CONVERT, _LESS, _SELECT, _WIDEN = range(7)
 
 _CODES = {torch.float32: DTYPES["float32"], torch.bfloat16: DTYPES["bfloat16"]}
 Call = Callable[[Tensor, tuple[Any, ...], Mapping[str, Any]], "Written | None"]
-Written = Callable[[Kernels, Tensor], None]
-"""Calls the kernel that writes an operator's result into a tensor."""
+Written = Callable[[Kernels, Tensor, bool], None]
+"""Calls the kernel that writes an operator's result into a tensor; whole, or as many rows as a step has tokens."""
 
 
-def as_kernel(func: Any, result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Written | None:
+def as_kernel(
+    func: Any, result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, whole: bool
+) -> Written | None:
     """What writes the result of func(*args, **kwargs), which torch gave as `result`; None: no kernel does."""
-    known = _KNOWN.get(func)
+    known = None if whole and func in _BY_INDEX else _KNOWN.get(func)
     return None if known is None or not result.is_contiguous() or not result.numel() else known(result, args, kwargs)
 
 
 def _elementwise(
     op: int, a: Tensor, *, b: Tensor | None = None, condition: Tensor | None = None, scalar: float = 0.0
 ) -> Written:
-    def write(kernels: Kernels, out: Tensor) -> None:
-        rows = out.shape[0] if out.dim() else 1
+    def write(kernels: Kernels, out: Tensor, whole: bool) -> None:
+        rows = 1 if whole else out.shape[0]
         kernels.elementwise(
             op, _CODES.get(a.dtype, 0), _CODES.get(out.dtype, 0), a.data_ptr(), 0 if b is None else b.data_ptr(),
             0 if condition is None else condition.data_ptr(), out.data_ptr(), rows, out.numel() // rows, float(scalar),
@@ -88,7 +90,7 @@ def _gather(result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return None
     row_bytes = math.prod(source.shape[1:]) * source.element_size()
 
-    def write(kernels: Kernels, out: Tensor) -> None:
+    def write(kernels: Kernels, out: Tensor, whole: bool) -> None:
         kernels.gather(
             source.data_ptr(), index.data_ptr(), index.dtype == torch.int64, out.data_ptr(), len(index), len(source),
             row_bytes,
@@ -104,7 +106,7 @@ def _replace(result: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         return None
     row_bytes = math.prod(base.shape[1:]) * base.element_size()
 
-    def write(kernels: Kernels, out: Tensor) -> None:
+    def write(kernels: Kernels, out: Tensor, whole: bool) -> None:
         kernels.replace(
             base.data_ptr(), index.data_ptr(), source.data_ptr(), out.data_ptr(), len(index), len(base), row_bytes
         )
@@ -121,3 +123,6 @@ _KNOWN: Mapping[Any, Call] = MappingProxyType({
     _aten.index.Tensor: _gather,
     _aten.index_copy.default: _replace,
 })  # fmt: skip
+
+_BY_INDEX = frozenset({_aten.index.Tensor, _aten.index_copy.default})
+"""Always for as many rows as a step has."""
