@@ -176,6 +176,8 @@ class GraphCapture:
     level = GraphLevel.NONE
     lazy = False
     """Whether a shape is captured when a step first has it, instead of at the start."""
+    draws = False
+    """Whether what is drawn from a captured step's logits is captured as well."""
 
     def reserve(self, keys: Sequence[ShapeKey], pieces: Sequence[int] = ()) -> int:
         """Bytes that capturing `keys`, and so many tokens in pieces, will need."""
@@ -193,8 +195,9 @@ class GraphCapture:
         recorder: Recorder | None = None,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once, recording; returns a handle. fn reads and writes storage that outlives the call. Collectives of
-        `communicators` in fn run again at every replay; fn reads no value on the host and brings none from there."""
+        """Records what fn does; returns a handle. fn reads and writes storage that outlives the call. Collectives of
+        `communicators` in fn run again at every replay; fn reads no value on the host and brings none from there. Raises
+        Unsupported for an fn that holds what cannot be recorded: such steps run eagerly."""
         raise Unsupported("graph capture", ["the platform captures no graphs"])
 
     def run(self, handle: Any, plans: Sequence[Plan]) -> Any:
@@ -210,8 +213,9 @@ class GraphCapture:
         *,
         communicators: Sequence[Communicator] = (),
     ) -> Any:
-        """Runs fn once and records it in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are
-        not recorded: they run under `plans`. What is recorded depends on the number of tokens alone."""
+        """Records what fn does in pieces; returns a handle. The calls that fn hands to its RunOutsideGraph are not
+        recorded: they run under `plans`. What is recorded depends on the number of tokens alone. Raises as `capture`
+        does."""
         raise Unsupported("graph capture", ["the platform captures no pieces"])
 
     def run_pieces(self, handle: Any, plans: Sequence[Plan]) -> Any:

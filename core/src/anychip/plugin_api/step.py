@@ -40,6 +40,9 @@ Hidden = Any
 class CompileReport:
     num_programs: int
     seconds: float
+    refused: str = ""
+    """Why a shape that the policy has was not captured: steps keep their sizes then, and nothing is captured; "": all
+    that was asked for could be."""
 
 
 class StepModel(Protocol):

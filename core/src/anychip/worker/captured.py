@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -13,13 +13,21 @@ V = TypeVar("V")
 
 
 @dataclass(slots=True)
+class CapturedDraw:
+    handle: object
+    plans: list[object]
+
+
+@dataclass(slots=True)
 class CapturedStep:
     handle: object
     staged: Tensor
     fields: Mapping[str, Tensor]  # views of `staged`, as the next are
-    draws: Mapping[str, Tensor]
+    draws: Mapping[bool, Mapping[str, Tensor]]  # by whether the step has drafts
     plans: list[object]
     taps: Sequence[Tensor]  # of `handle`'s output, which replays rewrite
+    draw_graphs: dict[tuple[tuple[str, ...], bool], CapturedDraw | None] = field(default_factory=dict)
+    """By the sampling's features and whether all is greedy; None where the platform could not."""
 
 
 @dataclass(slots=True)
@@ -32,12 +40,15 @@ class CapturedPieces:
 
 
 class Captured(Generic[K, V]):
-    """`made` has what was captured so far, by shape."""
+    """`made` has what was captured so far, by shape; None where the platform could not."""
 
-    def __init__(self, make: Callable[[K], V]) -> None:
-        self.made: dict[K, V] = {}
+    def __init__(self, make: Callable[[K], V | None]) -> None:
+        self.made: dict[K, V | None] = {}
         self._make = make
         self._later: set[K] = set()
+
+    def __len__(self) -> int:
+        return sum(each is not None for each in self.made.values())
 
     def now(self, keys: Iterable[K]) -> None:
         for key in keys:

@@ -21,6 +21,7 @@ from anychip.plugin_api import (
     EmbeddingRows,
     EnteringRow,
     SamplingInputs,
+    ShapeKey,
     ShapePolicy,
     StepInputs,
     StepLimits,
@@ -259,8 +260,8 @@ class InputBatch:
             _fill(views, layout, adapter_slots=np.repeat(rows.adapters, rows.counts))
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
-        rows.draws = array_views(staged[draws_at:], draws)
-        self._fill_draws(rows.draws, draws, rows)
+        arena = staged[draws_at:]
+        rows.draws = self._draws(rows, key, arena, draws, staged_at=draws_at)
         return step_inputs(
             key,
             staged,
@@ -319,25 +320,30 @@ class InputBatch:
     def sampling_inputs(self, rows: StepRows, step: StepInputs, late: LateInputs) -> SamplingInputs:
         """What drawing this step's tokens needs, padded to the step's samples: what was staged with the step, or, with
         masks, a buffer of its own."""
-        key, slots = step.key, rows.sample_slots
+        assert rows.draws is not None, "the step's inputs come first"
+        if not late.masks:
+            return rows.draws
+        layout = sampling_layout(step.key.num_samples, self._mask_words, drafts=rows.has_drafts)
+        inputs = self._draws(rows, step.key, self.ring.take(arena_size(layout)), layout)
+        masks = inputs.masks
+        assert masks is not None
+        masks.fill(layout["masks"].padding)
+        for position, mask in late.masks.items():
+            masks[position] = np.frombuffer(mask, dtype=np.int32)
+        return inputs
+
+    def _draws(
+        self, rows: StepRows, key: ShapeKey, arena: np.ndarray, layout: Layout, *, staged_at: int | None = None
+    ) -> SamplingInputs:
+        """Writes into an arena what drawing takes of the step's slots. `key` is the step's."""
+        slots, views = rows.sample_slots, array_views(arena, layout)
+        self._fill_draws(views, layout, rows)
         asked = {
             LOGPROBS: (self.num_logprobs[slots] >= 0).any(),
-            MASKS: late.masks,
+            MASKS: "masks" in layout,
             EDITS: self._edited[slots].any(),
             DRAFTS: rows.has_drafts,
         }
-        layout = sampling_layout(key.num_samples, self._mask_words if late.masks else 0, drafts=rows.has_drafts)
-        staged_at = None
-        if late.masks:
-            arena = self.ring.take(arena_size(layout))
-            views = array_views(arena, layout)
-            self._fill_draws(views, layout, rows)
-            views["masks"].fill(layout["masks"].padding)
-            for position, mask in late.masks.items():
-                views["masks"][position] = np.frombuffer(mask, dtype=np.int32)
-        else:
-            staged_at = staged_size(step.sections, layout)[0]
-            arena, views = step.staged[staged_at:], rows.draws
         features = tuple(name for name, wanted in asked.items() if wanted)
         return sampling_inputs(
             key if features == key.features else replace(key, features=features),

@@ -22,6 +22,7 @@ from anychip.plugin_api import (
     CacheBackend,
     CacheSpec,
     Communicator,
+    CompileReport,
     GraphLevel,
     GroupSpec,
     KVPlan,
@@ -95,6 +96,10 @@ class Preparation:
         elif self.medusa is not None or (self.draft is not None and self.draft.head is not None):
             batch.every_step = tap_every_token
         return batch
+
+    def unless_refused(self, report: CompileReport) -> Preparation:
+        """This, or where the device could not capture the model's steps the same with steps of their own sizes."""
+        return replace(self, policy=ShapePolicy()) if report.refused else self
 
     @property
     def rules(self) -> DeviceRules:

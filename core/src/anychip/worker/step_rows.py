@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from anychip.plugin_api import ADAPTERS, SCORES, EmbeddingRows, EnteringRow
-from anychip.worker.row_extras import StepExtras, Views
+from anychip.plugin_api import ADAPTERS, SCORES, EmbeddingRows, EnteringRow, SamplingInputs
+from anychip.worker.row_extras import StepExtras
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class StepRows:
     embeddings: list[EmbeddingRows] = field(default_factory=list)  # of new rows
     extras: StepExtras | None = None
     adapters: np.ndarray | None = None  # [num_rows] the slot of each row's adapter; None: no row has one
-    draws: Views = field(default_factory=dict)  # what drawing takes, as it was staged with the step
+    draws: SamplingInputs | None = None  # staged with the step: what drawing takes where no masks come late
 
     @property
     def has_drafts(self) -> bool:

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from anychip.layers.mlp import moving_layers
 from anychip.layers.stage import WHOLE
-from anychip.ops.reference import EditState, arena_views, draw_tokens, pooled_sums, write_adapters, write_embeddings
+from anychip.ops.reference import (
+    Drawn,
+    EditState,
+    arena_views,
+    draw_tokens,
+    pooled_sums,
+    write_adapters,
+    write_embeddings,
+)
 from anychip.plugin_api import (
     MAX_LOGPROBS,
-    TAPS,
     AdapterEntry,
     AdapterSite,
     Communicator,
@@ -27,7 +34,6 @@ from anychip.plugin_api import (
     KVPlan,
     Ops,
     Platform,
-    Recorder,
     RunOutsideGraph,
     SamplingInputs,
     ShapeKey,
@@ -39,9 +45,10 @@ from anychip.plugin_api import (
     StepProgram,
     sites_of,
 )
-from anychip.plugin_api.step_layout import blank_step_inputs
-from anychip.worker.captured import Captured, CapturedPieces, CapturedStep
+from anychip.worker.captured import Captured
+from anychip.worker.captured_draws import CapturedDraws
 from anychip.worker.returning_ids import ReturningIds
+from anychip.worker.step_captures import StepCaptures
 from anychip.worker.torch_caches import LayerCaches
 from anychip.worker.torch_state import (
     SCORE_NAMES,
@@ -88,8 +95,12 @@ class TorchStepProgram(StepProgram):
         self._returning = returning
         self.device = platform.default_device
         self.graphs = platform.graph_capture()
-        self._steps = Captured(self._capture)
-        self._pieces = Captured(self._capture_pieces)
+        self._captures = StepCaptures(self)
+        self._steps = Captured(self._captures.step)
+        self._pieces = Captured(self._captures.in_pieces)
+        self._draws = CapturedDraws(
+            self.graphs, lambda state, hidden, late: self._drawn(state, hidden, late, late.key.num_samples)
+        )
         # Taken before anything is measured: what is left for the KV cache is without it.
         self._edits = EditState.blank(limits.max_slots, model.vocab_size if edits else 0, self.device)
         if embeddings is None:
@@ -97,16 +108,16 @@ class TorchStepProgram(StepProgram):
         self.embeddings = embeddings
         self._sites = sites_of(model) if limits.max_adapters else ()
         self._adapters = blank_adapters(self._sites, limits, platform)
-        self._caches = LayerCaches(platform, model.attention, kv)
+        self.caches = LayerCaches(platform, model.attention, kv)
         self._moving = moving_layers(model)
 
     # -- preparation --------------------------------------------------------------------------------------
 
     def initial_state(self, num_blocks: int, num_states: int = 0) -> TorchState:
         last_ids = torch.zeros(self.limits.max_slots + 1, dtype=torch.int32, device=self.device)
-        caches = self._caches.make(num_blocks, num_states)
-        self._state = TorchState(caches, last_ids, self._edits, self.embeddings, self._adapters)
-        return self._state
+        caches = self.caches.make(num_blocks, num_states)
+        self.state = TorchState(caches, last_ids, self._edits, self.embeddings, self._adapters)
+        return self.state
 
     @torch.inference_mode()
     def warm_up(self, keys: Sequence[ShapeKey]) -> CompileReport:
@@ -123,17 +134,19 @@ class TorchStepProgram(StepProgram):
             keys, pieces = keys[-1:], pieces[-1:]
         self._steps.now(keys)
         self._pieces.now(pieces)
-        num_programs = len(self._steps.made) + len(self._pieces.made)
-        return CompileReport(num_programs=num_programs, seconds=time.perf_counter() - start)
+        num_programs = len(self._steps) + len(self._pieces)
+        return CompileReport(
+            num_programs=num_programs, seconds=time.perf_counter() - start, refused=self._captures.refused
+        )
 
     @torch.inference_mode()
     def edit(self, state: TorchState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> TorchState:
-        self._caches.edit(state.caches, copies, zeros)
+        self.caches.edit(state.caches, copies, zeros)
         return state
 
     @torch.inference_mode()
     def copy_states(self, state: TorchState, copies: Sequence[tuple[int, int]]) -> TorchState:
-        self._caches.copy_states(state.caches, copies)
+        self.caches.copy_states(state.caches, copies)
         return state
 
     @torch.inference_mode()
@@ -169,35 +182,34 @@ class TorchStepProgram(StepProgram):
     def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
         captured = self._steps.get(inputs.key)
         if captured is not None:
-            captured.staged.copy_(torch.from_numpy(inputs.staged), non_blocking=True)
-            plans = self._caches.plans(inputs, captured.fields, into=captured.plans)
+            captured.staged[: len(inputs.staged)].copy_(torch.from_numpy(inputs.staged), non_blocking=True)
+            plans = self.caches.plans(inputs, captured.fields, into=captured.plans)
             logits = self.graphs.run(captured.handle, plans)
-            slots = captured.fields["sample_slots"]
-            return state, TorchHidden(logits, slots, captured.draws, taps=captured.taps)
+            slots, draws = captured.fields["sample_slots"], captured.draws[inputs.has_drafts]
+            return state, TorchHidden(logits, slots, draws, taps=captured.taps, step=captured)
         staged = torch.from_numpy(inputs.staged).to(self.device, non_blocking=True)
         fields = arena_views(staged, inputs.sections)
-        plans = self._caches.plans(inputs, fields)
+        plans = self.caches.plans(inputs, fields)
         rows = fields["logits_indices"][: inputs.num_samples]
         ids, extras = known_ids(state, fields), state.extras(fields, self.limits)
         adapters = state.step_adapters(fields)
         hidden, taps = (None, ()) if adapters is not None else self._in_pieces(ids, fields, plans, extras)
         if hidden is None:
-            context = self._context(state, plans, extras=extras, adapters=adapters)
-            if self._moving:
-                context.routed = fields["token_slots"] < self.limits.max_slots
+            context = self.context(state, plans, extras=extras, adapters=adapters)
+            self.mark_routed(context, fields)
             hidden = self.model.forward(ids, fields["positions"], context)
             taps = () if extras is None else extras.tapped()
         targets = inputs.score_targets if self.stage.is_last else None
         scores, pooled = () if targets is None else self._scores(hidden, targets), None
         if inputs.pool_rows is not None and self.stage.is_last:
             pooled = pooled_sums(hidden, fields["pool_rows"], inputs.key.num_reqs)
-        slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs)
-        return state, TorchHidden(self._logits(hidden, rows), slots, draws, scores, pooled, taps)
+        slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs, inputs.has_drafts)
+        return state, TorchHidden(self.logits(hidden, rows), slots, draws, scores, pooled, taps)
 
     def taps(self, hidden: TorchHidden) -> Sequence[Tensor]:
         return hidden.taps
 
-    def _context(
+    def context(
         self,
         state: TorchState,
         plans: Sequence[object],
@@ -222,7 +234,12 @@ class TorchStepProgram(StepProgram):
             pieces.tap_tokens.copy_(fields["tap_tokens"])
         return self.graphs.run_pieces(pieces.handle, plans), pieces.taps
 
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
+    def mark_routed(self, context: ForwardContext, fields: Mapping[str, Tensor]) -> None:
+        """Where experts move, their load is that of tokens that are no padding."""
+        if self._moving:
+            context.routed = fields["token_slots"] < self.limits.max_slots
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
         return self.model.logits(hidden[rows]) if len(rows) and self.stage.is_last else None
 
     def _scores(self, hidden: Tensor, targets: np.ndarray) -> tuple[Tensor, ...]:
@@ -246,17 +263,29 @@ class TorchStepProgram(StepProgram):
             if self._returning is not None and self.stage.is_first:
                 self._returning.expect(hidden.sample_slots[: late.num_samples])
         else:
-            results |= self._draw(state, hidden, hidden.logits, late)
+            results |= self._draw(state, hidden, late)
         host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
         return state, TorchOutputs(host, self.platform.event())
 
-    def _draw(self, state: TorchState, hidden: TorchHidden, logits: Tensor, late: SamplingInputs) -> dict[str, Tensor]:
-        count, slots, views = late.num_samples, hidden.sample_slots, hidden.draws
+    def _draw(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs) -> dict[str, Tensor]:
+        if (captured := self._draws(state, hidden, late)) is not None:
+            return captured
+        drawn = self._drawn(state, hidden, late, late.num_samples)
+        state.last_ids.copy_(drawn.last_ids)  # graphs read this storage
+        state.edits.counts = drawn.counts
+        if self._returning is not None:
+            self._returning.give(drawn.ids)
+        return drawn.outputs()
+
+    def _drawn(self, state: TorchState, hidden: TorchHidden, late: SamplingInputs, count: int) -> Drawn:
+        """Of the first `count` samples."""
+        logits, slots, views = hidden.logits, hidden.sample_slots, hidden.draws
+        assert logits is not None
         if late.staged_at is None:
             views = arena_views(torch.from_numpy(late.arena).to(self.device, non_blocking=True), late.sections)
         if count < late.key.num_samples:  # where a bucket is full, the host saves a slice of every array
             logits, slots, views = logits[:count], slots[:count], {name: view[:count] for name, view in views.items()}
-        drawn = draw_tokens(
+        return draw_tokens(
             self.ops,
             logits.float(),
             views,
@@ -267,60 +296,3 @@ class TorchStepProgram(StepProgram):
             max_drafts=self.limits.max_drafts,
             all_greedy=late.all_greedy,
         )
-        state.last_ids.copy_(drawn.last_ids)  # graphs read this storage
-        state.edits.counts = drawn.counts
-        if self._returning is not None:
-            self._returning.give(drawn.ids)
-        return drawn.outputs()
-
-    # -- graphs -------------------------------------------------------------------------------------------
-
-    def _blank(self, key: ShapeKey) -> tuple[StepInputs, Tensor, Mapping[str, Tensor]]:
-        """A step of padding alone, on the host and on the device."""
-        inputs = blank_step_inputs(
-            key,
-            num_groups=len(self.kv.block_sizes),
-            slot_dtype=self.platform.capabilities.slot_dtype,
-            max_slots=self.limits.max_slots,
-            states=bool(self.kv.states),
-        )
-        staged = torch.from_numpy(inputs.staged).to(self.device).clone()
-        return inputs, staged, arena_views(staged, inputs.sections)
-
-    def _capture(self, key: ShapeKey) -> CapturedStep:
-        inputs, staged, fields = self._blank(key)
-        recorder = Recorder()
-        plans, taps = self._caches.plans(inputs, fields, recorder=recorder), list[Tensor]()
-
-        def step() -> Tensor | None:
-            extras = self._state.extras(fields, self.limits)
-            adapters = self._state.step_adapters(fields)
-            context = self._context(self._state, plans, extras=extras, adapters=adapters)
-            hidden = self.model.forward(known_ids(self._state, fields), fields["positions"], context)
-            if extras is not None:
-                taps[:] = extras.tapped()  # the run that counts is the last
-            return self._logits(hidden, fields["logits_indices"])
-
-        handle = self.graphs.capture(step, key, recorder=recorder, communicators=self.communicators)
-        return CapturedStep(handle, staged, fields, staged_draws(staged, inputs), plans, taps)
-
-    def _capture_pieces(self, shape: tuple[int, bool]) -> CapturedPieces:
-        """Of so many tokens, with taps or without."""
-        num_tokens, tapped = shape
-        pages = max(self.limits.max_pages, default=1)
-        sizes = {"num_reqs": 1, "num_samples": 1, "max_query_len": 0, "num_pages": pages}
-        key = ShapeKey(num_tokens=num_tokens, features=(TAPS,) if tapped else (), **sizes)
-        inputs, _, fields = self._blank(key)
-        plans = self._caches.plans(inputs, fields)
-        ids, positions = known_ids(self._state, fields).clone(), fields["positions"].clone()
-        taps = list[Tensor]()
-
-        def step(run_outside_graph: RunOutsideGraph) -> Tensor:
-            extras = self._state.extras(fields, self.limits)
-            hidden = self.model.forward(ids, positions, self._context(self._state, plans, run_outside_graph, extras))
-            if extras is not None:
-                taps[:] = extras.tapped()
-            return hidden
-
-        handle = self.graphs.capture_pieces(step, plans, num_tokens, communicators=self.communicators)
-        return CapturedPieces(handle, ids, positions, fields.get("tap_tokens"), taps)

@@ -22,6 +22,7 @@ from anychip.plugin_api import (
     StepLimits,
 )
 from anychip.plugin_api.step_layout import sampling_layout, staged_size
+from anychip.worker.captured import CapturedStep
 
 SCORE_NAMES = ("scores", "score_ids", "score_tops")
 """Of TorchHidden.scores, as they travel to the host."""
@@ -53,6 +54,8 @@ class TorchHidden:
     scores: tuple[Tensor, ...] = ()  # by scored token: log-probability, the likeliest ids and theirs
     pooled: Tensor | None = None  # [num_reqs, hidden_size]
     taps: Sequence[Tensor] = ()
+    step: CapturedStep | None = None
+    """That gave it; None: it ran eagerly, or in pieces."""
 
 
 def blank_embeddings(limits: StepLimits, hidden_size: int, device: str) -> Tensor | None:
@@ -77,8 +80,9 @@ def known_ids(state: TorchState, fields: Mapping[str, Tensor]) -> Tensor:
     return torch.where(ids < 0, state.last_ids[fields["token_slots"]], ids)
 
 
-def staged_draws(staged: Tensor, inputs: StepInputs) -> Mapping[str, Tensor]:
-    layout = sampling_layout(inputs.key.num_samples, 0, drafts=inputs.has_drafts)
+def staged_draws(staged: Tensor, inputs: StepInputs, has_drafts: bool) -> Mapping[str, Tensor]:
+    """The arrays of SamplingInputs that are staged with a step of this layout."""
+    layout = sampling_layout(inputs.key.num_samples, 0, drafts=has_drafts)
     return arena_views(staged[staged_size(inputs.sections, layout)[0] :], layout)
 
 

@@ -112,6 +112,7 @@ class Worker:
         state = fresh_state(program, prepared.kv, blocks, prepared.num_states)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
         report = program.warm_up(prepared.keys)
+        prepared = prepared.unless_refused(report)
         self.runner = ModelRunner(program, prepared.new_batch(), state, prepared.vector_head())
         self.runner.passes_on = not self._stage.is_last
         if isinstance(program, TorchStepProgram):
@@ -173,6 +174,8 @@ class Worker:
         notes: tuple[str, ...],
     ) -> WorkerReady:
         programs = f"{report.num_programs} programs prepared in {report.seconds:.2f} s"
+        if report.refused:
+            notes = (*notes, f"steps run without graphs: {report.refused}")
         return WorkerReady(
             kv=kv,
             rules=prepared.rules,
@@ -223,7 +226,7 @@ class Worker:
         """The draft model's preparation and program, and the blocks of the pool that it shares."""
         state = fresh_state(program, prepared.kv, num_blocks, 0)
         self._got_on(f"{len(prepared.keys)} shapes of the draft model are prepared")
-        program.warm_up(prepared.keys)
+        prepared = prepared.unless_refused(program.warm_up(prepared.keys))
         runner = ModelRunner(program, prepared.new_batch(), state)
         self._draft_costs = measure_steps(runner, prepared.limits, prepared.kv, num_blocks, temperature=0.0)
         assert prepared.lies_under is not None, "a draft model lies under a group"

@@ -27,6 +27,7 @@ class CpuOptions(PluginOptions):
         default="",
         metadata={"help": "kernels to use: avx512_amx, avx512_bf16, avx512, avx2, generic, reference; '': the fastest"},
     )
+    graphs: bool = field(default=True, metadata={"help": "record small steps, and make their kernel calls together"})
     packed_weights: str = field(
         default="", metadata={"help": "folder that keeps packed weights, for faster starts; '': none"}
     )

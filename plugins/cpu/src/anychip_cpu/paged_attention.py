@@ -33,16 +33,13 @@ _LANES = 16
 
 @dataclass(slots=True)
 class CpuPlan:
-    batch: bytes
-    """kernels/attention_types.h's Batch."""
-    items: bytes
-    merges: bytes
+    """kernels/plan.h's StepPlan over a step's arrays: query_start, seq_lens, block_table, slots, positions."""
+
+    native: object
+    arrays: tuple[Tensor, ...]
     block_size: int
     num_tokens: int
-    padded: bool
-    """Whether some tokens belong to no row: their output is zeros."""
-    held: tuple[Tensor, ...]
-    """Keeps what the batch points to alive."""
+    """Of rows: behind them is padding, whose output is zeros."""
 
 
 class CpuPagedAttention(AttentionBackend):
@@ -125,25 +122,24 @@ class CpuPagedAttention(AttentionBackend):
         into: object | None = None,
         recorder: Recorder | None = None,
     ) -> CpuPlan:
-        starts, lengths = _ints(batch.query_start), _ints(batch.seq_lens)
-        table = batch.block_table.to(torch.int32)
-        if table.stride(-1) != 1:
-            table = table.contiguous()
-        slots, positions = (t.to(torch.int64).contiguous() for t in (batch.slot_mapping, batch.positions))
-        rows, tokens = len(lengths), len(slots)
+        arrays = batch.query_start, batch.seq_lens, batch.block_table, batch.slot_mapping, batch.positions
+        if isinstance(into, CpuPlan):
+            for held, given in zip(into.arrays, arrays, strict=True):
+                if held is not given:
+                    held.copy_(given)
+            into.num_tokens = self._kernels.renew_plan(into.native)
+            return into
+        arrays = tuple(
+            given.to(torch.int64 if given is batch.slot_mapping else torch.int32).contiguous() for given in arrays
+        )
+        starts, lengths, table, slots, positions = arrays
         spec = self.spec
-        items, merges = self._kernels.plan(
-            starts.data_ptr(), lengths.data_ptr(), rows, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads,
+        native = self._kernels.new_plan(
+            starts.data_ptr(), lengths.data_ptr(), table.data_ptr(), slots.data_ptr(), positions.data_ptr(),
+            len(lengths), len(slots), table.stride(0), spec.num_kv_heads, spec.num_heads // spec.num_kv_heads,
             spec.window or 0,
         )  # fmt: skip
-        described = fields(
-            starts.data_ptr(), lengths.data_ptr(), table.data_ptr(), slots.data_ptr(), positions.data_ptr(),
-            rows, tokens, table.stride(0), 0, 0, 0, 0,
-        )  # fmt: skip
-        padded = int(starts[-1]) != tokens or int(starts[0]) != 0
-        return CpuPlan(
-            described, items, merges, batch.block_size, tokens, padded, (starts, lengths, table, slots, positions)
-        )
+        return CpuPlan(native, arrays, batch.block_size, self._kernels.renew_plan(native))
 
     def forward(
         self,
@@ -166,9 +162,10 @@ class CpuPagedAttention(AttentionBackend):
             k, ldk = _heads_of(k)
             v, ldv = _heads_of(v)
             keys, values = k.data_ptr(), v.data_ptr()
-        result = (torch.zeros if plan.padded else torch.empty)(q.shape, dtype=q.dtype)
+        fits = out is not None and out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+        result = out if out is not None and fits else torch.empty(q.shape, dtype=q.dtype)
         self._kernels.attention(
-            self._described(layer, rope, qk_norm, plan.block_size), plan.batch, plan.items, plan.merges,
+            self._described(layer, rope, qk_norm, plan.block_size), plan.native,
             q.data_ptr(), ldq, keys, ldk, values, ldv, cache.data_ptr(), result.data_ptr(),
             *(() if lse is None else (lse.data_ptr(),)),
         )  # fmt: skip
@@ -222,10 +219,6 @@ class CpuPagedAttention(AttentionBackend):
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _ints(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.int32).contiguous()
 
 
 def _heads_of(x: Tensor) -> tuple[Tensor, int]:

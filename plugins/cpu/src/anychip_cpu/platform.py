@@ -25,6 +25,8 @@ from anychip.plugin_api import (
     EncoderSpec,
     Event,
     FusedMoE,
+    GraphCapture,
+    GraphLevel,
     GroupSpec,
     LatentBackend,
     LatentSpec,
@@ -35,15 +37,20 @@ from anychip.plugin_api import (
     PeakMemory,
     Platform,
     PlatformContext,
+    ShapePolicy,
+    StateBackend,
+    StateSpec,
+    StepLimits,
     Unsupported,
     WeightsKey,
 )
 from anychip_cpu import CORES_VARIABLE, RANKS_VARIABLE, CpuOptions, native
+from anychip_cpu.anew import AnewLatent, AnewStates
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
 from anychip_cpu.encoder import SdpaEncoder
 from anychip_cpu.experts import CpuMoE
-from anychip_cpu.graph import GraphCapture
+from anychip_cpu.graph import CpuGraphs, Recordings
 from anychip_cpu.latent import CpuLatent
 from anychip_cpu.latent_kernel import KernelLatent
 from anychip_cpu.limits import ThreadCount, cpu_limit
@@ -54,6 +61,7 @@ from anychip_cpu.ops import CpuOps, count_tokens
 from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import meminfo
+from anychip_cpu.shapes import MOST_TOKENS, RecordedShapes
 from anychip_cpu.weights_cache import WeightsCache
 
 _log = logging.getLogger(__name__)
@@ -84,8 +92,10 @@ class CpuPlatform(Platform):
         if options.threads > (limit := limits()).most:
             raise Unsupported(self.name, [f"threads={options.threads}: this process may use {limit.most}, {limit.why}"])
         self.kernels = native.load(options.isa)
+        self.recordings = Recordings()
         if self.kernels is not None:
-            self.capabilities = replace(self.capabilities, attention_lse=True)
+            level = GraphLevel.FULL if options.graphs else GraphLevel.NONE
+            self.capabilities = replace(self.capabilities, attention_lse=True, graph_level=level)
             self.isa = native.name_of(self.kernels)
         elif not options.isa:
             _log.warning("anychip-cpu runs on plain PyTorch, several times slower: %s", native.REMEDY)
@@ -146,7 +156,12 @@ class CpuPlatform(Platform):
         self.check(spec)
         rows = dense_part(spec)
         dense = CpuLatent(rows) if self.kernels is None else KernelLatent(rows, self.kernels, self.isa)
-        return SparseLatent(spec, dense) if spec.index_dim else dense
+        backend = SparseLatent(spec, dense) if spec.index_dim else dense
+        return backend if self.kernels is None else AnewLatent(backend, self.recordings)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        self.check(spec)
+        return AnewStates(spec, self.recordings)
 
     def encoder(self, spec: EncoderSpec) -> EncoderBackend:
         self.check(spec)
@@ -174,7 +189,24 @@ class CpuPlatform(Platform):
         return {"count_tokens": count_tokens} if self.kernels is None else CpuOps(self.kernels).overrides()
 
     def graph_capture(self) -> GraphCapture:
-        return GraphCapture()
+        return CpuGraphs(self.kernels, self.recordings) if self._records else GraphCapture()
+
+    def shape_policy(self, limits: StepLimits) -> ShapePolicy:
+        return RecordedShapes(limits) if self._records else ShapePolicy()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if not self._records:
+            why = "there are no compiled kernels" if self.kernels is None else "graphs=off"
+            return [f"every step runs in Python, call by call: {why}"]
+        return [
+            f"steps run in Python, call by call, above {MOST_TOKENS} tokens, where ranks exchange values, and where a "
+            "layer reads values on the host; others are recorded"
+        ]
+
+    @property
+    def _records(self) -> bool:
+        return self.capabilities.graph_level > GraphLevel.NONE
 
     def communicator(self, group: GroupSpec) -> Communicator:
         return communicator(group, self.kernels)

@@ -27,11 +27,13 @@ struct Layer {
   int64_t group() const { return heads / kv_heads; }
 };
 
-// One step, for all layers of a KV group.
+// One step, for all layers of a KV group. It is rewritten from step to step where it lies.
 struct Batch {
   const int32_t *query_start, *seq_lens, *block_table;  // [rows + 1], [rows], [rows, table_stride]
-  const int64_t *slots, *positions;                     // [tokens]
-  int64_t rows, tokens, table_stride;
+  const int64_t* slots;                                 // [room]
+  const int32_t* positions;                             // [room]
+  int64_t rows, room, table_stride;
+  int64_t tokens;  // of rows: the first ones; behind them is padding, up to `room`
   const struct AttentionItem* items;
   int64_t num_items;
   const struct AttentionMerge* merges;
@@ -51,7 +53,7 @@ struct AttentionMerge {
 };
 
 struct AttentionCall {
-  const Layer& layer;
+  Layer layer;
   const Batch& batch;
   const void *q, *k, *v;  // [tokens, heads or kv heads, dim], rows ld apart; k and v null: the cache is only read
   int64_t ldq, ldk, ldv;

@@ -125,4 +125,24 @@ void gate(const Gate& a) {
   if (a.type == DType::bf16) gate_typed<V, bf16>(a); else gate_typed<V, float>(a);
 }
 
+// -- embedding --------------------------------------------------------------------------------------------------
+
+struct Lookup {
+  const int32_t* ids;  // [tokens]
+  const char* weight;  // [rows] of row_bytes; the first is that of id `first`
+  char* out;           // [tokens]
+  int64_t tokens, rows, row_bytes, first;
+};
+
+// An id that the rows do not hold becomes zeros.
+inline void look_up(const Lookup& l) {
+  parallel_for(l.tokens, std::max<int64_t>(8, l.tokens / (4 * num_threads())), [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) {
+      const int64_t row = l.ids[i] - l.first;
+      if (row >= 0 && row < l.rows) std::memcpy(l.out + i * l.row_bytes, l.weight + row * l.row_bytes, l.row_bytes);
+      else std::memset(l.out + i * l.row_bytes, 0, l.row_bytes);
+    }
+  });
+}
+
 }  // namespace anychip

@@ -15,12 +15,22 @@
 #include "packing.h"
 #include "plan.h"
 #include "pool.h"
+#include "recording.h"
 #include "routing.h"
 #include "sampling.h"
 #include "shared_memory.h"
+#include "tensors.h"
 
 namespace anychip {
 namespace {
+
+// Objects that Python holds.
+template <class T>
+constexpr const char* kNameOf = nullptr;
+template <>
+constexpr const char* kNameOf<Recording> = "anychip_cpu.recording";
+template <>
+constexpr const char* kNameOf<StepPlan> = "anychip_cpu.plan";
 
 // Reads arguments one after the other; the first wrong one stays as Python's error.
 class Arguments {
@@ -54,6 +64,11 @@ class Arguments {
     }
     return (const T*)data;
   }
+  template <class T>
+  T* object() {
+    PyObject* value = take();
+    return value ? (T*)PyCapsule_GetPointer(value, kNameOf<T>) : nullptr;
+  }
   bool failed() const { return PyErr_Occurred() != nullptr; }
 
  private:
@@ -71,6 +86,10 @@ std::mutex in_use;
 
 template <class Fn>
 PyObject* without_gil(const Fn& fn) {
+  if (current_recording) {
+    PyErr_SetString(PyExc_NotImplementedError, "a compiled function that is not listed in recordings");
+    return nullptr;
+  }
   bool memory = true;
   Py_BEGIN_ALLOW_THREADS;
   try {
@@ -82,6 +101,30 @@ PyObject* without_gil(const Fn& fn) {
   Py_END_ALLOW_THREADS;
   if (!memory) return PyErr_NoMemory();
   Py_RETURN_NONE;
+}
+
+// fn(call) now; while this thread records, it is listed instead. `rows`: the field that says how many rows the call is
+// for, which follows the step's tokens.
+template <class Call, class Fn>
+PyObject* launch(const Call& call, int64_t Call::*rows, Fn fn) {
+  if (!current_recording) return without_gil([&] { fn(call); });
+  current_recording->add(call, rows, fn);
+  Py_RETURN_NONE;
+}
+
+// Of a call whose sizes lie in memory.
+template <class Call, class Fn>
+PyObject* launch(const Call& call, Fn fn) {
+  if (!current_recording) return without_gil([&] { fn(call); });
+  current_recording->add(call, fn);
+  Py_RETURN_NONE;
+}
+
+template <class T>
+PyObject* held(T* made) {
+  PyObject* capsule = PyCapsule_New(made, kNameOf<T>, [](PyObject* c) { delete (T*)PyCapsule_GetPointer(c, kNameOf<T>); });
+  if (!capsule) delete made;
+  return capsule;
 }
 
 using Args = PyObject* const*;
@@ -114,7 +157,7 @@ PyObject* linear(PyObject*, Args args, Py_ssize_t count) {
   g.out = a.address<void>(), g.out_type = a.type(), g.ldo = a.integer();
   const bool plain = a.integer();
   if (a.failed()) return nullptr;
-  return without_gil([&] { plain ? rows(g) : gemm(g); });
+  return launch(g, &Gemm::m, [plain](const Gemm& g) { plain ? rows(g) : gemm(g); });
 }
 
 // (data, bytes): reads them, for the memory's speed
@@ -136,7 +179,7 @@ PyObject* rms_norm(PyObject*, Args args, Py_ssize_t count) {
   n.rows = a.integer(), n.width = a.integer(), n.ldx = a.integer(), n.ldr = a.integer();
   n.eps = float(a.real()), n.unit_offset = a.integer();
   if (a.failed()) return nullptr;
-  return without_gil([&] { norm(n); });
+  return launch(n, &Norm::rows, [](const Norm& n) { norm(n); });
 }
 
 // (type, x, out, rows, width, ldx, activation)
@@ -146,63 +189,58 @@ PyObject* gated_activation(PyObject*, Args args, Py_ssize_t count) {
   g.type = a.type(), g.x = a.address<void>(), g.out = a.address<void>();
   g.rows = a.integer(), g.width = a.integer(), g.ldx = a.integer(), g.activation = Activation(a.integer());
   if (a.failed()) return nullptr;
-  return without_gil([&] { gate(g); });
+  return launch(g, &Gate::rows, [](const Gate& g) { gate(g); });
 }
 
 // (ids, weight, out, tokens, rows, row bytes, first): an id that the rows do not hold becomes zeros
 PyObject* embedding(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
-  const auto* ids = a.address<int32_t>();
-  const auto* weight = a.address<char>();
-  auto* out = a.address<char>();
-  const int64_t tokens = a.integer(), rows = a.integer(), bytes = a.integer(), first = a.integer();
+  Lookup l;
+  l.ids = a.address<int32_t>(), l.weight = a.address<char>(), l.out = a.address<char>();
+  l.tokens = a.integer(), l.rows = a.integer(), l.row_bytes = a.integer(), l.first = a.integer();
   if (a.failed()) return nullptr;
-  return without_gil([&] {
-    parallel_for(tokens, std::max<int64_t>(8, tokens / (4 * num_threads())), [&](int64_t i, int64_t end) {
-      for (; i < end; ++i) {
-        const int64_t row = ids[i] - first;
-        if (row >= 0 && row < rows) std::memcpy(out + i * bytes, weight + row * bytes, bytes);
-        else std::memset(out + i * bytes, 0, bytes);
-      }
-    });
-  });
+  return launch(l, &Lookup::tokens, [](const Lookup& l) { look_up(l); });
 }
 
-// (query_start, seq_lens, rows, kv_heads, group, window) -> (items, merges) as bytes
-PyObject* plan(PyObject*, Args args, Py_ssize_t count) {
+// (query_start, seq_lens, block_table, slots, positions, rows, tokens, table_stride, kv_heads, group, window) -> a step's
+// plan over these arrays, which `renew_plan` reads
+PyObject* new_plan(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
-  const auto *query_start = a.address<int32_t>(), *seq_lens = a.address<int32_t>();
-  const int64_t rows = a.integer(), kv_heads = a.integer(), group = a.integer(), window = a.integer();
+  Batch b{};
+  b.query_start = a.address<int32_t>(), b.seq_lens = a.address<int32_t>(), b.block_table = a.address<int32_t>();
+  b.slots = a.address<int64_t>(), b.positions = a.address<int32_t>();
+  b.rows = a.integer(), b.room = a.integer(), b.table_stride = a.integer();
+  const int64_t kv_heads = a.integer(), group = a.integer(), window = a.integer();
   if (a.failed()) return nullptr;
-  const Plan made = plan_attention(query_start, seq_lens, rows, kv_heads, group, window, num_threads());
-  const auto bytes = [](const auto& list) {
-    return PyBytes_FromStringAndSize((const char*)list.data(), Py_ssize_t(list.size() * sizeof(list[0])));
-  };
-  return Py_BuildValue("NN", bytes(made.items), bytes(made.merges));
+  return held(new StepPlan(b, kv_heads, group, window));
 }
 
-// (layer, batch, items, merges, q, ldq, k, ldk, v, ldv, cache, out, and where it is wanted lse)
+// (plan) -> the step's tokens, padding aside
+PyObject* renew_plan(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  StepPlan* plan = a.object<StepPlan>();
+  if (a.failed()) return nullptr;
+  plan->renew(num_threads());
+  return PyLong_FromLongLong(plan->batch.tokens);
+}
+
+// (layer, plan, q, ldq, k, ldk, v, ldv, cache, out, and where it is wanted lse)
 PyObject* paged_attention(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
   const Layer* layer = a.structure<Layer>();
-  Batch batch = *a.structure<Batch>();
-  if (a.failed() || (count != 12 && count != 13))
-    return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "12 or 13 arguments");
-  char *items = nullptr, *merges = nullptr;
-  Py_ssize_t item_bytes = 0, merge_bytes = 0;
-  if (PyBytes_AsStringAndSize(args[2], &items, &item_bytes) < 0) return nullptr;
-  if (PyBytes_AsStringAndSize(args[3], &merges, &merge_bytes) < 0) return nullptr;
-  batch.items = (const AttentionItem*)items, batch.num_items = item_bytes / Py_ssize_t(sizeof(AttentionItem));
-  batch.merges = (const AttentionMerge*)merges, batch.num_merges = merge_bytes / Py_ssize_t(sizeof(AttentionMerge));
-  Arguments rest(args + 4, count - 4);
-  AttentionCall call{*layer, batch, nullptr, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr};
-  call.q = rest.address<void>(), call.ldq = rest.integer();
-  call.k = rest.address<void>(), call.ldk = rest.integer();
-  call.v = rest.address<void>(), call.ldv = rest.integer();
-  call.cache = rest.address<char>(), call.out = rest.address<void>();
-  if (count == 13) call.lse = rest.address<float>();
-  if (rest.failed()) return nullptr;
-  return without_gil([&] { attention(call); });
+  const StepPlan* plan = a.object<StepPlan>();
+  if (a.failed()) return nullptr;
+  AttentionCall call{*layer, plan->batch, nullptr, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr};
+  call.q = a.address<void>(), call.ldq = a.integer();
+  call.k = a.address<void>(), call.ldk = a.integer();
+  call.v = a.address<void>(), call.ldv = a.integer();
+  call.cache = a.address<char>(), call.out = a.address<void>();
+  if (count > 10) call.lse = a.address<float>();
+  if (a.failed()) return nullptr;
+  return launch(call, [](const AttentionCall& call) {
+    clear_padding(call);
+    attention(call);
+  });
 }
 
 // (layer, step, q_nope, token_stride, head_stride, q_rope, cache, out)
@@ -225,7 +263,7 @@ PyObject* fused_moe(PyObject*, Args args, Py_ssize_t count) {
   m.type = a.type(), m.x = a.address<void>(), m.ldx = a.integer(), m.out = a.address<void>();
   m.ids = a.address<int64_t>(), m.weights = a.address<float>(), m.tokens = a.integer(), m.top_k = a.integer();
   if (a.failed()) return nullptr;
-  return without_gil([&] { moe(m); });
+  return launch(m, &Moe::tokens, [](const Moe& m) { moe(m); });
 }
 
 // (type, x, ldx, y, ldy, stack, slot of each token, tokens); the stack's bytes hold down, up, scales, ranks, slots, parts,
@@ -243,7 +281,7 @@ PyObject* add_low_rank(PyObject*, Args args, Py_ssize_t count) {
   l.down = (const void*)s.down, l.up = (const void*)s.up;
   l.scales = (const float*)s.scales, l.ranks = (const int32_t*)s.ranks, l.offsets = (const int64_t*)s.offsets;
   l.slots = s.slots, l.parts = s.parts, l.max_rank = s.max_rank, l.in = s.in, l.out = s.out;
-  return without_gil([&] { low_rank(l); });
+  return launch(l, &LowRank::tokens, [](const LowRank& l) { low_rank(l); });
 }
 
 // (type, logits, bias, tokens, experts, ld, top_k, sigmoid, renormalize, scale, weights, ids)
@@ -255,7 +293,7 @@ PyObject* route_tokens(PyObject*, Args args, Py_ssize_t count) {
   r.sigmoid = a.integer(), r.renormalize = a.integer(), r.scale = float(a.real());
   r.weights = a.address<float>(), r.ids = a.address<int64_t>();
   if (a.failed()) return nullptr;
-  return without_gil([&] { route(r); });
+  return launch(r, &Route::tokens, [](const Route& r) { route(r); });
 }
 
 // (logits, rows, vocab, ld, temperature, top_k, top_p, min_p, seed_low, seed_high, sample_index, position, ids)
@@ -269,7 +307,7 @@ PyObject* sample_tokens(PyObject*, Args args, Py_ssize_t count) {
   s.sample_index = a.address<int32_t>(), s.position = a.address<int32_t>();
   s.ids = a.address<int32_t>();
   if (a.failed()) return nullptr;
-  return without_gil([&] { sample(s); });
+  return launch(s, &Sample::rows, [](const Sample& s) { sample(s); });
 }
 
 // (logits, out, rows, vocab, ld, slots, counts, repetition, presence, frequency, bias_ids, biases, num_biases, width)
@@ -283,7 +321,7 @@ PyObject* edit_row_logits(PyObject*, Args args, Py_ssize_t count) {
   e.bias_ids = a.address<int32_t>(), e.biases = a.address<float>(), e.num_biases = a.address<int32_t>();
   e.width = a.integer();
   if (a.failed()) return nullptr;
-  return without_gil([&] { edit_logits(e); });
+  return launch(e, &Edits::rows, [](const Edits& e) { edit_logits(e); });
 }
 
 // (logits, masks, out, rows, vocab, ld, words)
@@ -293,7 +331,38 @@ PyObject* mask_tokens(PyObject*, Args args, Py_ssize_t count) {
   m.logits = a.address<float>(), m.masks = a.address<int32_t>(), m.out = a.address<float>();
   m.rows = a.integer(), m.vocab = a.integer(), m.ld = a.integer(), m.words = a.integer();
   if (a.failed()) return nullptr;
-  return without_gil([&] { apply_masks(m); });
+  return launch(m, &Masks::rows, [](const Masks& m) { apply_masks(m); });
+}
+
+// (op, type, out type, a, b, condition, out, rows, width, scalar)
+PyObject* elementwise(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Elementwise e;
+  e.op = Elementwise::Op(a.integer()), e.type = a.type(), e.out_type = a.type();
+  e.a = a.address<void>(), e.b = a.address<void>(), e.condition = a.address<bool>(), e.out = a.address<void>();
+  e.rows = a.integer(), e.width = a.integer(), e.scalar = a.real();
+  if (a.failed()) return nullptr;
+  return launch(e, &Elementwise::rows, [](const Elementwise& e) { apply(e); });
+}
+
+// (source, indices, whether they are int64, out, rows, source rows, row bytes)
+PyObject* gather_rows(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Gather g;
+  g.source = a.address<char>(), g.indices = a.address<void>(), g.wide = a.integer(), g.out = a.address<char>();
+  g.rows = a.integer(), g.source_rows = a.integer(), g.row_bytes = a.integer();
+  if (a.failed()) return nullptr;
+  return launch(g, &Gather::rows, [](const Gather& g) { gather(g); });
+}
+
+// (base, indices, source, out, rows, base rows, row bytes)
+PyObject* replaced_rows(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Replace r;
+  r.base = a.address<char>(), r.indices = a.address<int64_t>(), r.source = a.address<char>(), r.out = a.address<char>();
+  r.rows = a.integer(), r.base_rows = a.integer(), r.row_bytes = a.integer();
+  if (a.failed()) return nullptr;
+  return launch(r, &Replace::rows, [](const Replace& r) { replace_rows(r); });
 }
 
 // (region, rank, ranks, slot bytes, data, elements, type, timeout in seconds) -> whether every rank came
@@ -311,6 +380,40 @@ PyObject* shared_all_reduce(PyObject*, Args args, Py_ssize_t count) {
   return PyBool_FromLong(met);
 }
 
+// (tokens) -> a recording of a step of so many
+PyObject* new_recording(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const int64_t tokens = a.integer();
+  if (a.failed()) return nullptr;
+  return held(new Recording(tokens));
+}
+
+// (recording, or nothing): this thread's calls are listed there from now on, or made again
+PyObject* record(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  Recording* recording = count ? a.object<Recording>() : nullptr;
+  if (a.failed()) return nullptr;
+  current_recording = recording;
+  Py_RETURN_NONE;
+}
+
+// (recording) -> how many calls it lists
+PyObject* num_recorded(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const Recording* recording = a.object<Recording>();
+  if (a.failed()) return nullptr;
+  return PyLong_FromLongLong(recording->size());
+}
+
+// (recording, first, last, tokens): makes these calls, for so many tokens
+PyObject* replay(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const Recording* recording = a.object<Recording>();
+  const int64_t first = a.integer(), last = a.integer(), tokens = a.integer();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { recording->replay(first, last, tokens); });
+}
+
 #define ENTRY(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
     ENTRY("set_threads", set_thread_count),
@@ -320,7 +423,8 @@ PyMethodDef methods[] = {
     ENTRY("rms_norm", rms_norm),
     ENTRY("gated_activation", gated_activation),
     ENTRY("embedding", embedding),
-    ENTRY("plan", plan),
+    ENTRY("new_plan", new_plan),
+    ENTRY("renew_plan", renew_plan),
     ENTRY("attention", paged_attention),
     ENTRY("latent_attention", absorbed_attention),
     ENTRY("route", route_tokens),
@@ -329,7 +433,14 @@ PyMethodDef methods[] = {
     ENTRY("sample", sample_tokens),
     ENTRY("edit_logits", edit_row_logits),
     ENTRY("apply_token_masks", mask_tokens),
+    ENTRY("elementwise", elementwise),
+    ENTRY("gather", gather_rows),
+    ENTRY("replace", replaced_rows),
     ENTRY("all_reduce", shared_all_reduce),
+    ENTRY("new_recording", new_recording),
+    ENTRY("record", record),
+    ENTRY("num_recorded", num_recorded),
+    ENTRY("replay", replay),
     {nullptr, nullptr, 0, nullptr},
 };
 #undef ENTRY

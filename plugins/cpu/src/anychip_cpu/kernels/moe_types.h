@@ -16,7 +16,7 @@ struct Experts {
 };
 
 struct Moe {
-  const Experts& e;
+  Experts e;
   DType type;      // of x and out
   const void* x;   // [tokens, hidden], rows ldx apart
   void* out;       // [tokens, hidden]

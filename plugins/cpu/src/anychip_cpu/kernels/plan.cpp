@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace anychip {
 namespace {
@@ -44,6 +45,19 @@ Plan plan_attention(const int32_t* query_start, const int32_t* seq_lens, int64_t
   std::stable_sort(plan.items.begin(), plan.items.end(),
                    [&](const AttentionItem& a, const AttentionItem& b) { return cost(a) > cost(b); });
   return plan;
+}
+
+void StepPlan::renew(int64_t threads) {
+  batch.tokens = batch.query_start[batch.rows];
+  plan_ = plan_attention(batch.query_start, batch.seq_lens, batch.rows, kv_heads_, group_, window_, threads);
+  batch.items = plan_.items.data(), batch.num_items = int64_t(plan_.items.size());
+  batch.merges = plan_.merges.data(), batch.num_merges = int64_t(plan_.merges.size());
+}
+
+void clear_padding(const AttentionCall& call) {
+  const Layer& l = call.layer;
+  const int64_t row = l.heads * l.dim * (DType(l.type) == DType::bf16 ? 2 : 4);
+  std::memset((char*)call.out + call.batch.tokens * row, 0, (call.batch.room - call.batch.tokens) * row);
 }
 
 }  // namespace anychip
