@@ -30,7 +30,11 @@ class _Arriving:
         self.scheme, self.platform = scheme, platform
         self.kinds = {"scale"}
         self.kinds |= {"global_scale"} if scheme.scale_format == "e4m3" else set()
-        self.kinds |= {"zero"} if scheme.zero_points else set()
+        self.kinds |= {"super_scale"} if scheme.super_group_size else set()
+        if scheme.zero_points == "minima":
+            self.kinds |= {"minimum", "super_minimum"} if scheme.super_group_size else {"minimum"}
+        elif scheme.zero_points:
+            self.kinds |= {"zero"}
         self._matrices: dict[Any, QuantizedMatrix] = {}
         self._missing: dict[Any, set[str]] = {}
         self._rows: dict[Any, int] = {}

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "coded.h"
 #include "integer.h"
 #include "pool.h"
 #include "quantized.h"
@@ -20,23 +21,6 @@ constexpr int64_t kOuterInputs = 2048; // of a block, at most: 96 x 2048 float32
 constexpr int64_t kInnerInputs = 512;  // of a pass: 32 KB of bf16 panel stay in L1
 constexpr int64_t kWorthPacking = 16384; // values of a left operand, from which on threads share its packing
 constexpr int64_t kDirectTiles = 2;    // from more tiles on, a quantized panel is dequantized once for all
-
-// Rows of tile `index` of `tiles` that share `rows` as evenly as they can.
-inline int64_t tile_start(int64_t rows, int64_t tiles, int64_t index) { return rows * index / tiles; }
-
-// The left operand of some rows and inputs: tiles one after the other, each [pairs][its rows][2].
-template <class V, class B>
-struct LeftBlock {
-  int64_t rows, tiles, pairs;
-  Left<V, B>* data;
-
-  LeftBlock(int64_t rows, int64_t width, Left<V, B>* data, int64_t most = V::MR)
-      : rows(rows), tiles(cdiv(rows, most)), pairs(cdiv<int64_t>(width, 2)), data(data) {}
-  static size_t size(int64_t rows, int64_t width) { return rows * 2 * cdiv<int64_t>(width, 2); }
-  int64_t first(int64_t tile) const { return tile_start(rows, tiles, tile); }
-  int count(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
-  Left<V, B>* tile(int64_t t) const { return data + first(t) * 2 * pairs; }
-};
 
 // c[m][column] += rows of a tile times a panel, over `pairs` pairs from pair `begin` on.
 template <class V, int M, class B>
@@ -97,6 +81,9 @@ void panel_product(float* c, const LeftBlock<V, B>& left, const Weights& w, int6
   if constexpr (std::is_same_v<B, float>) {
     if (w.quantized()) return quantized_block_times_panel<V>(c, left, w, panel, first, direct);
   }
+  if constexpr (kTakesCodes<V, B>) {
+    if (w.coded()) return codes_times_panel<V>(c, left, w, panel, first);
+  }
   block_times_panel<V, B>(c, left, w, panel, first);
 }
 
@@ -140,6 +127,13 @@ void pack_tile(const LeftBlock<V, B>& left, int64_t tile, const Weights& w, cons
   }
 }
 
+// Of rows that meet codes with zeros: their sums over each group of inputs, [rows][groups].
+template <class V, class B>
+void sum_rows(const Gemm& g, const LeftBlock<V, B>& left, int64_t row, int64_t begin, int64_t end, int64_t tile) {
+  for (int64_t m = left.first(tile); m < left.first(tile) + left.count(tile); ++m)
+    sum_groups<V>(left.sums + m * left.groups, (const bf16*)g.x + (row + m) * g.ldx, g.w, begin, end);
+}
+
 template <class V, class B>
 void pack_rows(const Gemm& g, const LeftBlock<V, B>& left, int64_t row, int64_t begin, int64_t end, int64_t tile) {
   const auto row_of = [&](int64_t m) { return row + m; };
@@ -147,24 +141,30 @@ void pack_rows(const Gemm& g, const LeftBlock<V, B>& left, int64_t row, int64_t 
   else pack_tile(left, tile, g.w, (const float*)g.x, g.ldx, begin, end, row_of);
 }
 
-// B: what panels hold; quantized weights take B = float.
+// B: what panels hold; quantized weights take B = float, and codes bf16 where its pairs are multiplied.
 template <class V, class B>
 void gemm_typed(const Gemm& g) {
   const Weights& w = g.w;
   const int64_t panels = cdiv<int64_t>(w.n, kPanel);
-  const bool direct = w.quantized() && g.m <= kQuantizedRows * kDirectTiles;
+  const bool direct = direct_kind(w.kind) && g.m <= kQuantizedRows * kDirectTiles;
   const int64_t outer = direct ? w.k : kOuterInputs;
-  static Scratch left_store, sum_store;
+  const bool summed = kTakesCodes<V, B> && w.coded() && w.zeros;
+  static Scratch left_store, sum_store, group_store;
   for (int64_t row = 0; row < g.m; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, g.m - row);
     float* sums = w.k > outer ? sum_store.get<float>(panels * rows * kPanel) : nullptr;
     for (int64_t begin = 0; begin < w.k; begin += outer) {
       const int64_t end = std::min(w.k, begin + outer);
-      const LeftBlock<V, B> left(rows, end - begin, left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)),
+      LeftBlock<V, B> left(rows, end - begin, left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)),
                                  direct ? kQuantizedRows : V::MR);
+      left.groups = summed ? groups_within(w, begin, end) : 0;
+      left.sums = group_store.get<float>(rows * left.groups + 1);
       // A few rows are packed sooner than another thread would have begun.
       parallel_for(left.tiles, rows * (end - begin) <= kWorthPacking ? left.tiles : 1, [&](int64_t t, int64_t stop) {
-        for (; t < stop; ++t) pack_rows(g, left, row, begin, end, t);
+        for (; t < stop; ++t) {
+          pack_rows(g, left, row, begin, end, t);
+          if (summed) sum_rows(g, left, row, begin, end, t);
+        }
       });
       stream_for(panels, 1, [&](int64_t panel, int64_t stop) {
         alignas(64) float c[kBlockRows * kPanel];
@@ -193,7 +193,9 @@ void gemm(const Gemm& g) {
   if constexpr (V::kTiles) {
     if (TiledRows<V>::serves(g.w, g.m)) return whole_gemm<TiledRows<V>>(g, store);
   }
-  if (g.w.kind == DType::bf16) gemm_typed<V, bf16>(g);
+  // Codes are whole numbers, which bf16 holds as they are: scales are put on for a group at a time.
+  const bool codes = kTakesCodes<V, bf16> && g.w.coded() && g.w.rounding == DType::f32 && g.x_type == DType::bf16;
+  if (g.w.kind == DType::bf16 || codes) gemm_typed<V, bf16>(g);
   else gemm_typed<V, float>(g);
 }
 
