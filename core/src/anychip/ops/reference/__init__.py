@@ -43,7 +43,7 @@ from anychip.ops.reference.step import (
     token_scores,
     write_embeddings,
 )
-from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen
+from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen, with_wide_scales
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
@@ -68,8 +68,8 @@ __all__ = [
     "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
     "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dequantize", "draw_tokens", "forward_pass",
     "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
-    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "write_adapters",
-    "write_embeddings",
+    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
+    "write_adapters", "write_embeddings",
 ]  # fmt: skip
 
 

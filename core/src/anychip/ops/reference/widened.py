@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ from anychip.plugin_api.linear import Packed
 def can_widen(scheme: QuantScheme) -> bool:
     """Whether plain weights stand for the scheme: its activations are not rounded."""
     return scheme.activations == "plain"
+
+
+SpecT = TypeVar("SpecT", LinearSpec, MoESpec)
+
+
+def with_wide_scales(spec: SpecT) -> SpecT:
+    """For kernels that read float32 scales and no float16 ones: the same product with such scales, which hold float16
+    exactly. Its matrix takes float16 parts as they come. Schemes with minima stay as they are."""
+    scheme = spec.scheme
+    if scheme is None or scheme.scale_format != "float16" or scheme.zero_points == "minima":
+        return spec
+    return replace(spec, scheme=replace(scheme, scale_format="float32"))
 
 
 class _Arriving:
