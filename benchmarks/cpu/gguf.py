@@ -3,9 +3,9 @@
 python benchmarks/cpu/gguf.py MODEL.gguf --llama-cpp FOLDER [--tiny tiny.gguf] [--sections agree,speed,memory]
     [--threads 2] [--rounds 5] [--tokens 64] [--output FILE.json]
 
-FOLDER has the package `llama_cpp` (`pip install --target FOLDER llama-cpp-python`); it is not part of anychip. Both engines
-load once, each in a process, and take turns: a ratio is the median over rounds of anychip's figure over llama.cpp's of the
-same round. gguf_models.py writes files of random blocks, and the tiny one above which memory is counted.
+FOLDER has the package `llama_cpp` (`pip install --target FOLDER llama-cpp-python`); it is not part of anychip. Both
+engines load once, each in a process, and take turns: a ratio is the median over rounds of anychip's figure over
+llama.cpp's of the same round. gguf_models.py writes files of random blocks, and the tiny one above which memory is counted.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from anychip.bench.report import write
 
 HERE = Path(__file__).parent
 TEXTS = (
-    "The capital of France is", "Water boils at", "The largest planet of the solar system is", "Once upon a time there was",
+    "The capital of France is", "Water boils at", "The largest planet of the solar system is", 
+    "Once upon a time there was",
     "A recipe for bread needs", "The first president of the United States was", "In physics, energy is",
     "To open a file in Python, one writes", "The opposite of hot is", "Photosynthesis is the process by which",
 )  # fmt: skip
 NEAR = 0.2
-"""Nats of lead under which two tokens are a tie: llama.cpp rounds activations to eight bits, and both sum in another order."""
+"""Nats of lead under which two tokens are a tie: llama.cpp rounds activations to eight bits."""
 
 
 class Engine:
     def __init__(
         self, name: str, model: str, arguments: argparse.Namespace, *, dtype: str = "bfloat16", tokens: int = 2560
     ) -> None:
-        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), arguments.llama_cpp if name == "llama" else "")))
+        path = os.pathsep.join(
+            filter(None, (os.environ.get("PYTHONPATH"), arguments.llama_cpp if name == "llama" else ""))
+        )
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "gguf_engine.py"), name, model, str(arguments.threads), dtype, str(tokens)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -136,7 +139,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--note", default="", help="what the figures' reader must know, such as a machine that is shared")
+    parser.add_argument(
+        "--note", default="", help="what the figures' reader must know, such as a machine that is shared"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
@@ -149,7 +154,9 @@ def main() -> None:
             print(report["memory"], flush=True)
         if {"agree", "speed"} & set(sections):
             engines = {name: Engine(name, arguments.model, arguments) for name in ("anychip", "llama")}
-            report["start"] = {name: {k: v for k, v in e.started.items() if k != "result"} for name, e in engines.items()}
+            report["start"] = {
+                name: {k: v for k, v in e.started.items() if k != "result"} for name, e in engines.items()
+            }
         if "agree" in sections:
             exact = Engine("anychip", arguments.model, arguments, dtype="float32")
             report["agreement"] = agreement(engines, exact, 32)
@@ -166,10 +173,10 @@ def main() -> None:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Bytes that a process with the model holds above one with next to none, either with a KV cache of 48 tokens."""
+    """Bytes that a process with the model holds above one with next to none, either with a KV cache of three blocks."""
     held = {}
     for name, model in (("model", arguments.model), ("tiny", arguments.tiny)):
-        engine = Engine("anychip", model, arguments, tokens=48)
+        engine = Engine("anychip", model, arguments, tokens=16)
         held[name] = engine.started["resident"]
         engine.close()
     above = held["model"] - held["tiny"]

@@ -20,12 +20,18 @@ from anychip.plugin_api.refusals import undeclared
         ({"scale_format": "bf16"}, "scale_format 'bf16': choose one of float32, float16, int8, e8m0, e4m3"),
         ({"scale_format": "int8"}, "super_group_size None with scale_format 'int8'"),
         ({"super_group_size": 64}, "super_group_size 64 with scale_format 'float32'"),
-        ({"scale_format": "int8", "super_group_size": 64}, "super_group_size 64 with scales by channel and group_size None"),
+        (
+            {"scale_format": "int8", "super_group_size": 64},
+            "super_group_size 64 with scales by channel and group_size None",
+        ),
         (
             {"scales": "group", "group_size": 48, "scale_format": "int8", "super_group_size": 64},
             "super_group_size 64 with scales by group and group_size 48",
         ),
-        ({"values": "fp8_e4m3", "zero_points": "minima"}, "zero_points 'minima' of fp8_e4m3 values: only int8 and int6"),
+        (
+            {"values": "fp8_e4m3", "zero_points": "minima"},
+            "zero_points 'minima' of fp8_e4m3 values: only int8 and int6",
+        ),
         ({"scales": "group"}, "group_size None with scales by group"),
         ({"group_size": 32}, "group_size 32 with scales by channel"),
         ({"scales": "group", "group_size": 0}, "group_size 0 with scales by group"),

@@ -20,7 +20,7 @@ VOCABULARY = (Sharded(dim=0, uneven="pad"),)
 
 
 class VocabParallelEmbedding:
-    """[num_tokens] ids to [num_tokens, hidden_size]. `weight` None: a quantized head has it, and rows are the head's."""
+    """[num_tokens] ids to [num_tokens, hidden_size]. `weight` None: rows are those of a quantized head."""
 
     placed_tensors = MappingProxyType({"weight": VOCABULARY})
 
@@ -29,9 +29,7 @@ class VocabParallelEmbedding:
         self.ops = builder.ops
         self.communicator = builder.mesh.axis("tp")
         self.share, _ = builder.held((vocab_size, hidden_size), VOCABULARY, "tokens")
-        self.weight: Tensor | None = builder.platform.empty(
-            (self.share.count, hidden_size), builder.dtype, "weights"
-        )
+        self.weight: Tensor | None = builder.platform.empty((self.share.count, hidden_size), builder.dtype, "weights")
         self._head: LMHead | None = None
 
         def take(view: WeightView) -> None:
@@ -61,7 +59,8 @@ class LMHead:
 
     Tied, the kernel adopts the embedding's storage, and packs a copy only where its layout needs one, or where the head
     is quantized as it is loaded. Where the embedding is stored quantized, the head holds it, and the embedding reads
-    its rows there if the kernel can. A checkpoint that ties them and yet brings a head with other values is believed: its head is used.
+    its rows there if the kernel can. A checkpoint that ties them and yet brings a head with other values is believed:
+    its head is used.
     """
 
     def __init__(

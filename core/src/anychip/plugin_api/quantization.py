@@ -246,5 +246,6 @@ def implied_zero(scheme: QuantScheme) -> int:
     unsigned = scheme.values in ("int2", "int3", "int4", "int5", "int6")
     return 1 << (scheme.bits - 1) if unsigned and scheme.zero_points is None else 0
 
+
 FP8_MAX = 448.0
 """Largest finite float8_e4m3fn."""

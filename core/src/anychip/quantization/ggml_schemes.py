@@ -68,7 +68,9 @@ def parts_of(stored: BlockType, rows: Tensor, scheme: QuantScheme) -> dict[str, 
 def _together(blocks: Blocks, scheme: QuantScheme) -> dict[str, Tensor | None]:
     """Of a scheme with minima and float32 scales."""
     values, scale, minimum = blocks.integers(), blocks.scales, blocks.minima
-    if minimum is None and scheme.values == "int4":  # unsigned, with a minimum of as many scales as the least is below 0
+    if (
+        minimum is None and scheme.values == "int4"
+    ):  # unsigned, with a minimum of as many scales as the least is below 0
         values, minimum = values + blocks.offset, blocks.offset * scale
     elif minimum is None:
         minimum = torch.zeros_like(scale)

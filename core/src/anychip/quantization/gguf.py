@@ -88,7 +88,9 @@ def _want_blocks(register: WeightRegister, matrix: Matrix, scheme: QuantScheme, 
     rows, columns = matrix.shape
     groups = {"": matrix.columns, **dict.fromkeys(("scale", "minimum"), column_groups(matrix, scheme))}
     if scheme.super_group_size:
-        groups |= dict.fromkeys(("super_scale", "super_minimum"), column_groups(matrix, scheme, scheme.super_group_size))
+        groups |= dict.fromkeys(
+            ("super_scale", "super_minimum"), column_groups(matrix, scheme, scheme.super_group_size)
+        )
 
     def take(view: WeightView) -> None:
         check(view, (rows, columns // stored.size * stored.nbytes), torch.uint8)

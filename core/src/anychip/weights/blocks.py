@@ -2,8 +2,8 @@
 minimum for each group: w = number(code) * scale - minimum, in float32, in this order.
 
 `unpack` gives these parts of any number of blocks in the form that the file has them in: scales and minima are float16,
-or bytes that a float16 number of the block multiplies. Bit for bit what ggml computes (ggml-quants.c) and what gguf-py's
-gguf.quants does, which the tests compare with.
+or bytes that a float16 number of the block multiplies. Bit for bit what ggml computes (ggml-quants.c) and
+what gguf-py's gguf.quants does, which the tests compare with.
 """
 
 from __future__ import annotations

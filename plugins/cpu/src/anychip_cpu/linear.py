@@ -59,9 +59,7 @@ class CpuLinear(LinearKernel):
     def adopt(self, weight: Tensor) -> PackedLinear:
         """Shares a plain weight's storage: its rows are read as they lie."""
         rows, columns = weight.shape
-        return PackedLinear(
-            weight, None, True, described(DTYPES[self.spec.dtype], rows, columns, weight.data_ptr(), 0)
-        )
+        return PackedLinear(weight, None, True, described(DTYPES[self.spec.dtype], rows, columns, weight.data_ptr(), 0))
 
     def rows(self, packed: PackedLinear, ids: Tensor) -> Tensor:
         ids = ids.to(torch.int64).contiguous()

@@ -58,7 +58,8 @@ def _why_not_values(scheme: QuantScheme) -> str:
     if scheme.codebook and _table(scheme) is None:
         return "panels hold codebooks of sixteen whole numbers of eight bits"
     # Activations in bytes meet bytes: int4's are rounded and expanded again.
-    if scheme.activation_format and (scheme.values not in ("int8", "fp8_e4m3") or scheme.activation_format != scheme.values):
+    own = scheme.values if scheme.values in ("int8", "fp8_e4m3") else None
+    if scheme.activation_format not in (None, own):
         return "panels hold no such weights with rounded activations"
     return ""
 
@@ -88,7 +89,8 @@ class Grouped:
         rows = rows.to(self.held.dtype).contiguous()
         _, panels, groups, _ = self.held.shape
         size = self.held.element_size()
-        target = described(DTYPES[_TRANSPOSED[size]], panels * PANEL, groups, self.address(index), groups * PANEL * size)
+        kind, nbytes = DTYPES[_TRANSPOSED[size]], groups * PANEL * size
+        target = described(kind, panels * PANEL, groups, self.address(index), nbytes)
         self.kernels.pack_rows(target, rows.data_ptr(), len(rows), first, span, lane)
 
     def address(self, index: int) -> int:

@@ -13,7 +13,6 @@ namespace anychip {
 
 constexpr int64_t kCodedInputs = 256;  // of a pass: 16 KB of bf16, and their scales, stay in L1
 
-
 template <class V, class B>
 constexpr bool kTakesCodes = V::kHasDot && std::is_same_v<B, bf16>;
 

@@ -61,17 +61,17 @@ void pack_codes(const PackRows& a) {
   constexpr int kLower = lower_bits(kKind), kUpper = upper_bits(kKind), kWords = code_bits(kKind);
   pack_as<uint8_t>(a, [k = a.w.k](char* panel, const uint8_t* rows, int count, int lane) {
     const auto block = [&](uint32_t* to, const uint8_t* from, int64_t inputs) __attribute__((always_inline)) {
-        uint64_t eights[4] = {};
-        if (inputs >= kCodeInputs) std::memcpy(eights, from, kCodeInputs);
-        else std::memcpy(eights, from, inputs);
-        uint32_t words[kWords] = {};
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (kLower == 4) words[e] = eight_codes<4>(eights[e], 0);
-          else words[e / 2] |= eight_codes<2>(eights[e], 0) << (4 * (e % 2));
-          if constexpr (kUpper == 2) words[kLower + e / 2] |= eight_codes<2>(eights[e], kLower) << (4 * (e % 2));
-          if constexpr (kUpper == 1) words[kLower] |= eight_codes<1>(eights[e], kLower) << (2 * e);
-        }
-        for (int word = 0; word < kWords; ++word) to[word * kPanel] = words[word];
+      uint64_t eights[4] = {};
+      if (inputs >= kCodeInputs) std::memcpy(eights, from, kCodeInputs);
+      else std::memcpy(eights, from, inputs);
+      uint32_t words[kWords] = {};
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (kLower == 4) words[e] = eight_codes<4>(eights[e], 0);
+        else words[e / 2] |= eight_codes<2>(eights[e], 0) << (4 * (e % 2));
+        if constexpr (kUpper == 2) words[kLower + e / 2] |= eight_codes<2>(eights[e], kLower) << (4 * (e % 2));
+        if constexpr (kUpper == 1) words[kLower] |= eight_codes<1>(eights[e], kLower) << (2 * e);
+      }
+      for (int word = 0; word < kWords; ++word) to[word * kPanel] = words[word];
     };
     // Two blocks of a row at a time, which are a line: rows may push each other out of the cache.
     for (int64_t begin = 0; begin < k; begin += 2 * kCodeInputs)
