@@ -5,7 +5,8 @@ python benchmarks/cpu/gguf.py MODEL.gguf --llama-cpp FOLDER [--tiny tiny.gguf] [
 
 FOLDER has the package `llama_cpp` (`pip install --target FOLDER llama-cpp-python`); it is not part of anychip. Both
 engines load once, each in a process, and take turns: a ratio is the median over rounds of anychip's figure over
-llama.cpp's of the same round. gguf_models.py writes files of random blocks, and the tiny one above which memory is counted.
+llama.cpp's of the same round. gguf_models.py writes files of random blocks, and the tiny one above which memory is
+counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from anychip.bench.report import write
 
 HERE = Path(__file__).parent
 TEXTS = (
-    "The capital of France is", "Water boils at", "The largest planet of the solar system is", 
+    "The capital of France is", "Water boils at", "The largest planet of the solar system is",
     "Once upon a time there was",
     "A recipe for bread needs", "The first president of the United States was", "In physics, energy is",
     "To open a file in Python, one writes", "The opposite of hot is", "Photosynthesis is the process by which",
