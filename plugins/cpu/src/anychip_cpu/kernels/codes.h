@@ -152,12 +152,7 @@ void expand(float* out, const Weights& w, int64_t panel, int64_t first, int64_t 
   }
 }
 
-// Codes of up to six bits become bf16 by their bits alone, with kBias added: 0x4300 is 128, and its last bit is 1.
-constexpr float kBias = 128;
-constexpr bool biased(DType kind) { return code_bits(kind) <= 6 && kind != DType::table; }
-
-// Codes, or of a table and of bytes numbers, without scales and zeros, as pairs of bf16, which holds every one exactly:
-// [count / 2][kPanel][2].
+// Their numbers, without scales and zeros, as pairs of bf16, which holds every one exactly: [count / 2][kPanel][2].
 template <class V, DType kKind>
 void expand_numbers(bf16* out, const Weights& w, int64_t panel, int64_t first, int64_t count) {
   const auto less = V::set1(code_zero(kKind) - w.lift);
@@ -166,14 +161,7 @@ void expand_numbers(bf16* out, const Weights& w, int64_t panel, int64_t first, i
     for (int column = 0; column < kPanel; column += V::W)
       each_input([&](auto input) __attribute__((always_inline)) {
         constexpr int J = decltype(input)::value;
-        if constexpr (J % 2 == 0 && biased(kKind)) {
-          constexpr int kAt = -8 * byte_of(kKind, J);
-          const auto even = four_codes<V, kKind, four_of(kKind, J)>(words + column, w.table);
-          const auto odd = four_codes<V, kKind, four_of(kKind, J + 1)>(words + column, w.table);
-          const auto both = V::or_i(V::and_i(V::template shift<kAt>(even), V::set1_i(0xff)),
-                                    V::and_i(V::template shift<kAt + 16>(odd), V::set1_i(0xff0000)));
-          V::store_i(out + J * kPanel + 2 * column, V::or_i(both, V::set1_i(0x43004300)));
-        } else if constexpr (J % 2 == 0)
+        if constexpr (J % 2 == 0)
           V::store_pair(out + J * kPanel + 2 * column, numbers_of<V, kKind, J>(words + column, w.table, less),
                         numbers_of<V, kKind, J + 1>(words + column, w.table, less));
       });

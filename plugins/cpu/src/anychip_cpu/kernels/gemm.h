@@ -148,7 +148,7 @@ void gemm_typed(const Gemm& g) {
   const int64_t panels = cdiv<int64_t>(w.n, kPanel);
   const bool direct = direct_kind(w.kind) && g.m <= kQuantizedRows * kDirectTiles;
   const int64_t outer = direct ? w.k : kOuterInputs;
-  const bool summed = kTakesCodes<V, B> && w.coded() && takes_sums(w);
+  const bool summed = kTakesCodes<V, B> && w.coded() && w.zeros;
   static Scratch left_store, sum_store, group_store;
   for (int64_t row = 0; row < g.m; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, g.m - row);
@@ -156,7 +156,7 @@ void gemm_typed(const Gemm& g) {
     for (int64_t begin = 0; begin < w.k; begin += outer) {
       const int64_t end = std::min(w.k, begin + outer);
       LeftBlock<V, B> left(rows, end - begin, left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin)),
-                           direct ? kQuantizedRows : V::MR);
+                                 direct ? kQuantizedRows : V::MR);
       left.groups = summed ? groups_within(w, begin, end) : 0;
       left.sums = group_store.get<float>(rows * left.groups + 1);
       // A few rows are packed sooner than another thread would have begun.

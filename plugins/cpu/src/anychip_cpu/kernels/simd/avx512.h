@@ -121,7 +121,6 @@ struct Avx512 {
   static I zero_i() { return _mm512_setzero_si512(); }
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
   static I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
-  static void store_i(void* p, I x) { _mm512_storeu_si512(p, x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static I and_i(I a, I b) { return _mm512_and_si512(a, b); }
   static I or_i(I a, I b) { return _mm512_or_si512(a, b); }
