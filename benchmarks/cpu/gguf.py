@@ -85,16 +85,21 @@ def agreement(engines: dict[str, Engine], exact: Engine, count: int) -> dict[str
             statistics.fmean(scores[first]) - statistics.fmean(scores[second]))}  # fmt: skip
 
     verdicts: list[str] = []
+    leads: list[float] = []
     for prompt in prompts:
         ours, theirs = (engines[name].ask("write", prompt, count)["result"] for name in ("anychip", "llama"))
         verdicts.append(compared(ours, theirs))
+        leads += [min(a["lead"], b["lead"]) for a, b in zip(ours, theirs, strict=True) if a["token"] != b["token"]][:1]
     return {
         "tokens_scored": len(sample) - 1,
         "logprob_differences": {
             "anychip, llama.cpp": differ("anychip", "llama"), "anychip, float32": differ("anychip", "exact"),
             "llama.cpp, float32": differ("llama", "exact"),
         },
-        "greedy": {"prompts": len(prompts), "tokens": count, **{v: verdicts.count(v) for v in sorted(set(verdicts))}},
+        "greedy": {
+            "prompts": len(prompts), "tokens": count, "leads_where_they_part": sorted(leads),
+            **{v: verdicts.count(v) for v in sorted(set(verdicts))},
+        },
     }  # fmt: skip
 
 

@@ -37,7 +37,11 @@ class VocabParallelEmbedding:
                 return
             held = self.share.within(vocab_size)
             weight[held.count :].zero_()
-            stream(view, held, Span(0, hidden_size), lambda rows, first: weight[first : first + len(rows)].copy_(rows))
+
+            def put(rows: Tensor, first: int) -> None:
+                weight[first : first + len(rows)].copy_(rows)
+
+            stream(view, held, Span(0, hidden_size), put)
 
         builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), take)
 
