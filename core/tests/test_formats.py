@@ -76,6 +76,11 @@ SCHEMES = [
     replace(NAMED["codebook4"], codebook=tuple(float(n * n) for n in range(64)), group_size=24),
     replace(NAMED["int4-float-zeros"], group_size=16),
     QuantScheme(values="int8", scales="channel", zero_points="float"),
+    NAMED["f16-int5-minima"],
+    NAMED["super-int2-minima"],
+    replace(NAMED["super-int6"], super_group_size=32),
+    replace(NAMED["super-codebook4"], group_size=8, super_group_size=32),
+    replace(NAMED["int8-minima"], scales="channel", group_size=None),
     QuantScheme(values="fp8_e5m2", scales="tensor"),
     QuantScheme(values="fp8_e4m3", scales="block", group_size=16, scale_format="e8m0"),
     QuantScheme(values="int4", scales="group", group_size=32, activations="token", activation_format="int8"),
@@ -97,13 +102,20 @@ def random_parts(scheme: QuantScheme, rows: int, columns: int) -> dict[str, torc
         parts = {"": torch.randint(0, 1 << scheme.bits, (rows, columns), dtype=torch.uint8)}
     parts["scale"] = {
         "float32": lambda: torch.rand(shape) + 0.1,
+        "float16": lambda: (torch.rand(shape) + 0.1).half(),
+        "int8": lambda: torch.randint(-63, 64, shape, dtype=torch.int8),
         "e8m0": lambda: torch.randint(120, 135, shape, dtype=torch.uint8),
         "e4m3": lambda: (torch.rand(shape) * 400).to(torch.float8_e4m3fn),
     }[scheme.scale_format]()
     if scheme.scale_format == "e4m3":
         parts["global_scale"] = torch.rand(1) * 0.01
-    if scheme.zero_points:
+    if scheme.zero_points == "minima":
+        parts["minimum"] = parts["scale"].flip(0)
+    elif scheme.zero_points:
         parts["zero"] = torch.rand(shape) * 15
+    if scheme.super_group_size:
+        upper = rows, -(-columns // scheme.super_group_size)
+        parts |= {f"super_{kind}": torch.rand(upper).half() for kind in ("scale", "minimum") if kind in parts}
     return parts
 
 
@@ -119,10 +131,17 @@ def element(scheme: QuantScheme, parts: dict[str, torch.Tensor], row: int, colum
     place = at[scheme.scales]
     scale = parts["scale"][place]
     factor = 2.0 ** (int(scale) - 127) if scheme.scale_format == "e8m0" else float(scale)
+    above = row, column // (scheme.super_group_size or 1)
     if "global_scale" in parts:
         factor *= float(parts["global_scale"])
-    zero = float(parts["zero"][place]) if "zero" in parts else 8.0 if scheme.values == "int4" else 0.0
-    return (number - zero) * factor
+    if "super_scale" in parts:
+        factor *= float(parts["super_scale"][above])
+    if "minimum" in parts:
+        return number * factor - float(parts["minimum"][place]) * float(
+            parts["super_minimum"][above] if "super_minimum" in parts else 1
+        )
+    half = {"int2": 2, "int3": 4, "int4": 8, "int5": 16, "int6": 32}.get(scheme.values, 0)
+    return (number - (float(parts["zero"][place]) if "zero" in parts else half)) * factor
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,9 +163,8 @@ def test_a_matrix_stands_for_its_elements(scheme, rows, columns, seed):
             matrix.load(kind, tensor, offset, count, 0)
     for offset, count, parts in zip(starts, rows, held, strict=True):
         found = matrix.dequantize()[offset : offset + count]
-        plain = dequantize(
-            scheme, parts[""], parts["scale"], global_scale=parts.get("global_scale"), zero=parts.get("zero")
-        )
+        rest = {kind: part for kind, part in parts.items() if kind not in ("", "scale")}
+        plain = dequantize(scheme, parts[""], parts["scale"], **rest)
         assert found.equal(plain)
         exact = torch.tensor(
             [[element(scheme, parts, row, column) for column in range(columns)] for row in range(count)],

@@ -29,9 +29,9 @@ def written(path: Path, data: bytes) -> Path:
 @pytest.mark.parametrize("version", [2, 3])
 def test_metadata_and_tensors_are_read(version, tmp_path):
     header = read_header(write_gguf(tmp_path / "m.gguf", METADATA, TENSORS, version=version))
-    read = {key: [list(e) if not isinstance(e, int | str) else e for e in value] if isinstance(value, list) else value
-            for key, value in header.metadata.items()}  # fmt: skip
-    assert {**read, "a": list(read["a"])} == METADATA
+    read = header.metadata
+    nested = [list(each) for each in read["e"]]
+    assert {**read, "a": list(read["a"]), "b": read["b"].read(), "e": nested} == METADATA
     assert {name: (t.type.name, t.shape) for name, t in header.tensors.items()} == {
         "t": ("F32", (2, 3)), "q": ("Q4_0", (2, 32)),
     }  # fmt: skip

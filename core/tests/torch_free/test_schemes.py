@@ -15,15 +15,29 @@ from anychip.plugin_api.refusals import undeclared
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"values": "int3"}, "values 'int3': choose one of int8, int4, fp8_e4m3"),
+        ({"values": "int7"}, "values 'int7': choose one of int8, int6, int5, int4, int3, int2, fp8_e4m3"),
         ({"scales": "row"}, "scales 'row': choose one of tensor, channel, group, block"),
-        ({"scale_format": "bf16"}, "scale_format 'bf16': choose one of float32, e8m0, e4m3"),
+        ({"scale_format": "bf16"}, "scale_format 'bf16': choose one of float32, float16, int8, e8m0, e4m3"),
+        ({"scale_format": "int8"}, "super_group_size None with scale_format 'int8'"),
+        ({"super_group_size": 64}, "super_group_size 64 with scale_format 'float32'"),
+        (
+            {"scale_format": "int8", "super_group_size": 64},
+            "super_group_size 64 with scales by channel and group_size None",
+        ),
+        (
+            {"scales": "group", "group_size": 48, "scale_format": "int8", "super_group_size": 64},
+            "super_group_size 64 with scales by group and group_size 48",
+        ),
+        (
+            {"values": "fp8_e4m3", "zero_points": "minima"},
+            "zero_points 'minima' of fp8_e4m3 values: only int8 and int6",
+        ),
         ({"scales": "group"}, "group_size None with scales by group"),
         ({"group_size": 32}, "group_size 32 with scales by channel"),
         ({"scales": "group", "group_size": 0}, "group_size 0 with scales by group"),
         ({"zero_points": "int"}, "zero_points 'int' of int8 values: only int4 have such"),
         ({"values": "fp8_e4m3", "zero_points": "float"}, "zero_points 'float' of fp8_e4m3 values: only int4 and int8"),
-        ({"zero_points": True}, "zero_points True: choose one of None, int, float"),
+        ({"zero_points": True}, "zero_points True: choose one of None, int, float, minima"),
         ({"values": "codebook"}, "codebook of 0 numbers with codebook values"),
         ({"codebook": (0.0, 1.0)}, "codebook of 2 numbers with int8 values"),
         ({"values": "codebook", "codebook": (0.0,) * 5}, "codebook of 5 numbers: 2 to 8 bits"),
@@ -59,6 +73,10 @@ def test_names_tell_apart_what_kernels_must_know():
         "int4-float-zeros",
         "int8-float-zeros",
         "codebook4",
+        "int4-minima",
+        "int8-minima",
+        *(f"f16-{word}" for word in ("int4", "int4-minima", "int5", "int5-minima", "int8", "codebook4")),
+        *(f"super-{word}" for word in ("int2-minima", "int3", "int4-minima", "int5-minima", "int6", "codebook4")),
     } == SCHEMES
     int4, fp8 = NAMED["int4"], NAMED["fp8-w8a16"]
     assert replace(int4, zero_points="int", group_size=32).name == "int4"  # no kernel is chosen by these

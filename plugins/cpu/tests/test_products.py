@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from anychip.ops.reference import REFERENCE
 from anychip.ops.table import resolve_ops
-from anychip.plugin_api import LinearPart, LinearSpec, MoESpec, QuantScheme
+from anychip.plugin_api import NAMED, LinearPart, LinearSpec, MoESpec, QuantScheme
 from anychip_cpu import native
 from anychip_cpu.probe import available_cores
 
@@ -29,6 +31,10 @@ SCHEMES = {
     "fp8 by token": QuantScheme(values="fp8_e4m3", scales="channel", activations="token"),
     "w8a8": QuantScheme(values="int8", scales="channel", activations="token"),
     "w8a8 in groups": QuantScheme(values="int8", scales="group", group_size=32, activations="group"),
+    "mxfp4": NAMED["mxfp4"],
+    **{name: scheme for name, scheme in NAMED.items() if name.startswith(("f16-", "super-")) or "minima" in name},
+    "super-int6 in long groups": replace(NAMED["super-int6"], group_size=128),
+    "f16-int5-minima by channel": replace(NAMED["f16-int5-minima"], scales="channel", group_size=None),
 }
 
 
@@ -37,18 +43,32 @@ def parts_of(scheme, rows, columns):
     if scheme is None:
         return {"": torch.randn(rows, columns)}
     groups = -(-columns // scheme.group_size) if scheme.group_size else 1
-    if scheme.values == "int4":
-        values = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    elif scheme.values == "fp8_e4m3":
+    if scheme.values == "fp8_e4m3":
         values = torch.randn(rows, columns).to(torch.float8_e4m3fn)
-    else:
+    elif scheme.values == "int8":
         values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+    else:
+        values = torch.randint(0, 1 << scheme.bits, (rows, columns), dtype=torch.uint8)
     shape = {"channel": (rows,), "group": (rows, groups), "block": (-(-rows // 64), groups)}[scheme.scales]
-    parts = {"": values, "scale": torch.rand(shape) * 0.02 + 0.01}
-    if scheme.zero_points:
+    parts = {"": values, "scale": scales_of(scheme, shape)}
+    if scheme.zero_points == "minima":
+        parts["minimum"] = scales_of(scheme, shape) * (3 if scheme.scale_format != "int8" else 1)
+    elif scheme.zero_points:
         whole = scheme.zero_points == "int"
         parts["zero"] = torch.randint(0, 16, shape, dtype=torch.uint8) if whole else torch.randn(shape) * 9
+    if scheme.super_group_size:
+        upper = rows, -(-columns // scheme.super_group_size)
+        for kind in [kind for kind in parts if kind]:
+            parts[f"super_{kind}"] = (torch.randn(upper) * 1e-3).half()
     return parts
+
+
+def scales_of(scheme, shape):
+    if scheme.scale_format == "int8":
+        return torch.randint(-63, 64, shape, dtype=torch.int8)
+    if scheme.scale_format == "e8m0":
+        return torch.randint(118, 124, shape, dtype=torch.uint8)
+    return (torch.rand(shape) * 0.02 + 0.01).to(getattr(torch, scheme.scale_format))
 
 
 @settings(max_examples=80, deadline=None)
@@ -88,6 +108,11 @@ def test_products_equal_the_reference(open_cpu, scheme, tokens, columns, sizes, 
     mine, theirs = (kernel.apply(x, weights) for kernel, weights in zip(kernels, packed, strict=True))
     bound = 2e-4 if dtype == "float32" else 1e-2
     torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * columns**0.5)
+    if kernels[0].reads_rows:
+        ids = torch.randint(-1, offsets[-1] + 1, (7,))
+        mine, theirs = (kernel.rows(weights, ids) for kernel, weights in zip(kernels, packed, strict=True))
+        exact = not spec.scheme.zero_points or spec.scheme.scale_format != "float32"  # of few bits
+        torch.testing.assert_close(mine, theirs, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-6)
 
 
 @pytest.mark.parametrize("isa", COMPILED)

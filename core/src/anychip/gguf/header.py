@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -58,6 +57,36 @@ class StoredTensor:
     @property
     def source(self) -> str:
         return f"tensor {self.name!r} of {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """A list of texts as the file has them: vocabularies are long, and most readers of a header want none."""
+
+    path: Path
+    count: int
+    data: bytes
+    begin: int
+
+    def read(self) -> list[str]:
+        """Raises CheckpointError for one that is not UTF-8."""
+        found, at, length = [], 0, _SCALARS[10][0].unpack_from
+        for _ in range(self.count):
+            end = at + 8 + length(self.data, at)[0]
+            found.append(decoded(self.path, self.data[at + 8 : end], self.begin + at + 8))
+            at = end
+        return found
+
+
+def decoded(path: Path, data: bytes | bytearray, at: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _broken(path, f"a text at byte {at} is not UTF-8: {error.reason}") from error
+
+
+def _broken(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a readable GGUF file: {why}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,8 +198,17 @@ class _Reader:
         least = 8 if inner == _STRING else 12
         if count * least > self._size:
             raise self._broken(f"metadata {key!r} announces {count} values in a file of {self._size} bytes")
-        read: Callable[[], Any] = self._string if inner == _STRING else lambda: self._value(inner, key, nested + 1)
-        return [read() for _ in range(count)]
+        return self._texts(count) if inner == _STRING else [self._value(inner, key, nested + 1) for _ in range(count)]
+
+    def _texts(self, count: int) -> Texts:
+        begin, length = self._at, _SCALARS[10][0].unpack_from
+        for _ in range(count):
+            if self._at + 8 > len(self._data):
+                self._fill(self._at + 8)
+            self._at += 8 + length(self._data, self._at)[0]
+            if self._at > len(self._data):
+                self._fill(self._at)
+        return Texts(self.path, count, bytes(self._data[begin : self._at]), begin)
 
     def _number(self, kind: int) -> Any:
         form = _SCALARS[kind][0]
@@ -178,13 +216,17 @@ class _Reader:
 
     def _string(self) -> str:
         data = self._take(self._number(10))
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise self._broken(f"a text at byte {self._at - len(data)} is not UTF-8: {error.reason}") from error
+        return decoded(self.path, data, self._at - len(data))
 
     def _take(self, count: int) -> bytearray:
         end = self._at + count
+        self._fill(end)
+        taken = self._data[self._at : end]
+        self._at = end
+        return taken
+
+    def _fill(self, end: int) -> None:
+        """So that the bytes before `end` are there."""
         if end > self._size:
             raise self._broken(f"its header goes on beyond byte {self._at}, the file has {self._size}: it is cut short")
         if end > _MOST_HEADER_BYTES:
@@ -194,9 +236,6 @@ class _Reader:
             if not piece:
                 raise self._broken("it became shorter while it was read")
             self._data += piece
-        taken = self._data[self._at : end]
-        self._at = end
-        return taken
 
     def _broken(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is not a readable GGUF file: {why}")
+        return _broken(self.path, why)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anychip.errors import CheckpointError
+from anychip.gguf.header import Texts
 
 
 class Metadata:
@@ -59,10 +60,8 @@ class Metadata:
         return value
 
     def texts(self, key: str) -> list[str] | None:
-        value: list[str] | None = self._of(key, list, "a list of texts")
-        if value is not None and any(not isinstance(each, str) for each in value):
-            raise self._wrong(key, value[:3], "a list of texts")
-        return value
+        value: Texts | None = self._of(key, Texts, "a list of texts")
+        return None if value is None else value.read()
 
     def numbers(self, key: str) -> array[Any] | None:
         value: array[Any] | None = self._of(key, array, "a list of numbers")

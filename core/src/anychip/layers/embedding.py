@@ -20,7 +20,7 @@ VOCABULARY = (Sharded(dim=0, uneven="pad"),)
 
 
 class VocabParallelEmbedding:
-    """[num_tokens] ids to [num_tokens, hidden_size]."""
+    """[num_tokens] ids to [num_tokens, hidden_size]. `weight` None: rows are those of a quantized head."""
 
     placed_tensors = MappingProxyType({"weight": VOCABULARY})
 
@@ -29,27 +29,42 @@ class VocabParallelEmbedding:
         self.ops = builder.ops
         self.communicator = builder.mesh.axis("tp")
         self.share, _ = builder.held((vocab_size, hidden_size), VOCABULARY, "tokens")
-        self.weight = builder.platform.empty((self.share.count, hidden_size), builder.dtype, "weights")
+        self.weight: Tensor | None = builder.platform.empty((self.share.count, hidden_size), builder.dtype, "weights")
+        self._head: LMHead | None = None
 
         def take(view: WeightView) -> None:
+            if (weight := self.weight) is None:
+                return
             held = self.share.within(vocab_size)
-            self.weight[held.count :].zero_()
-            stream(view, held, Span(0, hidden_size), self._copy)
+            weight[held.count :].zero_()
+
+            def put(rows: Tensor, first: int) -> None:
+                weight[first : first + len(rows)].copy_(rows)
+
+            stream(view, held, Span(0, hidden_size), put)
 
         builder.weights.want(f"{name}.weight", (vocab_size, hidden_size), take)
 
-    def _copy(self, rows: Tensor, first: int) -> None:
-        self.weight[first : first + len(rows)].copy_(rows)
+    def read_from(self, head: LMHead) -> None:
+        """Gives up its own storage, before anything is loaded."""
+        self.weight, self._head = None, head
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return self.communicator.all_reduce(self.ops.embedding(ids=ids, weight=self.weight, first=self.share.start))
+        if self._head is not None:
+            rows = self._head.kernel.rows(self._head.packed, ids - self.share.start)
+        else:
+            assert self.weight is not None
+            rows = self.ops.embedding(ids=ids, weight=self.weight, first=self.share.start)
+        return self.communicator.all_reduce(rows)
 
 
 class LMHead:
     """Hidden states [num_rows, hidden_size] to logits [num_rows, vocab_size], gathered on every rank.
 
     Tied, the kernel adopts the embedding's storage, and packs a copy only where its layout needs one, or where the head
-    is quantized. A checkpoint that ties them and yet brings a head with other values is believed: its head is used.
+    is quantized as it is loaded. Where the embedding is stored quantized, the head holds it, and the embedding reads
+    its rows there if the kernel can. A checkpoint that ties them and yet brings a head with other values is believed:
+    its head is used.
     """
 
     def __init__(
@@ -93,6 +108,8 @@ class LMHead:
         if self.adopted is not None:
             return
         self.packed = self.kernel.begin()
+        if tied is not None and scheme != AT_LOAD and self.kernel.reads_rows:
+            tied.read_from(self)
         formats.want(
             builder.weights,
             Matrix(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anychip.layers.build import Builder
+from anychip.layers.mixed_linear import linear_of
 from anychip.plugin_api import (
     REPLICATED,
     ActFormat,
@@ -17,6 +18,7 @@ from anychip.plugin_api import (
     LinearPart,
     LinearSpec,
     Placed,
+    QuantScheme,
     Span,
     StepAdapters,
     WeightView,
@@ -44,9 +46,10 @@ class _PackedLinear:
     kernel: LinearKernel
     site: AdapterSite | None = None
 
-    def __init__(self, builder: Builder, spec: LinearSpec) -> None:
+    def __init__(self, builder: Builder, spec: LinearSpec, schemes: Sequence[QuantScheme | None]) -> None:
+        """`schemes` are those of the parts."""
         self.ops = builder.ops
-        self.kernel = builder.platform.linear(spec)
+        self.kernel = linear_of(builder.platform, spec, schemes)
         self.packed = self.kernel.begin()
         builder.weights.finishers.append(self._finish)
 
@@ -122,19 +125,18 @@ class ColumnParallelLinear(_PackedLinear):
             parts.append(LinearPart(name=each.part, offset=offset, rows=span.count, placed=each.placed))
             spans.append(span.after(each.first))
             offset += span.count
-        scheme = builder.scheme([projection.name for projection in projections], in_features)
+        schemes = [builder.scheme([projection.name], in_features) for projection in projections]
         # An adapter is added before the activation.
-        fused = scheme is None and not adapts and epilogue in builder.platform.capabilities.epilogues
+        fused = not any(schemes) and not adapts and epilogue in builder.platform.capabilities.epilogues
         spec = LinearSpec(
             in_features=in_features,
             out_features=offset,
             parts=tuple(parts),
             dtype=builder.dtype,
             bias=bias,
-            scheme=scheme,
             epilogue=epilogue if fused else None,
         )
-        super().__init__(builder, spec)
+        super().__init__(builder, spec, schemes)
         self.has_epilogue = fused
         if adapts:
             adapted = [
@@ -142,7 +144,7 @@ class ColumnParallelLinear(_PackedLinear):
                 for each, span, part in zip(projections, spans, parts, strict=True)
             ]
             self.adapt(builder, in_features, Span(0, in_features), adapted)
-        for projection, span in zip(projections, spans, strict=True):
+        for projection, span, scheme in zip(projections, spans, schemes, strict=True):
             name, rows = projection.name, projection.of or projection.rows
             builder.formats.want(
                 builder.weights,
@@ -188,9 +190,8 @@ class RowParallelLinear(_PackedLinear):
             parts=(LinearPart(name="all", offset=0, rows=out_features, placed=placed),),
             dtype=builder.dtype,
             bias=bias_here,
-            scheme=scheme,
         )
-        super().__init__(builder, spec)
+        super().__init__(builder, spec, [scheme])
         if adapts and builder.takes_adapters:
             self.adapt(
                 builder, in_features, columns, [AdaptedPart(module=name, rows=out_features, held=rows, offset=0)]

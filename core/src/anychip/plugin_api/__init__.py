@@ -81,7 +81,16 @@ from anychip.plugin_api.ops import OP_VERSIONS, Ops, QKNorm, Rope, op_override
 from anychip.plugin_api.plan import BatchView, Recorder
 from anychip.plugin_api.platform import Platform, PlatformContext, ReferenceKernels
 from anychip.plugin_api.profile import DeviceProfile, DeviceSpan
-from anychip.plugin_api.quantization import FP8_MAX, INT4_ZERO, NAMED, SCALES, SCHEMES, VALUES, QuantScheme
+from anychip.plugin_api.quantization import (
+    FP8_MAX,
+    INT4_ZERO,
+    NAMED,
+    SCALES,
+    SCHEMES,
+    VALUES,
+    QuantScheme,
+    implied_zero,
+)
 from anychip.plugin_api.recurrences import RECURRENCES, Recurrence
 from anychip.plugin_api.sharding import KV_HEADS, REPLICATED, HeldTensor, Placed, Sharded, Span, held
 from anychip.plugin_api.state import StateBackend, StateLayer, StateSpec, StateView, state_spec
@@ -126,6 +135,6 @@ __all__ = [
     "ShapeKey", "ShapePolicy", "Sharded", "Span", "StateBackend", "StateLayer", "StateSpec", "StateView",
     "StepAdapters", "StepInputs", "StepLimits", "StepModel", "StepOutputs", "StepProgram", "StepRules", "Topology",
     "Turning", "Unsupported", "WeightView", "WeightsKey", "dense_page_bytes", "edit_state_bytes", "forward_features",
-    "held", "hookimpl", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features", "sites_of",
-    "state_spec",
+    "held", "hookimpl", "implied_zero", "latent_page_bytes", "op_override", "plain_bytes", "sampling_features",
+    "sites_of", "state_spec",
 ]  # fmt: skip

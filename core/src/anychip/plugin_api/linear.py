@@ -91,6 +91,8 @@ class LinearKernel:
     """
 
     name = "unnamed"
+    reads_rows = False
+    """Whether `rows` is there."""
 
     def __init__(self, spec: LinearSpec, platform: DeviceMemory) -> None:
         self.spec = spec
@@ -109,8 +111,7 @@ class LinearKernel:
         """Copies some of one part's rows of this rank, [rows, in_features], of which the first is row `row` of the
         part. A matrix comes in several calls, each but the last with a multiple of 64 rows, and `tensor` is the
         caller's again afterwards. `part` + ".bias" is the bias [rows]; a quantized part's scales and zeros come whole
-        as ".scale", ".global_scale", ".zero" and ".input_scale", in the forms of QuantScheme, after its values or
-        before."""
+        as ".scale" and the other kinds that its scheme has, in the forms of QuantScheme, after its values or before."""
         raise Unsupported(self.name, ["load is not implemented"])
 
     def finish(self, packed: Packed) -> Packed:
@@ -128,6 +129,11 @@ class LinearKernel:
     def update(self, packed: Packed, part: str, tensor: Tensor, *, row: int = 0) -> None:
         """Rewrites a part of finished weights, keeping their storage."""
         self.load(packed, part, tensor, row=row)
+
+    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+        """[n, in_features] in `dtype`: the weights of these output features [n], and zeros for an id that is none. An
+        embedding that is tied to a quantized head reads the head's storage so."""
+        raise Unsupported(self.name, ["rows is not implemented"])
 
     def apply(self, x: Tensor, packed: Packed, *, out: Tensor | None = None) -> Tensor:
         """[num_tokens, out_features], or half as many with an epilogue. A row follows from its own activations, scales

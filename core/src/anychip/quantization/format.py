@@ -185,9 +185,10 @@ def put_rows(matrix: Matrix, rows: Tensor) -> None:
     matrix.put("scale", scale if scale.dim() == 1 else scale[:, slice(*column_groups(matrix, scheme).bounds)])
 
 
-def column_groups(matrix: Matrix, scheme: QuantScheme) -> Span:
-    """The groups that this rank's columns cover. Raises ConfigError where its share ends within a group."""
-    size, columns = scheme.group_size, matrix.columns
+def column_groups(matrix: Matrix, scheme: QuantScheme, size: int | None = None) -> Span:
+    """The groups that this rank's columns cover, of the scheme's size unless another is given. Raises ConfigError where
+    its share ends within a group."""
+    size, columns = size or scheme.group_size, matrix.columns
     if size is None:
         return Span(0, 1)
     whole = columns.start == 0 and columns.count == matrix.shape[1]

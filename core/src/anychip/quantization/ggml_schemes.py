@@ -1,110 +1,81 @@
-"""GGUF's block types as schemes: which one holds a type's values exactly, which one holds several types' together, and
-the canonical parts of rows in a scheme.
-
-Types with minima become float zero points, minimum / scale in float32: dequantized, a weight is then within 2^-21 of
-the greater of its group's minimum and range from what ggml computes. The other types are exact.
+"""GGUF's block types as schemes: which one holds a type as the file does, which one holds several types together, and
+the canonical parts of rows in a scheme. Every scheme gives a type's weights bit for bit as ggml computes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from anychip.gguf.block_types import RARE, BlockType
-from anychip.plugin_api import INT4_ZERO, NAMED, QuantScheme
-from anychip.plugin_api.quantization import ValueFormat
-from anychip.weights.blocks import IQ4_NUMBERS, Blocks, unpack
+from anychip.plugin_api import NAMED, QuantScheme
+from anychip.weights.blocks import Blocks, unpack
 
-
-def _grouped(values: ValueFormat, size: int, *, minima: bool = False) -> QuantScheme:
-    return QuantScheme(values=values, scales="group", group_size=size, zero_points="float" if minima else None)
-
-
-_IQ4 = QuantScheme(values="codebook", scales="group", group_size=32, codebook=tuple(map(float, IQ4_NUMBERS)))
 AT_LOAD = NAMED["int8"]
 """Of rare types: rounded to one scale for a row."""
 
 SCHEME_OF: dict[str, QuantScheme] = {
-    "Q4_0": _grouped("int4", 32),
-    "Q4_1": _grouped("int4", 32, minima=True),
-    "Q5_0": _grouped("int8", 32),
-    "Q5_1": _grouped("int8", 32, minima=True),
-    "Q8_0": _grouped("int8", 32),
-    "Q2_K": _grouped("int4", 16, minima=True),
-    "Q3_K": _grouped("int4", 16),
-    "Q4_K": _grouped("int4", 32, minima=True),
-    "Q5_K": _grouped("int8", 32, minima=True),
-    "Q6_K": _grouped("int8", 16),
-    "IQ4_NL": _IQ4,
-    "IQ4_XS": _IQ4,
+    "Q4_0": NAMED["f16-int4"],
+    "Q4_1": NAMED["f16-int4-minima"],
+    "Q5_0": NAMED["f16-int5"],
+    "Q5_1": NAMED["f16-int5-minima"],
+    "Q8_0": NAMED["f16-int8"],
+    "Q2_K": NAMED["super-int2-minima"],
+    "Q3_K": NAMED["super-int3"],
+    "Q4_K": NAMED["super-int4-minima"],
+    "Q5_K": NAMED["super-int5-minima"],
+    "Q6_K": NAMED["super-int6"],
+    "IQ4_NL": NAMED["f16-codebook4"],
+    "IQ4_XS": NAMED["super-codebook4"],
     "MXFP4": NAMED["mxfp4"],
     **dict.fromkeys(RARE, AT_LOAD),
 }
 """By a block type's name."""
 
+_SMALL = ("int2", "int3", "int4")
+
 
 def scheme_of_all(types: Collection[str | None]) -> QuantScheme | None:
-    """The one scheme of matrices that are one product here; None stands for a plain one, and for plain ones the result.
-    Files often store one of them finer than the others."""
+    """The one scheme of matrices that are one product; None stands for a plain one, and for plain ones the result.
+    Files often store one of an expert's matrices finer than the others."""
     if None in types:
         return None
     schemes = [SCHEME_OF[name] for name in types if name is not None]
     if AT_LOAD in schemes or all(scheme == schemes[0] for scheme in schemes):
         return AT_LOAD if AT_LOAD in schemes else schemes[0]
-    # Every type's numbers are integers of eight bits, of either kind of four bits too.
-    return _grouped(
-        "int4" if all(scheme.values == "int4" for scheme in schemes) else "int8",
-        min(scheme.group_size or 32 for scheme in schemes),
-        minima=any(scheme.zero_points for scheme in schemes),
-    )
+    # Every type's numbers are integers of eight bits, of some kinds four bits too.
+    values = "int4" if all(scheme.values in _SMALL for scheme in schemes) else "int8"
+    return replace(NAMED[f"{values}-minima"], group_size=min(scheme.group_size or 32 for scheme in schemes))
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Of whole rows, as plugin_api.QuantScheme describes them."""
-
-    values: Tensor  # [rows, columns]
-    scale: Tensor  # [rows, groups]
-    zero: Tensor | None  # [rows, groups]
-
-
-def parts_of(stored: BlockType, rows: Tensor, scheme: QuantScheme) -> Parts:
-    """`rows` uint8 [n, bytes of a row], `scheme` the type's own or one of several types'."""
+def parts_of(stored: BlockType, rows: Tensor, scheme: QuantScheme) -> dict[str, Tensor]:
+    """`rows` uint8 [n, bytes of a row]; `scheme` the type's own or one of several types'. By kind, with "" for values:
+    the canonical parts of whole rows, [n, columns], [n, groups] or [n, super-groups]."""
     blocks = unpack(stored, rows)
-    count = len(rows)
-    if scheme.values == "fp4_e2m1":
-        assert blocks.exponents is not None, stored.name
-        return Parts(blocks.codes.view(count, -1), blocks.exponents.reshape(count, -1), None)
-    if scheme.values == "codebook":
-        return Parts(blocks.codes.view(count, -1), blocks.scales.view(count, -1), None)
-    values, scale, zero = _integers(blocks, scheme)
+    if scheme == SCHEME_OF[stored.name]:
+        given: dict[str, Tensor | None] = {
+            "": blocks.codes, "scale": blocks.scale, "super_scale": blocks.super_scale, "minimum": blocks.minimum,
+            "super_minimum": blocks.super_minimum,
+        }  # fmt: skip
+    else:
+        given = _together(blocks, scheme)
+    return {kind: part.reshape(len(rows), -1) for kind, part in given.items() if part is not None}
+
+
+def _together(blocks: Blocks, scheme: QuantScheme) -> dict[str, Tensor | None]:
+    """Of a scheme with minima and float32 scales."""
+    values, scale, minimum = blocks.integers(), blocks.scales, blocks.minima
+    if (
+        minimum is None and scheme.values == "int4"
+    ):  # unsigned, with a minimum of as many scales as the least is below 0
+        values, minimum = values + blocks.offset, blocks.offset * scale
+    elif minimum is None:
+        minimum = torch.zeros_like(scale)
     assert scheme.group_size is not None, scheme.name
     repeated = values.shape[1] // scale.shape[1] // scheme.group_size
-
-    def by_group(held: Tensor) -> Tensor:
-        by_row = held.reshape(count, -1)
-        return by_row if repeated == 1 else by_row.repeat_interleave(repeated, dim=1)
-
-    return Parts(values.reshape(count, -1), by_group(scale), None if zero is None else by_group(zero))
-
-
-def _integers(blocks: Blocks, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By block: values, and scales and zeros for each of its groups."""
-    values, scale = blocks.integers(), blocks.scales
-    minima = blocks.minima
-    offset = INT4_ZERO if scheme.values == "int4" and minima is None else 0
-    if minima is None:
-        zero = torch.full_like(scale, float(offset)) if scheme.zero_points else None
-    else:
-        # A group of one number has scale 0, which no zero point makes up for: it becomes (0 - -1) * number.
-        flat = scale == 0
-        zero = torch.where(flat, -1.0, minima / scale)
-        if bool(flat.any()):
-            scale = torch.where(flat, -minima, scale)
-            each = values.shape[1] // scale.shape[1]
-            values = torch.where(flat.repeat_interleave(each, dim=1), 0, values)
-    dtype = torch.uint8 if scheme.values == "int4" else torch.int8
-    return (values + offset).to(dtype), scale, zero
+    if repeated > 1:
+        scale, minimum = (held.repeat_interleave(repeated, dim=1) for held in (scale, minimum))
+    return {"": values.view(torch.uint8) if scheme.values == "int4" else values, "scale": scale, "minimum": minimum}

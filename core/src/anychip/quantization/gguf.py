@@ -22,8 +22,6 @@ _ENDS = {name.lower(): stored for name, stored in BY_NAME.items() if not stored.
 _UNUSED = tuple(f".{end}" for end in _ENDS)
 """Ends of blocks that a layer takes as floats."""
 _EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\.\w+|gate_up_proj|down_proj)")
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Matrices that one product holds."""
 
 
 class GGUF(Container):
@@ -49,9 +47,7 @@ class GGUF(Container):
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if match := _EXPERT.fullmatch(module):
             return scheme_of_all(self._experts.get(match[1], {None}))
-        parent, _, name = module.rpartition(".")
-        together = next((names for names in _TOGETHER if name in names), (name,))
-        return scheme_of_all({self._types.get(f"{parent}.{each}" if parent else each) for each in together})
+        return scheme_of_all({self._types.get(module)})
 
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         if _UNUSED[0] not in register.ignored:
@@ -90,20 +86,23 @@ class _Head(GGUF):
 
 def _want_blocks(register: WeightRegister, matrix: Matrix, scheme: QuantScheme, stored: BlockType) -> None:
     rows, columns = matrix.shape
-    groups = column_groups(matrix, scheme)
+    groups = {"": matrix.columns, **dict.fromkeys(("scale", "minimum"), column_groups(matrix, scheme))}
+    if scheme.super_group_size:
+        groups |= dict.fromkeys(
+            ("super_scale", "super_minimum"), column_groups(matrix, scheme, scheme.super_group_size)
+        )
 
     def take(view: WeightView) -> None:
         check(view, (rows, columns // stored.size * stored.nbytes), torch.uint8)
-        held: dict[str, list[Tensor]] = {"scale": [], "zero": []}
+        held: dict[str, list[Tensor]] = {}
         for start, stop in row_chunks(matrix.rows, columns):
             parts = parts_of(stored, view.read((start, stop)), scheme)
-            matrix.put("", parts.values[:, slice(*matrix.columns.bounds)], start - matrix.rows.start)
-            held["scale"].append(parts.scale[:, slice(*groups.bounds)])
-            if parts.zero is not None:
-                held["zero"].append(parts.zero[:, slice(*groups.bounds)])
+            mine = {kind: part[:, slice(*groups[kind].bounds)] for kind, part in parts.items()}
+            matrix.put("", mine.pop(""), start - matrix.rows.start)
+            for kind, part in mine.items():
+                held.setdefault(kind, []).append(part)
         for kind, pieces in held.items():
-            if pieces:
-                matrix.put(kind, _numbers(torch.cat(pieces), view.source))
+            matrix.put(kind, _numbers(torch.cat(pieces), view.source))
 
     register.want(f"{matrix.name}.{stored.name.lower()}", None, take)
 
@@ -112,6 +111,6 @@ def _numbers(parts: Tensor, source: str) -> Tensor:
     """Raises CheckpointError for scales that are no numbers."""
     if parts.dtype == torch.uint8:
         return exponents(parts, source)
-    if not bool(parts.isfinite().all()):
+    if parts.is_floating_point() and not bool(parts.isfinite().all()):
         raise CheckpointError(f"{source} holds a scale that is not a finite number; download the file again")
     return parts

@@ -65,7 +65,8 @@ def _why_not_int8(spec: LinearSpec, scheme: QuantScheme, generation: Generation)
 
 def _why_not_narrow(spec: LinearSpec, scheme: QuantScheme, generation: Generation) -> str:
     """Why npu_weight_quant_batchmatmul does not take a scheme; "" where it does."""
-    if scheme.values not in ("int8", "int4") or scheme.zero_points == "float" or scheme.scale_format != "float32":
+    fits = scheme.values in ("int8", "int4") and scheme.zero_points in (None, "int")
+    if not fits or scheme.scale_format != "float32":
         return f"{scheme.name}: the op has int8 and int4 with float scales"
     if spec.dtype == "float32" or (generation.name == "310P" and spec.dtype != "float16"):
         return f"the op takes no {spec.dtype} activations"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anychip.ops.reference import with_wide_scales
 from anychip.plugin_api import (
     NAMED,
     SCHEMES,
@@ -169,7 +170,7 @@ class AscendPlatform(Platform):
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         self.check(spec)
-        return linear_kernel(spec, self, self.generation, nz=self._options.nz and self.generation.nz)
+        return linear_kernel(with_wide_scales(spec), self, self.generation, nz=self._options.nz and self.generation.nz)
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)

@@ -55,7 +55,7 @@ class CpuMoE(ReferenceMoE):
         s, gate_up, down = self.spec, packed.gate_up, packed.down
         packed.described = gate_up.described() + down.described() + fields(
             s.num_held, s.hidden_size, s.intermediate_size, gate_up.values.shape[1], down.values.shape[1],
-            _stride(gate_up.scales), _stride(down.scales),
+            *(4 * [0] if s.scheme is None else _strides(gate_up, down)),
             0 if packed.gate_up_bias is None else packed.gate_up_bias.data_ptr(),
             0 if packed.down_bias is None else packed.down_bias.data_ptr(),
             ACTIVATIONS[s.activation],
@@ -121,5 +121,8 @@ class CpuMoE(ReferenceMoE):
         return out
 
 
-def _stride(scales: Tensor | None) -> int:
-    return 0 if scales is None else scales.stride(0)
+def _strides(*panels: Panels) -> list[int]:
+    """From one expert's scales to the next's, in bytes; then from what multiplies them, in elements."""
+    scales = [each.grouped["scale"].held for each in panels]
+    upper = [each.grouped["super_scale"].held.stride(0) if "super_scale" in each.grouped else 0 for each in panels]
+    return [held.stride(0) * held.element_size() for held in scales] + upper

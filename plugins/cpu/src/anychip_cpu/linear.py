@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from anychip.plugin_api import LinearKernel, LinearSpec, Platform
-from anychip_cpu.native import DTYPES, Kernels, fields
+from anychip_cpu.native import DTYPES, Kernels
 from anychip_cpu.ops import CODES
-from anychip_cpu.packing import Panels
+from anychip_cpu.packing import Panels, described
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class CpuLinear(LinearKernel):
     def __init__(self, spec: LinearSpec, platform: Platform, kernels: Kernels, name: str) -> None:
         super().__init__(spec, platform)
         self.name = f"cpu-{name}"
+        self.reads_rows = spec.scheme is not None and not spec.scheme.values.startswith("fp8")
         self._kernels = kernels
         self._parts = {part.name: slice(part.offset, part.offset + part.rows) for part in spec.parts}
 
@@ -57,8 +59,13 @@ class CpuLinear(LinearKernel):
     def adopt(self, weight: Tensor) -> PackedLinear:
         """Shares a plain weight's storage: its rows are read as they lie."""
         rows, columns = weight.shape
-        described = fields(DTYPES[self.spec.dtype], rows, columns, weight.data_ptr(), 0, 0, 0, 1, columns, 0, 0, 0, 0)
-        return PackedLinear(weight, None, True, described)
+        return PackedLinear(weight, None, True, described(DTYPES[self.spec.dtype], rows, columns, weight.data_ptr(), 0))
+
+    def rows(self, packed: PackedLinear, ids: Tensor) -> Tensor:
+        ids = ids.to(torch.int64).contiguous()
+        out = torch.empty((len(ids), self.spec.in_features), dtype=getattr(torch, self.spec.dtype))
+        self._kernels.panel_rows(packed.described, ids.data_ptr(), len(ids), out.data_ptr(), DTYPES[self.spec.dtype])
+        return out
 
     def apply(self, x: Tensor, packed: PackedLinear, *, out: Tensor | None = None) -> Tensor:
         rows, ldx = x.shape[0], x.stride(0)

@@ -30,8 +30,12 @@ def zeroed(nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
     # Room to begin at a huge page's boundary; what is never touched costs address space alone.
     area = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_HUGEPAGE)
     skip = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % HUGE_PAGE
+    # The end that fills no huge page takes small ones: matrices are many, and would waste one half on average.
+    whole = skip + nbytes // HUGE_PAGE * HUGE_PAGE
+    area.madvise(mmap.MADV_HUGEPAGE, skip, whole - skip)
+    if hasattr(mmap, "MADV_NOHUGEPAGE") and whole < len(area):
+        area.madvise(mmap.MADV_NOHUGEPAGE, whole, len(area) - whole)
     return torch.frombuffer(area, dtype=torch.uint8, offset=skip, count=nbytes)
 
 
@@ -45,11 +49,14 @@ def peak_resident(fn: Callable[[], Any]) -> PeakMemory:
         fn()
         return PeakMemory(nbytes=0, exact=False)
     fn()
-    return PeakMemory(nbytes=max(0, _status_bytes("VmHWM") - before), exact=True)
+    peak = _status_bytes("VmHWM")
+    _trim_heap()
+    return PeakMemory(nbytes=max(0, peak - before), exact=True)
 
 
 def _trim_heap() -> None:
-    """Gives back what was freed and kept: fn would use it again, and it would not show."""
+    """Gives back what was freed and kept: before fn, which would use it again so that it would not show, and after, for
+    a profile's step is the largest that there will be, and weights that were loaded leave much behind."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep little
     if trim is not None:
         trim(0)

@@ -23,7 +23,10 @@ _log = logging.getLogger(__name__)
 Kernels = Any
 """An extension module; its functions and their arguments are documented in kernels/module.cpp."""
 
-DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "float8_e4m3fn": 3, "int4": 4}
+DTYPES = {
+    "float32": 0, "bfloat16": 1, "int8": 2, "float8_e4m3fn": 3, "int4": 4, "int2": 5, "int3": 6, "int5": 7, "int6": 8,
+    "table": 9, "float16": 10, "e8m0": 11,
+}  # fmt: skip
 """kernels/types.h's DType."""
 
 REFERENCE = "reference"

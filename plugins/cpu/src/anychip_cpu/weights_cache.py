@@ -26,7 +26,7 @@ from anychip_cpu.packing import round_up
 
 _log = logging.getLogger(__name__)
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Raised whenever weights come to lie otherwise."""
 _MOST_HEADER = 16 << 20
 _PAGE = mmap.PAGESIZE

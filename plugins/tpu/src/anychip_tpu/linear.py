@@ -9,17 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
+from anychip.ops.reference import (
+    DenseWeights,
+    ReferenceLinear,
+    WidenedLinear,
+    can_widen,
+    reference_linear,
+    with_wide_scales,
+)
 from anychip.ops.reference.functional import gated_activation
 from anychip.ops.reference.quantized import QuantizedMatrix
-from anychip.plugin_api import LinearKernel, LinearSpec, Placed, Platform, Unsupported
+from anychip.plugin_api import NAMED, LinearKernel, LinearSpec, Placed, Platform, Unsupported
 from anychip.plugin_api.linear import Packed
 from anychip_tpu.runtimes import Runtime
 
 KERNELS = frozenset({"int8", "int4", "fp8-w8a16", "int8-w8a8", "fp8"})
 """Schemes whose weights stay narrow on the device. XLA fuses their widening into the product."""
-WIDENED = frozenset({"mxfp4", "nvfp4-w4a16"})
+_HALVES = frozenset({"f16-int8", "f16-int4"})
+"""Schemes that become such with float32 scales."""
+WIDENED = frozenset(name for name, scheme in NAMED.items() if can_widen(scheme)) - KERNELS - _HALVES
 """Schemes whose weights are widened as they are loaded."""
+SCHEMES = KERNELS | _HALVES | WIDENED
 
 T = TypeVar("T")
 
@@ -99,6 +109,7 @@ class XlaQuantizedLinear(LinearKernel):
 
 
 def make_linear(spec: LinearSpec, platform: Platform, runtime: Runtime) -> LinearKernel:
+    spec = with_wide_scales(spec)
     if spec.scheme is None:
         return XlaLinear(spec, platform, runtime)
     if spec.scheme.name in WIDENED and can_widen(spec.scheme):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import ExpertWeights, ReferenceMoE, WidenedMoE, can_widen
+from anychip.ops.reference import ExpertWeights, ReferenceMoE, WidenedMoE, can_widen, with_wide_scales
 from anychip.ops.reference.functional import gated_activation
 from anychip.ops.reference.quantized import QuantizedMatrix, round_activations
 from anychip.plugin_api import FusedMoE, MoESpec, Placed, Platform, Routing, Sharded, Unsupported
@@ -108,6 +108,7 @@ class XlaMoE(ReferenceMoE):
 
 def make_moe(spec: MoESpec, platform: Platform, runtime: Runtime) -> FusedMoE:
     """Raises Unsupported for activations of one scale an expert, which all experts' one product cannot have."""
+    spec = with_wide_scales(spec)
     scheme = spec.scheme
     if scheme is not None and scheme.activations == "static":
         raise Unsupported("anychip-tpu", [f"experts in {scheme.name} with static scales of activations"])

@@ -28,7 +28,7 @@ from anychip.plugin_api import (
 )
 from anychip_tpu import ops
 from anychip_tpu.attention import BLOCK_SIZES, PagedAttention
-from anychip_tpu.linear import KERNELS, WIDENED, make_linear
+from anychip_tpu.linear import SCHEMES, make_linear
 from anychip_tpu.moe import make_moe
 from anychip_tpu.options import TpuOptions
 from anychip_tpu.program import TpuStepProgram
@@ -62,7 +62,7 @@ class TpuPlatform(Platform):
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "bfloat16"}),
         kv_dtypes=frozenset({"float32", "bfloat16", "float8_e4m3fn", "int8"}),
-        quantization=KERNELS | WIDENED,
+        quantization=SCHEMES,
         block_sizes=BLOCK_SIZES,
         slot_dtype="int32",
         kv_write="functional",

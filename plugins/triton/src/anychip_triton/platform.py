@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from anychip.ops.reference import WidenedMoE, can_widen
+from anychip.ops.reference import WidenedMoE, can_widen, with_wide_scales
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
@@ -54,10 +54,11 @@ class TritonPlatform(Platform):
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         self.check(spec)
-        return linear_kernel(spec, self, self.launch, formats="residual_norm_quant" in self.ops())
+        return linear_kernel(with_wide_scales(spec), self, self.launch, formats="residual_norm_quant" in self.ops())
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
+        spec = with_wide_scales(spec)
         if unserved(spec):
             assert spec.scheme is not None, "the kernels serve plain experts"
             # The reference reads on the host which experts a step needs: no graph holds that.

@@ -44,7 +44,7 @@ from anychip.ops.reference.step import (
     token_scores,
     write_embeddings,
 )
-from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen
+from anychip.ops.reference.widened import WidenedLinear, WidenedMoE, can_widen, with_wide_scales
 from anychip.plugin_api import (
     OP_VERSIONS,
     AttentionBackend,
@@ -70,8 +70,8 @@ __all__ = [
     "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dense_part", "dequantize", "draw_tokens",
     "forward_pass",
     "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
-    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "write_adapters",
-    "write_embeddings",
+    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
+    "write_adapters", "write_embeddings",
 ]  # fmt: skip
 
 

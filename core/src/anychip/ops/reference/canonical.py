@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import INT4_ZERO, QuantScheme
+from anychip.plugin_api import QuantScheme, implied_zero
 
 
 def dequantize(
@@ -17,7 +17,10 @@ def dequantize(
     scale: Tensor,
     *,
     global_scale: Tensor | None = None,
+    super_scale: Tensor | None = None,
     zero: Tensor | None = None,
+    minimum: Tensor | None = None,
+    super_minimum: Tensor | None = None,
     codebook: Tensor | None = None,
 ) -> Tensor:
     """[rows, columns] float32 of canonical parts. Scales, global ones and zeros may come by row too, [rows, groups] and
@@ -25,9 +28,11 @@ def dequantize(
     wide = stored_numbers(scheme, values, codebook)
     if zero is not None:
         wide = wide - _spread(scheme, zero.float(), values)
-    elif scheme.values == "int4":
-        wide = wide - INT4_ZERO
-    return wide * _spread(scheme, scale_numbers(scheme, scale, global_scale), values)
+    elif offset := implied_zero(scheme):
+        wide = wide - offset
+    scales = scale_numbers(scheme, scale, global_scale if super_scale is None else super_scale)
+    wide = wide * _spread(scheme, scales, values)
+    return wide if minimum is None else wide - _spread(scheme, scale_numbers(scheme, minimum, super_minimum), values)
 
 
 def stored_numbers(scheme: QuantScheme, values: Tensor, codebook: Tensor | None = None) -> Tensor:
@@ -43,10 +48,16 @@ def stored_numbers(scheme: QuantScheme, values: Tensor, codebook: Tensor | None 
     return values.float()
 
 
-def scale_numbers(scheme: QuantScheme, scale: Tensor, global_scale: Tensor | None = None) -> Tensor:
-    """float32 scales of canonical ones, in their shape."""
+def scale_numbers(scheme: QuantScheme, scale: Tensor, upper: Tensor | None = None) -> Tensor:
+    """float32 scales of canonical ones, or minima, in their shape. `upper`: the global scale or super-scales."""
     wide = _powers_of_two(scale) if scheme.scale_format == "e8m0" else scale.float()
-    return wide if global_scale is None else wide * global_scale
+    if upper is None:
+        return wide
+    if scheme.super_group_size is None:
+        return wide * upper
+    assert scheme.group_size is not None
+    repeats = scheme.super_group_size // scheme.group_size
+    return wide * upper.float().repeat_interleave(repeats, dim=1)[:, : wide.shape[1]]
 
 
 def _powers_of_two(exponents: Tensor) -> Tensor:

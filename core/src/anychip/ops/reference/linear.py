@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -84,12 +85,18 @@ class ReferenceQuantizedLinear(_StackedParts):
     """Dequantizes the whole matrix at every product: right, and slow."""
 
     name = "reference-quantized"
+    reads_rows = True
 
     def begin(self) -> QuantizedWeights:
         spec = self.spec
         assert spec.scheme is not None
         matrix = QuantizedMatrix.allocate((spec.out_features, spec.in_features), spec.scheme, self.platform)
         return QuantizedWeights(matrix, self._empty_bias())
+
+    def rows(self, packed: QuantizedWeights, ids: Tensor) -> Tensor:
+        held = (ids >= 0) & (ids < self.spec.out_features)
+        wide = packed.matrix.dequantize(torch.where(held, ids, 0))
+        return torch.where(held.unsqueeze(-1), wide, 0.0).to(getattr(torch, self.spec.dtype))
 
     def _load(self, packed: QuantizedWeights, kind: str, tensor: Tensor, offset: int, rows: int, row: int) -> None:
         packed.matrix.load(kind, tensor, offset, rows, row)

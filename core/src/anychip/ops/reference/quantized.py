@@ -72,6 +72,9 @@ class QuantizedMatrix:
     zeros: Tensor | None  # [rows, groups]
     input_scale: Tensor | None  # [1]
     global_scales: Tensor | None = None  # [rows, 1] float32
+    super_scales: Tensor | None = None  # [rows, super-groups] float16
+    minima: Tensor | None = None  # [rows, groups]
+    super_minima: Tensor | None = None  # [rows, super-groups] float16
     codebook: Tensor | None = None  # [2^bits] float32
 
     @classmethod
@@ -86,15 +89,20 @@ class QuantizedMatrix:
         codebook = None
         if scheme.codebook:
             codebook = empty((len(scheme.codebook),), "float32").copy_(torch.tensor(scheme.codebook))
-        zero_dtype = "float32" if scheme.zero_points == "float" else "uint8"
+        zero_dtype = {None: None, "int": "uint8", "float": "float32", "minima": None}[scheme.zero_points]
+        minima = scheme.zero_points == "minima"
+        upper = cdiv(columns, scheme.super_group_size) if scheme.super_group_size else 0
         return cls(
             scheme=scheme,
             shape=shape,
             values=empty((rows, width), VALUES[scheme.values].dtype),
             scales=empty((rows, groups), SCALES[scheme.scale_format].dtype),
-            zeros=empty((rows, groups), zero_dtype) if scheme.zero_points else None,
+            zeros=empty((rows, groups), zero_dtype) if zero_dtype else None,
             input_scale=empty((1,), "float32").zero_() if scheme.activations == "static" else None,
             global_scales=empty((rows, 1), "float32") if scheme.scale_format == "e4m3" else None,
+            super_scales=empty((rows, upper), "float16") if upper else None,
+            minima=empty((rows, groups), SCALES[scheme.scale_format].dtype) if minima else None,
+            super_minima=empty((rows, upper), "float16") if minima and upper else None,
             codebook=codebook,
         )
 
@@ -114,9 +122,9 @@ class QuantizedMatrix:
         elif kind == "global_scale":
             assert self.global_scales is not None
             self.global_scales[offset : offset + rows].copy_(tensor.view(1, 1).expand(rows, -1))
-        elif kind == "zero":
-            assert self.zeros is not None
-            self.zeros[offset : offset + rows].copy_(self._by_row(tensor, rows))
+        elif kind in _BY_ROW:
+            held = getattr(self, _BY_ROW[kind])
+            held[offset : offset + rows].copy_(self._by_row(tensor, rows) if kind in ("zero", "minimum") else tensor)
         else:
             assert kind == "input_scale" and self.input_scale is not None, kind
             # Parts of one product see the same activations: the widest range holds them all.
@@ -128,18 +136,25 @@ class QuantizedMatrix:
             return tensor.repeat_interleave(self.scheme.group_size, dim=0)[:rows]
         return tensor.view(-1, self.scales.shape[1]).expand(rows, -1)
 
-    def dequantize(self) -> Tensor:
-        """[rows, columns] float32."""
-        values = self.values
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+        """[rows, columns] float32: all of them, or those of the indices `rows`."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
+
+        values = self.values if rows is None else self.values.index_select(0, rows)
         if self.scheme.bits <= 4:
             halves = torch.stack((values & 15, values >> 4), dim=-1)
             values = halves.flatten(1)[:, : self.shape[1]]
         return dequantize(
             self.scheme,
             values,
-            self.scales,
-            global_scale=self.global_scales,
-            zero=self.zeros,
+            self.scales if rows is None else self.scales.index_select(0, rows),
+            global_scale=some(self.global_scales),
+            super_scale=some(self.super_scales),
+            zero=some(self.zeros),
+            minimum=some(self.minima),
+            super_minimum=some(self.super_minima),
             codebook=self.codebook,
         )
 
@@ -148,6 +163,12 @@ class QuantizedMatrix:
         rounded = round_activations(x, self.scheme, self.input_scale)
         result = rounded @ self.dequantize().T
         return (result if bias is None else result + bias.float()).to(x.dtype)
+
+
+_BY_ROW = {
+    "zero": "zeros", "minimum": "minima", "super_scale": "super_scales", "super_minimum": "super_minima",
+}  # fmt: skip
+"""By kind, where a matrix holds it."""
 
 
 def _paired(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ def can_widen(scheme: QuantScheme) -> bool:
     return scheme.activations == "plain"
 
 
+SpecT = TypeVar("SpecT", LinearSpec, MoESpec)
+
+
+def with_wide_scales(spec: SpecT) -> SpecT:
+    """For kernels that read float32 scales and no float16 ones: the same product with such scales, which hold float16
+    exactly. Its matrix takes float16 parts as they come. Schemes with minima stay as they are."""
+    scheme = spec.scheme
+    if scheme is None or scheme.scale_format != "float16" or scheme.zero_points == "minima":
+        return spec
+    return replace(spec, scheme=replace(scheme, scale_format="float32"))
+
+
 class _Arriving:
     """Matrices of which some kinds are still to come, by key."""
 
@@ -30,7 +42,11 @@ class _Arriving:
         self.scheme, self.platform = scheme, platform
         self.kinds = {"scale"}
         self.kinds |= {"global_scale"} if scheme.scale_format == "e4m3" else set()
-        self.kinds |= {"zero"} if scheme.zero_points else set()
+        self.kinds |= {"super_scale"} if scheme.super_group_size else set()
+        if scheme.zero_points == "minima":
+            self.kinds |= {"minimum", "super_minimum"} if scheme.super_group_size else {"minimum"}
+        elif scheme.zero_points:
+            self.kinds |= {"zero"}
         self._matrices: dict[Any, QuantizedMatrix] = {}
         self._missing: dict[Any, set[str]] = {}
         self._rows: dict[Any, int] = {}

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "coded.h"
 #include "integer.h"
 #include "pool.h"
 #include "quantized.h"
@@ -20,23 +21,6 @@ constexpr int64_t kOuterInputs = 2048; // of a block, at most: 96 x 2048 float32
 constexpr int64_t kInnerInputs = 512;  // of a pass: 32 KB of bf16 panel stay in L1
 constexpr int64_t kWorthPacking = 16384; // values of a left operand, from which on threads share its packing
 constexpr int64_t kDirectTiles = 2;    // from more tiles on, a quantized panel is dequantized once for all
-
-// Rows of tile `index` of `tiles` that share `rows` as evenly as they can.
-inline int64_t tile_start(int64_t rows, int64_t tiles, int64_t index) { return rows * index / tiles; }
-
-// The left operand of some rows and inputs: tiles one after the other, each [pairs][its rows][2].
-template <class V, class B>
-struct LeftBlock {
-  int64_t rows, tiles, pairs;
-  Left<V, B>* data;
-
-  LeftBlock(int64_t rows, int64_t width, Left<V, B>* data, int64_t most = V::MR)
-      : rows(rows), tiles(cdiv(rows, most)), pairs(cdiv<int64_t>(width, 2)), data(data) {}
-  static size_t size(int64_t rows, int64_t width) { return rows * 2 * cdiv<int64_t>(width, 2); }
-  int64_t first(int64_t tile) const { return tile_start(rows, tiles, tile); }
-  int count(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
-  Left<V, B>* tile(int64_t t) const { return data + first(t) * 2 * pairs; }
-};
 
 // c[m][column] += rows of a tile times a panel, over `pairs` pairs from pair `begin` on.
 template <class V, int M, class B>
@@ -97,6 +81,9 @@ void panel_product(float* c, const LeftBlock<V, B>& left, const Weights& w, int6
   if constexpr (std::is_same_v<B, float>) {
     if (w.quantized()) return quantized_block_times_panel<V>(c, left, w, panel, first, direct);
   }
+  if constexpr (kTakesCodes<V, B>) {
+    if (w.coded()) return codes_times_panel<V>(c, left, w, panel, first);
+  }
   block_times_panel<V, B>(c, left, w, panel, first);
 }
 
@@ -140,6 +127,13 @@ void pack_tile(const LeftBlock<V, B>& left, int64_t tile, const Weights& w, cons
   }
 }
 
+// Of rows that meet codes with zeros: their sums over each group of inputs, [rows][groups].
+template <class V, class B>
+void sum_rows(const Gemm& g, const LeftBlock<V, B>& left, int64_t row, int64_t begin, int64_t end, int64_t tile) {
+  for (int64_t m = left.first(tile); m < left.first(tile) + left.count(tile); ++m)
+    sum_groups<V>(left.sums + m * left.groups, (const bf16*)g.x + (row + m) * g.ldx, g.w, begin, end);
+}
+
 template <class V, class B>
 void pack_rows(const Gemm& g, const LeftBlock<V, B>& left, int64_t row, int64_t begin, int64_t end, int64_t tile) {
   const auto row_of = [&](int64_t m) { return row + m; };
@@ -147,31 +141,41 @@ void pack_rows(const Gemm& g, const LeftBlock<V, B>& left, int64_t row, int64_t 
   else pack_tile(left, tile, g.w, (const float*)g.x, g.ldx, begin, end, row_of);
 }
 
-// B: what panels hold; quantized weights take B = float.
+// B: what panels hold; quantized weights take B = float, and codes bf16 where its pairs are multiplied.
 template <class V, class B>
 void gemm_typed(const Gemm& g) {
   const Weights& w = g.w;
   const int64_t panels = cdiv<int64_t>(w.n, kPanel);
-  const bool direct = w.quantized() && g.m <= kQuantizedRows * kDirectTiles;
+  const bool direct = direct_kind(w.kind) && g.m <= kQuantizedRows * kDirectTiles;
   const int64_t outer = direct ? w.k : kOuterInputs;
-  static Scratch left_store, sum_store;
+  const bool summed = kTakesCodes<V, B> && w.coded() && w.zeros;
+  static Scratch left_store, sum_store, group_store;
   const int64_t tiles = cdiv<int64_t>(kBlockRows, direct ? kQuantizedRows : V::MR);  // of a whole block
   const int64_t most = region_rows(sizeof(Left<V, B>) * std::min(w.k, outer) + (w.k > outer ? sizeof(float) * panels * kPanel : 0));
   for (int64_t row = 0; row < g.m; row += most) {
     const int64_t rows = std::min(most, g.m - row), blocks = cdiv(rows, kBlockRows);
     float* sums = w.k > outer ? sum_store.get<float>(panels * rows * kPanel) : nullptr;
     for (int64_t begin = 0; begin < w.k; begin += outer) {
-      const int64_t end = std::min(w.k, begin + outer);
+      const int64_t end = std::min(w.k, begin + outer), groups = summed ? groups_within(w, begin, end) : 0;
       Left<V, B>* const store = left_store.get<Left<V, B>>(LeftBlock<V, B>::size(rows, end - begin));
+      float* const group_sums = group_store.get<float>(rows * groups + 1);
       const auto block_of = [&](int64_t block) {
         const int64_t first = block * kBlockRows;
-        return LeftBlock<V, B>(std::min(kBlockRows, rows - first), end - begin,
-                               store + LeftBlock<V, B>::size(first, end - begin), direct ? kQuantizedRows : V::MR);
+        LeftBlock<V, B> left(std::min(kBlockRows, rows - first), end - begin,
+                             store + LeftBlock<V, B>::size(first, end - begin), direct ? kQuantizedRows : V::MR);
+        left.groups = groups;
+        left.sums = group_sums + first * groups;
+        return left;
       };
       const int64_t all_tiles = (blocks - 1) * tiles + block_of(blocks - 1).tiles;
       // A few rows are packed sooner than another thread would have begun.
       parallel_for(all_tiles, rows * (end - begin) <= kWorthPacking ? all_tiles : 1, [&](int64_t t, int64_t stop) {
-        for (; t < stop; ++t) pack_rows(g, block_of(t / tiles), row + t / tiles * kBlockRows, begin, end, t % tiles);
+        for (; t < stop; ++t) {
+          const LeftBlock<V, B> left = block_of(t / tiles);
+          const int64_t first = row + t / tiles * kBlockRows;
+          pack_rows(g, left, first, begin, end, t % tiles);
+          if (summed) sum_rows(g, left, first, begin, end, t % tiles);
+        }
       });
       stream_for(blocks * panels, 1, [&](int64_t item, int64_t stop) {
         alignas(64) float c[kBlockRows * kPanel];
@@ -201,7 +205,9 @@ void gemm(const Gemm& g) {
   if constexpr (V::kTiles) {
     if (TiledRows<V>::serves(g.w, g.m)) return whole_gemm<TiledRows<V>>(g, store);
   }
-  if (g.w.kind == DType::bf16) gemm_typed<V, bf16>(g);
+  // Codes are whole numbers, which bf16 holds as they are: scales are put on for a group at a time.
+  const bool codes = kTakesCodes<V, bf16> && g.w.coded() && g.w.rounding == DType::f32 && g.x_type == DType::bf16;
+  if (g.w.kind == DType::bf16 || codes) gemm_typed<V, bf16>(g);
   else gemm_typed<V, float>(g);
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "codes.h"
 #include "functions.h"
 #include "tile.h"
 #include "weights.h"
@@ -66,7 +67,7 @@ struct W8A8 {
       }
       for (int n = 0; n < N; ++n) {
         const int64_t place = panel * kPanel + column + n * W;
-        const auto scale = V::load(w.scales + place);
+        const auto scale = V::load((const float*)w.scales + place);
         int32_t sums[W], held[W];
         std::memcpy(sums, w.sums + place, sizeof sums);
         for (int m = 0; m < M; ++m) {
@@ -82,9 +83,9 @@ struct W8A8 {
 
 // -- activations in 16-bit fixed point -----------------------------------------------------------------------------
 
-// Rows by eight inputs: [eights][2][high, low][its rows][4], the first half of an eight being what the even nibbles of a
-// word meet, or its first four bytes. A block is a group of the weights', or kBlock inputs where they have one scale.
-// Weights are taken as unsigned, with 8 or 128 added; what that adds is taken off again by the rows' sums over each block.
+// Rows by eight inputs: [eights][2][high, low][its rows][4], the halves of an eight being the fours that codes.h makes. A
+// block is a group of the weights', or kBlock inputs where they have one scale. Weights are taken as unsigned codes; what
+// that adds is taken off again by the rows' sums over each block.
 template <class V>
 struct FixedPoint {
   static constexpr int kRows = 6;
@@ -92,8 +93,7 @@ struct FixedPoint {
   static constexpr int64_t kBlock = 128;
 
   static bool serves(const Gemm& g) {
-    const bool narrow = g.w.kind == DType::i4 || g.w.kind == DType::i8;
-    return narrow && g.w.rounding == DType::f32 && g.x_type == DType::bf16 && g.m <= kMost;
+    return g.w.coded() && g.w.rounding == DType::f32 && g.x_type == DType::bf16 && g.m <= kMost;
   }
   static int64_t row_bytes(const Weights& w) { return cdiv<int64_t>(w.k, 8) * 16; }
   static int64_t block_size(const Weights& w) { return w.groups > 1 ? w.group_size : kBlock; }
@@ -119,7 +119,7 @@ struct FixedPoint {
         uint8_t* to = out + i * 2 * count;
         for (int half = 0; half < 2; ++half)
           for (int j = 0; j < 4; ++j) {
-            const int32_t value = fixed[w.kind == DType::i4 ? 2 * j + half : 4 * half + j];
+            const int32_t value = fixed[w.kind == DType::i8 ? 4 * half + j : 2 * j + half];
             to[half * 8 * count + j] = uint8_t((value + 128) >> 8);
             to[half * 8 * count + 4 * count + j] = uint8_t(value);
           }
@@ -132,19 +132,18 @@ struct FixedPoint {
   static void tile(float* c, const uint8_t* a, int count, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
     with_constant<kRows>(count, [&](auto rows) {
       constexpr int M = decltype(rows)::value;
-      if (w.kind == DType::i4) tile_of<M, 4>(c, a, row_scales, sums, w, panel);
-      else tile_of<M, 8>(c, a, row_scales, sums, w, panel);
+      with_kind(w.kind, [&](auto kind) { tile_of<M, decltype(kind)::value>(c, a, row_scales, sums, w, panel); });
     });
   }
 
  private:
-  template <int M, int kBits>
+  template <int M, DType kKind>
   static void tile_of(float* c, const uint8_t* a, const float* row_scales, const int32_t* sums, const Weights& w, int64_t panel) {
-    constexpr int N = V::NV, W = V::W, kWords = kBits / 4;  // words of eight inputs
-    constexpr int S = M == 1 ? 2 : 1;                       // one row's sums would wait for one another
+    constexpr int N = V::NV, W = V::W, kWords = code_bits(kKind) * kPanel;  // of a block of codes
+    constexpr int S = M == 1 ? 2 : 1;                                       // one row's sums would wait for one another
     using F = typename V::F;
     using I = typename V::I;
-    const int64_t padded = round_up<int64_t>(w.n, kPanel);
+    const F less = V::set1(-(code_zero(kKind) - w.lift));
     for (int column = 0; column < kPanel; column += N * W) {
       const uint32_t* words = (const uint32_t*)w.panel(panel) + column;
       F total[M][N];
@@ -156,26 +155,46 @@ struct FixedPoint {
           for (auto& part : set)
             for (auto& row : part)
               for (I& sum : row) sum = V::zero_i();
-        for (int64_t eight = begin; eight < end; ++eight) {
-          const uint32_t* at = words + eight * kWords * kPanel;
-          const uint8_t* x = a + eight * 16 * M;
-          for (int n = 0; n < N * kWords; ++n) __builtin_prefetch(at + n * W + 1024, 0, 2);
-          const auto add = [&](auto which) __attribute__((always_inline)) {
-            constexpr int kOdd = decltype(which)::value;
-            I b[N];
-            for (int n = 0; n < N; ++n)
-              b[n] = V::template unsigned_bytes<kBits, kOdd>(at + (kWords - 1) * kOdd * kPanel + n * W);
-            for (int m = 0; m < M; ++m)
-              for (int part = 0; part < 2; ++part) {
-                const I value = V::set1_i(four_bytes(x + (2 * kOdd + part) * 4 * M + 4 * m));
-                for (int n = 0; n < N; ++n) sets[kOdd % S][part][m][n] = V::dot4(sets[kOdd % S][part][m][n], b[n], value);
-              }
-          };
-          add(std::integral_constant<int, 0>{});
-          add(std::integral_constant<int, 1>{});
+        const auto four = [&](int64_t eight, auto which) __attribute__((always_inline)) {
+          constexpr int T = decltype(which)::value, kOdd = T % 2;
+          const uint32_t* at = words + eight / 4 * kWords;
+          const uint8_t* x = a + eight * 16 * M + kOdd * 8 * M;
+          I b[N];
+          for (int n = 0; n < N; ++n) b[n] = four_codes<V, kKind, T>(at + n * W, w.table);
+          for (int m = 0; m < M; ++m)
+            for (int part = 0; part < 2; ++part) {
+              const I value = V::set1_i(four_bytes(x + part * 4 * M + 4 * m));
+              for (int n = 0; n < N; ++n) sets[kOdd % S][part][m][n] = V::dot4(sets[kOdd % S][part][m][n], b[n], value);
+            }
+        };
+        const auto both = [&](int64_t eight, auto of) __attribute__((always_inline)) {  // `of` four of its block
+          constexpr int E = decltype(of)::value;
+          four(eight, std::integral_constant<int, 2 * E>{});
+          four(eight, std::integral_constant<int, 2 * E + 1>{});
+        };
+        for (int64_t eight = begin; eight < end;) {
+          const int64_t left = end - eight;
+          if (eight % 4 == 0)
+            for (int i = 0; i < kWords / kPanel; ++i)
+              for (int n = 0; n < N; ++n)
+                __builtin_prefetch(words + eight / 4 * kWords + i * kPanel + n * W + 1024, 0, 2);
+          if (eight % 4 == 0 && left >= 4) {
+            both(eight, kNumber<0>), both(eight + 1, kNumber<1>), both(eight + 2, kNumber<2>), both(eight + 3, kNumber<3>);
+            eight += 4;
+          } else if (eight % 2 == 0 && left >= 2) {
+            if (eight % 4 == 0) both(eight, kNumber<0>), both(eight + 1, kNumber<1>);
+            else both(eight, kNumber<2>), both(eight + 1, kNumber<3>);
+            eight += 2;
+          } else {
+            with_constant<4>(int(eight % 4) + 1, [&](auto n) { both(eight, kNumber<decltype(n)::value - 1>); });
+            ++eight;
+          }
         }
-        const int64_t place = (w.groups > 1 ? block * padded : 0) + panel * kPanel + column;
-        for (int n = 0; n < N; ++n)
+        const int64_t group = w.groups > 1 ? block : 0;
+        for (int n = 0; n < N; ++n) {
+          const F scale = scales_of<V>(w, panel, group, column + n * W);
+          F zero;
+          if (w.zeros) zero = zeros_of<V>(w, panel, group, column + n * W);
           for (int m = 0; m < M; ++m) {
             const int64_t at = m * blocks(w) + block;
             F high = V::to_float(sets[0][0][m][n]), low = V::to_float(sets[0][1][m][n]);
@@ -183,17 +202,20 @@ struct FixedPoint {
               high = V::add(high, V::to_float(sets[1][0][m][n]));
               low = V::add(low, V::to_float(sets[1][1][m][n]));
             }
-            const float sum = float(sums[at]);
-            const F signed_sum = V::add(V::fma(high, V::set1(256), low), V::set1(-float(1 << (kBits - 1)) * sum));
-            F exact = V::mul(signed_sum, V::load(w.scales + place + n * W));
-            if (w.zeros) exact = V::fma(V::set1(-sum), V::load(w.zeros + place + n * W), exact);
+            const F sum = V::set1(float(sums[at]));
+            F exact = V::mul(V::fma(less, sum, V::fma(high, V::set1(256), low)), scale);
+            if (w.zeros) exact = V::sub(exact, V::mul(sum, zero));
             total[m][n] = V::fma(exact, V::set1(row_scales[at]), total[m][n]);
           }
+        }
       }
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) V::store(c + m * kPanel + column + n * W, total[m][n]);
     }
   }
+
+  template <int kValue>
+  static constexpr std::integral_constant<int, kValue> kNumber{};
 };
 
 }  // namespace anychip

@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "packing.h"
+#include "panel_rows.h"
 #include "plan.h"
 #include "pool.h"
 #include "recording.h"
@@ -158,6 +159,17 @@ PyObject* linear(PyObject*, Args args, Py_ssize_t count) {
   const bool plain = a.integer();
   if (a.failed()) return nullptr;
   return launch(g, &Gemm::m, [plain](const Gemm& g) { plain ? rows(g) : gemm(g); });
+}
+
+// (weights, ids, count, out, out type): rows of coded weights
+PyObject* read_panel_rows(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  PanelRows r;
+  r.w = a.structure<PackedWeights>()->weights();
+  r.ids = a.address<int64_t>(), r.count = a.integer();
+  r.out = a.address<void>(), r.type = a.type();
+  if (a.failed()) return nullptr;
+  return without_gil([&] { panel_rows(r); });
 }
 
 // (data, bytes): reads them, for the memory's speed
@@ -419,6 +431,7 @@ PyMethodDef methods[] = {
     ENTRY("set_threads", set_thread_count),
     ENTRY("pack_rows", pack_rows),
     ENTRY("linear", linear),
+    ENTRY("panel_rows", read_panel_rows),
     ENTRY("read", read_memory),
     ENTRY("rms_norm", rms_norm),
     ENTRY("gated_activation", gated_activation),

@@ -14,11 +14,13 @@ constexpr int64_t kHalf = kPanel / 2;
 constexpr int64_t kMoeBytes = 32 << 20;  // of float32 results kept at a time
 constexpr int64_t kExpertPanels = 16;    // of a piece, at most
 
-inline Weights expert_weights(const PackedWeights& first, int64_t expert, int64_t stride, int64_t scale_stride) {
+inline Weights expert_weights(const PackedWeights& first, int64_t expert, int64_t stride, int64_t scale_stride, int64_t super_stride) {
   Weights w = first.weights();
   w.panels = (const char*)w.panels + expert * stride;
-  if (w.scales) w.scales += expert * scale_stride;
-  if (w.zeros) w.zeros += expert * scale_stride;
+  if (w.scales) w.scales = (const char*)w.scales + expert * scale_stride;
+  if (w.zeros) w.zeros = (const char*)w.zeros + expert * scale_stride;
+  if (w.super_scales) w.super_scales += expert * super_stride;
+  if (w.super_zeros) w.super_zeros += expert * super_stride;
   if (w.fixed_scale) w.fixed_scale += expert;
   return w;
 }
@@ -80,7 +82,7 @@ void each_product(const std::vector<ExpertBlock>& blocks, const X* x, int64_t ld
           continue;
         }
       }
-      const bool direct = w.quantized() && block.rows <= kQuantizedRows * kDirectTiles;
+      const bool direct = direct_kind(w.kind) && block.rows <= kQuantizedRows * kDirectTiles;
       const LeftBlock<V, B> left(block.rows, w.k, store.get<Left<V, B>>(LeftBlock<V, B>::size(block.rows, w.k)),
                                  direct ? kQuantizedRows : V::MR);
       for (int64_t t = 0; t < left.tiles; ++t) pack_tile(left, t, w, x, ldx, 0, w.k, place);
@@ -108,7 +110,7 @@ void moe_typed(const Moe& a) {
     if (!s.blocks.empty()) {
       each_product<V, B>(
           s.blocks, (const T*)a.x, a.ldx,
-          [&](int64_t i) { return expert_weights(e.gate_up, i, e.gate_up_stride, e.gate_up_scale_stride); },
+          [&](int64_t i) { return expert_weights(e.gate_up, i, e.gate_up_stride, e.gate_up_scale_stride, e.gate_up_super_stride); },
           [&](int64_t i) { return s.choices[i] / a.top_k; },
           [&](const ExpertBlock& block, int64_t panel, const float* c) {
             const float* bias = e.gate_up_bias ? e.gate_up_bias + block.expert * 2 * middle + panel * kPanel : nullptr;
@@ -121,7 +123,7 @@ void moe_typed(const Moe& a) {
           });
       each_product<V, B>(
           s.blocks, hidden, middle,
-          [&](int64_t i) { return expert_weights(e.down, i, e.down_stride, e.down_scale_stride); },
+          [&](int64_t i) { return expert_weights(e.down, i, e.down_stride, e.down_scale_stride, e.down_super_stride); },
           [&](int64_t i) { return i; },
           [&](const ExpertBlock& block, int64_t panel, const float* c) {
             const float* bias = e.down_bias ? e.down_bias + block.expert * width + panel * kPanel : nullptr;

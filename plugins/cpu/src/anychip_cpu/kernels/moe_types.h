@@ -10,7 +10,8 @@ struct Experts {
   PackedWeights gate_up, down;  // the first expert's
   int64_t experts, hidden, intermediate;
   int64_t gate_up_stride, down_stride;              // bytes of panels from one expert to the next
-  int64_t gate_up_scale_stride, down_scale_stride;  // elements of scales and zeros
+  int64_t gate_up_scale_stride, down_scale_stride;  // bytes of scales and of zeros
+  int64_t gate_up_super_stride, down_super_stride;  // elements of what multiplies those
   const float *gate_up_bias, *down_bias;            // [experts, padded outputs] in the panels' order, or null
   int64_t activation;
 };

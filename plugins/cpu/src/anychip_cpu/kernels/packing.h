@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "codes.h"
 #include "pool.h"
 #include "tile.h"
 #include "weights.h"
@@ -45,6 +46,41 @@ void transpose(U* out, const char* rows, int64_t apart, int count, int64_t units
   }
 }
 
+// The codes of eight inputs, a byte each: bits `from` on of every one, in the order of codes.h, as four bytes.
+template <int kBits>
+uint32_t eight_codes(uint64_t bytes, int from) {
+  constexpr uint64_t kEach = ((1 << kBits) - 1) * 0x0101010101010101ull, kPair = ((1 << 2 * kBits) - 1) * 0x0001000100010001ull;
+  bytes = (bytes >> from) & kEach;
+  bytes = (bytes | bytes >> (8 - kBits)) & kPair;
+  bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffull;
+  return uint32_t(bytes | bytes >> 16);
+}
+
+template <DType kKind>
+void pack_codes(const PackRows& a) {
+  constexpr int kLower = lower_bits(kKind), kUpper = upper_bits(kKind), kWords = code_bits(kKind);
+  pack_as<uint8_t>(a, [k = a.w.k](char* panel, const uint8_t* rows, int count, int lane) {
+    const auto block = [&](uint32_t* to, const uint8_t* from, int64_t inputs) __attribute__((always_inline)) {
+      uint64_t eights[4] = {};
+      if (inputs >= kCodeInputs) std::memcpy(eights, from, kCodeInputs);
+      else std::memcpy(eights, from, inputs);
+      uint32_t words[kWords] = {};
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (kLower == 4) words[e] = eight_codes<4>(eights[e], 0);
+        else words[e / 2] |= eight_codes<2>(eights[e], 0) << (4 * (e % 2));
+        if constexpr (kUpper == 2) words[kLower + e / 2] |= eight_codes<2>(eights[e], kLower) << (4 * (e % 2));
+        if constexpr (kUpper == 1) words[kLower] |= eight_codes<1>(eights[e], kLower) << (2 * e);
+      }
+      for (int word = 0; word < kWords; ++word) to[word * kPanel] = words[word];
+    };
+    // Two blocks of a row at a time, which are a line: rows may push each other out of the cache.
+    for (int64_t begin = 0; begin < k; begin += 2 * kCodeInputs)
+      for (int i = 0; i < count; ++i)
+        for (int64_t at = begin; at < std::min(k, begin + 2 * kCodeInputs); at += kCodeInputs)
+          block((uint32_t*)panel + at / kCodeInputs * kWords * kPanel + lane + i, rows + i * k + at, k - at);
+  });
+}
+
 inline void pack(const PackRows& a) {
   const int64_t k = a.w.k;
   if (a.w.kind == DType::bf16) {
@@ -58,17 +94,12 @@ inline void pack(const PackRows& a) {
     pack_as<float>(a, [k](char* panel, const float* rows, int count, int lane) {
       transpose((float*)panel + lane, (const char*)rows, 4 * k, count, k);
     });
-  } else if (a.w.kind == DType::i4) {
-    pack_as<uint8_t>(a, [k](char* panel, const uint8_t* rows, int count, int lane) {
-      uint32_t* to = (uint32_t*)panel + lane;
-      for (int64_t input = 0; input < k; input += 8, to += kPanel)
-        for (int i = 0; i < count; ++i) {
-          uint32_t word = 0;
-          for (int64_t j = 0; j < std::min<int64_t>(8, k - input); ++j)
-            word |= uint32_t(rows[i * k + input + j] & 15) << (4 * j);
-          to[i] = word;
-        }
+  } else if (a.w.kind == DType::f16) {  // scales
+    pack_as<f16>(a, [k](char* panel, const f16* rows, int count, int lane) {
+      transpose((uint16_t*)panel + lane, (const char*)rows, 2 * k, count, k);
     });
+  } else if (a.w.kind != DType::i8 && a.w.coded()) {
+    with_kind(a.w.kind, [&](auto kind) { pack_codes<decltype(kind)::value>(a); });
   } else if (a.w.kind == DType::i8) {
     pack_as<int8_t>(a, [k](char* panel, const int8_t* rows, int count, int lane) {
       transpose((uint32_t*)panel + lane, (const char*)rows, k, count, k / 4);

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "bytes.h"
+#include "codes.h"
 #include "functions.h"
 #include "pool.h"
 #include "tile.h"
@@ -16,6 +17,9 @@ constexpr int kQuantizedRows = 6;  // of a tile: its sums, and those of the grou
 
 // Inputs that a word of four bytes holds.
 constexpr int inputs_of_word(DType kind) { return kind == DType::i4 ? 8 : 4; }
+
+// Whether few rows meet weights without their being expanded first.
+constexpr bool direct_kind(DType kind) { return kind == DType::i4 || kind == DType::i8 || kind == DType::fp8; }
 
 // Input J of every word.
 template <class V, DType kKind, int J>
@@ -84,9 +88,9 @@ template <class V, int M>
 void quantized_tile(float* c, const float* a, const Weights& w, int64_t panel) {
   constexpr int N = V::NV, W = V::W;
   using F = typename V::F;
-  const int64_t padded = round_up<int64_t>(w.n, kPanel);
   const char* values = w.panel(panel);
   const float implied = w.kind == DType::fp8 ? kFp8Bias : 1.0f;
+  const bool offset = w.zeros || w.lift != 0;
   for (int column = 0; column < kPanel; column += N * W) {
     F total[M][N];
     for (int m = 0; m < M; ++m)
@@ -96,15 +100,15 @@ void quantized_tile(float* c, const float* a, const Weights& w, int64_t panel) {
       F acc[M][N], sums[M];
       clear<V, M, N>(acc);
       for (int m = 0; m < M; ++m) sums[m] = V::zero();
-      if (w.zeros) quantized_multiply<V, M, N, true>(acc, sums, a, w, values, column, begin, end);
+      if (offset) quantized_multiply<V, M, N, true>(acc, sums, a, w, values, column, begin, end);
       else quantized_multiply<V, M, N, false>(acc, sums, a, w, values, column, begin, end);
-      const int64_t place = group * padded + panel * kPanel + column;
       for (int n = 0; n < N; ++n) {
-        const F scale = V::mul(V::load(w.scales + place + n * W), V::set1(implied));
+        const F scale = V::mul(scales_of<V>(w, panel, group, column + n * W), V::set1(implied));
         for (int m = 0; m < M; ++m) total[m][n] = V::fma(acc[m][n], scale, total[m][n]);
-        if (!w.zeros) continue;
-        const F zero = V::mul(V::load(w.zeros + place + n * W), V::set1(-1));
-        for (int m = 0; m < M; ++m) total[m][n] = V::fma(sums[m], zero, total[m][n]);
+        if (!offset) continue;
+        F added = V::mul(scale, V::set1(w.lift));
+        if (w.zeros) added = V::sub(added, zeros_of<V>(w, panel, group, column + n * W));
+        for (int m = 0; m < M; ++m) total[m][n] = V::fma(sums[m], added, total[m][n]);
       }
     }
     for (int m = 0; m < M; ++m)
@@ -112,37 +116,22 @@ void quantized_tile(float* c, const float* a, const Weights& w, int64_t panel) {
   }
 }
 
-// float32 [count][kPanel] of a panel's inputs from `first` on; inputs past the last become zero.
+// float32 [count][kPanel] of a panel's inputs from `first` on, a multiple of 32; inputs past the last become zero. There
+// must be room up to the next multiple of 32.
 template <class V>
 void dequantize(float* out, const Weights& w, int64_t panel, int64_t first, int64_t count) {
-  using F = typename V::F;
-  const int64_t padded = round_up<int64_t>(w.n, kPanel);
-  const float implied = w.kind == DType::fp8 ? kFp8Bias : 1.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t input = first + i;
-    float* row = out + i * kPanel;
-    if (input >= w.k) {
-      std::memset(row, 0, sizeof(float) * kPanel);
-      continue;
-    }
-    const int64_t place = input / w.group_size * padded + panel * kPanel;
-    for (int column = 0; column < kPanel; column += V::W) {
-      F x;
-      if (w.kind == DType::fp8) {
-        x = V::template half<0>((const fp8*)w.panel(panel) + input * kPanel + column, 0);
-      } else {
-        const int64_t inputs = inputs_of_word(w.kind);
-        const uint32_t* words = (const uint32_t*)w.panel(panel) + input / inputs * kPanel + column;
-        with_constant<8>(int(input % inputs) + 1, [&](auto place) {
-          constexpr int J = decltype(place)::value - 1;
-          x = w.kind == DType::i4 ? V::template nibble<J>(words) : V::template byte<J % 4>(words);
-        });
+  const int64_t held = std::max<int64_t>(0, std::min(count, w.k - first));
+  if (w.coded()) {
+    with_kind(w.kind, [&](auto kind) { expand<V, decltype(kind)::value>(out, w, panel, first, held); });
+  } else {
+    for (int64_t i = 0; i < held; ++i)
+      for (int column = 0; column < kPanel; column += V::W) {
+        const auto x = V::template half<0>((const fp8*)w.panel(panel) + (first + i) * kPanel + column, 0);
+        const auto scale = scales_of<V>(w, panel, (first + i) / w.group_size, column);
+        V::store(out + i * kPanel + column, V::mul(x, V::mul(scale, V::set1(kFp8Bias))));
       }
-      x = V::mul(x, V::mul(V::load(w.scales + place + column), V::set1(implied)));
-      if (w.zeros) x = V::sub(x, V::load(w.zeros + place + column));
-      V::store(row + column, x);
-    }
   }
+  if (held < count) std::memset(out + held * kPanel, 0, sizeof(float) * kPanel * (count - held));
 }
 
 // -- activations in a byte ---------------------------------------------------------------------------------------

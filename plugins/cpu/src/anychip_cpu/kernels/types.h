@@ -15,8 +15,13 @@ struct fp8 {  // float8_e4m3fn
   uint8_t bits;
 };
 
-// Values as Python passes them: keep in step with anychip_cpu/native.py.
-enum class DType : int { f32 = 0, bf16 = 1, i8 = 2, fp8 = 3, i4 = 4 };
+struct f16 {
+  uint16_t bits;
+};
+
+// Values as Python passes them: keep in step with anychip_cpu/native.py. `table`: four bits that choose one of sixteen
+// numbers. f16 and e8, a power of two in a byte, are scales alone.
+enum class DType : int { f32 = 0, bf16 = 1, i8 = 2, fp8 = 3, i4 = 4, i2 = 5, i3 = 6, i5 = 7, i6 = 8, table = 9, f16 = 10, e8 = 11 };
 
 inline float to_float(float x) { return x; }
 
@@ -24,6 +29,23 @@ inline float to_float(bf16 x) {
   uint32_t wide = uint32_t(x.bits) << 16;
   float result;
   std::memcpy(&result, &wide, 4);
+  return result;
+}
+
+inline float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+  float size, result;
+  if (rest >= 0x0f800000u) {  // infinity, or no number
+    const uint32_t wide = rest + 0x70000000u;
+    std::memcpy(&size, &wide, 4);
+  } else {
+    std::memcpy(&size, &rest, 4);
+    size *= 0x1p112f;  // the exponent's bias, of subnormals too
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &size, 4);
+  bits |= sign;
+  std::memcpy(&result, &bits, 4);
   return result;
 }
 

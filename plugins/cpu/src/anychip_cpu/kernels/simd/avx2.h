@@ -30,6 +30,10 @@ struct Avx2 {
     std::memcpy(held, p, 2 * n);
     return load(held);
   }
+  static F load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static F powers(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), 23));
+  }
   static void store(bf16* p, F x) { _mm_storeu_si128((__m128i*)p, narrow(x)); }
   static void store_n(bf16* p, F x, int n) {
     bf16 held[W];
@@ -107,6 +111,16 @@ struct Avx2 {
   static I load_i(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static I set1_i(int32_t x) { return _mm256_set1_epi32(x); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+  static I or_i(I a, I b) { return _mm256_or_si256(a, b); }
+  static I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
+  template <int kLeft>
+  static I shift(I a) {
+    return kLeft < 0 ? _mm256_srli_epi32(a, kLeft < 0 ? -kLeft : 0) : kLeft ? _mm256_slli_epi32(a, kLeft > 0 ? kLeft : 0) : a;
+  }
+  static I lookup(I indices, const int8_t* table) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), indices);
+  }
   // vpmaddubsw would saturate: even and odd bytes are multiplied apart, as 16-bit numbers.
   static I dot4(I c, I a, I b) {
     const I even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)),

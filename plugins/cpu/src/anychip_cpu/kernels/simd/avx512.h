@@ -28,6 +28,10 @@ struct Avx512 {
   static void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, mask(n), x); }
   static F load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static F load_n(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  static F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static F powers(const uint8_t* p) {  // 2^(byte - 127); 0 for byte 0
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23));
+  }
   static void store(bf16* p, F x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
   static void store_n(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, mask(n), narrow(x)); }
 
@@ -107,18 +111,27 @@ struct Avx512 {
     return (__m512bh)_mm512_set1_epi32(both);
   }
   static F dot(F c, Pair a, Pair b) { return _mm512_dpbf16_ps(c, a, b); }
+  // Side by side, of numbers that bf16 holds.
+  static void store_pair(bf16* p, F even, F odd) {
+    const I low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+  }
 #endif
 
   static I zero_i() { return _mm512_setzero_si512(); }
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
   static I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
-  // Weights in bytes, 128 added; or the even or odd of their nibbles, which have 8 added.
-  template <int kBits, int kOdd>
-  static I unsigned_bytes(const uint32_t* p) {
-    const I words = _mm512_loadu_si512(p);
-    if (kBits == 8) return _mm512_xor_si512(words, _mm512_set1_epi32(int32_t(0x80808080)));
-    return _mm512_and_si512(kOdd ? _mm512_srli_epi32(words, 4) : words, _mm512_set1_epi32(0x0f0f0f0f));
+  static I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+  static I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
+  template <int kLeft>  // to the right where it is negative
+  static I shift(I a) {
+    return kLeft < 0 ? _mm512_srli_epi32(a, kLeft < 0 ? -kLeft : 0) : kLeft ? _mm512_slli_epi32(a, kLeft > 0 ? kLeft : 0) : a;
+  }
+  // The table's entries of indices in bytes.
+  static I lookup(I indices, const int8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), indices);
   }
   // Sums of four products of unsigned by signed bytes, added to c.
   static I dot4(I c, I a, I b) { return _mm512_dpbusd_epi32(c, a, b); }

@@ -35,6 +35,8 @@ struct Generic {
     std::memcpy(held, p, 2 * n);
     return load(held);
   }
+  static F load(const f16* p) { return F{anychip::to_float(p[0]), anychip::to_float(p[1]), anychip::to_float(p[2]), anychip::to_float(p[3])}; }
+  static F powers(const uint8_t* p) { return (F)(U{p[0], p[1], p[2], p[3]} << 23); }
   static void store(bf16* p, F x) { store_n(p, x, W); }
   static void store_n(bf16* p, F x, int n) {
     for (int i = 0; i < n; ++i) p[i] = to_bf16(x[i]);
@@ -102,6 +104,19 @@ struct Generic {
   static I load_i(const void* p) { return copied<I>(p); }
   static I set1_i(int32_t x) { return I{x, x, x, x}; }
   static F to_float(I x) { return __builtin_convertvector(x, F); }
+  static I and_i(I a, I b) { return a & b; }
+  static I or_i(I a, I b) { return a | b; }
+  static I xor_i(I a, I b) { return a ^ b; }
+  template <int kLeft>
+  static I shift(I a) {
+    return (I)(kLeft < 0 ? (U)a >> (kLeft < 0 ? -kLeft : 0) : (U)a << (kLeft > 0 ? kLeft : 0));
+  }
+  static I lookup(I indices, const int8_t* table) {
+    int8_t held[4 * W];
+    std::memcpy(held, &indices, sizeof held);
+    for (int8_t& each : held) each = table[each & 15];
+    return load_i(held);
+  }
   static I dot4(I c, I a, I b) {
     for (int byte = 0; byte < 4; ++byte) c += ((a >> (8 * byte)) & 0xff) * ((b << (24 - 8 * byte)) >> 24);
     return c;
