@@ -31,6 +31,7 @@ from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
 from anychip.weights.dummy import dummy_views
+from anychip.weights.fingerprint import fingerprint
 from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
@@ -148,8 +149,7 @@ class CheckpointSource:
             mesh.rank,
             [(axis, mesh.shape.size_of(axis)) for axis in AXES],
         )
-        stats = [(path.name, path.stat()) for path in files]
-        contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
+        contents = (self.model.raw, self.model.max_positions, [(path.name, fingerprint(path)) for path in files])
         name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
         return WeightsKey(name=name, contents=digest)
 

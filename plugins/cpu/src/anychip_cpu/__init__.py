@@ -28,7 +28,13 @@ class CpuOptions(PluginOptions):
         metadata={"help": "kernels to use: avx512_amx, avx512_bf16, avx512, avx2, generic, reference; '': the fastest"},
     )
     packed_weights: str = field(
-        default="", metadata={"help": "folder that keeps packed weights, for faster starts; '': none"}
+        default="on",
+        metadata={
+            "help": "packed weights on disk, for faster starts: on (in the user's cache folder), off, or a folder"
+        },
+    )
+    packed_weights_gib: float = field(
+        default=20.0, metadata={"help": "most of the disk for packed weights, in GiB; the least used files go first"}
     )
     kv_cache_gib: float = field(default=4.0, metadata={"help": "most memory for the KV cache, in GiB"})
 
