@@ -2,9 +2,9 @@
 
 python benchmarks/cpu/neighbour.py CHECKPOINT [--vllm PYTHON] [--busy 1] [--rounds 5] [--output FILE.json]
 
-Workloads are compare.py's: d is prefill (2,048 tokens in, 1 out), a is one stream (128 in, 128 out). Each round runs both
-alone and beside the busy processes, in an order that changes from round to round; a share is of the same round, and the
-median over the rounds counts. On a machine that others use "alone" is not alone: `load` says how busy it was.
+Workloads are compare.py's: d is prefill (2,048 tokens in, 1 out), a is one stream (128 in, 128 out). Each round runs
+both alone and beside the busy processes, in an order that changes from round to round. A share is of one round, and
+the median over the rounds counts. On a machine that others use "alone" is not alone: `load` says how busy it was.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 python benchmarks/cpu/quota.py CHECKPOINT [--cpus 1] [--rounds 5] [--output FILE.json]
 
-Makes a control group below this process's own, of whichever version the system has, and removes it at the end: this takes
-root, or a group that was delegated. Both engines load once and take turns; while one works the other is stopped. The
-engine in the group finds the quota by itself. Workloads are compare.py's d (prefill) and a (one stream).
+Makes a control group below this process's own, of whichever version the system has, and removes it at the end: this
+takes root, or a group that was delegated. Both engines load once and take turns; while one works the other is stopped.
+The engine in the group finds the quota by itself. Workloads are compare.py's d (prefill) and a (one stream).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class NoRoom(OSError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheFolder:
-    """`limit` bytes in all. `private`: the folder must be this user's own, as what others write there is not trusted."""
+    """`limit` bytes in all. `private`: the folder must be this user's own, as what others write is not trusted."""
 
     path: Path
     limit: int
