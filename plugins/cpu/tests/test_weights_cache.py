@@ -191,6 +191,7 @@ def test_another_users_folder_is_not_trusted(tmp_path, monkeypatch, caplog):
     assert names(tmp_path / "anychip/packed") == {"model"} and not caplog.records
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert not mine.restore(KEY, small(0))
+    mine.keep(KEY, small(2))
     assert "belongs to user" in caplog.text and len(caplog.records) == 1
 
 

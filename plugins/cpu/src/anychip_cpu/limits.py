@@ -23,11 +23,12 @@ _EVERY_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuLimit:
-    """`threads` are the default and `most` what may be asked for; `why` names the limit that applied."""
+    """`threads` are the default and `most` what may be asked for; `why` names the limit that applied, if one did."""
 
     threads: int
     most: int
     why: str
+    limited: bool = True
 
     def __str__(self) -> str:
         return f"{self.threads} thread{'s' if self.threads > 1 else ''}: {self.why}"
@@ -58,7 +59,7 @@ def cpu_limit(*, ranks: int = 1, root: Path = Path("/")) -> CpuLimit:
     else:
         file = next((file for file, listed in _cpusets(root) if listed == cores), None)
         why = f"{count} of {total} cores by " + (f"the cpuset {file}" if file else "this process's affinity")
-    return CpuLimit(threads=count, most=count, why=why)
+    return CpuLimit(threads=count, most=count, why=why, limited=count < total)
 
 
 def allowed_cores() -> set[int]:
@@ -171,7 +172,8 @@ class ThreadCount:
         self._next = clock() + _EVERY_S
         self.threads = self._chosen()
         apply(self.threads)
-        _log.info("anychip-cpu runs %s", self)
+        if self._limit.limited:
+            _log.info("anychip-cpu runs %s", self)
 
     def __str__(self) -> str:
         count = f"{self.threads} thread{'s' if self.threads > 1 else ''}"

@@ -70,6 +70,8 @@ class WeightsCache:
         self._machine = f"{platform.machine()} {isa}"
         self._worth_s, self._clock = worth_s, clock
         self._began = clock()
+        self._closed = False
+        """To us, which was said: it is not said again."""
 
     def restore(self, key: WeightsKey, weights: Sequence[UntypedStorage]) -> bool:
         """Platform.restore_weights."""
@@ -92,12 +94,13 @@ class WeightsCache:
             return False
         except OSError as error:
             why = str(error)
+            self._closed = isinstance(error, PermissionError)
         _log.warning("packed weights in %s are ignored: %s", path, why)
         return False
 
     def keep(self, key: WeightsKey, weights: Sequence[UntypedStorage]) -> None:
         """Platform.keep_weights. Others see the file when it is whole."""
-        if self._clock() - self._began < self._worth_s:
+        if self._closed or self._clock() - self._began < self._worth_s:
             return
         line = json.dumps(self._made(key, weights)).encode() + b"\n"
         offsets = _offsets(len(line), weights)
