@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import inspect
+import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -25,3 +29,8 @@ def pytest_collection_finish() -> None:
     """An engine that closes collects garbage. It need not walk through the libraries and the tests each time."""
     gc.collect()
     gc.freeze()
+
+
+# What engines keep for later starts is not kept in the user's own cache, and not beyond the run.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="anychip-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -75,7 +75,7 @@ REFUSED = [
     (("--device", "cpu:99"), "cpu has devices 0, 1"),
     (
         ("--device", "cpu", "--device-opt", "thread=1"),
-        "no such option; it has isa, kv_cache_gib, packed_weights, threads",
+        "no such option; it has graphs, isa, kv_cache_gib, packed_weights, packed_weights_gib, threads",
     ),
     (("--device", "cpu", "--device-opt", "threads"), "is not KEY=VALUE"),
     (("/nowhere",), "model '/nowhere' is not a folder"),

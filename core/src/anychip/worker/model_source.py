@@ -33,6 +33,7 @@ from anychip.plugin_api.refusals import among
 from anychip.quantization.detect import CheckedFormat, weight_format
 from anychip.types import DTYPES, DType
 from anychip.weights.dummy import dummy_views
+from anychip.weights.fingerprint import fingerprint
 from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.weights.progress import LoadProgress
 from anychip.weights.register import WeightRegister, load_weights
@@ -191,8 +192,7 @@ class CheckpointSource:
             sorted(mesh.shape.joined.items()),
             self.config.num_redundant_experts,
         )
-        stats = [(path.name, path.stat()) for path in files]
-        contents = (self.model.raw, self.model.max_positions, [(n, s.st_size, s.st_mtime_ns) for n, s in stats])
+        contents = (self.model.raw, self.model.max_positions, [(path.name, fingerprint(path)) for path in files])
         name, digest = (hashlib.sha256(msgspec.json.encode(part)).hexdigest() for part in (form, contents))
         return WeightsKey(name=name, contents=digest)
 

@@ -29,7 +29,13 @@ class CpuOptions(PluginOptions):
     )
     graphs: bool = field(default=True, metadata={"help": "record small steps, and make their kernel calls together"})
     packed_weights: str = field(
-        default="", metadata={"help": "folder that keeps packed weights, for faster starts; '': none"}
+        default="on",
+        metadata={
+            "help": "packed weights on disk, for faster starts: on (in the user's cache folder), off, or a folder"
+        },
+    )
+    packed_weights_gib: float = field(
+        default=20.0, metadata={"help": "most of the disk for packed weights, in GiB; the least used files go first"}
     )
     kv_cache_gib: float = field(default=4.0, metadata={"help": "most memory for the KV cache, in GiB"})
 

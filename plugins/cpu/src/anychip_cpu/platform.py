@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import meminfo
 from anychip_cpu.shapes import MOST_TOKENS, RecordedShapes
-from anychip_cpu.weights_cache import WeightsCache
+from anychip_cpu.weights_cache import weights_cache
 
 _log = logging.getLogger(__name__)
 
@@ -106,9 +105,8 @@ class CpuPlatform(Platform):
             most=int(os.environ.get("OMP_NUM_THREADS") or 0),
         )
         torch.set_num_threads(self.threads.threads)  # until weights are loaded: see measure()
-        folder = options.packed_weights
         isa = native.REFERENCE if self.kernels is None else self.isa
-        self._packed = WeightsCache(Path(folder).expanduser(), isa) if folder else None
+        self._packed = weights_cache(options.packed_weights, options.packed_weights_gib, isa)
 
     def event(self) -> Event:
         self.threads.refresh()  # a step was issued, and the next one is still to come

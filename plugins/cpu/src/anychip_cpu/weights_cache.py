@@ -14,17 +14,18 @@ import logging
 import mmap
 import os
 import platform
-import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import UntypedStorage
 
-from anychip.plugin_api import API_VERSION, WeightsKey
+from anychip.plugin_api import API_VERSION, Unsupported, WeightsKey
+from anychip_cpu.cache_folder import CacheFolder
 from anychip_cpu.memory import HUGE_PAGE
 from anychip_cpu.packing import round_up
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("anychip.plugins")
 
 _LAYOUT = 2
 """Raised whenever weights come to lie otherwise."""
@@ -34,17 +35,50 @@ _FIXED, _POPULATE_READ = 0x10, 22
 """Linux's MAP_FIXED and MADV_POPULATE_READ, which Python's module lacks."""
 
 
-class WeightsCache:
-    """The files of a folder. `isa` is the variant of the kernels that pack."""
+ON, OFF = "on", "off"
+_WORTH_S = 2.0
+"""Processor time of a load from the checkpoint: what takes less is not kept by default, as little would be saved."""
 
-    def __init__(self, folder: Path, isa: str) -> None:
+
+def weights_cache(where: str, limit_gib: float, isa: str) -> WeightsCache | None:
+    """What the options say: the user's cache folder, none, or a folder. Raises Unsupported for a limit that is none."""
+    if not limit_gib > 0:
+        why = f"packed_weights_gib={limit_gib:g}: no room at all; give it some, or packed_weights={OFF}"
+        raise Unsupported("anychip-cpu", [why])
+    if where in ("", OFF):
+        return None
+    limit = int(limit_gib * 2**30)
+    if where != ON:
+        return WeightsCache(CacheFolder(path=Path(where).expanduser(), limit=limit), isa)
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        caches = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    except RuntimeError as error:
+        _log.warning("packed weights are not kept: %s", error)
+        return None
+    folder = CacheFolder(path=caches / "anychip" / "packed", limit=limit, private=True)
+    return WeightsCache(folder, isa, worth_s=_WORTH_S)
+
+
+class WeightsCache:
+    """The files of a folder. `isa` is the variant of the kernels that pack; `clock` counts processor time."""
+
+    def __init__(
+        self, folder: CacheFolder, isa: str, *, worth_s: float = 0.0, clock: Callable[[], float] = time.process_time
+    ) -> None:
         self._folder = folder
         self._machine = f"{platform.machine()} {isa}"
+        self._worth_s, self._clock = worth_s, clock
+        self._began = clock()
+        self._closed = False
+        """To us, which was said: it is not said again."""
 
     def restore(self, key: WeightsKey, weights: Sequence[UntypedStorage]) -> bool:
         """Platform.restore_weights."""
-        path = self._path(key)
+        self._began = self._clock()
+        path = self._folder.file(key.name)
         try:
+            self._folder.check()
             with path.open("rb") as file:
                 line = file.readline(_MOST_HEADER)
                 offsets = _offsets(len(line), weights)
@@ -54,39 +88,33 @@ class WeightsCache:
                 if not why:
                     for storage, offset in zip(weights, offsets, strict=False):
                         _fill(storage, file.fileno(), offset)
+                    self._folder.used(path)
                     return True
         except FileNotFoundError:
             return False
         except OSError as error:
             why = str(error)
+            self._closed = isinstance(error, PermissionError)
         _log.warning("packed weights in %s are ignored: %s", path, why)
         return False
 
     def keep(self, key: WeightsKey, weights: Sequence[UntypedStorage]) -> None:
         """Platform.keep_weights. Others see the file when it is whole."""
-        path = self._path(key)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                try:
-                    line = json.dumps(self._made(key, weights)).encode() + b"\n"
-                    file.write(line)
-                    offsets = _offsets(len(line), weights)
-                    for storage, offset in zip(weights, offsets, strict=False):
-                        file.seek(offset)
-                        file.write(_bytes_of(storage))
-                    file.truncate(offsets[-1])
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
-        except OSError as error:
-            _log.warning("packed weights are not kept in %s: %s", self._folder, error)
+        if self._closed or self._clock() - self._began < self._worth_s:
             return
-        _log.info("packed weights are kept in %s", path)
-
-    def _path(self, key: WeightsKey) -> Path:
-        return self._folder / f"{key.name}.weights"
+        line = json.dumps(self._made(key, weights)).encode() + b"\n"
+        offsets = _offsets(len(line), weights)
+        try:
+            with self._folder.writing(key.name, offsets[-1]) as file:
+                file.write(line)
+                for storage, offset in zip(weights, offsets, strict=False):
+                    file.seek(offset)
+                    file.write(_bytes_of(storage))
+                file.truncate(offsets[-1])
+        except OSError as error:
+            _log.warning("packed weights are not kept in %s: %s", self._folder.path, error)
+            return
+        _log.info("packed weights are kept in %s", self._folder.file(key.name))
 
     def _made(self, key: WeightsKey, weights: Sequence[UntypedStorage]) -> dict[str, object]:
         return {
