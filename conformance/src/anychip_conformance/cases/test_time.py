@@ -148,7 +148,7 @@ def kept_draws(device: Device, case: SampleCase) -> None:
     check_kept(device, lambda: draw_call(device, case))
 
 
-@kind("sample.many_calls", corpus=_DRAWS)
+@kind("sample.many_calls", corpus=[_DRAWS[0], SampleCase(rows=5, vocab=300, temperature=(0.0,))])
 def many_draws(device: Device, case: SampleCase) -> None:
     """The n-th draw of the same row is the first: nothing of a draw is left for the next."""
     check_many(device, lambda: draw_call(device, case))

@@ -48,6 +48,7 @@ _MODULES = (
     "bad_rows",
     "bad_rows_caches",
     "later",
+    "later_ops",
     "moves",
     "eight_bits",
 )
