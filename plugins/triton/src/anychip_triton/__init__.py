@@ -33,8 +33,13 @@ INTERPRETER = PlatformManifest(
 )
 
 
+_REACH = 1025
+"""Sizes up to which the interpreter is judged: it computes one program of a grid after the other."""
+
+
 def probe_interpreter() -> ProbeResult:
-    return ProbeResult(devices=(DeviceInfo(index=0, name="Triton's interpreter", backing="simulated"),))
+    shown = DeviceInfo(index=0, name="Triton's interpreter", backing="simulated", reach=_REACH)
+    return ProbeResult(devices=(shown,))
 
 
 @hookimpl
