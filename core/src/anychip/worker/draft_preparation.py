@@ -66,7 +66,8 @@ def prepare_all(
         taps = (FINAL,) if head is None else head.taps
         spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=taps))
         target = prepare(spec, model, platform, ops, contributed, quant_formats)
-        target = replace(target, keys=affordable_graphs(platform, target.policy, target.limits, always=(TAPS,)))
+        if target.keys:  # else its steps are not captured
+            target = replace(target, keys=affordable_graphs(platform, target.policy, target.limits, always=(TAPS,)))
     source = _source(target, head, ops, contributed, quant_formats)
     if config.medusa_heads is not None:
         return replace(target, medusa=source)
