@@ -45,6 +45,8 @@ class Embedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """For code that asks for its device or its dtype: of its rows, this rank's."""
+        # Only a GGUF file's tied head takes it over, and no file of that kind is served through the library's code.
+        assert self.layer.weight is not None
         return self.layer.weight
 
     def forward(self, ids: Tensor) -> Tensor:
