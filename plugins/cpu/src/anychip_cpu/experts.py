@@ -110,7 +110,7 @@ class CpuMoE(ReferenceMoE):
         if expert_map is not None:
             ids = expert_map[ids.long()]
         if packed.expert_ids is not None:
-            ids = torch.where(ids < 0, ids, packed.expert_ids[ids.long().clamp(min=0)])
+            ids = torch.where(ids < 0, ids, packed.expert_ids[ids.long().clamp(0, len(packed.expert_ids) - 1)])
         ids, weights = ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
         held, ldx = rows_of(x)
         out = torch.empty(x.shape, dtype=x.dtype)

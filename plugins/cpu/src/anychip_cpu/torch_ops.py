@@ -34,7 +34,8 @@ def _elementwise(
     op: int, a: Tensor, *, b: Tensor | None = None, condition: Tensor | None = None, scalar: float = 0.0
 ) -> Written:
     def write(kernels: Kernels, out: Tensor, whole: bool) -> None:
-        rows = 1 if whole else out.shape[0]
+        # Integers may be indexes of what torch does for padding too: those of padding must be there.
+        rows = out.shape[0] if out.dtype.is_floating_point and not whole else 1
         kernels.elementwise(
             op, _CODES.get(a.dtype, 0), _CODES.get(out.dtype, 0), a.data_ptr(), 0 if b is None else b.data_ptr(),
             0 if condition is None else condition.data_ptr(), out.data_ptr(), rows, out.numel() // rows, float(scalar),
