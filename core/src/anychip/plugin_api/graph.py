@@ -196,8 +196,8 @@ class GraphCapture:
         communicators: Sequence[Communicator] = (),
     ) -> Any:
         """Records what fn does; returns a handle. fn reads and writes storage that outlives the call. Collectives of
-        `communicators` in fn run again at every replay; fn reads no value on the host and brings none from there. Raises
-        Unsupported for an fn that holds what cannot be recorded: such steps run eagerly."""
+        `communicators` in fn run again at every replay; fn reads no value on the host and brings none from there.
+        Raises Unsupported for an fn that holds what cannot be recorded: such steps run eagerly."""
         raise Unsupported("graph capture", ["the platform captures no graphs"])
 
     def run(self, handle: Any, plans: Sequence[Plan]) -> Any:
