@@ -106,8 +106,8 @@ def agreement(engines: dict[str, Engine], exact: Engine, count: int) -> dict[str
 def compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
     for a, b in zip(ours, theirs, strict=True):
         if a["token"] != b["token"]:
-            swapped = a["second"] == b["token"] and b["second"] == a["token"]
-            return "equal to a near tie" if swapped and min(a["lead"], b["lead"]) < NEAR else "different"
+            # Not by who is second: bfloat16 has ties of three.
+            return "equal to a near tie" if min(a["lead"], b["lead"]) < NEAR else "different"
     return "equal"
 
 
