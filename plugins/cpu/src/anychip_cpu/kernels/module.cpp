@@ -169,7 +169,7 @@ PyObject* read_panel_rows(PyObject*, Args args, Py_ssize_t count) {
   r.ids = a.address<int64_t>(), r.count = a.integer();
   r.out = a.address<void>(), r.type = a.type();
   if (a.failed()) return nullptr;
-  return without_gil([&] { panel_rows(r); });
+  return launch(r, &PanelRows::count, [](const PanelRows& r) { panel_rows(r); });
 }
 
 // (data, bytes): reads them, for the memory's speed
