@@ -243,6 +243,7 @@ def test_meshes_without_a_place_for_experts_are_refused(oracles, settings, said)
         ({"eplb_interval": 10}, "which takes expert_parallel"),
         ({"expert_parallel": True, "num_redundant_experts": 2}, "give an eplb_interval"),
         ({"expert_parallel": True, "eplb_interval": 0}, "eplb_interval is 0; expected 1 or more"),
+        ({"expert_parallel": True, "pipeline_parallel_size": 2}, "leave one of them out"),
     ],
 )
 def test_options_that_need_one_another_say_so(settings, said):
