@@ -15,12 +15,13 @@ from pathlib import Path
 from anychip.bench.report import write
 from anychip.kv_cache.hashing import HASH_BYTES, prompt_hashes
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepResult
+from anychip.messages import DeviceRules, KVCacheConfig, KVGroup
 from anychip.prefix import PLAIN_ROOT
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
+from anychip.step_messages import StepResult
 from anychip.types import RequestId
 
 BLOCK_SIZE = 16

@@ -24,7 +24,7 @@ import numpy as np
 from anychip.bench.report import write
 from anychip.drafts import Draft, Drafter
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, StepDecision, StepResult
+from anychip.messages import DeviceRules, KVCacheConfig, KVGroup
 from anychip.plugin_api import ShapePolicy, StepLimits
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
 from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
+from anychip.step_messages import StepDecision, StepResult
 from anychip.types import RequestId
 from anychip.worker.input_batch import InputBatch
 

@@ -22,21 +22,12 @@ import torch
 from anychip.bench.report import write
 from anychip.engine.engine_core import EngineCore
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import (
-    AddRequest,
-    DeviceRules,
-    KVCacheConfig,
-    KVGroup,
-    LateInputs,
-    MemoryPlan,
-    StepDecision,
-    StepResult,
-    WorkerReady,
-)
+from anychip.messages import AddRequest, DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
 from anychip.plugin_api import ShapePolicy, StepLimits
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.staging import StagingRing
 

@@ -15,11 +15,12 @@ from anychip import SamplingParams
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, Unsupported
 from anychip.launch.plan import plan_engine
-from anychip.messages import EngineStats, ExpertStats
+from anychip.messages import EngineStats
 from anychip.model_config import load_model_config
 from anychip.observability.metrics import Metrics
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import Mesh, MeshShape
+from anychip.step_messages import ExpertStats
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.device import open_device
 from anychip_conformance.equality.oracle import greedy, judge

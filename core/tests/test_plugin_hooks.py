@@ -13,9 +13,9 @@ import pytest
 
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import InvalidOverride, PluginFailed, PluginImportFailed
-from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import API_VERSION, DeviceInfo, Platform, PlatformManifest, ProbeResult
 from anychip.registry.plugins import Plugins
+from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.worker import Worker
 
 METHODS = [name for name, _ in inspect.getmembers(Platform, inspect.isfunction) if not name.startswith("_")]

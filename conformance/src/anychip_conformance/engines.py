@@ -15,8 +15,8 @@ import torch
 
 from anychip import LLM
 from anychip.config import EngineConfig, WorkerSpec
-from anychip.messages import StepDecision
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
+from anychip.step_messages import StepDecision
 from anychip.worker.worker import Worker
 from anychip_conformance.choices import widest
 from anychip_conformance.device import Device

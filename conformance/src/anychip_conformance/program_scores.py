@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.messages import LateInputs, NewRow, StepDecision, StepResult, TokenLogprobs
 from anychip.model_config import load_model_config
 from anychip.plugin_api import MAX_LOGPROBS, StepRules
 from anychip.plugin_api.step_layout import mask_words
+from anychip.step_messages import LateInputs, NewRow, StepDecision, StepResult, TokenLogprobs
 from anychip.types import cdiv
 from anychip.worker.worker import Worker
 from anychip_conformance.device import Device

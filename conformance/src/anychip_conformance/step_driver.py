@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from anychip.messages import AdapterSlot, LateInputs, NewRow, StepDecision, StepResult
 from anychip.plugin_api import NO_ADAPTER
 from anychip.prompt_extras import PromptExtras
+from anychip.step_messages import AdapterSlot, LateInputs, NewRow, StepDecision, StepResult
 from anychip.worker.worker import WorkerResult
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker

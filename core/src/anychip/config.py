@@ -162,8 +162,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Raises ConfigError for experts that are to be spread or to move, and cannot."""
         if self.expert_parallel and self.pipeline_parallel_size > 1:
             raise ConfigError(
-                f"expert_parallel with pipeline_parallel_size {self.pipeline_parallel_size}: experts lie over the ranks "
-                "of a model in one stage; leave one of them out"
+                f"expert_parallel with pipeline_parallel_size {self.pipeline_parallel_size}: experts lie over the "
+                "ranks of a model in one stage; leave one of them out"
             )
         if self.eplb_interval is not None and not self.expert_parallel:
             raise ConfigError("eplb_interval moves experts between ranks, which takes expert_parallel; give both")

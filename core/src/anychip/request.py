@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from anychip.drafts import Speculation
-from anychip.messages import TokenLogprobs
 from anychip.prefix import PLAIN_ROOT, PrefixRoot
 from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
+from anychip.step_messages import TokenLogprobs
 from anychip.types import BlockId, FinishReason, RequestId, Slot
 
 if TYPE_CHECKING:

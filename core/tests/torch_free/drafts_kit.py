@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from anychip.drafts import Draft
 from anychip.engine.engine_core import EngineCore
-from anychip.messages import AddRequest, StepResult
+from anychip.messages import AddRequest
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.step import ScheduledStep
 from anychip.speculation.draft_model import DraftModel
 from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
+from anychip.step_messages import StepResult
 
 STOP = 2
 

@@ -15,12 +15,9 @@ from anychip.messages import (
     DropAdapter,
     KVCacheConfig,
     KVGroup,
-    LateInputs,
     LoadAdapter,
     MemoryPlan,
     StateGroup,
-    StepDecision,
-    StepResult,
     WorkerReady,
 )
 from anychip.request import Request
@@ -28,6 +25,7 @@ from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
 from anychip.speculation.speculator import Speculator
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 from anychip.types import RequestId
 
 VOCAB_SIZE = 1000

@@ -21,8 +21,8 @@ from anychip.engine.ipc import encoder
 from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
 from anychip.launch.served_adapters import ServedAdapters
-from anychip.messages import TokenLogprobs
 from anychip.observability.metrics import Metrics
+from anychip.step_messages import TokenLogprobs
 from anychip.tasks.served import ServedTask
 from anychip.tokenizer.chat_template import ChatTemplate
 from anychip.tokenizer.detokenizer import Detokenizer

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.errors import UnknownModel
-from anychip.messages import AdapterReport, AdapterSlot, DropAdapter, LoadAdapter
+from anychip.messages import AdapterReport, DropAdapter, LoadAdapter
 from anychip.scheduler.adapters import AdapterSlots
+from anychip.step_messages import AdapterSlot
 
 A, B, C, D = (letter * 32 for letter in (b"a", b"b", b"c", b"d"))
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.errors import InvalidRequest
-from anychip.messages import StepResult, TokenLogprobs
+from anychip.step_messages import StepResult, TokenLogprobs
 
 STOP = 2
 VOCAB = 12

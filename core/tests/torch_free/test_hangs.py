@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from anychip.engine.heartbeat import StallClock
 from anychip.executor.progress import Progress
 from anychip.launch.watchdog import Watchdog
-from anychip.messages import EngineStats, Heartbeat, StepDecision
+from anychip.messages import EngineStats, Heartbeat
+from anychip.step_messages import StepDecision
 
 STATS = EngineStats(1, 0, 0, 1, 10, 1, 0, 0, 0)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.engine.engine_core import EngineCore
-from anychip.messages import LateInputs, StepDecision, StepResult
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from anychip.engine.output_processor import OutputProcessor, merge
 from anychip.engine.stop_strings import StopStrings
-from anychip.messages import AddRequest, SequenceDelta, TokenLogprobs
+from anychip.messages import AddRequest, SequenceDelta
 from anychip.sampling_params import SamplingParams
+from anychip.step_messages import TokenLogprobs
 from anychip.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load("quickstart")

@@ -10,10 +10,11 @@ import pytest
 from anychip.config import EngineConfig, Environment
 from anychip.entrypoints.cli.options import parse_count
 from anychip.errors import ConfigError, EngineDead, InvalidRequest, KVCacheTooSmall, Unsupported, rebuild
-from anychip.messages import AddRequest, Outputs, SequenceDelta, ToEngine, TokenLogprobs
+from anychip.messages import AddRequest, Outputs, SequenceDelta, ToEngine
 from anychip.plugin_api.manifest import PluginOptions
 from anychip.plugin_api.version import API_VERSION, check_api_version
 from anychip.sampling_params import SamplingParams
+from anychip.step_messages import TokenLogprobs
 
 
 @pytest.mark.parametrize(

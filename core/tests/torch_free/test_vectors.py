@@ -7,12 +7,13 @@ from engine_kit import make_request, make_scheduler
 
 from anychip.engine.extras import ServedExtras, check_extras
 from anychip.errors import InvalidRequest
-from anychip.messages import AddRequest, StepResult
+from anychip.messages import AddRequest
 from anychip.prefix import MediaSpan
 from anychip.prompt_extras import Pooling, PromptExtras
 from anychip.request import RequestStatus
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.scheduler import Scheduler
+from anychip.step_messages import StepResult
 
 PROMPT = list(range(10, 20))
 VECTOR = b"\0" * 8

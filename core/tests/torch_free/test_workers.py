@@ -18,16 +18,8 @@ from anychip.errors import DeviceFault, EngineDead, EngineHung
 from anychip.executor.links import FolderLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.progress import Progress
-from anychip.messages import (
-    DeviceRules,
-    KVCacheConfig,
-    KVGroup,
-    LateInputs,
-    MemoryPlan,
-    StepDecision,
-    StepResult,
-    WorkerReady,
-)
+from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 
 READY = WorkerReady(
     KVCacheConfig(64, (KVGroup(block_size=4),)), DeviceRules(), MemoryPlan(0, 0, 0, 0, 64, 0, 0.0), "fake:0"

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anychip.config import EngineConfig, WorkerSpec
-from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.model_config import load_model_config
 from anychip.ops.reference import REFERENCE
 from anychip.ops.table import resolve_ops
@@ -25,6 +24,7 @@ from anychip.plugin_api import (
     PluginOptions,
     ProbeResult,
 )
+from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.model_runner import ModelRunner
 from anychip.worker.preparation import prepare
 from anychip.worker.torch_program import TorchStepProgram

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from anychip import SamplingParams
 from anychip.adapter_files import AdapterFolder
-from anychip.messages import AdapterReport, AdapterSlot, LoadAdapter
+from anychip.messages import AdapterReport, LoadAdapter
 from anychip.ops.reference import blank_stacks, write_adapters
 from anychip.plugin_api import AdaptedPart, AdapterEntry, AdapterSite, LowRank, Span
+from anychip.step_messages import AdapterSlot
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.cases.test_end_to_end import check_tokens, settings_of
 from anychip_conformance.cases.test_linear import column_sizes

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.messages import StepResult
 from anychip.plugin_api import FINAL, StepInputs
 from anychip.prompt_extras import Pooling, PromptExtras
+from anychip.step_messages import StepResult
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.cases.test_steps import TEXT, expected, most_likely
 from anychip_conformance.choices import widest

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from anychip import SamplingParams
-from anychip.messages import StepResult
+from anychip.step_messages import StepResult
 from anychip_conformance.bad_values import in_range
 from anychip_conformance.case import Nothing, kind
 from anychip_conformance.cases.test_steps import TEXT, driven, expected

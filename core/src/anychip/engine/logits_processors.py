@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from anychip.errors import AnychipError, InvalidRequest
-from anychip.messages import AddRequest, LateInputs
+from anychip.messages import AddRequest
 from anychip.request import LogitsProcessor, Request
 from anychip.scheduler.step import ScheduledStep
+from anychip.step_messages import LateInputs
 from anychip.types import cdiv
 
 _ALL = np.uint32(0xFFFFFFFF)

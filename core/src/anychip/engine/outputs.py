@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from anychip.messages import TokenLogprobs
+from anychip.step_messages import TokenLogprobs
 from anychip.types import FinishReason
 
 

@@ -6,7 +6,8 @@ from collections import deque
 
 from anychip.executor.progress import Progress
 from anychip.executor.protocol import PendingResult, StepWorker
-from anychip.messages import AdapterReport, DropAdapter, LateInputs, LoadAdapter, StepDecision, StepResult, WorkerReady
+from anychip.messages import AdapterReport, DropAdapter, LoadAdapter, WorkerReady
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 
 
 class InlineExecutor:

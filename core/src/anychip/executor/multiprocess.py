@@ -23,15 +23,13 @@ from anychip.messages import (
     AdapterReport,
     DropAdapter,
     FromWorker,
-    LateInputs,
     LoadAdapter,
     Shutdown,
-    StepDecision,
-    StepResult,
     WorkerFailed,
     WorkerProgress,
     WorkerReady,
 )
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 
 log = logging.getLogger("anychip.engine")
 

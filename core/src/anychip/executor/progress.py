@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from anychip.messages import StepDecision
+from anychip.step_messages import StepDecision
 
 _FLOOR_S = 30.0
 """The least that a step may take: a busy machine is not a hang."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from anychip.messages import AdapterReport, DropAdapter, LateInputs, LoadAdapter, StepDecision, StepResult, WorkerReady
+from anychip.messages import AdapterReport, DropAdapter, LoadAdapter, WorkerReady
+from anychip.step_messages import LateInputs, StepDecision, StepResult
 
 
 class Executor(Protocol):

@@ -21,18 +21,9 @@ from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.keyed_sockets import ClusterKey
 from anychip.launch.build import load_worker
 from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
-from anychip.messages import (
-    DropAdapter,
-    FromWorker,
-    LoadAdapter,
-    Shutdown,
-    StepDecision,
-    StepResult,
-    ToWorker,
-    WorkerFailed,
-    WorkerProgress,
-)
+from anychip.messages import DropAdapter, FromWorker, LoadAdapter, Shutdown, ToWorker, WorkerFailed, WorkerProgress
 from anychip.observability.logs import configure_logging
+from anychip.step_messages import StepDecision, StepResult
 
 log = logging.getLogger("anychip.worker")
 

@@ -6,8 +6,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from anychip.messages import AdapterSlot
 from anychip.request import Request
+from anychip.step_messages import AdapterSlot
 
 PATIENCE_S = 2.0
 """A request that has waited so long for its adapter's slot goes first: no other adapter gets more requests before it

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
+from anychip.step_messages import TokenLogprobs
 from anychip.types import FinishReason
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import SequenceDelta, TokenLogprobs
+from anychip.messages import SequenceDelta
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.beam_search import BeamSearch, Continuation, Hypothesis
+from anychip.step_messages import TokenLogprobs
 from anychip.types import RequestId
 
 

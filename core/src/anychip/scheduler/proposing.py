@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import StepResult
 from anychip.request import Request
 from anychip.scheduler.step import ScheduledStep, StepDraft
 from anychip.speculation.draft_model import ReturnedDrafts
 from anychip.speculation.speculator import Speculator
+from anychip.step_messages import StepResult
 
 
 class Proposing:

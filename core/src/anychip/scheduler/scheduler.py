@@ -12,7 +12,7 @@ from bisect import insort
 from collections.abc import Iterator
 
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, EngineStats, ExpertStats, SequenceDelta, StepResult, TokenLogprobs
+from anychip.messages import DeviceRules, EngineStats, SequenceDelta
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.adapters import AdapterSlots
 from anychip.scheduler.beams import Beams
@@ -23,6 +23,7 @@ from anychip.scheduler.step_room import Rows, StepRoom, check_rules
 from anychip.scheduler.turns import PipelineTurns
 from anychip.scheduler.waiting import WaitingQueue, remove
 from anychip.speculation.speculator import Speculator
+from anychip.step_messages import ExpertStats, StepResult, TokenLogprobs
 from anychip.types import FinishReason, RequestId, Slot
 
 assert sys.byteorder == "little", "messages carry little-endian arrays"

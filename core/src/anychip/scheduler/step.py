@@ -11,10 +11,10 @@ import numpy as np
 
 from anychip.drafts import Drafted, Drafts, Speculation
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import AdapterSlot, NewRow, StepDecision
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.step_room import StepRoom
+from anychip.step_messages import AdapterSlot, NewRow, StepDecision
 
 _NO_EDITS = SamplingParams()
 """Beams are chosen by the model's own log-probabilities."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from anychip.errors import ConfigError
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, SequenceDelta, StepResult
+from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, SequenceDelta
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
@@ -16,6 +16,7 @@ from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
 from anychip.simulate.costs import Costs, LaneWork, StepTime
 from anychip.simulate.traffic import Arrival, Traffic
+from anychip.step_messages import StepResult
 from anychip.types import RequestId
 
 BLOCK_SIZE = 16

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from anychip.errors import AdapterRefused, AnychipError
-from anychip.messages import AdapterReport, AdapterSlot, LoadAdapter
+from anychip.messages import AdapterReport, LoadAdapter
 from anychip.plugin_api import AdapterEntry, AdapterSite, StepLimits
+from anychip.step_messages import AdapterSlot
 from anychip.weights.adapter import LoadedAdapter, check_fits, load_adapter
 
 Report = Callable[[AdapterReport], None]

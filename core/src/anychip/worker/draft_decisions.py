@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from anychip.messages import NewRow, StepDecision
+from anychip.step_messages import NewRow, StepDecision
 
 
 def new_blocks(decision: StepDecision, group: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import StepLimits, StepRules
+from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.types import cdiv
 from anychip.worker.draft_coverage import Coverage
 from anychip.worker.draft_decisions import changed, new_blocks, passed

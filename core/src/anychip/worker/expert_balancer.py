@@ -17,8 +17,8 @@ from torch import Tensor
 from anychip.config import EngineConfig
 from anychip.layers.expert_slots import ExpertSlots
 from anychip.layers.mlp import SparseMoE, moving_layers
-from anychip.messages import ExpertStats
 from anychip.plugin_api import Communicator, StepModel
+from anychip.step_messages import ExpertStats
 from anychip.worker.expert_moves import EMPTY, Exchange, Move, aligned, exchanges
 from anychip.worker.expert_packing import Places, balanced, imbalance
 

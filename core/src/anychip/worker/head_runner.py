@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import StepInputs, StepLimits
+from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.draft_decisions import changed, new_blocks, passed
 from anychip.worker.head_steps import HeadSteps
 from anychip.worker.model_runner import DrawnIds, ModelRunner, RunnerResult

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from anychip.messages import LateInputs, NewRow, StepDecision
 from anychip.plugin_api import (
     DRAFTS,
     EDITS,
@@ -37,6 +36,7 @@ from anychip.plugin_api.step_layout import (
     step_inputs,
     step_layout,
 )
+from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.row_extras import RowExtras, Views
 from anychip.worker.staging import StagingRing
 from anychip.worker.step_rows import StepRows

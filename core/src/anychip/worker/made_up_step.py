@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from anychip.messages import LateInputs, NewRow, StepDecision
+from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.types import cdiv
 from anychip.worker.model_runner import ModelRunner
 

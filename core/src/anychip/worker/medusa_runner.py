@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from anychip.messages import StepDecision
 from anychip.models.medusa import MedusaHeads
 from anychip.plugin_api import StepInputs
+from anychip.step_messages import StepDecision
 from anychip.worker.model_runner import RunnerResult
 
 if TYPE_CHECKING:

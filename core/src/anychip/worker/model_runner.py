@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from anychip.messages import AdapterSlot, LateInputs, StepDecision, StepResult, TokenLogprobs
 from anychip.plugin_api import HostOutputs, Scores, StepInputs, StepOutputs, StepProgram
+from anychip.step_messages import AdapterSlot, LateInputs, StepDecision, StepResult, TokenLogprobs
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.step_rows import StepRows
 from anychip.worker.vector_head import VectorHead

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from anychip.messages import NewRow
 from anychip.plugin_api import EMBEDDINGS, MROPE, NUM_AXES, POOLED, SEGMENTS, TAPS, EmbeddingRows, StepLimits
 from anychip.prompt_extras import NO_TAPS, Pooling
+from anychip.step_messages import NewRow
 
 Views = dict[str, np.ndarray]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from anychip.messages import StepDecision
 from anychip.plugin_api import KVPlan, StepLimits
+from anychip.step_messages import StepDecision
 from anychip.worker.made_up_step import blocks_taken, made_up_step, run_step
 from anychip.worker.model_runner import ModelRunner
 

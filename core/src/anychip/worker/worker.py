@@ -12,17 +12,7 @@ import msgspec
 from anychip.config import WorkerSpec
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.layers.stage import WHOLE
-from anychip.messages import (
-    DropAdapter,
-    ExpertStats,
-    KVCacheConfig,
-    LateInputs,
-    LoadAdapter,
-    MemoryPlan,
-    StepDecision,
-    StepResult,
-    WorkerReady,
-)
+from anychip.messages import DropAdapter, KVCacheConfig, LoadAdapter, MemoryPlan, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.models.eagle import EagleHead, HeadFamily
 from anychip.models.head_parts import TargetParts
@@ -39,6 +29,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.registry.plugins import Plugins, load_plugins
+from anychip.step_messages import ExpertStats, LateInputs, StepDecision, StepResult
 from anychip.worker.adapters import AdapterStore, Report, slot_bytes
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.draft_runner import DraftRunner

@@ -17,8 +17,8 @@ from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.openai.responses import STREAM_END, Json, Reply, TextOffsets, failed_stream, usage
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.errors import AnychipError, InvalidRequest
-from anychip.messages import TokenLogprobs
 from anychip.sampling_params import SamplingParams
+from anychip.step_messages import TokenLogprobs
 
 Streams = Sequence[AsyncGenerator[RequestOutput]]
 MAX_PROMPTS = 256

@@ -14,7 +14,7 @@ from anychip.entrypoints.http.errors import error_body
 from anychip.entrypoints.http.long_json import LongList, listed
 from anychip.entrypoints.turn import AnswerSoFar
 from anychip.errors import AnychipError
-from anychip.messages import TokenLogprobs
+from anychip.step_messages import TokenLogprobs
 from anychip.tokenizer.tokenizer import Tokenizer
 
 Json = dict[str, Any]
