@@ -85,7 +85,7 @@ async def traced_request(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
     monkeypatch.setattr(engine_process, "Child", EngineThread)
     asyncio.get_running_loop().set_task_factory(make_task)
 
-    llm = AsyncLLM(EngineConfig(device="cpu", num_kv_blocks=256))
+    llm = AsyncLLM(EngineConfig(device="cpu", num_kv_blocks=256, device_options={"graphs": "off"}))
     await llm.start()
     deliver = AsyncEngine._deliver
 

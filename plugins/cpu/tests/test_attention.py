@@ -178,8 +178,9 @@ def test_one_long_row_is_split_and_comes_out_the_same(open_cpu, isa):
         )
         mine.forward(*tensors(2000, spec), cache, mine.plan(first, key(first), group=0), layer)
         plan = mine.plan(batch, key(batch), group=0)
-        assert bool(plan.merges) == (threads > 1)
         results.append(mine.forward_with_lse(*tensors(1, spec), cache, plan, layer)[0])
+        # What threads found is added in another order than one thread adds.
+        assert results[0].out.equal(results[-1].out) == (threads == 1)
     torch.testing.assert_close(results[0].out, results[-1].out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results[0].lse, results[-1].lse, rtol=1e-5, atol=1e-6)
 

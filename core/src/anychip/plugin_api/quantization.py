@@ -1,11 +1,10 @@
 """Quantization as kernels see it: one canonical form per scheme, whatever container the checkpoint used.
 
 A weight is w = (q - zero) * scale, or with minima w = q * scale - minimum, with q the number that a stored value stands
-for. Core turns checkpoints of every
-container, and plain weights that are quantized at load, into the parts that LinearKernel.load and FusedMoE.load
-document; kernels pack those as they like. Sources: Frantar et al., "GPTQ", 2022; Lin et al., "AWQ", 2023; Micikevicius
-et al., "FP8 Formats for Deep Learning", 2022; OCP, "Microscaling Formats (MX) v1.0", 2023; Dettmers et al., "QLoRA",
-2023 (NF4).
+for. Core turns checkpoints of every container, and plain weights that are quantized at load, into the parts that
+LinearKernel.load and FusedMoE.load document; kernels pack those as they like. Sources: Frantar et al., "GPTQ", 2022;
+Lin et al., "AWQ", 2023; Micikevicius et al., "FP8 Formats for Deep Learning", 2022; OCP, "Microscaling Formats (MX)
+v1.0", 2023; Dettmers et al., "QLoRA", 2023 (NF4).
 """
 
 from __future__ import annotations

@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from anychip.ops.reference import arena_views
-from anychip.plugin_api import TAPS, Recorder, RunOutsideGraph, ShapeKey, StepInputs, Unsupported
+from anychip.plugin_api import (
+    TAPS,
+    Communicator,
+    ForwardContext,
+    ForwardExtras,
+    GraphCapture,
+    KVPlan,
+    Platform,
+    Recorder,
+    RunOutsideGraph,
+    ShapeKey,
+    StepAdapters,
+    StepInputs,
+    StepLimits,
+    StepModel,
+    Unsupported,
+)
 from anychip.plugin_api.step_layout import blank_step_inputs, sampling_layout, staged_size
 from anychip.worker.captured import CapturedPieces, CapturedStep
-from anychip.worker.torch_state import known_ids, staged_draws
+from anychip.worker.torch_caches import LayerCaches
+from anychip.worker.torch_state import TorchState, known_ids, staged_draws
 
-if TYPE_CHECKING:
-    from anychip.worker.torch_program import TorchStepProgram
+
+class CapturedProgram(Protocol):
+    """What TorchStepProgram has of a step that is captured."""
+
+    platform: Platform
+    device: str
+    model: StepModel
+    kv: KVPlan
+    limits: StepLimits
+    graphs: GraphCapture
+    communicators: Sequence[Communicator]
+    caches: LayerCaches
+
+    @property
+    def state(self) -> TorchState: ...
+    def context(
+        self,
+        state: TorchState,
+        plans: Sequence[Any],
+        run_outside_graph: RunOutsideGraph | None = None,
+        extras: ForwardExtras | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> ForwardContext: ...
+    def mark_routed(self, context: ForwardContext, fields: Mapping[str, Tensor]) -> None: ...
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None: ...
 
 
 class StepCaptures:
     """`refused` says why the platform could not capture a step that its policy has a shape for; "": it could."""
 
-    def __init__(self, program: TorchStepProgram) -> None:
+    def __init__(self, program: CapturedProgram) -> None:
         self._program = program
         self.refused = ""
 

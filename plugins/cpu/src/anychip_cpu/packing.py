@@ -206,7 +206,7 @@ class Panels:
     def of_matrix(self, index: int) -> list[Tensor]:
         """All that is kept of one matrix, as views."""
         assert self.sums is None, "sums are of a single matrix"
-        parts = (self.values, self.scales, self.zero_points, self.zeros, self.input_scale)
+        parts = (self.values, *(each.held for each in self.grouped.values()), self.input_scale)
         return [part[index : index + 1] for part in parts if part is not None]
 
     def put(
