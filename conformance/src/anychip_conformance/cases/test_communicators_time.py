@@ -54,4 +54,5 @@ def in_graph(device: Device, case: CollectiveCase) -> None:
     """Collectives within a captured region run again at each replay, with what their inputs hold by then, and the
     region goes on with what they gave."""
     device.need("graphs", device.capabilities.graph_level >= GraphLevel.FULL)
+    device.need("collectives in graphs", device.platform.graph_capture().collectives)
     check(device, case)

@@ -363,7 +363,7 @@ def count_tokens(device: Device, case: OpCase) -> None:
     slots = rng.integers(0, case.tokens + 1, case.tokens)
     ids = rng.integers(0, case.width, case.tokens)
     if case.width > 100:
-        ids[:2] = case.width - 1, case.width // 2
+        ids[:2] = (case.width - 1, case.width // 2)[: case.tokens]
     slots[-1], ids[-1] = slots[0], ids[0]
     result = device.ops.ops.count_tokens(
         counts=device.held(counts, "int32"), slots=device.tensor(slots, "int32"), ids=device.tensor(ids, "int32")

@@ -176,6 +176,8 @@ class GraphCapture:
     level = GraphLevel.NONE
     lazy = False
     """Whether a shape is captured when a step first has it, instead of at the start."""
+    collectives = True
+    """Whether what is captured may hold collectives; without, ranks that exchange values run eagerly."""
     draws = False
     """Whether what is drawn from a captured step's logits is captured as well."""
 

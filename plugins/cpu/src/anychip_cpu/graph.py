@@ -54,6 +54,7 @@ class CpuGraphs(GraphCapture):
     level = GraphLevel.FULL
     lazy = True
     draws = True
+    collectives = False
 
     def __init__(self, kernels: Kernels, recordings: Recordings) -> None:
         self._kernels = kernels
