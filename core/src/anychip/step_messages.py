@@ -82,6 +82,7 @@ class StepDecision(msgspec.Struct, frozen=True, tag=True, array_like=True):
     `num_proposed` int32 bytes [num_rows] (b"": nothing) says how many tokens the workers' draft model is to draft
     behind what the row draws; the row has blocks for them.
     `adapters` are those that slots of the device get with this step.
+    Without rows it says nothing but its id: the rank joins in what the step's other ranks do.
     Order of effects: finished, new rows, rewinds, new blocks, copies, zeros, adapters, forward.
     """
 

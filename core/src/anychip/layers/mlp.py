@@ -11,12 +11,12 @@ from torch import Tensor
 from anychip.layers.build import Builder
 from anychip.layers.expert_slots import ExpertSlots, check_experts, expert_placement
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
+from anychip.layers.travel import Travel, over_lanes
 from anychip.plugin_api import (
     ActFormat,
     ExpertParallel,
     ForwardContext,
     MoESpec,
-    Routing,
     Sharded,
     Span,
     StepAdapters,
@@ -107,8 +107,8 @@ class GatedMLP:
 class SparseMoE:
     """A rank holds its share of the experts along ep, and of each its share of the intermediate features along tp;
     outputs are summed over both. Where ep covers tp, it holds whole experts, and the one sum along tp adds what every
-    rank's experts make of all tokens. With `slots`, tokens travel instead, and experts may move between steps
-    (docs/decisions/0059).
+    rank's experts make of all tokens. With `travel`, tokens travel instead (docs/decisions/0059): where experts may move
+    between steps, and where the ranks are those of several lanes.
 
     `names` are those of the expert's gate, up and down matrices. `shared` is an expert that every token goes through;
     `shared_gate` names the module that weights it, if one does. `correction` names the tensor [num_experts] that is
@@ -164,6 +164,9 @@ class SparseMoE:
             self._spread(builder, f"{name}.experts")
         self.kernel = builder.platform.moe(self.spec)
         builder.expert_layers.append(self)
+        self.travel: Travel | None = None
+        if self.slots is not None and self.ep is not None:
+            self.travel = Travel.of(builder.platform, self.kernel, self.slots, self.ep, self.communicator)
         self.packed = self.kernel.begin()
         self.want_experts(builder, f"{name}.experts", intermediate_size, span, names)
         builder.weights.finishers.append(self._finish)
@@ -209,7 +212,7 @@ class SparseMoE:
     def _spread(self, builder: Builder, name: str) -> None:
         """Experts lie on several ranks: what finds them, and what is not to be read here."""
         shape, held, num_spare = builder.mesh.shape, self.held.count, 0
-        if builder.moves_experts:
+        if builder.moves_experts or over_lanes(shape):
             num_spare = builder.num_redundant_experts // shape.size_of("ep")
             self.slots = ExpertSlots(
                 builder.platform,
@@ -247,8 +250,9 @@ class SparseMoE:
         adapters = None if context is None else context.adapters
         logits = self.router(x, adapters)
         shared = None if self.shared is None else self._shared(self.shared, x, adapters)
-        if self.slots is not None:
-            partial = self._travelled(x, logits, None if context is None else context.routed)
+        if self.travel is not None:
+            routing = self.kernel.route(logits, self.correction)
+            partial = self.travel.outputs(x, routing, None if context is None else context.routed, self.packed)
             return self.communicator.all_reduce(partial if shared is None else partial + shared)
         partial = self.kernel.apply(
             x,
@@ -261,21 +265,10 @@ class SparseMoE:
         )
         return self.communicator.all_reduce(partial)
 
-    def _travelled(self, x: Tensor, logits: Tensor, routed: Tensor | None) -> Tensor:
-        """This rank's part of the sum along tp, whose ranks have the same tokens: the outputs for its share of them,
-        which travel to their experts and back."""
-        assert self.slots is not None and self.ep is not None
-        rank, size = self.communicator.rank, self.communicator.size
-        own = slice(len(x) * rank // size, len(x) * (rank + 1) // size)
-        every = self.kernel.route(logits, self.correction)
-        routing = self.slots.pick(
-            Routing(every.weights[own], every.expert_ids[own]), None if routed is None else routed[own]
-        )
-        arrived = self.kernel.dispatch(x[own], routing, self.ep)
-        outputs = self.kernel.experts(arrived.x, arrived.routing, self.packed)
-        result = torch.zeros_like(x)
-        result[own] = self.kernel.combine(outputs, arrived, routing, self.ep)
-        return result
+    def join(self) -> None:
+        """Serves other ranks' tokens in a step for which this rank has none. Tokens travel."""
+        assert self.travel is not None
+        self.travel.join(self.packed)
 
     def _shared(self, shared: GatedMLP, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         """This rank's part of what every token gets."""
@@ -283,10 +276,10 @@ class SparseMoE:
         return partial if self.shared_gate is None else partial * self.shared_gate(x).sigmoid()
 
 
-def moving_layers(model: object) -> list[SparseMoE]:
-    """A built model's mixtures whose experts may move between ranks."""
+def travelling_layers(model: object) -> list[SparseMoE]:
+    """A built model's mixtures to whose experts tokens travel, in the order in which they run."""
     layers = getattr(model, "expert_layers", ())
-    return [layer for layer in layers if isinstance(layer, SparseMoE) and layer.slots is not None]
+    return [layer for layer in layers if isinstance(layer, SparseMoE) and layer.travel is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.expert_slots import check_experts, expert_placement
+from anychip.layers.travel import over_lanes
 from anychip.models.transformers_weights import Conversions
 from anychip.plugin_api import Activation, MoESpec, Routing, Span
 from anychip.weights.matrix import Matrix, MatrixStack, Put, StackPiece
@@ -94,6 +95,8 @@ def fused_experts(
         reasons.append("an axis ep beside tp")
     if builder.moves_experts:
         reasons.append("experts that move between ranks (--eplb-interval)")
+    if over_lanes(shape):
+        reasons.append("experts over the ranks of several lanes (--data-parallel-size with --expert-parallel)")
     if reasons:
         raise Unsupported(f"{type(module).__name__} through transformers", reasons)
     check_experts(count, shape, f"experts of {name}")

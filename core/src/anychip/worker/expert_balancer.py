@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anychip.config import EngineConfig
 from anychip.layers.expert_slots import ExpertSlots
-from anychip.layers.mlp import SparseMoE, moving_layers
+from anychip.layers.mlp import SparseMoE, travelling_layers
 from anychip.plugin_api import Communicator, StepModel
 from anychip.step_messages import ExpertStats
 from anychip.worker.expert_moves import EMPTY, Exchange, Move, aligned, exchanges
@@ -53,7 +53,7 @@ class ExpertBalancer:
     @classmethod
     def of(cls, model: StepModel, config: EngineConfig) -> ExpertBalancer | None:
         """None: none of a built model's experts may move."""
-        layers = moving_layers(model)
+        layers = travelling_layers(model)
         if not layers or config.eplb_interval is None:
             return None
         return cls(layers, interval=config.eplb_interval, num_hosts=max(1, len(config.nodes)))

@@ -33,11 +33,13 @@ class ModelRunner:
         """Whether another stage has the results: then those of this one are empty."""
         self.await_ids: Callable[[Any, int], None] = lambda state, ids_behind: None
         """Takes in drawn ids before a step, where others draw; StepDecision.ids_behind says which."""
+        self.join_others: Callable[[], None] = lambda: None
+        """What a step without rows does: other lanes' tokens have experts here."""
         self.program = program
         self.head = head
         self.batch = batch
         self._state = state
-        self._launched: tuple[StepRows, StepInputs, object] | None = None
+        self._launched: tuple[StepRows, StepInputs | None, object] | None = None
         self.read_taps: TapReader = lambda inputs, taps: None
         """Is shown each step's taps: a proposer that reads the model's hidden states, for one."""
         self.adapter_entries: Callable[[Sequence[AdapterSlot]], Sequence[AdapterEntry]] = lambda slots: ()
@@ -47,6 +49,10 @@ class ModelRunner:
         """Applies the deltas and starts the forward pass."""
         assert self._launched is None, "a step was launched and not sampled"
         rows = self.batch.apply(decision)
+        if not len(rows.slots):
+            self.join_others()
+            self._launched = (rows, None, None)
+            return
         if decision.copies or decision.zeros:
             self.edit(decision.copies, decision.zeros)
         if decision.state_copies:
@@ -74,6 +80,8 @@ class ModelRunner:
         assert self._launched is not None, "no step was launched"
         rows, step, hidden = self._launched
         self._launched = None
+        if step is None:
+            return RunnerResult(rows, NothingDrawn(), self.batch.num_logprobs[:0], ())
         inputs = self.batch.sampling_inputs(rows, step, late)
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
         self.batch.ring.used()
@@ -84,6 +92,13 @@ class ModelRunner:
             (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
         ]
         return RunnerResult(rows, outputs, wanted, scored, self.head)
+
+
+class NothingDrawn:
+    """plugin_api.StepOutputs of a step without rows."""
+
+    def fetch(self) -> HostOutputs:
+        return HostOutputs(token_ids=np.empty(0, dtype=np.int32))
 
 
 class DrawnIds(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.layers.mlp import moving_layers
+from anychip.layers.mlp import travelling_layers
 from anychip.layers.stage import WHOLE
 from anychip.ops.reference import (
     Drawn,
@@ -109,7 +109,7 @@ class TorchStepProgram(StepProgram):
         self._sites = sites_of(model) if limits.max_adapters else ()
         self._adapters = blank_adapters(self._sites, limits, platform)
         self.caches = LayerCaches(platform, model.attention, kv)
-        self._moving = moving_layers(model)
+        self.travelling = travelling_layers(model)
 
     # -- preparation --------------------------------------------------------------------------------------
 
@@ -179,6 +179,12 @@ class TorchStepProgram(StepProgram):
             self._returning.take_in(state.last_ids, ids_behind)
 
     @torch.inference_mode()
+    def join(self) -> None:
+        """A step without requests: other ranks' tokens travel to the experts here, and this rank has none to send."""
+        for layer in self.travelling:
+            layer.join()
+
+    @torch.inference_mode()
     def forward(self, state: TorchState, inputs: StepInputs) -> tuple[TorchState, TorchHidden]:
         captured = self._steps.get(inputs.key)
         if captured is not None:
@@ -235,8 +241,8 @@ class TorchStepProgram(StepProgram):
         return self.graphs.run_pieces(pieces.handle, plans), pieces.taps
 
     def mark_routed(self, context: ForwardContext, fields: Mapping[str, Tensor]) -> None:
-        """Where experts move, their load is that of tokens that are no padding."""
-        if self._moving:
+        """Where tokens travel to experts, padded ones stay, and do not count as load."""
+        if self.travelling:
             context.routed = fields["token_slots"] < self.limits.max_slots
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:

@@ -108,6 +108,7 @@ class Worker:
         self.runner.passes_on = not self._stage.is_last
         if isinstance(program, TorchStepProgram):
             self.runner.await_ids = program.await_ids
+            self.runner.join_others = program.join
         self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank, source.held_elsewhere)
         self.runner.adapter_entries = self.adapters.entries
         if prepared.draft is not None and drafting is not None:
