@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from ranks_in_threads import on_ranks
 from torch import Tensor
 
 from anychip import EngineConfig
+from anychip.config import WorkerSpec
+from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
+from anychip.launch.plan import plan_engine
 from anychip.model_config import load_model_config
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import Mesh, MeshShape
@@ -46,7 +50,8 @@ def test_a_lane_without_tokens_runs_its_experts_on_those_of_the_others(tmp_path:
     alone = built(tmp_path, cpu, Mesh.alone())
     hidden = alone.expert_layers[0].spec.hidden_size
     given: list[list[int]] = [[5, 0], [0, 3], [1, 7], [0, 0]]  # tokens by lane
-    tokens = [[torch.randn(count, hidden, generator=torch.Generator().manual_seed(count)) for count in e] for e in given]
+    seeded = torch.Generator().manual_seed(1)
+    tokens = [[torch.randn(count, hidden, generator=seeded) for count in lanes] for lanes in given]
 
     def one(communicator: Any, rank: int) -> list[Tensor | None]:
         mesh = Mesh(shape, rank, communicator)
@@ -66,3 +71,77 @@ def test_a_lane_without_tokens_runs_its_experts_on_those_of_the_others(tmp_path:
             else:
                 assert result is not None
                 torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- sizes ----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_a_lane_are_neighbours_and_one_of_each_lane_reports() -> None:
+    config = EngineConfig(data_parallel_size=2, tensor_parallel_size=2)
+    first = WorkerSpec(
+        config=config, device="cpu", device_indexes=(0,), rank=0, world_size=4, store="", folder="", probe={}
+    )
+    specs = [msgspec.structs.replace(first, rank=rank) for rank in range(4)]
+    assert [spec.lane for spec in specs] == [0, 0, 1, 1]
+    assert [spec.reports for spec in specs] == [True, False, True, False]
+
+
+def test_experts_lie_over_the_ranks_of_all_lanes_and_attention_over_those_of_one(tmp_path: Any) -> None:
+    make_checkpoint("qwen3-moe", tmp_path)
+    sizes: dict[str, dict[str, Any]] = {
+        "one": {},
+        "dp2": {"data_parallel_size": 2},
+        "dp2 ep2": {"data_parallel_size": 2, "expert_parallel": True},
+        "tp2 ep2": {"tensor_parallel_size": 2, "expert_parallel": True},
+        "dp2 tp2 ep4": {"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel": True},
+    }
+    plans = {
+        name: plan_engine(EngineConfig(model=str(tmp_path), device="cpu", dtype="float32", **given))
+        for name, given in sizes.items()
+    }
+    weights = {name: plan.worker.memory.weights for name, plan in plans.items()}
+    assert weights["one"] == weights["dp2"]
+    assert weights["dp2 tp2 ep4"] < weights["tp2 ep2"] < weights["dp2 ep2"] < weights["one"]
+    assert [plan.num_devices for plan in plans.values()] == [1, 2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data_parallel_size": 0}, "data_parallel_size is 0; expected 1 or more"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size with data_parallel_size 2: .* behind the router"),
+        ({"speculate": "ngram"}, "speculate with data_parallel_size 2"),
+        ({"executor": "inline"}, "executor inline drives one worker, and data_parallel_size 2 are several"),
+        ({"nodes": ("a", "b", "c"), "cluster_key": "k"}, "data_parallel_size 2 makes 2 ranks, which 3 nodes cannot"),
+    ],
+)
+def test_lanes_that_no_engine_can_have_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EngineConfig(**{"data_parallel_size": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("llama", {"expert_parallel": True}, "LlamaForCausalLM: expert_parallel: it has no experts"),
+        ("llama", {"data_parallel_size": 999}, "data_parallel_size 999 needs as many cpu devices, .* are there"),
+        ("llama", {"device": "fake-spmd"}, "drives its 4 devices from one process; leave data_parallel_size at 1"),
+        (
+            "qwen3-moe",
+            {"data_parallel_size": 3, "expert_parallel": True},
+            "experts of .* do not split evenly over 3 ranks; 1, 2, 4, 8 would",
+        ),
+        (
+            "qwen3-moe",
+            {"expert_parallel": True, "model_impl": "transformers"},
+            "experts over the ranks of several lanes",
+        ),
+    ],
+)
+def test_lanes_that_do_not_fit_model_or_device_are_refused_by_name(
+    tmp_path: Any, family: str, settings: dict[str, Any], said: str
+) -> None:
+    make_checkpoint(family, tmp_path)
+    given = {"model": str(tmp_path), "device": "cpu", "data_parallel_size": 2, "num_kv_blocks": 64, **settings}
+    with pytest.raises((ConfigError, Unsupported, DeviceUnavailable), match=said):
+        plan_engine(EngineConfig(**given))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from anychip.errors import ConfigError
-from anychip.parallel_sizes import ParallelSizes, check_nodes, check_stages
+from anychip.parallel_sizes import ParallelSizes, check_lanes, check_nodes, check_stages
 from anychip.types import DTYPES, QUICKSTART
 
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
@@ -65,6 +65,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Stages of whole layers, each on ranks of its own."""
     pipeline_layers: tuple[int, ...] = ()
     """Layers of each stage, the first stage's first; (): what balances the stages."""
+    data_parallel_size: int = 1
+    """Lanes: groups of tensor_parallel_size ranks with requests and a KV cache of their own, to which sizes apply."""
     expert_parallel: bool = False
     """Whether ranks hold whole experts, instead of a share of every expert's features."""
     eplb_interval: int | None = None
@@ -117,8 +119,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         at_least = {
             "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2, "block_size": 1, "num_kv_blocks": 2,
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "kv_cache_bytes": 1, "max_waiting": 1,
-            "max_waiting_tokens": 1, "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "kv_cache_bytes": 1,
+            "max_waiting": 1, "max_waiting_tokens": 1, "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
             "eplb_interval": 1, "num_redundant_experts": 0,
         }  # fmt: skip
         for name, least in at_least.items():
@@ -150,6 +152,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.executor == "inline" and sizes.num_ranks > 1:
             raise ConfigError(f"executor inline drives one worker, and {sizes} are several; use executor multiprocess")
         check_stages(sizes, self.pipeline_layers, {"speculate": self.speculate is not None, "taps": bool(self.taps)})
+        check_lanes(sizes, {"speculate": self.speculate is not None})
         if not self.nodes:
             return
         if self.executor in ("inline", "ray"):
@@ -175,7 +178,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def parallel_sizes(self) -> ParallelSizes:
         """How many ranks share the model, and along which axes."""
-        return ParallelSizes(pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size)
+        return ParallelSizes(pp=self.pipeline_parallel_size, dp=self.data_parallel_size, tp=self.tensor_parallel_size)
+
+    @property
+    def lanes_meet(self) -> bool:
+        """Whether ranks of all lanes meet in every step: experts are spread over them."""
+        return self.expert_parallel and self.data_parallel_size > 1
+
+    @property
+    def tokens_travel(self) -> bool:
+        """Whether tokens are sent to the ranks of their experts."""
+        return self.lanes_meet or self.eplb_interval is not None
 
     @property
     def public_name(self) -> str:
@@ -314,9 +327,16 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Known when the engine's sockets are bound."""
 
     @property
+    def lane(self) -> int:
+        """Whose requests it serves. Lanes have no stages."""
+        return self.rank // (self.world_size // self.config.data_parallel_size)
+
+    @property
     def reports(self) -> bool:
-        """Whether its results are the engine's: those of the first rank that draws, which is of the last stage."""
-        return self.rank == self.world_size - self.world_size // self.config.pipeline_parallel_size
+        """Whether its results are the engine's: those of the first rank that draws, which is of the last stage, and one
+        in each lane."""
+        each = self.world_size // self.config.data_parallel_size
+        return self.rank % each == each - each // self.config.pipeline_parallel_size
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):

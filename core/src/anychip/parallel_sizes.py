@@ -13,6 +13,7 @@ class ParallelSizes:
     """Ranks along each axis of the mesh, by the axes' names in plugin_api.mesh. Fields are in the mesh's order."""
 
     pp: int = 1
+    dp: int = 1
     tp: int = 1
 
     def __str__(self) -> str:
@@ -26,12 +27,27 @@ class ParallelSizes:
 
     @property
     def _several(self) -> dict[str, int]:
-        named = {"pipeline_parallel_size": self.pp, "tensor_parallel_size": self.tp}
+        named = {
+            "pipeline_parallel_size": self.pp,
+            "data_parallel_size": self.dp,
+            "tensor_parallel_size": self.tp,
+        }
         return {name: size for name, size in named.items() if size > 1} or {"tensor_parallel_size": self.tp}
 
     @property
     def num_ranks(self) -> int:
-        return self.pp * self.tp
+        return self.pp * self.dp * self.tp
+
+
+def check_lanes(sizes: ParallelSizes, asked: Mapping[str, bool]) -> None:
+    """Raises ConfigError for data-parallel lanes that no engine can have. `asked` says by setting whether something is
+    asked for that lanes do not do."""
+    refused = [name for name, wanted in {"pipeline_parallel_size": sizes.pp > 1, **asked}.items() if wanted]
+    if sizes.dp > 1 and refused:
+        raise ConfigError(
+            f"{' and '.join(refused)} with data_parallel_size {sizes.dp}: the lanes of one engine do not have that; "
+            "leave one of them out, or run as many engines behind the router"
+        )
 
 
 def check_stages(sizes: ParallelSizes, layers: Sequence[int], asked: Mapping[str, bool]) -> None:

@@ -107,8 +107,8 @@ class GatedMLP:
 class SparseMoE:
     """A rank holds its share of the experts along ep, and of each its share of the intermediate features along tp;
     outputs are summed over both. Where ep covers tp, it holds whole experts, and the one sum along tp adds what every
-    rank's experts make of all tokens. With `travel`, tokens travel instead (docs/decisions/0059): where experts may move
-    between steps, and where the ranks are those of several lanes.
+    rank's experts make of all tokens. With `travel`, tokens travel instead (docs/decisions/0059): where experts may
+    move between steps, and where the ranks are those of several lanes.
 
     `names` are those of the expert's gate, up and down matrices. `shared` is an expert that every token goes through;
     `shared_gate` names the module that weights it, if one does. `correction` names the tensor [num_experts] that is

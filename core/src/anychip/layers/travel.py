@@ -1,4 +1,7 @@
-"""Tokens travel to the ranks of their experts and back. docs/decisions/0059 says when, and 0066 who joins without any."""
+"""Tokens travel to the ranks of their experts and back. docs/decisions/0059 says when.
+
+A rank without tokens joins, since its experts serve those of others (docs/decisions/0066).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ class Travel:
     nothing: Tensor  # [0, hidden_size]
 
     @classmethod
-    def of(cls, platform: Platform, kernel: FusedMoE, slots: ExpertSlots, ep: ExpertParallel, tp: Communicator) -> Travel:
+    def of(
+        cls, platform: Platform, kernel: FusedMoE, slots: ExpertSlots, ep: ExpertParallel, tp: Communicator
+    ) -> Travel:
         nothing = platform.empty((0, kernel.spec.hidden_size), kernel.spec.dtype, "weights")
         return cls(kernel=kernel, slots=slots, ep=ep, tp=tp, nothing=nothing)
 
@@ -45,11 +50,8 @@ class Travel:
 
     def join(self, packed: Packed) -> None:
         """Meets the other ranks in a step for which this one has no tokens, and runs its experts on theirs."""
-        top_k = self.kernel.spec.top_k
-        none = Routing(
-            self.nothing.new_empty((0, top_k), dtype=torch.float32), self.nothing.new_empty((0, top_k), dtype=torch.int64)
-        )
-        self._there_and_back(self.nothing, none, packed)
+        choices = self.nothing.new_empty((0, self.kernel.spec.top_k), dtype=torch.float32)
+        self._there_and_back(self.nothing, Routing(choices, choices.long()), packed)
 
     def _there_and_back(self, x: Tensor, routing: Routing, packed: Packed) -> Tensor:
         arrived = self.kernel.dispatch(x, routing, self.ep)

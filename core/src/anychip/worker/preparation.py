@@ -236,8 +236,8 @@ def prepare(
         policy=policy,
         # Graphs are of steps of one token a row, and of what lies between attention over a cache. Tokens that travel
         # to their experts are counted by the host, which no capture takes.
-        keys=() if kv.encoders or config.eplb_interval else affordable_graphs(platform, policy, limits),
-        pieces=() if kv.encoders or config.eplb_interval else policy.pieces(),
+        keys=() if kv.encoders or config.tokens_travel else affordable_graphs(platform, policy, limits),
+        pieces=() if kv.encoders or config.tokens_travel else policy.pieces(),
     )
 
 
@@ -251,7 +251,9 @@ def _mesh_shape(spec: WorkerSpec, platform: Platform) -> MeshShape:
         )
     if sizes.pp > 1 and platform.context.manifest.seam == "step":
         raise Unsupported(platform.name, [f"axis pp of {sizes.pp} ranks: its step program runs whole models"])
-    shape = devices if devices.size > 1 else MeshShape(pp=sizes.pp, tp=spec.world_size // sizes.pp)
+    shape = MeshShape(pp=sizes.pp, dp=sizes.dp, tp=spec.world_size // (sizes.pp * sizes.dp))
+    if devices.size > 1:
+        shape = devices
     return with_experts(shape, spec.config, platform) if spec.config.expert_parallel else shape
 
 

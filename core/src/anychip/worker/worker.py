@@ -261,7 +261,7 @@ class Worker:
 
     def _explained(self) -> AbstractContextManager[None]:
         """Around what a step does on the device."""
-        return explained(self.platform, others_wait=self._stage.count > 1)
+        return explained(self.platform, others_wait=self._stage.count > 1 or self.spec.config.lanes_meet)
 
     # -- adapters -----------------------------------------------------------------------------------------
 

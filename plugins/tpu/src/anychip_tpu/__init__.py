@@ -36,10 +36,10 @@ def negotiate(config: EngineConfig, probed: ProbeResult) -> Decision:
         return Decision(refuse=(problem,))
     if name == "xla":
         return Decision(topology="process_per_host")
-    refused = ("torch_tpu drives one device here; leave tensor_parallel_size at 1",)
+    refused = (f"torch_tpu drives one device here; leave {config.parallel_sizes.settings} at 1",)
     return Decision(
         topology="process_per_device",
-        refuse=refused if config.tensor_parallel_size > 1 else (),
+        refuse=refused if config.parallel_sizes.num_ranks > 1 else (),
         notes=("the runtime torch_tpu has never been run by this plugin; torch_xla has, on its CPU devices",),
     )
 
