@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 import torch
 from ranks_in_threads import on_ranks
+from test_equality import Oracles
+from thread_ranks import RankThread
 from torch import Tensor
 
 from anychip import EngineConfig
@@ -19,7 +23,9 @@ from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import Mesh, MeshShape
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.device import open_device
+from anychip_conformance.equality.oracle import judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.equality.workload import Case, cover, generate, open_llm
 
 # -- what a mixture's layer does in a step --------------------------------------------------------------------
 
@@ -145,3 +151,97 @@ def test_lanes_that_do_not_fit_model_or_device_are_refused_by_name(
     given = {"model": str(tmp_path), "device": "cpu", "data_parallel_size": 2, "num_kv_blocks": 64, **settings}
     with pytest.raises((ConfigError, Unsupported, DeviceUnavailable), match=said):
         plan_engine(EngineConfig(**given))
+
+
+# -- the tokens of one process --------------------------------------------------------------------------------
+
+SIZES: dict[str, dict[str, Any]] = {
+    "dp2": {"data_parallel_size": 2},
+    "dp2-ep2": {"data_parallel_size": 2, "expert_parallel": True},
+    "dp2-tp2": {"data_parallel_size": 2, "tensor_parallel_size": 2},
+    "dp2-tp2-ep4": {"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel": True},
+    "dp2-ep2-moving": {
+        "data_parallel_size": 2,
+        "expert_parallel": True,
+        "eplb_interval": 4,
+        "num_redundant_experts": 2,
+    },
+}
+DENSE = ("llama", "gemma3", "falcon-h1")
+"""Of every kind of cache: one group, windows, states."""
+MIXTURES = ("qwen3-moe", "deepseek-v3", "gpt-oss")
+"""Attention with heads, latent attention behind a dense layer with a shared expert, stacked experts."""
+
+
+class Way(NamedTuple):
+    """Of running a model over lanes."""
+
+    family: str
+    sizes: str
+    budget: int
+    prefix_caching: bool
+    preemption: bool
+    overlap: bool
+
+
+def ways() -> list[Way]:
+    flags = (True, False)
+    dense = product(DENSE, ("dp2", "dp2-tp2"), (7, 64), flags, flags, flags)
+    mixed = product(MIXTURES, SIZES, (7, 64), flags, flags, flags)
+    return [Way(*values) for values in (*dense, *mixed)]
+
+
+def covering() -> list[Way]:
+    """Every pair of two settings' values stands together in some case, but that of families and sizes: the full product
+    has the others."""
+
+    def pairs(way: Way) -> set[tuple[int, object, int, object]]:
+        few = way._replace(family="mixture" if way.family in MIXTURES else "dense")
+        return {(i, few[i], j, few[j]) for i, j in combinations(range(len(way)), 2)} | {(0, way.family, 0, "")}
+
+    return cover(ways(), pairs)
+
+
+@pytest.fixture(scope="session")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
+    return Oracles(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anychip.launch.build.Child", RankThread)
+
+
+def check(way: Way, oracles: Oracles) -> None:
+    checkpoint, answers = oracles.get(way.family)
+    case = Case(way.family, way.budget, way.prefix_caching, way.preemption, way.overlap, "cpu")
+    with open_llm(case, Path(checkpoint), executor="multiprocess", **SIZES[way.sizes]) as llm:
+        verdicts = [judge(answer, tokens) for answer, tokens in zip(answers, generate(llm), strict=True)]
+        scheduler = llm.engine.scheduler
+        assert not way.preemption or scheduler.num_preemptions > 0
+        for lane in scheduler.lanes:
+            assert lane.stats.prefix_queries > 0, "every lane was to have requests"
+            assert lane.kv.pool.num_free == lane.kv.pool.num_usable
+        if "moving" in way.sizes:
+            assert scheduler.stats.experts.moved > 0, "the case was to move experts"
+    wrong = {i: v.divergence for i, v in enumerate(verdicts) if v.divergence is not None and not v.excused}
+    assert not wrong, f"requests diverge, by index of the first different token: {wrong}"
+
+
+@pytest.mark.parametrize("way", covering(), ids=lambda way: "-".join(map(str, way)))
+def test_greedy_tokens_over_lanes_equal_transformers(way: Way, oracles: Oracles, threads: None) -> None:
+    check(way, oracles)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ways(), ids=lambda way: "-".join(map(str, way)))
+def test_greedy_tokens_over_lanes_equal_transformers_in_the_full_product(
+    way: Way, oracles: Oracles, threads: None
+) -> None:
+    check(way, oracles)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "sizes"), [("llama", "dp2"), ("qwen3-moe", "dp2-ep2"), ("gpt-oss", "dp2-tp2-ep4")])
+def test_greedy_tokens_of_processes_equal_transformers(family: str, sizes: str, oracles: Oracles) -> None:
+    check(Way(family, sizes, 64, True, True, True), oracles)

@@ -131,6 +131,15 @@ class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
         return sum(self.accepted_at)
 
 
+class LaneStats(msgspec.Struct, frozen=True, array_like=True):
+    """How one of several data-parallel lanes stands."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """How the engine stands. What counts events counts them since its start."""
 
@@ -152,6 +161,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """How often the weights have changed in place."""
     experts: ExpertStats | None = None
     """None: no experts move, or nobody has looked yet."""
+    lanes: tuple[LaneStats, ...] = ()
+    """(): there is one."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

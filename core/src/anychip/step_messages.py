@@ -134,3 +134,43 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the draft model drafted: int32 [sum of num_proposed]; -1 where it has not caught up with a row."""
     experts: ExpertStats | None = None
     """After a look at the experts' load, and while some move."""
+    lane: int = 0
+    """Whose requests they are."""
+
+
+class LaneDecisions(msgspec.Struct, frozen=True):
+    """One step of data-parallel lanes: what the workers of each are told. None: they have no part in the step. The
+    executor takes it apart, and so it does with the two below."""
+
+    step_id: int
+    lanes: list[StepDecision | None]
+
+    @property
+    def num_tokens(self) -> bytes:
+        """As a decision's, of all lanes' rows."""
+        return b"".join(each.num_tokens for each in self.lanes if each is not None)
+
+
+class LaneInputs(msgspec.Struct, frozen=True):
+    """Late inputs by lane, for those that have a part in the step."""
+
+    step_id: int
+    lanes: list[LateInputs | None]
+
+
+class LaneResults(msgspec.Struct, frozen=True):
+    """Results by lane, of those that had a part in the step."""
+
+    step_id: int
+    lanes: list[StepResult | None]
+
+    @property
+    def experts(self) -> ExpertStats | None:
+        """All lanes' workers say the same."""
+        return next((each.experts for each in self.lanes if each is not None), None)
+
+
+AnyDecision = StepDecision | LaneDecisions
+AnyInputs = LateInputs | LaneInputs
+AnyResult = StepResult | LaneResults
+"""Of an engine without lanes, or with lanes."""

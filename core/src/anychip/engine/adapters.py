@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from anychip.errors import UnknownModel
 from anychip.executor.protocol import Executor
 from anychip.messages import AdapterReport, DropAdapter, LoadAdapter
-from anychip.scheduler.scheduler import Scheduler
+from anychip.scheduler.protocol import StepScheduler
 
 
 class AdapterState(enum.Enum):
@@ -21,7 +21,7 @@ class AdapterState(enum.Enum):
 class EngineAdapters:
     """Adapters go by their digests. A load is read by the workers beside the steps."""
 
-    def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
+    def __init__(self, executor: Executor, scheduler: StepScheduler) -> None:
         self._executor = executor
         self._scheduler = scheduler
         self._states: dict[bytes, AdapterState] = {}

@@ -20,7 +20,7 @@ from anychip.messages import AddRequest
 from anychip.prefix import PrefixRoot, check_prefix
 from anychip.request import LogitsProcessor, Request
 from anychip.scheduler.beam_search import num_candidates
-from anychip.scheduler.scheduler import Scheduler
+from anychip.scheduler.protocol import StepScheduler
 from anychip.types import MAX_LOGPROBS, RequestId
 
 _DEADLINES_EVERY_S = 0.1
@@ -34,7 +34,7 @@ class Admission:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: StepScheduler,
         *,
         vocab_size: int,
         max_waiting: int,

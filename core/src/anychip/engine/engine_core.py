@@ -17,8 +17,7 @@ from anychip.engine.logits_processors import late_inputs
 from anychip.errors import DeviceFault, StepFailed
 from anychip.executor.protocol import Executor
 from anychip.messages import AdapterReport, AddRequest, SequenceDelta
-from anychip.scheduler.scheduler import Scheduler
-from anychip.scheduler.step import ScheduledStep
+from anychip.scheduler.protocol import LaunchedStep, StepScheduler
 from anychip.types import FinishReason, RequestId
 
 log = logging.getLogger("anychip.engine")
@@ -30,7 +29,7 @@ class EngineCore:
     def __init__(
         self,
         *,
-        scheduler: Scheduler,
+        scheduler: StepScheduler,
         executor: Executor,
         vocab_size: int,
         max_model_len: int,
@@ -57,7 +56,7 @@ class EngineCore:
             served=served,
             adapters=self.adapters,
         )
-        self.in_flight: deque[ScheduledStep] = deque()
+        self.in_flight: deque[LaunchedStep] = deque()
         self._unreported: list[SequenceDelta] = []
 
     @property
@@ -127,7 +126,7 @@ class EngineCore:
         unreported, self._unreported = self._unreported, []
         return unreported
 
-    def _launch(self) -> ScheduledStep | None:
+    def _launch(self) -> LaunchedStep | None:
         if len(self.in_flight) >= self.max_in_flight or self._waits_for_drafts():
             return None
         step = self.scheduler.schedule()
@@ -150,7 +149,7 @@ class EngineCore:
             return True
         return drafting.waits(self.scheduler.running)
 
-    def _give_up(self, step: ScheduledStep, fault: DeviceFault) -> None:
+    def _give_up(self, step: LaunchedStep, fault: DeviceFault) -> None:
         """Fails a step's requests, where the device can go on."""
         if fault.fatal:
             raise fault
@@ -158,7 +157,7 @@ class EngineCore:
         self._unreported += self.drain()
         self._fail([(request_id, StepFailed(str(fault))) for request_id in self.scheduler.abandon(step)])
 
-    def _take_in_oldest(self, launched: ScheduledStep | None) -> list[SequenceDelta]:
+    def _take_in_oldest(self, launched: LaunchedStep | None) -> list[SequenceDelta]:
         waits = launched is None or len(self.in_flight) == self.max_in_flight
         deltas: list[SequenceDelta] = []
         # What restricts the new step's tokens must know every earlier one.
@@ -168,7 +167,7 @@ class EngineCore:
             waits = False
         return deltas
 
-    def _sample(self, launched: ScheduledStep | None) -> None:
+    def _sample(self, launched: LaunchedStep | None) -> None:
         if launched is not None:
             late, failed = late_inputs(launched, self.vocab_size)
             try:
@@ -185,7 +184,7 @@ class EngineCore:
             deltas += self._take_in(self.in_flight.popleft())
         return deltas
 
-    def _take_in(self, step: ScheduledStep) -> list[SequenceDelta]:
+    def _take_in(self, step: LaunchedStep) -> list[SequenceDelta]:
         try:
             result = self.executor.collect()
         except DeviceFault as fault:
@@ -195,7 +194,7 @@ class EngineCore:
             self.scheduler.experts = result.experts
         return self.scheduler.update(step, result)
 
-    def _lose(self, step: ScheduledStep, fault: DeviceFault) -> None:
+    def _lose(self, step: LaunchedStep, fault: DeviceFault) -> None:
         """Fails the requests of a step that was launched and came to nothing, where the device can go on. Later steps
         in flight may read what this one was to write: they return, and nobody waits for them any more."""
         if fault.fatal:

@@ -12,8 +12,10 @@ import numpy as np
 from anychip.errors import AnychipError, InvalidRequest
 from anychip.messages import AddRequest
 from anychip.request import LogitsProcessor, Request
+from anychip.scheduler.lanes import LaneStep
+from anychip.scheduler.protocol import LaunchedStep
 from anychip.scheduler.step import ScheduledStep
-from anychip.step_messages import LateInputs
+from anychip.step_messages import AnyInputs, LaneInputs, LateInputs
 from anychip.types import cdiv
 
 _ALL = np.uint32(0xFFFFFFFF)
@@ -97,11 +99,31 @@ def make_processors(
     return tuple(processors)
 
 
-def late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, list[tuple[Request, AnychipError]]]:
+Failed = list[tuple[Request, AnychipError]]
+"""Requests whose restrictions failed."""
+
+
+def late_inputs(step: LaunchedStep, vocab_size: int) -> tuple[AnyInputs, Failed]:
     """Masks of the rows that have any, and the requests whose restrictions failed. Called when every earlier id of
     those rows is known."""
+    if isinstance(step, ScheduledStep):
+        return _late_inputs(step, vocab_size)
+    assert isinstance(step, LaneStep)
+    failed: Failed = []
+    lanes: list[LateInputs | None] = []
+    for own, decision in zip(step.lanes, step.decision.lanes, strict=True):
+        if own is None:
+            lanes.append(None if decision is None else LateInputs(decision.step_id, {}))
+            continue
+        late, wrong = _late_inputs(own, vocab_size)
+        lanes.append(late)
+        failed += wrong
+    return LaneInputs(step.decision.step_id, lanes), failed
+
+
+def _late_inputs(step: ScheduledStep, vocab_size: int) -> tuple[LateInputs, Failed]:
     masks: dict[int, bytes] = {}
-    failed: list[tuple[Request, AnychipError]] = []
+    failed: Failed = []
     sample, drafts = 0, step.drafts if step.restricted else ()
     placed = zip(step.sampling, step.epochs, strict=True) if step.restricted else ()
     for place, (request, epoch) in enumerate(placed):

@@ -7,7 +7,7 @@ from collections import deque
 from anychip.executor.progress import Progress
 from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.messages import AdapterReport, DropAdapter, LoadAdapter, WorkerReady
-from anychip.step_messages import LateInputs, StepDecision, StepResult
+from anychip.step_messages import AnyDecision, AnyInputs, LateInputs, StepDecision, StepResult
 
 
 class InlineExecutor:
@@ -20,7 +20,8 @@ class InlineExecutor:
         self._pending: deque[PendingResult] = deque()
         self._reports: deque[AdapterReport] = deque()  # the worker's thread appends
 
-    def launch(self, decision: StepDecision) -> None:
+    def launch(self, decision: AnyDecision) -> None:
+        assert isinstance(decision, StepDecision), "lanes take several workers"
         self._progress.launching(decision)
         try:
             self.worker.launch(decision)
@@ -28,7 +29,8 @@ class InlineExecutor:
             self._progress.given_up()
             raise
 
-    def sample(self, late: LateInputs) -> None:
+    def sample(self, late: AnyInputs) -> None:
+        assert isinstance(late, LateInputs), "lanes take several workers"
         try:
             self._pending.append(self.worker.sample(late))
         except BaseException:

@@ -1,4 +1,5 @@
-"""One process per device. Decisions go to every worker, results come from one rank, faults from every rank.
+"""One process per device. Decisions go to every worker, results come from one rank, faults from every rank. With
+data-parallel lanes, each lane's workers get their own decisions, and one rank of each lane reports.
 
 The processes are started by launch/, here or on other hosts; this side notices deaths and hangs.
 """
@@ -9,7 +10,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -29,7 +31,7 @@ from anychip.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from anychip.step_messages import LateInputs, StepDecision, StepResult
+from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LaneDecisions, LaneInputs, LaneResults, StepResult
 
 log = logging.getLogger("anychip.engine")
 
@@ -53,9 +55,18 @@ class ChildProcess(Protocol):
     def stop(self, deadline_s: float) -> None: ...
 
 
+@dataclass(slots=True)
+class _Flying:
+    """A step in flight, the lanes that have a part in it, and those of their results that have come."""
+
+    step_id: int
+    lanes: list[int]
+    results: dict[int, StepResult] = field(default_factory=dict)
+
+
 class MultiprocessExecutor:
     """`start` launches the worker of a rank, which connects to the sockets that `links` has bound. A rank may be
-    `peers_timeout_s` later with a fault than the others."""
+    `peers_timeout_s` later with a fault than the others. Ranks of one of the `num_lanes` lanes are neighbours."""
 
     def __init__(
         self,
@@ -65,15 +76,16 @@ class MultiprocessExecutor:
         start: Callable[[int, WorkerLink], ChildProcess],
         progress: Progress,
         peers_timeout_s: float,
+        num_lanes: int = 1,
     ) -> None:
         self._links = links
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._progress = progress
         self._peers_timeout_s = peers_timeout_s
-        self._expected: deque[int] = deque()  # ids of the steps in flight
+        self._num_lanes, self._ranks_each = num_lanes, world_size // num_lanes
+        self._flying: deque[_Flying] = deque()
         self._faults: dict[int, list[WorkerFailed]] = {}  # by step
-        self._early: deque[StepResult] = deque()  # came while reports of adapters were looked for
         self._reported: dict[bytes, list[AdapterReport]] = {}  # by adapter, of the workers that have spoken
         self._to_workers: list[zmq.Socket[bytes]] = []
         self._children: list[ChildProcess] = []
@@ -94,46 +106,61 @@ class MultiprocessExecutor:
 
     # -- steps --------------------------------------------------------------------------------------------
 
-    def launch(self, decision: StepDecision) -> None:
+    def launch(self, decision: AnyDecision) -> None:
         self._progress.launching(decision)
-        self._expected.append(decision.step_id)
-        self._broadcast(self._encoder.encode(decision))
+        parts = decision.lanes if isinstance(decision, LaneDecisions) else [decision]
+        self._flying.append(_Flying(decision.step_id, [lane for lane, part in enumerate(parts) if part is not None]))
+        self._tell_lanes(parts)
 
-    def sample(self, late: LateInputs) -> None:
-        self._broadcast(self._encoder.encode(late))
+    def sample(self, late: AnyInputs) -> None:
+        self._tell_lanes(late.lanes if isinstance(late, LaneInputs) else [late])
 
-    def collect(self) -> StepResult:
+    def _tell_lanes(self, parts: Sequence[object | None]) -> None:
+        """Each lane's part to its workers."""
+        for lane, part in enumerate(parts):
+            if part is not None:
+                first = lane * self._ranks_each
+                self._send(self._encoder.encode(part), range(first, first + self._ranks_each))
+
+    def collect(self) -> AnyResult:
         """The oldest step's result. Raises the DeviceFault that all ranks had in it; one of some ranks is fatal."""
-        step_id = self._expected[0]
+        step = self._flying[0]
         try:
-            result = self._outcome(step_id)
+            self._await(step)
         except BaseException:
             self._progress.collected(done=False)
             raise
         finally:
-            self._expected.popleft()
+            self._flying.popleft()
         self._progress.collected()
-        return result
+        if self._num_lanes == 1:
+            return step.results[0]
+        return LaneResults(step.step_id, [step.results.get(lane) for lane in range(self._num_lanes)])
 
-    def _outcome(self, step_id: int) -> StepResult:
-        waited_s = 0.0
+    def _await(self, step: _Flying) -> None:
+        """Until all of the step's results are there."""
+        step_id, waited_s = step.step_id, 0.0
         while True:
             faults = self._faults.get(step_id, ())
-            if len(faults) == len(self._children):
+            if self._failed(step):
                 del self._faults[step_id]
                 raise _common_fault(faults)
-            message = self._early.popleft() if self._early else self._receive()
-            if isinstance(message, StepResult):
-                if faults or message.step_id != step_id:
-                    self._disagree(step_id)
+            if faults and step.results:
+                self._disagree(step_id)
+            if len(step.results) == len(step.lanes):
                 while any(child.exit_code() is not None for child in self._children):
                     self._receive()  # raises what the worker died of: no step counts without it
-                return message
+                return
+            message = self._receive()
             waited_s = 0.0 if message is not None else waited_s + _POLL_S
             if waited_s > (self._peers_timeout_s if faults else self._progress.limit_s):
                 if faults:
                     self._disagree(step_id)
                 self._end_hung(waited_s, self._progress.doing, "--step-timeout-s")
+
+    def _failed(self, step: _Flying) -> bool:
+        """Whether every rank that has a part in it has failed."""
+        return len(self._faults.get(step.step_id, ())) == len(step.lanes) * self._ranks_each
 
     def _disagree(self, step_id: int) -> NoReturn:
         """Ranks that did not do the same steps cannot go on together."""
@@ -158,9 +185,7 @@ class MultiprocessExecutor:
 
     def adapter_reports(self) -> list[AdapterReport]:
         while self._results.poll(0):
-            message = self._receive()
-            if isinstance(message, StepResult):
-                self._early.append(message)
+            self._receive()
         whole = [digest for digest, reports in self._reported.items() if len(reports) == len(self._children)]
         found = []
         for digest in whole:
@@ -216,7 +241,11 @@ class MultiprocessExecutor:
         )
 
     def _broadcast(self, message: bytes) -> None:
-        for socket, child in zip(self._to_workers, self._children, strict=True):
+        self._send(message, range(len(self._children)))
+
+    def _send(self, message: bytes, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            socket, child = self._to_workers[rank], self._children[rank]
             # A worker that is gone takes no message any more; whoever collects the step learns what it died of.
             while child.exit_code() is None:
                 try:
@@ -226,22 +255,39 @@ class MultiprocessExecutor:
                     socket.poll(int(_POLL_S * 1000), zmq.POLLOUT)
 
     def _receive(self) -> FromWorker | None:
-        """The next message, or None after a poll without one; a step's fault is kept until all ranks have spoken.
-        Raises what a worker died of."""
+        """The next message, or None after a poll without one; a step's result is kept with it, and its fault until all
+        ranks have spoken. Raises what a worker died of."""
         if not self._results.poll(int(_POLL_S * 1000)):
             self.check()
             return None
         message: FromWorker = self._decoder.decode(self._results.recv())
+        if isinstance(message, StepResult):
+            self._keep(message)
         if isinstance(message, AdapterReport):
             self._reported.setdefault(message.digest, []).append(message)
         if isinstance(message, WorkerFailed):
             if message.step_id is None:
                 raise _error_of(message)
-            if self._expected and message.step_id < self._expected[0]:
+            if self._flying and message.step_id < self._flying[0].step_id:
                 self._faults.setdefault(message.step_id, []).append(message)
                 self._disagree(message.step_id)
             self._faults.setdefault(message.step_id, []).append(message)
         return message
+
+    def _keep(self, result: StepResult) -> None:
+        """A lane's results come in the order of its steps. Lanes need not wait for one another."""
+        lane = result.lane
+        due = next(
+            (
+                step
+                for step in self._flying
+                if lane in step.lanes and lane not in step.results and not self._failed(step)
+            ),
+            None,
+        )
+        if due is None or due.step_id != result.step_id:
+            self._disagree(result.step_id if due is None else due.step_id)
+        due.results[lane] = result
 
 
 def _error_of(failed: WorkerFailed) -> AnychipError:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from anychip.step_messages import StepDecision
+from anychip.step_messages import AnyDecision
 
 _FLOOR_S = 30.0
 """The least that a step may take: a busy machine is not a hang."""
@@ -73,7 +73,7 @@ class Progress:
         """The engine's loop begins a turn."""
         self.count += 1
 
-    def launching(self, decision: StepDecision) -> None:
+    def launching(self, decision: AnyDecision) -> None:
         """A step is about to be launched."""
         counts = memoryview(decision.num_tokens).cast("i")
         self._flying.append(_Flying(decision.step_id, len(counts), sum(counts), self._clock()))

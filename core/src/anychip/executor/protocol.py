@@ -6,23 +6,24 @@ from collections.abc import Callable
 from typing import Protocol
 
 from anychip.messages import AdapterReport, DropAdapter, LoadAdapter, WorkerReady
-from anychip.step_messages import LateInputs, StepDecision, StepResult
+from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LateInputs, StepDecision, StepResult
 
 
 class Executor(Protocol):
-    """Steps are launched, sampled and collected in one order: first launched, first collected."""
+    """Steps are launched, sampled and collected in one order: first launched, first collected. With data-parallel lanes
+    a step has a decision, late inputs and a result for each."""
 
     ready: WorkerReady
 
-    def launch(self, decision: StepDecision) -> None:
+    def launch(self, decision: AnyDecision) -> None:
         """Starts a step's forward pass. Raises DeviceFault."""
         ...
 
-    def sample(self, late: LateInputs) -> None:
+    def sample(self, late: AnyInputs) -> None:
         """Starts the sampling of the step that was launched last."""
         ...
 
-    def collect(self) -> StepResult:
+    def collect(self) -> AnyResult:
         """Waits for the oldest step. Raises DeviceFault when that step failed, EngineDead when a worker is gone,
         EngineHung when one makes no progress."""
         ...

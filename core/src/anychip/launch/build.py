@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from anychip.plugin_api.manifest import Decision, Placement
 from anychip.registry.blame import calling
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins
-from anychip.scheduler.policy import make_policy
+from anychip.scheduler.lanes import LaneScheduler
+from anychip.scheduler.policy import SchedulingPolicy, make_policy
+from anychip.scheduler.protocol import StepScheduler
 from anychip.scheduler.scheduler import Scheduler
 from anychip.speculation.lengths import StepCosts
 from anychip.speculation.proposer import Proposer, make_proposer
@@ -50,7 +52,8 @@ def build_engine(
     check_length(config, model)
     check_speculation(config, model, lambda: load_tokenizer(config, model))
     progress = progress or progress_of(config)
-    policy = make_policy(config.policy, plugins.policies)
+    # What orders requests keeps books of its own in each lane.
+    policies = [make_policy(config.policy, plugins.policies) for _ in range(config.data_parallel_size)]
     proposer = None if config.speculate is None else make_proposer(config.speculate, plugins.proposers)
     hosted = open_hosted(config, plugins, progress)
     chosen = choose_device(config, plugins) if hosted is None else hosted.chosen
@@ -61,17 +64,8 @@ def build_engine(
     try:
         max_model_len = resolve_max_model_len(config, model, executor.ready)
         check_fits(executor.ready, max_model_len, config.resolved_max_num_batched_tokens)
-        scheduler = Scheduler(
-            kv=KVCacheManager(executor.ready.kv, prefix_caching=config.prefix_caching),
-            policy=policy,
-            rules=executor.ready.rules,
-            max_num_seqs=config.resolved_max_num_seqs,
-            max_num_batched_tokens=config.resolved_max_num_batched_tokens,
-            max_embeddings=config.max_embeddings,
-            max_adapters=config.resolved_max_adapters,
-            num_stages=config.pipeline_parallel_size,
-            speculator=None if proposer is None else _speculator(config, model, proposer, executor.ready),
-        )
+        speculator = None if proposer is None else _speculator(config, model, proposer, executor.ready)
+        scheduler = _scheduler(config, executor.ready, policies, speculator)
     except BaseException:
         executor.close("refused")
         raise
@@ -93,6 +87,27 @@ def build_engine(
         ),
         grammars=None if config.skip_tokenizer else pending_grammars(config, model),
     )
+
+
+def _scheduler(
+    config: EngineConfig, ready: WorkerReady, policies: Sequence[SchedulingPolicy], speculator: Speculator | None
+) -> StepScheduler:
+    """One for each policy, which is one for each lane."""
+    lanes = [
+        Scheduler(
+            kv=KVCacheManager(ready.kv, prefix_caching=config.prefix_caching),
+            policy=policy,
+            rules=ready.rules,
+            max_num_seqs=config.resolved_max_num_seqs,
+            max_num_batched_tokens=config.resolved_max_num_batched_tokens,
+            max_embeddings=config.max_embeddings,
+            max_adapters=config.resolved_max_adapters,
+            num_stages=config.pipeline_parallel_size,
+            speculator=speculator,
+        )
+        for policy in policies
+    ]
+    return lanes[0] if len(lanes) == 1 else LaneScheduler(lanes, meeting=config.lanes_meet)
 
 
 def _speculator(config: EngineConfig, model: ModelConfig, proposer: Proposer, ready: WorkerReady) -> Speculator:
@@ -185,6 +200,7 @@ def _start_executor(config: EngineConfig, chosen: ChosenDevice, folder: Path, pr
         start=start,
         progress=progress,
         peers_timeout_s=config.timeout_s,
+        num_lanes=config.data_parallel_size,
     )
 
 

@@ -125,7 +125,7 @@ class WorkerProcess:
             self._fail(fault, flying.step_id)
         else:
             if self.spec.reports:
-                self._send(result)
+                self._send(msgspec.structs.replace(result, lane=self.spec.lane) if self.spec.lane else result)
 
     def _got_on(self, doing: str) -> None:
         """The start has made progress."""

@@ -63,7 +63,7 @@ class Scheduler:
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self._free_slots = [Slot(i) for i in range(max_num_seqs - 1, -1, -1)]
         self._finished_slots: list[int] = []
-        self._next_step = 1
+        self.next_step = 1  # whoever runs several lanes gives their steps one id
         self.experts: ExpertStats | None = None
         """The workers' newest word on the load of experts that may move."""
 
@@ -135,7 +135,7 @@ class Scheduler:
             waiting_tokens=self.waiting.num_tokens,
             kv_blocks_used=pool.num_usable - pool.num_free,
             kv_blocks=pool.num_usable,
-            steps=self._next_step - 1,
+            steps=self.next_step - 1,
             preemptions=self.num_preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
@@ -181,7 +181,7 @@ class Scheduler:
         """Gives running requests their tokens. Those that decode come first, and chunks of prompts share the rest: a
         long prompt, however urgent, does not make them stand still."""
         running, ones, num_ones = self.running, draft.rows, draft.room.num_ones
-        turns, step_id = self._turns, self._next_step
+        turns, step_id = self._turns, self.next_step
         if turns is not None:
             num_ones = min(num_ones, turns.share(running))
         prefills: list[Request] = []
@@ -250,7 +250,7 @@ class Scheduler:
 
     def _step(self, draft: StepDraft) -> ScheduledStep:
         finished, self._finished_slots = self._finished_slots, []
-        step_id, self._next_step = self._next_step, self._next_step + 1
+        step_id, self.next_step = self.next_step, self.next_step + 1
         step = draft.to_step(
             step_id,
             self.kv,

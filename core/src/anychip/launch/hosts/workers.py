@@ -176,6 +176,7 @@ class HostedWorkers:
             start=start,
             progress=self._progress,
             peers_timeout_s=config.timeout_s,
+            num_lanes=config.data_parallel_size,
         )
 
     def close(self) -> None:
