@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,11 +18,13 @@ import httpx
 import pytest
 from served import Server, children, chunks_of
 
+import anychip
 from anychip import SamplingParams
 from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.errors import EngineDead
 from anychip.launch.async_llm import AsyncLLM
+from anychip_conformance.equality.tiny_models import make_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from chaos import hang, leftovers, storm
@@ -39,16 +43,40 @@ LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True, "stream": Tru
 
 _WORKER = ("worker", ["--tensor-parallel-size", "2"])
 _STAGE = ("worker", ["--pipeline-parallel-size", "3"])
+_LANE = ("worker", ["--data-parallel-size", "2"])
 
 
 @pytest.mark.parametrize(
     ("victim", "options"),
-    [("engine", []), *(pytest.param(*each, marks=pytest.mark.full) for each in (_WORKER, _STAGE))],
+    [("engine", []), *(pytest.param(*each, marks=pytest.mark.full) for each in (_WORKER, _STAGE, _LANE))],
 )
 def test_requests_end_and_nothing_is_left_when_a_process_is_killed(victim, options):
     server = Server("--device", "cpu", "--kv-cache-bytes", "8M", *options)
     try:
         tally = asyncio.run(storm(server, requests=60, concurrency=20, kills=1, seed=4, victim=victim))
+        assert tally.lost == []
+        assert sum(tally.ends.values()) >= 60 and len(tally.ready_s) == 1
+        assert leftovers(server) == {}
+        assert server.metric("anychip_engine_restarts_total") == 1
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.full
+def test_requests_end_and_nothing_is_left_when_a_rank_is_killed_that_all_lanes_meet(tmp_path):
+    """Of a mixture whose experts lie over the ranks of two lanes: the other lane waits within a layer."""
+    make_checkpoint("qwen3-moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    source = Path(anychip.__file__).parent / "quickstart"
+    config["vocab_size"] = json.loads((source / "config.json").read_text())["vocab_size"]
+    config["max_position_embeddings"] = 512
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, tmp_path)
+    options = ("--device", "cpu", "--kv-cache-bytes", "8M", "--load-format", "dummy", "--data-parallel-size", "2")
+    server = Server(str(tmp_path), *options, "--expert-parallel")
+    try:
+        tally = asyncio.run(storm(server, requests=60, concurrency=20, kills=1, seed=4, victim="worker"))
         assert tally.lost == []
         assert sum(tally.ends.values()) >= 60 and len(tally.ready_s) == 1
         assert leftovers(server) == {}

@@ -10,11 +10,13 @@ import msgspec
 import pytest
 import torch
 from ranks_in_threads import on_ranks
+from test_adapters import NAMES, Base, drawn
 from test_equality import Oracles
+from test_pipeline import answers
 from thread_ranks import RankThread
 from torch import Tensor
 
-from anychip import EngineConfig
+from anychip import LLM, EngineConfig, SamplingParams
 from anychip.config import WorkerSpec
 from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.launch.plan import plan_engine
@@ -24,6 +26,7 @@ from anychip.plugin_api import Mesh, MeshShape
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.device import open_device
 from anychip_conformance.equality.oracle import judge
+from anychip_conformance.equality.tiny_adapters import FIVE
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import Case, cover, generate, open_llm
 
@@ -115,7 +118,7 @@ def test_experts_lie_over_the_ranks_of_all_lanes_and_attention_over_those_of_one
     ("settings", "said"),
     [
         ({"data_parallel_size": 0}, "data_parallel_size is 0; expected 1 or more"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size with data_parallel_size 2: .* behind the router"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size with data_parallel_size 2: .* or run replicas"),
         ({"speculate": "ngram"}, "speculate with data_parallel_size 2"),
         ({"executor": "inline"}, "executor inline drives one worker, and data_parallel_size 2 are several"),
         ({"nodes": ("a", "b", "c"), "cluster_key": "k"}, "data_parallel_size 2 makes 2 ranks, which 3 nodes cannot"),
@@ -245,3 +248,64 @@ def test_greedy_tokens_over_lanes_equal_transformers_in_the_full_product(
 @pytest.mark.parametrize(("family", "sizes"), [("llama", "dp2"), ("qwen3-moe", "dp2-ep2"), ("gpt-oss", "dp2-tp2-ep4")])
 def test_greedy_tokens_of_processes_equal_transformers(family: str, sizes: str, oracles: Oracles) -> None:
     check(Way(family, sizes, 64, True, True, True), oracles)
+
+
+# -- whatever a request asks for, and lanes without requests --------------------------------------------------
+
+MEETING: dict[str, Any] = {"device": "cpu", "executor": "multiprocess", **SIZES["dp2-ep2"]}
+
+
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_whatever_requests_ask_for_is_as_with_one_lane(oracles: Oracles, threads: None, overlap: bool) -> None:
+    folder, _ = oracles.get("qwen3-moe")
+    given = {
+        "skip_tokenizer": True, "dtype": "float32", "num_kv_blocks": 96, "max_model_len": 96, "max_num_seqs": 16,
+        "pooling": True, "overlap": overlap,
+    }  # fmt: skip
+    with LLM(str(folder), device="cpu", **given) as one, LLM(str(folder), **MEETING, **given) as two:
+        expected, found = answers(one), answers(two)
+        assert all(lane.stats.prefix_queries > 0 for lane in two.engine.scheduler.lanes)
+    assert found[0] == expected[0]
+    assert len(found[1]) > 100 and found[1] == pytest.approx(expected[1], abs=1e-5)
+
+
+def test_adapters_are_in_every_lane(tmp_path: Path, threads: None) -> None:
+    base = Base("llama", tmp_path, dict(zip(NAMES, FIVE[:2], strict=False)))
+    with base.opened(device="cpu", executor="multiprocess", data_parallel_size=2) as llm:
+        for name, expected in base.expected.items():
+            assert drawn(llm, name) == expected, name
+
+
+def check_idle(folder: Path, num_tokens: int, sizes: str) -> None:
+    """One request at a time, of `num_tokens` in all, so that all but one lane have nothing to do; what they are told is
+    counted by the steps that they meet in."""
+    given = {"skip_tokenizer": True, "dtype": "float32", "num_kv_blocks": 64, "max_model_len": 512, "max_num_seqs": 4}
+    settings = {"device": "cpu", "executor": "multiprocess", "step_timeout_s": 60.0, **SIZES[sizes]}
+    sampling = [
+        SamplingParams(temperature=0.0, max_tokens=min(400, num_tokens - done), ignore_eos=True)
+        for done in range(0, num_tokens, 400)
+    ]
+    with LLM(str(folder), device="cpu", **given) as one:
+        expected = [one.generate([[5, 6, 7]], each)[0].outputs[0].token_ids for each in sampling]
+    with LLM(str(folder), **given, **settings) as llm:
+        found = [llm.generate([[5, 6, 7]], each)[0].outputs[0].token_ids for each in sampling]
+        stats = llm.engine.scheduler.stats
+        assert stats.steps >= num_tokens
+        assert [lane.stats.prefix_queries > 0 for lane in llm.engine.scheduler.lanes] == [True, False]
+        late = llm.generate([[9] * 4, [8] * 5], sampling[-1])  # both lanes work again
+        assert all(len(output.outputs[0].token_ids) == sampling[-1].max_tokens for output in late)
+        assert all(lane.stats.prefix_queries > 0 for lane in llm.engine.scheduler.lanes)
+    assert found == expected
+
+
+@pytest.mark.parametrize("sizes", ["dp2", "dp2-ep2"])
+def test_lanes_without_requests_keep_nobody_waiting(oracles: Oracles, threads: None, sizes: str) -> None:
+    check_idle(oracles.get("qwen3-moe")[0], 60, sizes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", ["dp2", "dp2-ep2", "dp2-ep2-moving", "dp2-tp2-ep4"])
+def test_a_lane_of_processes_without_requests_keeps_nobody_waiting_for_a_thousand_steps(
+    oracles: Oracles, sizes: str
+) -> None:
+    check_idle(oracles.get("qwen3-moe")[0], 1000, sizes)

@@ -46,7 +46,7 @@ def check_lanes(sizes: ParallelSizes, asked: Mapping[str, bool]) -> None:
     if sizes.dp > 1 and refused:
         raise ConfigError(
             f"{' and '.join(refused)} with data_parallel_size {sizes.dp}: the lanes of one engine do not have that; "
-            "leave one of them out, or run as many engines behind the router"
+            "leave one of them out, or run replicas, each an engine of its own"
         )
 
 

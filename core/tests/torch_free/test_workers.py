@@ -19,7 +19,8 @@ from anychip.executor.links import FolderLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.progress import Progress
 from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
-from anychip.step_messages import LateInputs, StepDecision, StepResult
+from anychip.scheduler.lanes import empty_decision
+from anychip.step_messages import LaneDecisions, LaneInputs, LateInputs, StepDecision, StepResult
 
 READY = WorkerReady(
     KVCacheConfig(64, (KVGroup(block_size=4),)), DeviceRules(), MemoryPlan(0, 0, 0, 0, 64, 0, 0.0), "fake:0"
@@ -108,7 +109,7 @@ def start(monkeypatch):
     executors: list[MultiprocessExecutor] = []
     released = threading.Event()
 
-    def make(plan, *, world_size=2, fatal=False, load=None, **progress):
+    def make(plan, *, world_size=2, num_lanes=1, fatal=False, load=None, **progress):
         folder, samples, children = tempfile.mkdtemp(prefix="w-"), {}, []
 
         def load_worker(spec, got_on):
@@ -120,8 +121,8 @@ def start(monkeypatch):
 
         def child(rank: int, link: WorkerLink) -> Thread:
             spec = WorkerSpec(
-                config=EngineConfig(), device="fake", device_indexes=(rank,), rank=rank, world_size=world_size,
-                store="", folder=folder, probe={}, link=link,
+                config=EngineConfig(data_parallel_size=num_lanes), device="fake", device_indexes=(rank,), rank=rank,
+                world_size=world_size, store="", folder=folder, probe={}, link=link,
             )  # fmt: skip
             children.append(Thread(spec))
             return children[-1]
@@ -132,9 +133,10 @@ def start(monkeypatch):
             start=child,
             progress=Progress(**progress),
             peers_timeout_s=1.0,
+            num_lanes=num_lanes,
         )
         executors.append(executor)
-        executor.samples, executor.children = samples, children
+        executor.samples, executor.children, executor.released = samples, children, released
         return executor
 
     yield make
@@ -243,3 +245,54 @@ def test_a_worker_that_is_gone_is_missed(start):
     executor.children[1].code = 3
     with pytest.raises(EngineDead, match="worker 1 exited with status 3"):
         run(core)
+
+
+# -- lanes ----------------------------------------------------------------------------------------------------
+
+
+def launch_lanes(executor: MultiprocessExecutor, step_id: int, parts: tuple[bool, ...]) -> None:
+    """A step in which these lanes have a part."""
+    executor.launch(LaneDecisions(step_id, [empty_decision(step_id) if part else None for part in parts]))
+    executor.sample(LaneInputs(step_id, [LateInputs(step_id, {}) if part else None for part in parts]))
+
+
+def collected(executor: MultiprocessExecutor) -> tuple[int, list[tuple[int, int] | None]]:
+    result = executor.collect()
+    return result.step_id, [None if each is None else (each.step_id, each.lane) for each in result.lanes]
+
+
+def test_each_lane_reports_by_one_of_its_ranks_and_one_without_a_part_is_not_asked(start):
+    executor = start({}, world_size=4, num_lanes=2)
+    launch_lanes(executor, 1, (True, True))
+    launch_lanes(executor, 2, (False, True))
+    launch_lanes(executor, 3, (True, True))
+    assert collected(executor) == (1, [(1, 0), (1, 1)])
+    assert collected(executor) == (2, [None, (2, 1)])
+    assert collected(executor) == (3, [(3, 0), (3, 1)])
+
+
+def test_a_lane_that_is_ahead_waits_for_the_others_results(start):
+    executor = start({(0, 1): "hangs"}, world_size=2, num_lanes=2)
+    for step_id in (1, 2, 3):
+        launch_lanes(executor, step_id, (True, step_id != 2))
+    threading.Timer(0.3, executor.released.set).start()
+    assert collected(executor) == (1, [(1, 0), (1, 1)])
+    assert collected(executor) == (2, [(2, 0), None])
+    assert collected(executor) == (3, [(3, 0), (3, 1)])
+
+
+def test_a_step_that_fails_in_one_lane_ends_the_engine_and_one_that_fails_in_all_does_not(start):
+    executor = start(
+        {(0, 1): "fetch", (1, 1): "fetch", (2, 1): "fetch", (3, 1): "fetch", (2, 3): "launch", (3, 3): "launch"},
+        world_size=4,
+        num_lanes=2,
+    )
+    for step_id in (1, 2, 3):
+        launch_lanes(executor, step_id, (True, True))
+    with pytest.raises(DeviceFault, match="asked 2 GiB in step 1") as caught:
+        executor.collect()
+    assert not caught.value.fatal and caught.value.ranks == (0, 1, 2, 3)
+    assert collected(executor) == (2, [(2, 0), (2, 1)])
+    with pytest.raises(DeviceFault, match="step 3 failed on rank .* of 4 alone: asked 2 GiB") as caught:
+        executor.collect()
+    assert caught.value.fatal
