@@ -2,7 +2,8 @@
 
 The executor is a fake that answers at once; every request decodes. The median step time is fitted as fixed + slope x
 running requests: for a model of one KV group (full attention), for one of two (full attention and a sliding window),
-and for one group where every row has four drafted tokens, all of which are drawn.
+for one group where every row has four drafted tokens, all of which are drawn, and for one group whose requests lie in
+four data-parallel lanes. What the workers of the lanes would apply side by side is added up.
 
     python benchmarks/engine_overhead.py [--output benchmarks/results/engine_overhead.json]
 
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,29 +30,43 @@ from anychip.messages import DeviceRules, KVCacheConfig, KVGroup
 from anychip.plugin_api import ShapePolicy, StepLimits
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
+from anychip.scheduler.lanes import LaneScheduler, LaneStep
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
 from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
-from anychip.step_messages import StepDecision, StepResult
+from anychip.step_messages import AnyDecision, AnyResult, LaneDecisions, LaneResults, StepDecision, StepResult
 from anychip.types import RequestId
 from anychip.worker.input_batch import InputBatch
 
 BLOCK_SIZE = 16
 PROMPT = 64
 STEPS = 400
+MAX_OUTPUT = STEPS + 32
+MAX_LEN = PROMPT + MAX_OUTPUT + 32
 FULL, WINDOW = KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE, window=128)
 COUNTS = (16, 64, 128, 256, 512, 768, 1024)
 DRAFTS = 4
-TARGET_SLOPE_US, TARGET_DRAFTS_SLOPE_US, TARGET_FIXED_US = 2.5, 5.0, 100.0
+TARGET_SLOPE_US, TARGET_DRAFTS_SLOPE_US, TARGET_LANES_SLOPE_US, TARGET_FIXED_US = 2.5, 5.0, 3.0, 100.0
 TOKEN = 7
 """What the fake device draws, always."""
+
+
+class Layout(NamedTuple):
+    """`target` is the slope that is aimed at, `drafts` are tokens a row."""
+
+    groups: tuple[KVGroup, ...]
+    target: float
+    drafts: int = 0
+    lanes: int = 1
+
+
 LAYOUTS = {
-    "full attention": ((FULL,), 0, TARGET_SLOPE_US),
-    "full attention and a window": ((FULL, WINDOW), 0, TARGET_SLOPE_US),
-    "full attention, drafts of 4": ((FULL,), DRAFTS, TARGET_DRAFTS_SLOPE_US),
+    "full attention": Layout((FULL,), TARGET_SLOPE_US),
+    "full attention and a window": Layout((FULL, WINDOW), TARGET_SLOPE_US),
+    "full attention, drafts of 4": Layout((FULL,), TARGET_DRAFTS_SLOPE_US, drafts=DRAFTS),
+    "full attention, 4 lanes": Layout((FULL,), TARGET_LANES_SLOPE_US, lanes=4),
 }
-"""KV groups, drafted tokens a row, and the slope that is aimed at."""
 
 
 class Sure(Drafter):
@@ -107,24 +123,40 @@ class FakeWorker:
         return StepResult(rows.step_id, ids, {}, num_gained=gained)
 
 
-def measure(
-    num_seqs: int, groups: tuple[KVGroup, ...], *, drafts: int = 0, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Median microseconds of one step with `num_seqs` decoding requests, by part."""
-    max_output = STEPS + 32
-    max_len = PROMPT + max_output + 32
-    blocks = 1 + len(groups) * num_seqs * -(-max_len // BLOCK_SIZE)
-    scheduler = Scheduler(
-        kv=KVCacheManager(KVCacheConfig(blocks, groups), prefix_caching=True),
-        policy=SchedulingPolicy(),
-        rules=DeviceRules(),
-        max_num_seqs=num_seqs,
-        max_num_batched_tokens=num_seqs * PROMPT,
-        speculator=Speculator(AlwaysSure(), max_drafts=drafts, vocab_size=32000, costs=None) if drafts else None,
-    )
-    worker, encoder = FakeWorker(num_seqs, max_len, len(groups)), msgspec.msgpack.Encoder()
+class FakeLanes:
+    """The workers of all lanes, or of the only one."""
+
+    def __init__(self, num_seqs: int, layout: Layout) -> None:
+        self._workers = [FakeWorker(num_seqs, MAX_LEN, len(layout.groups)) for _ in range(layout.lanes)]
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def encode(self, decision: AnyDecision) -> list[bytes]:
+        parts = decision.lanes if isinstance(decision, LaneDecisions) else [decision]
+        return [self._encoder.encode(part) for part in parts]
+
+    def step(self, step_id: int, encoded: Sequence[bytes]) -> AnyResult:
+        results = [worker.step(each) for worker, each in zip(self._workers, encoded, strict=True)]
+        return results[0] if len(results) == 1 else LaneResults(step_id, list(results))
+
+
+def make_scheduler(num_seqs: int, layout: Layout) -> Scheduler | LaneScheduler:
+    """With `num_seqs` requests that wait."""
+    blocks = 1 + len(layout.groups) * num_seqs * -(-MAX_LEN // BLOCK_SIZE)
+    drafts = layout.drafts
+    lanes = [
+        Scheduler(
+            kv=KVCacheManager(KVCacheConfig(blocks, layout.groups), prefix_caching=True),
+            policy=SchedulingPolicy(),
+            rules=DeviceRules(),
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_seqs * PROMPT,
+            speculator=Speculator(AlwaysSure(), max_drafts=drafts, vocab_size=32000, costs=None) if drafts else None,
+        )
+        for _ in range(layout.lanes)
+    ]
+    scheduler = lanes[0] if len(lanes) == 1 else LaneScheduler(lanes, meeting=True)
     rng = np.random.default_rng(0)
-    sampling = SamplingParams(max_tokens=max_output)
+    sampling = SamplingParams(max_tokens=MAX_OUTPUT)
     for index in range(num_seqs):
         scheduler.add(
             Request(
@@ -132,27 +164,34 @@ def measure(
                 index=0,
                 prompt=rng.integers(0, 32000, PROMPT + index % BLOCK_SIZE, dtype=np.int32).tobytes(),
                 sampling=sampling,
-                max_output=max_output,
+                max_output=MAX_OUTPUT,
                 stop_ids=frozenset({2}),
                 seed=index,
                 arrival=index,
             )
         )
+    return scheduler
+
+
+def measure(num_seqs: int, layout: Layout, *, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """Median microseconds of one step with `num_seqs` decoding requests, by part."""
+    scheduler, workers = make_scheduler(num_seqs, layout), FakeLanes(num_seqs, layout)
     parts: dict[str, list[float]] = {"schedule": [], "encode": [], "apply": [], "update": [], "total": []}
     gc.collect()
     gc.freeze()
-    for number in range(STEPS // (1 + drafts)):
+    for number in range(STEPS // (1 + layout.drafts)):
         t0 = clock()
         step = scheduler.schedule()
         assert step is not None
         t1 = clock()
-        encoded = encoder.encode(step.decision)
+        encoded = workers.encode(step.decision)
         t2 = clock()
-        result = worker.step(encoded)
+        result = workers.step(step.decision.step_id, encoded)
         t3 = clock()
-        scheduler.update(step, result)
+        scheduler.update(step, result)  # type: ignore[arg-type]  # each takes its own steps
         t4 = clock()
-        if number >= 20 and len(step.sampling) == num_seqs:
+        own = step.lanes if isinstance(step, LaneStep) else [step]
+        if number >= 20 and sum(len(each.sampling) for each in own if each is not None) == num_seqs:
             for name, seconds in zip(parts, (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t4 - t0), strict=True):
                 parts[name].append(seconds * 1e6)
     gc.unfreeze()
@@ -180,8 +219,8 @@ def main() -> None:
 
 def measure_layout(name: str, repeats: int, clock: Callable[[], float]) -> dict[str, object]:
     """Slope, fixed part and medians of one layout, printed and returned."""
-    groups, drafts, target = LAYOUTS[name]
-    runs = [{count: measure(count, groups, drafts=drafts, clock=clock) for count in COUNTS} for _ in range(repeats)]
+    layout = LAYOUTS[name]
+    runs = [{count: measure(count, layout, clock=clock) for count in COUNTS} for _ in range(repeats)]
     medians = {
         count: {part: statistics.median(run[count][part] for run in runs) for part in runs[0][count]}
         for count in COUNTS
@@ -190,7 +229,7 @@ def measure_layout(name: str, repeats: int, clock: Callable[[], float]) -> dict[
     print(f"\n{name}\n{'requests':>9} {'schedule':>9} {'encode':>9} {'apply':>9} {'update':>9} {'total us':>9}")
     for count, row in medians.items():
         print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
-    print(f"slope {slope:.2f} us per request (goal {target}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
+    print(f"slope {slope:.2f} us per request (goal {layout.target}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
     return {
         "slope_us_per_request": round(float(slope), 3),
         "fixed_us_per_step": round(float(fixed), 1),

@@ -20,7 +20,9 @@ from anychip import LLM, EngineConfig, SamplingParams
 from anychip.config import WorkerSpec
 from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.launch.plan import plan_engine
+from anychip.messages import EngineStats, LaneStats
 from anychip.model_config import load_model_config
+from anychip.observability.metrics import Metrics
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import Mesh, MeshShape
 from anychip.worker.model_source import CheckpointSource
@@ -309,3 +311,18 @@ def test_a_lane_of_processes_without_requests_keeps_nobody_waiting_for_a_thousan
     oracles: Oracles, sizes: str
 ) -> None:
     check_idle(oracles.get("qwen3-moe")[0], 1000, sizes)
+
+
+# -- what is seen of it ---------------------------------------------------------------------------------------
+
+
+def test_metrics_show_how_each_lane_stands() -> None:
+    metrics = Metrics("m")
+    lanes = (LaneStats(3, 0, 5, 20), LaneStats(1, 2, 1, 20))
+    metrics.take(EngineStats(4, 2, 9, 6, 40, 5, 0, 0, 0, lanes=lanes))
+    text = metrics.render().decode()
+    assert 'anychip_lane_kv_cache_usage_ratio{lane="0",model_name="m"} 0.25' in text
+    assert 'anychip_lane_num_requests_running{lane="1",model_name="m"} 1.0' in text
+    assert 'anychip_kv_cache_usage_ratio{model_name="m"} 0.15' in text
+    metrics.engine_ended()
+    assert 'lane="' not in metrics.render().decode()

@@ -53,6 +53,13 @@ class Metrics:
             "expert_imbalance_ratio", "Tokens routed to the busiest rank's experts over the mean of the ranks"
         )
         self.expert_moves = self._counter("expert_moves", "Slots that got another expert")
+        lane = (*self._labels, "lane")
+        self.lane_running = Gauge(
+            "anychip_lane_num_requests_running", "Requests of a lane that hold a slot", lane, registry=self.registry
+        )
+        self.lane_kv_usage = Gauge(
+            "anychip_lane_kv_cache_usage_ratio", "Share of a lane's KV blocks in use", lane, registry=self.registry
+        )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were begun")
         self.finished = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self.failed = self._counter("request_failure", "Requests that ended with an error, by its kind", "error")
@@ -105,6 +112,8 @@ class Metrics:
         self.up.set(0)
         for gauge in (self.running, self.waiting, self.kv_usage):
             gauge.set(0)
+        for lanes in (self.lane_running, self.lane_kv_usage):
+            lanes.clear()
 
     def take(self, stats: EngineStats) -> None:
         """The engine's word, which may be older than the last: its threads do not wait for each other."""
@@ -113,6 +122,10 @@ class Metrics:
         self.waiting.set(stats.waiting)
         self.kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
         self.kv_blocks.set(stats.kv_blocks)
+        for index, lane in enumerate(stats.lanes):
+            labels = {**self._labels, "lane": str(index)}
+            self.lane_running.labels(**labels).set(lane.running)
+            self.lane_kv_usage.labels(**labels).set(lane.kv_blocks_used / max(1, lane.kv_blocks))
         self.progress.set(time.time())
         self.steps.inc(self._last.steps - last.steps)
         self.queries.inc(self._last.prefix_queries - last.prefix_queries)
