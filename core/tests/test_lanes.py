@@ -18,6 +18,7 @@ from torch import Tensor
 
 from anychip import LLM, EngineConfig, SamplingParams
 from anychip.config import WorkerSpec
+from anychip.entrypoints.cli.main import main
 from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.launch.plan import plan_engine
 from anychip.messages import EngineStats, LaneStats
@@ -97,7 +98,9 @@ def test_ranks_of_a_lane_are_neighbours_and_one_of_each_lane_reports() -> None:
     assert [spec.reports for spec in specs] == [True, False, True, False]
 
 
-def test_experts_lie_over_the_ranks_of_all_lanes_and_attention_over_those_of_one(tmp_path: Any) -> None:
+def test_experts_lie_over_the_ranks_of_all_lanes_and_attention_over_those_of_one(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_checkpoint("qwen3-moe", tmp_path)
     sizes: dict[str, dict[str, Any]] = {
         "one": {},
@@ -114,6 +117,14 @@ def test_experts_lie_over_the_ranks_of_all_lanes_and_attention_over_those_of_one
     assert weights["one"] == weights["dp2"]
     assert weights["dp2 tp2 ep4"] < weights["tp2 ep2"] < weights["dp2 ep2"] < weights["one"]
     assert [plan.num_devices for plan in plans.values()] == [1, 2, 2, 2, 4]
+    asked = ["--data-parallel-size", "2", "--tensor-parallel-size", "2", "--expert-parallel", "--skip-tokenizer"]
+    assert main(["plan", str(tmp_path), "--device", "cpu", *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "2 lanes of 2 of 4 devices" in printed and "tokens at once, in each lane" in printed
+    assert (
+        "experts lie over 4 ranks of 2 lanes; in each of their layers a token sends 256 B to the rank of each"
+        in printed
+    )
 
 
 @pytest.mark.parametrize(

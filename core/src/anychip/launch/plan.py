@@ -27,12 +27,13 @@ PLANNER = "anychip.worker.planning"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
     """`stages` are what a rank of each stage of the pipeline would report, of which there is one as a rule; all ranks
-    together are `num_devices`."""
+    together are `num_devices`, in `num_lanes` groups with a KV cache each."""
 
     model: ModelConfig
     stages: tuple[WorkerReady, ...]
     max_model_len: int
     num_devices: int
+    num_lanes: int
     quantization: str
     served: ServedTask
     total: int | None
@@ -67,6 +68,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         stages=stages,
         max_model_len=max_model_len,
         num_devices=len(chosen.indexes),
+        num_lanes=config.data_parallel_size,
         quantization=own or config.quantization or "none",
         total=next((device.total_memory for device in devices if device.index == chosen.indexes[0]), None),
     )

@@ -37,6 +37,14 @@ def with_experts(shape: MeshShape, config: EngineConfig, platform: Platform) -> 
     return shape
 
 
+def described_over_lanes(shape: MeshShape, token_bytes: int) -> str:
+    """For people: where experts lie that all lanes share, and what the links carry for a token of so many bytes."""
+    return (
+        f"experts lie over {shape.size_of('ep')} ranks of {shape.dp} lanes; in each of their layers a token sends "
+        f"{token_bytes} B to the rank of each expert that it picks, and gets as much back"
+    )
+
+
 def check_spread(model: StepModel, architecture: str, config: EngineConfig) -> None:
     """Raises Unsupported for a model without experts, where they are to lie on several ranks."""
     if config.expert_parallel and not getattr(model, "expert_layers", ()):

@@ -37,7 +37,7 @@ from anychip.plugin_api import (
 from anychip.plugin_api.version import check_shape_policy
 from anychip.tasks.detect import served_task
 from anychip.types import cdiv, itemsize
-from anychip.worker.expert_ranks import with_experts
+from anychip.worker.expert_ranks import described_over_lanes, with_experts
 from anychip.worker.head_steps import HeadSteps, tap_every_token
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.kv_plan import plan_kv
@@ -167,9 +167,11 @@ class Preparation:
         unused = self.kv.states and self.config.speculate is not None
         found = ("a state cannot give a token back: no drafts for this model",) if unused else ()
         stage = self.source.stage
+        token_bytes = self.model.hidden_size * itemsize(self.source.dtype)
+        if self.config.lanes_meet:
+            found = (*found, described_over_lanes(self.mesh_shape, token_bytes))
         if stage.count == 1:
             return found
-        token_bytes = self.model.hidden_size * itemsize(self.source.dtype)
         return (*found, stage.described(self.model.num_layers, token_bytes))
 
     def vector_head(self) -> VectorHead | None:

@@ -29,6 +29,8 @@ def show(name: str, plan: EnginePlan) -> None:
     each = "" if plan.num_devices == 1 else f", each of {plan.num_devices} devices"
     if len(plan.stages) > 1:
         each = f", {len(plan.stages)} stages of {plan.num_devices // len(plan.stages)} of {plan.num_devices} devices"
+    if plan.num_lanes > 1:
+        each = f", {plan.num_lanes} lanes of {plan.num_devices // plan.num_lanes} of {plan.num_devices} devices"
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{escape(name)}[/] on {plan.worker.device}{each} "
@@ -42,7 +44,7 @@ def show(name: str, plan: EnginePlan) -> None:
         table = _memory_table(worker.memory, plan.total)
         if worker is plan.worker:
             table.add_row("context", str(plan.max_model_len), f"of the model's {plan.model.max_positions}")
-            at_once = f"requests of {plan.max_model_len} tokens at once"
+            at_once = f"requests of {plan.max_model_len} tokens at once" + ", in each lane" * (plan.num_lanes > 1)
             table.add_row("concurrency", f"{worker.memory.max_concurrency:.1f}", at_once)
         console.print(table)
         for note in worker.notes:
