@@ -13,6 +13,7 @@ class ParallelSizes:
     """Ranks along each axis of the mesh, by the axes' names in plugin_api.mesh. Fields are in the mesh's order."""
 
     pp: int = 1
+    cp: int = 1
     tp: int = 1
 
     def __str__(self) -> str:
@@ -26,12 +27,16 @@ class ParallelSizes:
 
     @property
     def _several(self) -> dict[str, int]:
-        named = {"pipeline_parallel_size": self.pp, "tensor_parallel_size": self.tp}
+        named = {
+            "pipeline_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
+            "tensor_parallel_size": self.tp,
+        }
         return {name: size for name, size in named.items() if size > 1} or {"tensor_parallel_size": self.tp}
 
     @property
     def num_ranks(self) -> int:
-        return self.pp * self.tp
+        return self.pp * self.cp * self.tp
 
 
 def check_stages(sizes: ParallelSizes, layers: Sequence[int], asked: Mapping[str, bool]) -> None:
@@ -50,6 +55,16 @@ def check_stages(sizes: ParallelSizes, layers: Sequence[int], asked: Mapping[str
         raise ConfigError(
             f"{' and '.join(refused)} with pipeline_parallel_size {sizes.pp}: hidden states and drafts stay within one "
             "stage; leave one of them out"
+        )
+
+
+def check_contexts(sizes: ParallelSizes, drafts: str | None) -> None:
+    """Raises ConfigError for contexts that no engine can have, whatever its model. `drafts`: what drafts in the workers
+    beside the model; None: nothing does."""
+    if sizes.cp > 1 and drafts is not None:
+        raise ConfigError(
+            f"speculate {drafts} with context_parallel_size {sizes.cp}: what drafts on the device keeps whole "
+            "contexts; leave one of them out, or draft with ngram or suffix"
         )
 
 

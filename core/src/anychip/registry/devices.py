@@ -106,7 +106,12 @@ def choose_device(config: EngineConfig, plugins: Plugins) -> ChosenDevice:
 def for_one_host(config: EngineConfig, num_ranks: int = 1) -> EngineConfig:
     """The configuration as one host sees it that chooses devices for so many of the ranks."""
     return msgspec.structs.replace(
-        config, nodes=(), tensor_parallel_size=num_ranks, pipeline_parallel_size=1, pipeline_layers=()
+        config,
+        nodes=(),
+        tensor_parallel_size=num_ranks,
+        context_parallel_size=1,
+        pipeline_parallel_size=1,
+        pipeline_layers=(),
     )
 
 

@@ -37,6 +37,9 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
         "--pipeline-layers", type=parse_sizes, default=unset, metavar="N,N", help="layers of each stage, first to last"
     )
     device.add_argument(
+        "--context-parallel-size", type=int, default=unset, help="ranks that share the keys of every sequence"
+    )
+    device.add_argument(
         "--expert-parallel", action="store_true", default=unset, help="ranks hold whole experts, not slices of all"
     )
     device.add_argument(
