@@ -59,6 +59,11 @@ def cache_backend(platform: Platform, spec: CacheSpec, mesh: Mesh) -> CacheBacke
     return platform.cache_backend(spec)
 
 
+def contexts_of(backend: CacheBackend) -> int:
+    """Ranks over which a block of the pool lies: its tokens are so many times those of a block on one of them."""
+    return backend.axis.size if isinstance(backend, ContextAttention) else 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextShare:
     """Which keys of a sequence are a rank's: every `size`-th block of `block_size` tokens, beginning with the
