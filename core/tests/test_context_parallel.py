@@ -40,7 +40,7 @@ from anychip.plugin_api import (
     ShapeKey,
 )
 from anychip_conformance.equality.oracle import judge
-from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS
+from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
 from anychip_conformance.equality.workload import Case, cover, generate, open_llm
 from anychip_cpu.platform import CpuPlatform
 
@@ -353,12 +353,12 @@ def test_a_plan_says_what_each_context_keeps_and_receives(
     ],
 )
 def test_what_has_no_keys_to_share_or_no_ranks_is_refused_with_why(
-    oracles: Oracles, family: str, settings: dict[str, object], said: str
+    tmp_path: Path, family: str, settings: dict[str, object], said: str
 ) -> None:
-    folder, _ = oracles.get(family)
+    make_checkpoint(family, tmp_path)
     given = {"device": "cpu", "context_parallel_size": 2, "num_kv_blocks": 64, **settings}
     with pytest.raises((ConfigError, Unsupported, DeviceUnavailable), match=said):
-        plan_engine(EngineConfig(model=str(folder), **given))  # type: ignore[arg-type]
+        plan_engine(EngineConfig(model=str(tmp_path), **given))  # type: ignore[arg-type]
 
 
 def test_a_device_whose_attention_has_no_log_sum_exp_is_refused_by_name(
