@@ -43,6 +43,9 @@ class ThreadCommunicator(Communicator):
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(dim=0)
 
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return torch.cat(self._exchange(x), dim=dim)
+
     def all_to_all(self, x: Tensor) -> Tensor:
         return torch.cat([part.chunk(self.size)[self.rank] for part in self._exchange(x)])
 

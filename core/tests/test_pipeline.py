@@ -19,9 +19,9 @@ from anychip.errors import ConfigError, DeviceFault, DeviceUnavailable, Unsuppor
 from anychip.launch.plan import plan_engine
 from anychip.model_config import load_model_config
 from anychip.plugin_api import Communicator, GroupSpec, Mesh, MeshShape
+from anychip.worker.absent_ranks import AbsentRanks
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained
-from anychip.worker.planning import AbsentRanks
 from anychip.worker.stages import StageCosts, balanced
 from anychip_conformance.device import open_device
 from anychip_conformance.equality.oracle import judge

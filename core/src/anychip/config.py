@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from anychip.errors import ConfigError
-from anychip.parallel_sizes import ParallelSizes, check_lanes, check_nodes, check_stages
+from anychip.parallel_sizes import ParallelSizes, check_contexts, check_lanes, check_nodes, check_stages
 from anychip.types import DTYPES, QUICKSTART
 
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
@@ -67,6 +67,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Layers of each stage, the first stage's first; (): what balances the stages."""
     data_parallel_size: int = 1
     """Lanes: groups of tensor_parallel_size ranks with requests and a KV cache of their own, to which sizes apply."""
+    context_parallel_size: int = 1
+    """Ranks over which the keys and values of each sequence lie, block by block."""
     expert_parallel: bool = False
     """Whether ranks hold whole experts, instead of a share of every expert's features."""
     eplb_interval: int | None = None
@@ -119,7 +121,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         at_least = {
             "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2, "block_size": 1, "num_kv_blocks": 2,
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "kv_cache_bytes": 1,
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1,
+            "context_parallel_size": 1, "kv_cache_bytes": 1,
             "max_waiting": 1, "max_waiting_tokens": 1, "max_drafts": 1, "max_adapters": 0, "max_adapter_rank": 1,
             "eplb_interval": 1, "num_redundant_experts": 0,
         }  # fmt: skip
@@ -153,6 +156,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"executor inline drives one worker, and {sizes} are several; use executor multiprocess")
         check_stages(sizes, self.pipeline_layers, {"speculate": self.speculate is not None, "taps": bool(self.taps)})
         check_lanes(sizes, {"speculate": self.speculate is not None})
+        check_contexts(sizes, self.speculate if self.drafts_in_workers else None)
         if not self.nodes:
             return
         if self.executor in ("inline", "ray"):
@@ -178,7 +182,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def parallel_sizes(self) -> ParallelSizes:
         """How many ranks share the model, and along which axes."""
-        return ParallelSizes(pp=self.pipeline_parallel_size, dp=self.data_parallel_size, tp=self.tensor_parallel_size)
+        return ParallelSizes(
+            pp=self.pipeline_parallel_size,
+            dp=self.data_parallel_size,
+            cp=self.context_parallel_size,
+            tp=self.tensor_parallel_size,
+        )
 
     @property
     def lanes_meet(self) -> bool:

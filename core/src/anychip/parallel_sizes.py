@@ -14,6 +14,7 @@ class ParallelSizes:
 
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     tp: int = 1
 
     def __str__(self) -> str:
@@ -30,19 +31,21 @@ class ParallelSizes:
         named = {
             "pipeline_parallel_size": self.pp,
             "data_parallel_size": self.dp,
+            "context_parallel_size": self.cp,
             "tensor_parallel_size": self.tp,
         }
         return {name: size for name, size in named.items() if size > 1} or {"tensor_parallel_size": self.tp}
 
     @property
     def num_ranks(self) -> int:
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
 
 def check_lanes(sizes: ParallelSizes, asked: Mapping[str, bool]) -> None:
     """Raises ConfigError for data-parallel lanes that no engine can have. `asked` says by setting whether something is
     asked for that lanes do not do."""
-    refused = [name for name, wanted in {"pipeline_parallel_size": sizes.pp > 1, **asked}.items() if wanted]
+    several = {"pipeline_parallel_size": sizes.pp > 1, "context_parallel_size": sizes.cp > 1}
+    refused = [name for name, wanted in {**several, **asked}.items() if wanted]
     if sizes.dp > 1 and refused:
         raise ConfigError(
             f"{' and '.join(refused)} with data_parallel_size {sizes.dp}: the lanes of one engine do not have that; "
@@ -66,6 +69,16 @@ def check_stages(sizes: ParallelSizes, layers: Sequence[int], asked: Mapping[str
         raise ConfigError(
             f"{' and '.join(refused)} with pipeline_parallel_size {sizes.pp}: hidden states and drafts stay within one "
             "stage; leave one of them out"
+        )
+
+
+def check_contexts(sizes: ParallelSizes, drafts: str | None) -> None:
+    """Raises ConfigError for contexts that no engine can have, whatever its model. `drafts`: what drafts in the workers
+    beside the model; None: nothing does."""
+    if sizes.cp > 1 and drafts is not None:
+        raise ConfigError(
+            f"speculate {drafts} with context_parallel_size {sizes.cp}: what drafts on the device keeps whole "
+            "contexts; leave one of them out, or draft with ngram or suffix"
         )
 
 

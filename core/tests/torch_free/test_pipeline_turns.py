@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.engine.engine_core import EngineCore
+from anychip.messages import DeviceRules
 from anychip.step_messages import LateInputs, StepDecision, StepResult
 
 
@@ -137,6 +138,45 @@ def test_chunks_of_a_prompt_follow_each_other_without_a_gap():
     core.add(add_message("long", [5] * 160, max_output=1))
     run(core)
     assert core.executor.now == 10 + 2  # ten chunks, and two stages behind the first
+
+
+def by_tokens(decision: StepDecision, stage: int) -> float:
+    """What a stage takes for a step whose products take their time by tokens, beside weights that are read."""
+    return max(64, sum(counts(decision)))
+
+
+@pytest.mark.parametrize(("num_stages", "most"), [(2, 0.65), (4, 0.45)])
+def test_prompts_that_come_together_keep_all_stages_busy(num_stages, most):
+    """In one step, which the budget allows, each stage would wait for the others: `most` is a share of that time. With
+    two stages half of it is what two processors can do."""
+    took = {}
+    for parts in (True, False):
+        core = engine(num_stages, unit=by_tokens, num_blocks=2048, budget=4096, max_num_seqs=128)
+        if not parts:
+            core.scheduler._turns.tokens = lambda running, waiting: 4096
+        for index in range(64):
+            core.add(add_message(str(index), [10 + index] * 64, max_output=1))
+        assert run(core) == {str(index): 1 for index in range(64)}
+        took[parts] = core.executor.now
+    assert took[False] == 4096 * num_stages
+    assert took[True] <= most * took[False]
+
+
+def test_few_prompts_are_one_step():
+    """Parts of a prompt that is short would be steps in which weights are read for little."""
+    core = engine(2, budget=4096)
+    core.add(add_message("short", [5] * 200, max_output=1))
+    run(core)
+    assert len(core.executor.steps) == 1
+
+
+def test_a_device_s_multiple_of_tokens_is_kept_in_parts():
+    core = engine(2, budget=4096, num_blocks=1024, rules=DeviceRules(chunk_multiple=96))
+    core.add(add_message("long", [5] * 2000, max_output=1))
+    sizes, launch = [], core.executor.launch
+    core.executor.launch = lambda decision: (sizes.append(sum(counts(decision))), launch(decision))
+    run(core)
+    assert sizes == [576, 576, 576, 272]
 
 
 def test_turns_stay_even_when_requests_end():

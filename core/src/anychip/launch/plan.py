@@ -11,7 +11,7 @@ from anychip.config import EngineConfig
 from anychip.hub import located
 from anychip.launch.build import check_length, fill_unset, load_tokenizer, resolve_max_model_len
 from anychip.launch.draft_model import check_speculation
-from anychip.launch.kv_fit import check_fits
+from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
@@ -32,6 +32,8 @@ class EnginePlan:
     model: ModelConfig
     stages: tuple[WorkerReady, ...]
     max_model_len: int
+    longest: int
+    """Tokens of the longest request whose keys the KV cache holds; sys.maxsize: it keeps nothing by token."""
     num_devices: int
     num_lanes: int
     quantization: str
@@ -67,6 +69,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         served=served,
         stages=stages,
         max_model_len=max_model_len,
+        longest=longest_that_fits(worker.kv, config.resolved_max_num_batched_tokens),
         num_devices=len(chosen.indexes),
         num_lanes=config.data_parallel_size,
         quantization=own or config.quantization or "none",

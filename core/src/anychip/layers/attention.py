@@ -98,7 +98,7 @@ class Attention:
         self.gated = gated
         self.heads = [spec.num_heads * (2 if gated else 1), spec.num_kv_heads, spec.num_kv_heads]
         self.head_dim = dim
-        self.backend = builder.platform.attention(spec)
+        self.backend = builder.attention(spec)
         self.layer = AttentionLayer(index=index, scale=scale, ops=builder.ops)
         if spec.sinks:
             self.layer.sinks = self._wanted(builder, f"{name}.sinks", num_heads, builder.split(num_heads, "sinks"))

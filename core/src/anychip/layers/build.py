@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anychip.errors import ConfigError
+from anychip.layers.context_parallel import attention_backend
 from anychip.layers.stage import WHOLE, Stage
 from anychip.plugin_api import (
     KV_HEADS,
     AdapterSite,
+    AttentionBackend,
     AttentionSpec,
     Mesh,
     Ops,
@@ -66,6 +68,10 @@ class Builder:
                     "here and need one scheme"
                 )
         return first
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        """What serves a layer's attention, over this rank's share of a sequence's keys."""
+        return attention_backend(self.platform, spec, self.mesh)
 
     def held(self, extents: Sequence[int], placed: Placed, what: str) -> tuple[Span, ...]:
         """What this rank holds of a tensor, by dimension."""

@@ -56,7 +56,7 @@ class TransformersModel:
         self._sources: dict[type, str] = {}
         self.bridge = AttentionBridge(
             self._attention_layers(specs, recorded),
-            [builder.platform.attention(spec) for spec in specs],
+            [builder.attention(spec) for spec in specs],
             builder.mesh.axis("tp").rank,
         )
         self._replace_experts(recorded, conversions)

@@ -112,6 +112,7 @@ def for_one_host(config: EngineConfig, num_ranks: int = 1) -> EngineConfig:
         pipeline_parallel_size=1,
         pipeline_layers=(),
         data_parallel_size=1,
+        context_parallel_size=1,
     )
 
 

@@ -53,7 +53,7 @@ class Scheduler:
         self.max_tokens = max_num_batched_tokens
         takes_drafts = rules.takes_drafts and kv.shares  # a state that took in a token cannot give it back
         self.drafting = Drafting(kv, speculator) if speculator is not None and takes_drafts else None
-        self._turns = PipelineTurns(num_stages) if num_stages > 1 else None
+        self._turns = PipelineTurns(num_stages, self.max_tokens, rules.chunk_multiple) if num_stages > 1 else None
         self._beams = Beams(kv)
         self.adapters = AdapterSlots(max_adapters)
         self.waiting = WaitingQueue(kv, policy, self._beams, self.adapters, max_embeddings)
@@ -160,7 +160,8 @@ class Scheduler:
         return self._step(draft) if draft.rows else None
 
     def _draft(self, rows: Rows) -> StepDraft:
-        draft = StepDraft(StepRoom(self.rules, self.max_tokens, self.max_rows, rows))
+        tokens = self._turns.tokens(self.running, self.waiting.num_tokens) if self._turns else self.max_tokens
+        draft = StepDraft(StepRoom(self.rules, tokens, self.max_rows, rows))
         self._grow_running(draft)
         if self.waiting and not draft.is_short:
             self.waiting.admit(draft, len(self._free_slots), self._enter)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from anychip.errors import ConfigError, Unsupported
+from anychip.layers.context_parallel import contexts_of
 from anychip.messages import CacheGroup, KVCacheConfig, KVGroup, StateGroup
 from anychip.plugin_api import (
     CacheBackend,
@@ -133,14 +134,16 @@ def _group_size(counts: dict[PagedSpec, int]) -> int:
 
 
 def _block_sizes(specs: Sequence[PagedSpec], backend_for: BackendFor, asked: int | None) -> dict[PagedSpec, int]:
+    """Tokens of a block of the pool, by spec; `asked` are those of a block on a device."""
     layouts = [_paged(backend_for, spec).kv_layout() for spec in specs]
-    first = layouts[0]
-    if asked is not None and asked not in first.block_sizes:
+    first, ranks = layouts[0], contexts_of(backend_for(specs[0]))
+    on_a_rank = [size // ranks for size in first.block_sizes]
+    if asked is not None and asked not in on_a_rank:
         raise ConfigError(
             f"block_size {asked} is not among those of the attention backend {backend_for(specs[0]).name}: "
-            f"{among(asked, first.block_sizes)}; set --block-size"
+            f"{among(asked, on_a_rank)}; set --block-size"
         )
-    for size in (asked,) if asked is not None else first.block_sizes:
+    for size in (asked * ranks,) if asked is not None else first.block_sizes:
         page = first.page_bytes(size)
         fitting = [next((s for s in layout.block_sizes if layout.page_bytes(s) == page), None) for layout in layouts]
         if all(fitting):

@@ -20,7 +20,6 @@ from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import OpTable, resolve_platform_ops
 from anychip.plugin_api import (
-    Communicator,
     Mesh,
     PeakMemory,
     Platform,
@@ -30,6 +29,7 @@ from anychip.plugin_api import (
 )
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
+from anychip.worker.absent_ranks import AbsentRanks
 from anychip.worker.adapters import slot_bytes
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.expert_ranks import check_spread
@@ -81,24 +81,6 @@ def _planned(spec: WorkerSpec, plugins: Plugins, platform: Platform) -> WorkerRe
         device=f"{platform.name}:{','.join(map(str, spec.device_indexes))}",
         notes=tuple(notes),
     )
-
-
-class AbsentRanks(Communicator):
-    """Stands for ranks that are not there: shapes are those of a whole group, values are not."""
-
-    name = "absent"
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
-
-    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        return torch.cat([x] * self.size, dim=dim)
-
-    def send(self, x: Tensor, to: int) -> None:
-        pass
-
-    def recv(self, x: Tensor, source: int) -> Tensor:
-        return x.zero_()
 
 
 def _weights(source: CheckpointSource, mesh: Mesh, limits: StepLimits | None = None) -> int:

@@ -12,6 +12,7 @@ import msgspec
 from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError, Unsupported
 from anychip.head_config import HeadConfig
+from anychip.layers.context_parallel import cache_backend
 from anychip.messages import DeviceRules
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
@@ -37,6 +38,8 @@ from anychip.plugin_api import (
 from anychip.plugin_api.version import check_shape_policy
 from anychip.tasks.detect import served_task
 from anychip.types import cdiv, itemsize
+from anychip.worker.absent_ranks import AbsentRanks
+from anychip.worker.contexts import check_contexts_of, context_note, gathered_elements
 from anychip.worker.expert_ranks import described_over_lanes, with_experts
 from anychip.worker.head_steps import HeadSteps, tap_every_token
 from anychip.worker.input_batch import InputBatch
@@ -166,10 +169,12 @@ class Preparation:
         """What the model's layers rule out of what was asked for, and what the rank's stage holds."""
         unused = self.kv.states and self.config.speculate is not None
         found = ("a state cannot give a token back: no drafts for this model",) if unused else ()
-        stage = self.source.stage
+        stage, shape = self.source.stage, self.mesh_shape
         token_bytes = self.model.hidden_size * itemsize(self.source.dtype)
         if self.config.lanes_meet:
-            found = (*found, described_over_lanes(self.mesh_shape, token_bytes))
+            found = (*found, described_over_lanes(shape, token_bytes))
+        if shape.cp > 1:
+            found = (*found, context_note(self.kv, shape))
         if stage.count == 1:
             return found
         return (*found, stage.described(self.model.num_layers, token_bytes))
@@ -188,7 +193,8 @@ class Preparation:
     def mesh(self, spec: WorkerSpec, communicator: Callable[[GroupSpec], Communicator]) -> Mesh:
         """The mesh as a worker's rank sees it, over the collectives that `communicator` opens."""
         draft = self.draft or self  # its layers send their sums the same ways
-        widest = max(self.model.hidden_size, self.model.vocab_size, draft.model.hidden_size)
+        gathered = gathered_elements(self.kv.specs) if self.mesh_shape.cp > 1 else 0
+        widest = max(self.model.hidden_size, self.model.vocab_size, draft.model.hidden_size, gathered)
         return Mesh(
             self.mesh_shape,
             spec.rank,
@@ -222,11 +228,17 @@ def prepare(
     shape = _mesh_shape(spec, platform)
     specs = source.attention_specs(shape)
     stages = source.take_stage(shape, spec.rank) if shape.pp > 1 else None
-    backend_for: Callable[[CacheSpec], CacheBackend] = cache(platform.cache_backend)
+    if shape.cp > 1:
+        check_contexts_of(specs, shape, source.architecture, platform)
+    absent = Mesh(shape, spec.rank, AbsentRanks)
+    backend_for: Callable[[CacheSpec], CacheBackend] = cache(lambda each: cache_backend(platform, each, absent))
     kv = plan_kv(specs, backend_for, config.block_size, stages=stages, own=source.stage.index)
     limits = _step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
     check_shape_policy(platform.context.manifest.package, policy.bucket)
+    # Graphs are of steps of one token a row, and of what lies between attention over a cache. Tokens that travel to
+    # their experts are counted by the host, which no capture takes. Plans over several contexts are made anew.
+    captured = not (kv.encoders or config.tokens_travel or shape.cp > 1)
     return Preparation(
         config=config,
         model=model,
@@ -236,10 +248,8 @@ def prepare(
         kv=kv,
         limits=limits,
         policy=policy,
-        # Graphs are of steps of one token a row, and of what lies between attention over a cache. Tokens that travel
-        # to their experts are counted by the host, which no capture takes.
-        keys=() if kv.encoders or config.tokens_travel else affordable_graphs(platform, policy, limits),
-        pieces=() if kv.encoders or config.tokens_travel else policy.pieces(),
+        keys=affordable_graphs(platform, policy, limits) if captured else (),
+        pieces=policy.pieces() if captured else (),
     )
 
 
@@ -251,11 +261,13 @@ def _mesh_shape(spec: WorkerSpec, platform: Platform) -> MeshShape:
         raise Unsupported(
             platform.name, [f"{spec.world_size} processes that each drive {devices.size} devices; one of both is 1"]
         )
-    if sizes.pp > 1 and platform.context.manifest.seam == "step":
-        raise Unsupported(platform.name, [f"axis pp of {sizes.pp} ranks: its step program runs whole models"])
-    shape = MeshShape(pp=sizes.pp, dp=sizes.dp, tp=spec.world_size // (sizes.pp * sizes.dp))
-    if devices.size > 1:
-        shape = devices
+    asked = [f"axis {axis} of {size} ranks" for axis, size in (("pp", sizes.pp), ("cp", sizes.cp)) if size > 1]
+    if asked and platform.context.manifest.seam == "step":
+        raise Unsupported(platform.name, [f"{axis}: its step program runs whole models" for axis in asked])
+    of_processes = MeshShape(
+        pp=sizes.pp, dp=sizes.dp, cp=sizes.cp, tp=spec.world_size // (sizes.pp * sizes.dp * sizes.cp)
+    )
+    shape = devices if devices.size > 1 else of_processes
     return with_experts(shape, spec.config, platform) if spec.config.expert_parallel else shape
 
 

@@ -40,6 +40,9 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
         "--data-parallel-size", type=int, default=unset, help="lanes, each with ranks and requests of its own"
     )
     device.add_argument(
+        "--context-parallel-size", type=int, default=unset, help="ranks that share the keys of every sequence"
+    )
+    device.add_argument(
         "--expert-parallel", action="store_true", default=unset, help="ranks hold whole experts, not slices of all"
     )
     device.add_argument(

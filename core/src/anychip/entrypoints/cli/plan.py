@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,6 +45,8 @@ def show(name: str, plan: EnginePlan) -> None:
         table = _memory_table(worker.memory, plan.total)
         if worker is plan.worker:
             table.add_row("context", str(plan.max_model_len), f"of the model's {plan.model.max_positions}")
+            if plan.longest != sys.maxsize:
+                table.add_row("  that fits", str(plan.longest), "of one request, in the KV cache")
             at_once = f"requests of {plan.max_model_len} tokens at once" + ", in each lane" * (plan.num_lanes > 1)
             table.add_row("concurrency", f"{worker.memory.max_concurrency:.1f}", at_once)
         console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -180,16 +181,18 @@ def attend_row_with_lse(
     return PartialAttention(_weighted(scores, v, sinks).to(q.dtype), lse)
 
 
-def merge_attention(first: PartialAttention, second: PartialAttention) -> PartialAttention:
-    """Attention over the keys of both parts, which share none: each counts by its sum of exponentials. A part that saw
-    nothing, -inf, changes nothing; where neither saw anything, the result is as a part's."""
-    most = torch.maximum(first.lse, second.lse)
+def merge_attention(*parts: PartialAttention) -> PartialAttention:
+    """Attention over the keys of all parts, which share none: each counts by its sum of exponentials. A part that saw
+    nothing, -inf, changes nothing; where none saw anything, the result is as a part's."""
+    most = reduce(torch.maximum, (part.lse for part in parts))
     most = most.masked_fill(most == -torch.inf, 0)
-    weights = (first.lse - most).exp(), (second.lse - most).exp()  # the greater is 1, unless both are 0
-    total = weights[0] + weights[1]
-    summed = sum(weight.unsqueeze(-1) * part.out.float() for weight, part in zip(weights, (first, second), strict=True))
+    weights = [(part.lse - most).exp() for part in parts]  # the greatest is 1, unless all are 0
+    total = reduce(torch.add, weights)
+    summed = reduce(
+        torch.add, (weight.unsqueeze(-1) * part.out.float() for weight, part in zip(weights, parts, strict=True))
+    )
     out = summed / total.clamp(min=1).unsqueeze(-1)
-    return PartialAttention(out.to(first.out.dtype), most + total.log())
+    return PartialAttention(out.to(parts[0].out.dtype), most + total.log())
 
 
 def _scores_and_values(
