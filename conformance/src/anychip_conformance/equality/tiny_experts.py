@@ -82,7 +82,7 @@ def deepseek_v32(common: Settings) -> PreTrainedModel:
 
 def glm_moe_dsa(common: Settings) -> PreTrainedModel:
     sharing = {"n_group": 1, "topk_group": 1, "indexer_types": ["full", "shared", "full", "shared"]}
-    settings = {**without(common, "head_dim"), **_LATENT, **_INDEX, **sharing, "tie_word_embeddings": False}
+    settings = {**sharing, **without(common, "head_dim"), **_LATENT, **_INDEX, "tie_word_embeddings": False}
     return GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**settings))
 
 
