@@ -206,7 +206,7 @@ def test_a_draft_model_of_another_tokenizer_is_refused_with_both_named(folder, t
         ("draft:no/such/folder", "is not a folder"),
         ("mtp", "LlamaForCausalLM"),
         ("mtp", "there are ngram, suffix, auto, draft:MODEL, eagle:HEAD and medusa:HEADS"),
-        ("trees", "no such proposer; there are auto, draft:MODEL, eagle:HEAD, medusa:HEADS"),
+        ("trees", "no such proposer; there are auto, draft:MODEL, eagle:HEAD, medusa:HEADS, mtp"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_what_does(speculate, words):
@@ -218,7 +218,7 @@ def test_heads_that_nobody_reads_are_named(folder, tmp_path):
     config = tmp_path / "config.json"
     config.write_bytes(msgspec.json.encode(msgspec.json.decode(config.read_bytes()) | {"num_nextn_predict_layers": 1}))
     said = refusal("mtp", model=str(tmp_path), skip_tokenizer=True)
-    assert "not implemented" in said and "num_nextn_predict_layers 1" in said
+    assert "not implemented for LlamaForCausalLM" in said and "num_nextn_predict_layers 1" in said
 
 
 def test_more_drafts_than_there_may_be_are_refused():

@@ -6,7 +6,6 @@ One page may differ from that loop: a block's last one, where texts that share t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from followed_drafts import MAX_DRAFTS, followed, texts
 from heads_kit import PlainHead, medusa_drafts, write_eagle1, write_eagle3, write_medusa
 from transformers import AutoModelForCausalLM
 
@@ -23,14 +23,11 @@ from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.head_config import load_head_config
 from anychip.launch.plan import plan_engine
 from anychip.model_config import load_model_config
-from anychip.scheduler.proposing import Proposing
-from anychip.speculation.speculator import Speculator
 from anychip.types import QUICKSTART
 from anychip_conformance.equality import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import Case, open_llm
 
-MAX_DRAFTS = 3
 LAYERS = (0, 1, 2)
 """Not the last: transformers shows its hidden states behind the final norm."""
 WRITERS: dict[str, Callable[..., Any]] = {
@@ -54,17 +51,6 @@ def checkpoint(folder: Path, family: str) -> Path:
     if not (folder / family).exists():
         make_checkpoint(family, folder / family)
     return folder / family
-
-
-def texts() -> list[list[int]]:
-    """Some share a beginning, and part within a block."""
-    rng = random.Random(1)
-
-    def some(count: int) -> list[int]:
-        return [rng.randrange(3, VOCAB_SIZE) for _ in range(count)]
-
-    shared = some(60)
-    return [some(1), some(2), shared[:21] + some(9), shared[:39] + some(4), shared[:39] + some(30), some(48)]
 
 
 class Reference:
@@ -114,36 +100,9 @@ WAYS = [
 
 @pytest.mark.parametrize(("kind", "case", "how_often"), WAYS, ids=str)
 def test_drafts_are_what_the_head_says_of_the_text_by_itself(kind, case, how_often, folder, monkeypatch):
-    """Of sampled texts, which leave the guesses often: in chunks, behind prefix hits, after preemption, beside others.
-    With `how_often` 0.3 the head is asked in a third of the steps, and follows the others later."""
-    rng, target = random.Random(0), checkpoint(folder, case.family)
+    target = checkpoint(folder, case.family)
     reference = Reference(target, folder / kind, kind)
-    depth, take, drafted = Speculator.depth, Proposing.take, list[tuple[list[int], list[int]]]()
-
-    def sometimes(self, requests, most, *, num_rows):
-        return depth(self, requests, most, num_rows=num_rows) if rng.random() < how_often else 0
-
-    def watched(self, step, result):
-        take(self, step, result)
-        ids = memoryview(result.proposed).cast("i").tolist()
-        for request, epoch, count in step.proposing:
-            mine, ids = ids[:count], ids[count:]
-            if request.epoch == epoch:
-                drafted.append((request.token_ids, mine))
-
-    monkeypatch.setattr(Speculator, "depth", sometimes)
-    monkeypatch.setattr(Proposing, "take", watched)
-    sampling = SamplingParams(temperature=0.4, seed=1, n=2, max_tokens=18, ignore_eos=True)
-    with open_llm(case, target, speculate=speculate(kind, folder / kind), max_drafts=MAX_DRAFTS) as llm:
-        scheduler = llm.engine.scheduler
-        scheduler.drafting.measured_costs_are_ignored()
-        for _ in range(2):
-            llm.generate(texts(), sampling)
-        llm.engine.drain()
-        assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
-        assert scheduler.stats.prefix_hits > 0 or not case.prefix_caching or case.device == "fake-hostlen"
-        assert (scheduler.num_preemptions > 0) >= case.preemption
-    assert len(drafted) > 30
+    drafted = followed(monkeypatch, case, target, speculate(kind, folder / kind), how_often)
     assert [ids for _, ids in drafted] == [reference.drafts(text, len(ids)) for text, ids in drafted]
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from heads_kit import write_eagle1, write_eagle3
 from hostile_proposers import FAVOURITES, Favourites, found_by_name  # noqa: F401 - a fixture
+from mtp_kit import write_mtp
 from transformers import PreTrainedModel
 
 from anychip import LLM, SamplingParams
@@ -17,12 +19,14 @@ PROMPT = [3, 14, 15, 9, 26]
 NUM_DRAWS = 20_000
 SEQUENCES = 125
 """Of one request. Each draws by its index, beside the request's seed and the position."""
+LEAST_BY_CHANCE = NUM_DRAWS // 100
+"""Guesses of a head that knows nothing, of which so many must be drawn at least."""
 LEAST_EXPECTED = 5.0
 """Draws that a cell of the test must have by right; what has fewer is counted in one cell."""
 LEAST_P = 1e-4
 
 
-def draws(checkpoint: Path, **settings: object) -> list[tuple[int, ...]]:
+def draws(checkpoint: Path, least_accepted: int = NUM_DRAWS // 20, **settings: object) -> list[tuple[int, ...]]:
     """The first three tokens of every sequence. The first comes from the prompt; the others may be drafted."""
     sampling = [
         SamplingParams(temperature=1.0, seed=seed, n=SEQUENCES, max_tokens=4, ignore_eos=True)
@@ -43,7 +47,7 @@ def draws(checkpoint: Path, **settings: object) -> list[tuple[int, ...]]:
             drafting.measured_costs_are_ignored()
         outputs = llm.generate([PROMPT] * len(sampling), sampling)
         if drafting is not None:
-            assert drafting.stats.accepted > NUM_DRAWS / 20, drafting.stats
+            assert drafting.stats.accepted > least_accepted, drafting.stats
     return [tuple(one.token_ids[:3]) for output in outputs for one in output.outputs]
 
 
@@ -85,6 +89,30 @@ def test_draws_follow_the_models_distribution_with_drafts_and_without(tmp_path, 
     without = draws(tmp_path)
     assert len(without) == NUM_DRAWS
     assert draws(tmp_path, speculate=FAVOURITES, max_drafts=2) == without
+    check(without, exact)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("write", [write_eagle1, write_eagle3], ids=["eagle1", "eagle3"])
+def test_draws_follow_the_distribution_behind_a_heads_drafts(write, tmp_path):
+    """Of random weights: few of its guesses are drawn, and a random one of fifty would be a fiftieth."""
+    exact = distributions(make_checkpoint("llama", tmp_path / "model", vocab_size=VOCAB_SIZE))
+    write(tmp_path / "head", vocab_size=VOCAB_SIZE)
+    speculate = f"eagle:{tmp_path / 'head'}"
+    drawn = draws(tmp_path / "model", LEAST_BY_CHANCE, speculate=speculate, max_drafts=2)
+    assert drawn == draws(tmp_path / "model")
+    check(drawn, exact)
+
+
+@pytest.mark.full
+def test_draws_follow_the_distribution_behind_the_drafts_of_the_models_own_head(tmp_path):
+    plain = write_mtp("glm4-moe", tmp_path, vocab_size=VOCAB_SIZE)
+    drawn = draws(tmp_path, LEAST_BY_CHANCE, speculate="mtp", max_drafts=2)
+    assert drawn == draws(tmp_path)
+    check(drawn, distributions(plain.target))
+
+
+def check(without: list[tuple[int, ...]], exact: list[torch.Tensor]) -> None:
     for place, distribution in enumerate(exact, start=1):
         p = p_value([tokens[place] for tokens in without], distribution)
         assert p > LEAST_P, f"token {place}: p is {p}"

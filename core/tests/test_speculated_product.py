@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from heads_kit import write_eagle1, write_eagle3, write_medusa
 from hostile_proposers import HOSTILE, LATE_S, MISBEHAVING, found_by_name  # noqa: F401 - a fixture
+from mtp_kit import write_mtp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from anychip import SamplingParams
@@ -27,6 +28,7 @@ from anychip.scheduler.step import StepDraft
 from anychip.speculation import guard
 from anychip_conformance.drafts import Answers
 from anychip_conformance.engines import Checkpoint, bound_in
+from anychip_conformance.equality import NUM_LAYERS
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import (
     Case,
@@ -45,6 +47,9 @@ DRAFT_MODELS = ("itself", "another")
 """The target's own checkpoint, and one of another family with the same tokenizer: nearly always right, and wrong."""
 HEADS = {"eagle3": write_eagle3, "eagle1": write_eagle1, "medusa": lambda folder: write_medusa(folder, num_heads=8)}
 """Of random weights: nearly always wrong."""
+OWN_HEAD = "mtp"
+WITH_OWN_HEADS = ("glm4-moe", "deepseek-v3")
+"""Families whose checkpoints have a head."""
 TWO_PROGRAMS = ("cpu", "cpu-tp2", "fake-hostlen")
 """Devices of the torch seam, which run a draft model or a head."""
 PROPOSERS = ("ngram", "suffix", "auto", *HOSTILE, *DRAFT_MODELS, *HEADS)
@@ -99,9 +104,10 @@ class DraftedCase:
 
 
 def drafted_product() -> list[DraftedCase]:
-    cases = [case for case in full_product() if case.family in FAMILIES]
-    drafted = [DraftedCase(case, proposer) for case in cases for proposer in PROPOSERS]
-    on_the_device = (*DRAFT_MODELS, *HEADS)
+    cases = full_product()
+    drafted = [DraftedCase(case, proposer) for case in cases if case.family in FAMILIES for proposer in PROPOSERS]
+    drafted += [DraftedCase(case, OWN_HEAD) for case in cases if case.family in WITH_OWN_HEADS]
+    on_the_device = (*DRAFT_MODELS, *HEADS, OWN_HEAD)
     return [each for each in drafted if each.proposer not in on_the_device or each.case.device in TWO_PROGRAMS]
 
 
@@ -151,7 +157,7 @@ class Workplace:
     def checkpoint(self, family: str) -> Path:
         folder = self._folder / family
         if not folder.exists():
-            make_checkpoint(family, folder)
+            (write_mtp if family in WITH_OWN_HEADS else make_checkpoint)(family, folder)
             write_byte_tokenizer(folder)
         return folder
 
@@ -220,9 +226,10 @@ def test_every_request_gets_the_tokens_that_it_gets_without_drafts(drafted, work
     check(drafted, workplace)
 
 
-@pytest.mark.parametrize("proposer", ["right", "raising", "another", "eagle3"])
+@pytest.mark.parametrize("proposer", ["right", "raising", "another", "eagle3", OWN_HEAD])
 def test_requests_of_every_kind_get_the_tokens_that_they_get_without_drafts(proposer, workplace):
-    case = Case("llama", budget=64, prefix_caching=True, preemption=True, overlap=True, device="cpu")
+    family = WITH_OWN_HEADS[0] if proposer == OWN_HEAD else "llama"
+    case = Case(family, budget=64, prefix_caching=True, preemption=True, overlap=True, device="cpu")
     check(DraftedCase(case, proposer), workplace)
 
 
@@ -242,14 +249,30 @@ def test_a_compiled_platform_compiles_nothing_for_drafts_of_any_length(workplace
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("proposer", ["lengths", "random"])
+@pytest.mark.parametrize("proposer", ["lengths", "random", "eagle1", "eagle3"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_tokens_in_bfloat16_differ_at_near_ties_alone(family, proposer):
-    """Greedy, up to the first difference, where the two tokens must be closer than two evaluations may lie apart.
-    Families with experts are left out: in a narrow dtype a router may honestly pick others."""
-    model, case = Checkpoint(family, head_dim=16), one_of_everything(family, "cpu")
-    found = []
-    for settings in ({}, {"speculate": proposer, "max_drafts": MAX_DRAFTS}):
+def test_tokens_in_bfloat16_differ_at_near_ties_alone(family, proposer, tmp_path):
+    """Families with experts are left out: in a narrow dtype a router may honestly pick others."""
+    speculate = proposer
+    if proposer in HEADS:
+        HEADS[proposer](tmp_path)
+        speculate = f"eagle:{tmp_path}"
+    check_near_ties(Checkpoint(family, head_dim=16), family, speculate)
+
+
+@pytest.mark.full
+def test_tokens_in_bfloat16_beside_the_models_own_head_differ_at_near_ties_alone():
+    """Its layer has experts, and the model's have none."""
+    family = WITH_OWN_HEADS[0]
+    model = Checkpoint(family, head_dim=16)
+    model.model = write_mtp(family, model.path, head_dim=16, first_k_dense_replace=NUM_LAYERS).target
+    check_near_ties(model, family, OWN_HEAD)
+
+
+def check_near_ties(model: Checkpoint, family: str, speculate: str) -> None:
+    """Greedy, up to the first difference, where the two tokens must be closer than two evaluations may lie apart."""
+    case, found = one_of_everything(family, "cpu"), []
+    for settings in ({}, {"speculate": speculate, "max_drafts": MAX_DRAFTS}):
         with open_llm(case, model.path, dtype="bfloat16", **settings) as llm:
             if (drafting := llm.engine.scheduler.drafting) is not None:
                 drafting.measured_costs_are_ignored()

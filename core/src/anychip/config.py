@@ -22,7 +22,7 @@ _HOST_ROWS, _HOST_TOKENS = 128, 2048
 _MOST_DRAFTS = 64
 """Behind one sequence in one step: longer runs are hardly ever drawn, and each row's logits are set aside for them."""
 
-_DRAFT, _HEAD, _MEDUSA = "draft:", "eagle:", "medusa:"
+_DRAFT, _HEAD, _MEDUSA, _MTP = "draft:", "eagle:", "medusa:", "mtp"
 
 _MOST_ADAPTERS = 16
 """Slots for adapters where nobody says how many."""
@@ -82,7 +82,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cluster_key: str | None = None
     """A file with the secret that all hosts have."""
     speculate: str | None = None
-    """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS or a plugin's; None: nothing."""
+    """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS, mtp, a plugin's; None: none."""
     max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
     task: Literal["auto", "generate", "embed", "classify", "score", "reward"] = "auto"
@@ -243,9 +243,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return _named(self.speculate, _MEDUSA)
 
     @property
+    def own_head(self) -> bool:
+        """Whether the head drafts that the checkpoint has for itself."""
+        return self.speculate == _MTP
+
+    @property
     def drafts_in_workers(self) -> bool:
         """Whether what drafts runs on the device."""
-        return any(each is not None for each in (self.draft_model, self.draft_head, self.medusa_heads))
+        return self.own_head or any(each is not None for each in (self.draft_model, self.draft_head, self.medusa_heads))
 
     @property
     def max_in_flight(self) -> int:

@@ -25,13 +25,16 @@ _UNKNOWN = ("norm_before_residual", "norm_before_fc", "norm_output")
 
 
 class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
-    kind: Literal["EAGLE-1", "EAGLE-3"]
+    kind: Literal["EAGLE-1", "EAGLE-3", "MTP"]
     model: ModelConfig
-    """Of the head's own layers."""
+    """Of the head's own layers; of a head within the target's checkpoint, the target's with the head's layers behind
+    its own."""
     taps: tuple[int, ...]
     """The target's layers behind which the head reads hidden states, as StepLimits names them."""
     num_draft_tokens: int
     """Rows of the head's own output: tokens that it can draft."""
+    layer: int = 0
+    """Of a head within the target's checkpoint: which of the layers it is."""
 
 
 def load_head_config(source: str, target: ModelConfig) -> HeadConfig:

@@ -82,14 +82,14 @@ def deepseek_v32(common: Settings) -> PreTrainedModel:
 
 def glm_moe_dsa(common: Settings) -> PreTrainedModel:
     sharing = {"n_group": 1, "topk_group": 1, "indexer_types": ["full", "shared", "full", "shared"]}
-    settings = {**without(common, "head_dim"), **_LATENT, **_INDEX, **sharing, "tie_word_embeddings": False}
+    settings = {**sharing, **without(common, "head_dim"), **_LATENT, **_INDEX, "tie_word_embeddings": False}
     return GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**settings))
 
 
 def glm4_moe(common: Settings) -> PreTrainedModel:
     experts = {name: value for name, value in _LATENT.items() if name in _GLM_HAS}
     settings = {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
-    return Glm4MoeForCausalLM(Glm4MoeConfig(**common, **experts, **settings, tie_word_embeddings=False))
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**{**experts, **common}, **settings, tie_word_embeddings=False))
 
 
 _GLM_HAS = (

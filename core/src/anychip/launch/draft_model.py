@@ -9,27 +9,25 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.head_config import load_head_config, load_medusa_config
 from anychip.model_config import ModelConfig, load_model_config
+from anychip.mtp_config import load_mtp_config
 from anychip.tokenizer.tokenizer import Tokenizer
 
-_THERE_ARE = "there are ngram, suffix, auto, draft:MODEL, eagle:HEAD and medusa:HEADS"
+_OTHERS = "there are ngram, suffix, auto, draft:MODEL, eagle:HEAD and medusa:HEADS"
 
 _HEADS_OF = {"eagle": "eagle:HEAD", "medusa": "medusa:HEADS"}
-
-_HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-"""Keys of config.json with the number of layers that predict tokens beyond the next one."""
 
 
 def check_speculation(config: EngineConfig, model: ModelConfig, own_tokenizer: Callable[[], Tokenizer]) -> None:
     """`own_tokenizer` loads the target's. Raises ConfigError, which names both sides of what does not fit, and
     CheckpointError for a draft model or a head whose files cannot be read."""
     kind, _, source = (config.speculate or "").partition(":")
-    if kind == "mtp":
-        raise _no_such_heads(model)
+    if config.taps and (config.own_head or kind in _HEADS_OF):
+        raise ConfigError(f"a head reads taps of its own; give taps {config.taps} or --speculate {kind}, not both")
+    if config.own_head:
+        load_mtp_config(model, _OTHERS)
     if kind in _HEADS_OF:
         if not source:
             raise ConfigError(f"--speculate {kind} names no head; give {_HEADS_OF[kind]}: a folder or a repository")
-        if config.taps:
-            raise ConfigError(f"a head reads taps of its own; give taps {config.taps} or --speculate {kind}, not both")
         _check_head(kind, source, config, model)
     if kind == "draft":
         if not source:
@@ -70,17 +68,3 @@ def _difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
     mine, other = ({id: text for text, id in vocabulary.items()} for vocabulary in (ours, theirs))
     at = min(id for id in {*mine, *other} if mine.get(id) != other.get(id))
     return f"token {at} is {mine.get(at, 'none')!r} in the target's and {other.get(at, 'none')!r} in the draft model's"
-
-
-def _no_such_heads(model: ModelConfig) -> ConfigError:
-    found = {key: model.get(key) for key in _HEADS if model.get(key)}
-    has = ", ".join(f"{key} {value}" for key, value in found.items())
-    if not has:
-        return ConfigError(
-            f"--speculate mtp needs a model with heads that predict several tokens; {model.architecture} of "
-            f"{model.folder} has {model.num_layers} layers and none of them ({', '.join(_HEADS)}); {_THERE_ARE}"
-        )
-    return ConfigError(
-        f"--speculate mtp is not implemented: {model.folder} has such heads ({has}), and nothing here reads them; "
-        f"{_THERE_ARE}"
-    )

@@ -26,29 +26,37 @@ from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.models.config_kinds import known_activation
 from anychip.models.decoder import full_attention
-from anychip.models.head_parts import TargetParts, drafted_ids
+from anychip.models.head_parts import (
+    OWN_TAP,
+    FollowingHead,
+    HeadFamily,
+    TargetParts,
+    drafted_ids,
+    extras_of,
+    features_of,
+)
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionSpec,
     ForwardContext,
-    ForwardExtras,
     MeshShape,
     Rope,
     StepModel,
 )
 from anychip.types import DType
 
-OWN_TAP = 0
-"""The layer of the head's own tap: the feature of a position, for the guess behind it."""
 
-
-class EagleHead:
-    """What both kinds share. A StepModel whose steps have embedding rows, one for each token: the token's feature."""
+class EagleHead(FollowingHead):
+    """What both kinds share."""
 
     def __init__(self, config: HeadConfig, builder: Builder, borrowed: TargetParts | None, own: frozenset[str]) -> None:
         model = config.model
-        self.vocab_size, self.hidden_size, self.num_layers = model.vocab_size, model.hidden_size, model.num_layers
-        self.borrowed = borrowed
+        super().__init__(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            num_layers=model.num_layers,
+            borrowed=borrowed,
+        )
         builder.weights.rename = _wanted_name
         builder.weights.ignored += ("rotary_emb.inv_freq", "t2d")
         self.embedding: VocabParallelEmbedding | None = None
@@ -62,19 +70,8 @@ class EagleHead:
     def attention(self) -> list[AttentionBackend]:
         return [layer.attention.backend for layer in self.layers]
 
-    def join(self, taps: Sequence[Tensor]) -> Tensor:
-        """The target's hidden states by tap, [num_tokens, hidden_size] each, to features of the same shape."""
-        return taps[0]
-
     def embed(self, ids: Tensor) -> Tensor:
-        if self.embedding is not None:
-            return self.embedding(ids)
-        assert self.borrowed is not None, "the head was built without its target, to be measured alone"
-        return self.borrowed.embed(ids)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        assert self.borrowed is not None, "the head was built without its target, to be measured alone"
-        return self.borrowed.logits(hidden)
+        return super().embed(ids) if self.embedding is None else self.embedding(ids)
 
 
 class Eagle1(EagleHead):
@@ -100,8 +97,8 @@ class Eagle1(EagleHead):
         ]
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        extras, embedded = _extras(context), self.embed(input_ids)
-        hidden = self.fc(torch.cat((embedded, _features(extras, embedded)), dim=-1))
+        extras, embedded = extras_of(context), self.embed(input_ids)
+        hidden = self.fc(torch.cat((embedded, features_of(extras, embedded)), dim=-1))
         residual: Tensor | None = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, context)
@@ -141,8 +138,8 @@ class Eagle3(EagleHead):
         return self.fc(torch.cat(tuple(taps), dim=-1))
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        extras, embedded = _extras(context), self.embed(input_ids)
-        features, layer = _features(extras, embedded), self.layers[0]
+        extras, embedded = extras_of(context), self.embed(input_ids)
+        features, layer = features_of(extras, embedded), self.layers[0]
         assert layer.input_norm is not None, "the layer of an EAGLE-3 head has a norm for embeddings"
         read = torch.cat((layer.input_norm(embedded), self.feature_norm(features)), dim=-1)
         hidden, residual = layer.behind_norm(read, features, context)
@@ -214,14 +211,12 @@ class HeadLayer:
         return self.mlp(hidden, None), residual
 
 
-class HeadFamily:
-    """models.registry.ModelFamily of one head. `names` are its checkpoint's tensors; empty where weights are made up.
-    `target` is there once the target is built: a head that is only measured needs none."""
+class EagleFamily(HeadFamily):
+    """Of one head. `names` are its checkpoint's tensors; empty where weights are made up."""
 
     def __init__(self, config: HeadConfig, names: frozenset[str]) -> None:
         self.config = config
         self.own = frozenset(map(_wanted_name, names))
-        self.target: TargetParts | None = None
         if names and "fc.weight" not in self.own:
             raise ConfigError(
                 f"--speculate eagle: {config.model.folder} is no {config.kind} head: it has no tensor fc.weight"
@@ -241,18 +236,6 @@ class HeadFamily:
 
 def _rope(config: ModelConfig, builder: Builder) -> Rope:
     return make_rope(config, rope_parameters(config), builder.platform.default_device)
-
-
-def _extras(context: ForwardContext) -> ForwardExtras:
-    assert context.extras is not None, "a head's steps have a feature for each token"
-    return context.extras
-
-
-def _features(extras: ForwardExtras, like: Tensor) -> Tensor:
-    """[num_tokens, hidden_size], in the dtype of `like`. Padded tokens have the buffer's first row."""
-    rows, buffer = extras.embedding_rows, extras.embeddings
-    assert rows is not None and buffer is not None, "a head's steps have a feature for each token"
-    return buffer[rows.clamp(min=0)].to(like.dtype)
 
 
 def _wanted_name(name: str) -> str:

@@ -16,7 +16,7 @@ from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead
 from anychip.layers.linear import ReplicatedLinear
 from anychip.model_config import ModelConfig
-from anychip.models.head_parts import TargetParts, drafted_ids
+from anychip.models.head_parts import HeadFamily, TargetParts, drafted_ids
 from anychip.plugin_api import CacheSpec, MeshShape
 from anychip.types import DType
 
@@ -77,13 +77,12 @@ class MedusaHeads:
         return self.borrowed.logits(x)
 
 
-class MedusaFamily:
-    """models.registry.ModelFamily of Medusa heads, which keep no cache. `target` as HeadFamily has it."""
+class MedusaFamily(HeadFamily):
+    """Of Medusa heads, which keep no cache."""
 
     def __init__(self, config: MedusaConfig, names: frozenset[str]) -> None:
         self.config = config
         self.own = names
-        self.target: TargetParts | None = None
 
     def attention_specs(
         self, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType

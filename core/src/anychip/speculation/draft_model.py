@@ -43,8 +43,8 @@ class ReturnedDrafts:
 
 
 class DraftModel:
-    """Proposer "draft:MODEL", "eagle:HEAD" and "medusa:HEADS". Each sees one sequence at a time, so nothing of one
-    owner shows in another's, but for the page of a head that docs/decisions/0051 names."""
+    """Proposer "draft:MODEL", "eagle:HEAD", "medusa:HEADS" and "mtp". Each sees one sequence at a time, so nothing of
+    one owner shows in another's, but for the page of a head that docs/decisions/0051 names."""
 
     def begin(self, owner: str) -> Drafter:
         return ReturnedDrafts()

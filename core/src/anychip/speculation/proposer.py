@@ -29,6 +29,7 @@ PROPOSERS = {
     "draft:MODEL": "anychip.speculation.draft_model:DraftModel",
     "eagle:HEAD": "anychip.speculation.draft_model:DraftModel",
     "medusa:HEADS": "anychip.speculation.draft_model:DraftModel",
+    "mtp": "anychip.speculation.draft_model:DraftModel",
 }
 
 

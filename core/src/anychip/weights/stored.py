@@ -11,11 +11,15 @@ _LAYERS = "model.layers."
 
 
 class StoredTensors:
-    """`checkpoint` None: weights are made up."""
+    """`checkpoint` None: weights are made up. `head_drafts`: a head is built beside the model, of the layers behind
+    those that config.json describes."""
 
-    def __init__(self, checkpoint: Checkpoint | GGUFCheckpoint | None, register: WeightRegister) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | GGUFCheckpoint | None, register: WeightRegister, *, head_drafts: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
         self._register = register
+        self._head_drafts = head_drafts
 
     def tie(self, head: str, embedding: str) -> bool:
         """Whether module `head` is to hold the weight of module `embedding`, where config.json ties them: False for a
@@ -34,8 +38,8 @@ class StoredTensors:
         return self._checkpoint.same(given[weight], given[other])
 
     def leave_out_layers(self, first: int) -> None:
-        """Tensors of layers `first` and on are nobody's: published checkpoints have layers that predict further tokens
-        (MTP) behind those that config.json describes. A note says which."""
+        """Tensors of layers `first` and on are not the model's: published checkpoints have layers that predict further
+        tokens (MTP) behind those that config.json describes. A note says which."""
         indexes = {
             int(index)
             for name in map(self._register.place, self.names)
@@ -43,11 +47,12 @@ class StoredTensors:
         }
         further = sorted(index for index in indexes if index >= first)
         if further:
-            named = f"{'layer' if len(further) == 1 else 'layers'} {', '.join(map(str, further))}"
             self._register.elsewhere += tuple(f"{_LAYERS}{index}." for index in further)
+        if further and not self._head_drafts:
+            named = f"{'layer' if len(further) == 1 else 'layers'} {', '.join(map(str, further))}"
             self._register.notes += (
                 f"the checkpoint has tensors of {named}, counted from 0, and config.json describes {first} layers: "
-                "they are left out (such layers predict further tokens)",
+                "they are left out (such layers predict further tokens; --speculate mtp drafts with the first)",
             )
 
     @property

@@ -17,9 +17,12 @@ from anychip.config import EngineConfig, WorkerSpec
 from anychip.errors import ConfigError, Unsupported
 from anychip.head_config import HeadConfig, load_head_config, load_medusa_config
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.models.eagle import OWN_TAP, HeadFamily
+from anychip.models.eagle import EagleFamily
+from anychip.models.head_parts import OWN_TAP, HeadFamily
 from anychip.models.medusa import MedusaFamily
-from anychip.models.registry import ModelFamily
+from anychip.models.mtp import MtpFamily
+from anychip.models.registry import ModelFamily, find_family
+from anychip.mtp_config import load_mtp_config
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
     FINAL,
@@ -34,7 +37,7 @@ from anychip.plugin_api import (
     StateSpec,
 )
 from anychip.plugin_api.refusals import among
-from anychip.weights.checkpoint import Checkpoint
+from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.worker.head_steps import HEAD_FEATURES, HeadShapes, num_feature_rows
 from anychip.worker.kv_plan import BackendFor
 from anychip.worker.model_source import CheckpointSource
@@ -61,7 +64,7 @@ def prepare_all(
             platform.name,
             [f"{what}: its step program runs one model; --speculate ngram, suffix and auto need no second one"],
         )
-    head = None if config.draft_head is None else load_head_config(config.draft_head, model)
+    head = _head(config, model)
     if config.draft_model is None:
         taps = (FINAL,) if head is None else head.taps
         spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(config, taps=taps))
@@ -101,6 +104,13 @@ def prepare_all(
     return replace(target, draft=draft)
 
 
+def _head(config: EngineConfig, target: ModelConfig) -> HeadConfig | None:
+    """The head that follows the target's steps, where one does."""
+    if config.own_head:
+        return load_mtp_config(target)
+    return None if config.draft_head is None else load_head_config(config.draft_head, target)
+
+
 def _source(
     target: Preparation,
     head: HeadConfig | None,
@@ -109,10 +119,15 @@ def _source(
     quant_formats: Mapping[str, str] | None,
 ) -> CheckpointSource:
     """Of the draft model, in its own dtype, or of the heads, in the target's: they read its hidden states."""
-    family: HeadFamily | MedusaFamily | None = None
-    if head is not None:
+    family: HeadFamily | None = None
+    if head is not None and head.kind == "MTP":
         model = head.model
-        family = HeadFamily(head, _names(target.config, model.folder))
+        family = MtpFamily(
+            head, find_family(target.model, target.config, contributed), _names(target.config, model.folder)
+        )
+    elif head is not None:
+        model = head.model
+        family = EagleFamily(head, _names(target.config, model.folder))
     elif target.config.medusa_heads is not None:
         medusa = load_medusa_config(target.config.medusa_heads, target.model)
         model = msgspec.structs.replace(target.model, folder=medusa.folder, raw={})
@@ -123,7 +138,7 @@ def _source(
         target.config,
         model=model.folder,
         model_impl="native",
-        quantization=None,
+        quantization=target.config.quantization if target.config.own_head else None,
         revision=None,
         speculate=None,
         taps=(),
@@ -149,7 +164,7 @@ def _source(
 
 def _names(config: EngineConfig, folder: str) -> frozenset[str]:
     """Of a checkpoint's tensors; none where weights are made up."""
-    return frozenset() if config.load_format == "dummy" else Checkpoint(Path(folder)).names
+    return frozenset() if config.load_format == "dummy" else open_checkpoint(Path(folder)).names
 
 
 def plan_under(specs: Sequence[CacheSpec], backend_for: BackendFor, target: KVPlan) -> tuple[KVPlan, int]:

@@ -183,6 +183,7 @@ class CheckpointSource:
     def _key(self, mesh: Mesh, files: Sequence[Path]) -> WeightsKey:
         form = (
             str(self.checkpoint.folder.resolve()),
+            self.model.num_layers,  # a head within the same files counts itself
             self.dtype,
             self.kv_dtype,
             self.config.quantization,
@@ -212,7 +213,7 @@ class CheckpointSource:
             dtype=self.dtype,
             weights=register,
             formats=CheckedFormat(inner, self.platform),
-            stored=StoredTensors(None if made_up else self.checkpoint, register),
+            stored=StoredTensors(None if made_up else self.checkpoint, register, head_drafts=self.config.own_head),
             stage=self.stage,
             draws=self.config.task in ("auto", "generate"),
             kv_scales=self.kv_dtype != self.dtype,

@@ -14,9 +14,8 @@ from anychip.errors import InvalidOverride, Unsupported
 from anychip.layers.stage import WHOLE
 from anychip.messages import DropAdapter, KVCacheConfig, LoadAdapter, MemoryPlan, WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
-from anychip.models.eagle import EagleHead, HeadFamily
-from anychip.models.head_parts import TargetParts
-from anychip.models.medusa import MedusaFamily, MedusaHeads
+from anychip.models.head_parts import FollowingHead, HeadFamily, TargetParts
+from anychip.models.medusa import MedusaHeads
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import (
     Capabilities,
@@ -228,7 +227,7 @@ class Worker:
             "limits": prepared.limits,
             "depth": prepared.config.max_in_flight,
         }
-        if isinstance(program.model, EagleHead) and program.embeddings is not None:
+        if isinstance(program.model, FollowingHead) and program.embeddings is not None:
             head = HeadRunner(runner, program.model.join, program.embeddings, **shared)
             self.drafter, self.runner.read_taps = head, head.read
             return
@@ -300,7 +299,7 @@ class WorkerResult:
 
 def _lend(target: StepModel, heads: CheckpointSource) -> None:
     """Heads are built after the model whose parts they borrow. A draft model borrows none."""
-    if isinstance(heads.family, HeadFamily | MedusaFamily):
+    if isinstance(heads.family, HeadFamily):
         heads.family.target = TargetParts.of(target)
 
 

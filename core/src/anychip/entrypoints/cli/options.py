@@ -103,7 +103,7 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     schedule.add_argument(
         "--speculate",
         default=unset,
-        help="what drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS, or a plugin's",
+        help="what drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS, mtp, or a plugin's",
     )
     schedule.add_argument("--max-drafts", type=int, default=unset, help="tokens drafted behind a sequence in one step")
     model.add_argument("--task", choices=["auto", *TASKS], default=unset, help="what is served, where the files err")
