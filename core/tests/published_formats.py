@@ -224,13 +224,8 @@ def _hqq(bits: int) -> dict[str, object]:
 
 
 def _autoround(packing: str, *, symmetric: bool) -> dict[str, object]:
-    settings = {"bits": 4, "group_size": GROUP, "sym": symmetric, "data_type": "int"}
-    return {
-        "quant_method": "auto-round",
-        "packing_format": packing,
-        **settings,
-        "extra_config": {"lm_head": {"bits": 16}},
-    }
+    settings = {"bits": 4, "group_size": GROUP, "sym": symmetric, "extra_config": {"lm_head": {"bits": 16}}}
+    return {"quant_method": "auto-round", "packing_format": packing, **settings}
 
 
 _MX = {"group_size": GROUP, "scale_format": "e8m0"}
