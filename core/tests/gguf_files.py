@@ -56,11 +56,16 @@ _NAMES = {
     "self_attn.k_norm": "attn_k_norm", "self_attn.qkv_proj": "attn_qkv", "self_attn.sinks": "attn_sinks",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up",
     "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp", "mlp.router": "ffn_gate_inp",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b",
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ARCHITECTURES = {
-    "qwen3-moe": "qwen3moe", "mixtral": "llama", "mistral": "llama",
+    "deepseek-v2": "deepseek2", "deepseek-v3": "deepseek2", "qwen3-moe": "qwen3moe", "mixtral": "llama",
+    "mistral": "llama",
 }  # fmt: skip
 
 
@@ -90,13 +95,25 @@ def _converted(family: str, architecture: str, config: Any, name: str, tensor: T
         return
     _, _, layer, part = module.split(".", 3)
     block = f"blk.{layer}"
-    if ".experts" in part or part.startswith("experts"):
+    if (
+        ".experts." in part
+        or part.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+        or part.startswith("experts")
+    ):
         yield from _experts(architecture, block, part, tensor)
         return
     if architecture in ("llama", "granite") and part in ("self_attn.q_proj", "self_attn.k_proj"):
         heads = config.num_attention_heads if "q_proj" in part else config.num_key_value_heads
         halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
         tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+    if part == "self_attn.kv_b_proj":
+        by_head = tensor.view(config.num_attention_heads, -1, tensor.shape[1])
+        keys, values = by_head.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        yield f"{block}.attn_k_b.weight", keys.transpose(1, 2)
+        yield f"{block}.attn_v_b.weight", values
+        return
+    if part == "mlp.gate.e_score_correction_bias":
+        end = "bias"
     if part == "post_attention_layernorm":
         theirs = "post_attention_norm" if architecture in ("gemma2", "gemma3", "gpt-oss") else "ffn_norm"
     else:
@@ -126,6 +143,8 @@ def _stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _settings(architecture: str, config: Any) -> dict[str, Any]:
+    if architecture == "deepseek2":
+        return {f"{architecture}.{key}": value for key, value in _of_latents(config).items()}
     rope = dict(config.rope_parameters or {})
     full = rope.get("full_attention", rope)
     given: dict[str, Any] = {
@@ -167,6 +186,44 @@ def _settings(architecture: str, config: Any) -> dict[str, Any]:
     if full.get("rope_type") == "longrope":
         given["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     return {f"{architecture}.{key}": value for key, value in given.items()}
+
+
+def _of_latents(config: Any) -> dict[str, Any]:
+    """Newer files: the sizes of heads as the latent has them, and those of the checkpoint under names of their own."""
+    rope, rotated, latent = config.rope_parameters, config.qk_rope_head_dim, config.kv_lora_rank
+    given: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": 1,
+        "attention.key_length": latent + rotated,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config.qk_nope_head_dim + rotated,
+        "attention.value_length_mla": config.v_head_dim,
+        "attention.kv_lora_rank": latent,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": rotated,
+        "rope.freq_base": float(rope["rope_theta"]),
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_count": getattr(config, "num_experts", None) or config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(getattr(config, "norm_topk_prob", False)),
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+        "expert_gating_func": 2 if type(config).__name__ == "DeepseekV3Config" else 1,
+    }
+    if config.q_lora_rank:
+        given["attention.q_lora_rank"] = config.q_lora_rank
+    if rope.get("rope_type") == "yarn":
+        given |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
+        given["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        given["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    return given
 
 
 def _rotary(architecture: str, config: Any, metadata: dict[str, Any]) -> dict[str, Tensor]:

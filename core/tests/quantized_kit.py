@@ -6,6 +6,7 @@ import torch
 
 from anychip import LLM
 from anychip.layers.linear import _PackedLinear
+from anychip.layers.ordered_linear import InOrder
 
 
 def products(llm: LLM) -> dict[str, _PackedLinear]:
@@ -26,4 +27,7 @@ def products(llm: LLM) -> dict[str, _PackedLinear]:
 def held_matrix(layer: object) -> torch.Tensor:
     layer, part = layer if isinstance(layer, tuple) else (layer, "all")
     place = next(p for p in layer.kernel.spec.parts if p.name == part)
-    return layer.packed.matrix.dequantize()[place.offset : place.offset + place.rows]
+    rows = slice(place.offset, place.offset + place.rows)
+    if isinstance(layer.packed, InOrder):
+        return layer.packed.inner.matrix.dequantize()[rows][:, layer.packed.order.argsort()]
+    return layer.packed.matrix.dequantize()[rows]

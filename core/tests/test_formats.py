@@ -25,7 +25,7 @@ from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import NAMED, LinearPart, LinearSpec, Platform, PlatformContext, ProbeResult, QuantScheme
 from anychip.quantization.compressed_tensors import CompressedTensors
 from anychip.quantization.format import Container
-from anychip.quantization.fp4 import pairs
+from anychip.quantization.group_floats import pairs
 from anychip.quantization.modelopt import ModelOpt
 from anychip.quantization.mxfp4 import MXFP4
 from anychip.registry.plugins import load_plugins
@@ -448,7 +448,7 @@ def test_weight_only_and_activation_quantized_forms_are_declared_apart(tmp_path)
 @pytest.mark.parametrize(
     ("container", "settings", "tensor", "error", "said"),
     [
-        ("modelopt-nvfp4", {"quant_algo": "W4A16_AWQ"}, None, Unsupported, "quant_algo W4A16_AWQ; NVFP4 is read"),
+        ("modelopt-nvfp4", {"quant_algo": "W4A16_AWQ"}, None, Unsupported, "W4A16_AWQ; FP8, MXFP8, NVFP4 are read"),
         ("modelopt-nvfp4", {"group_size": 48}, None, ConfigError, "64 input features, which groups of 48 do not"),
         ("modelopt-nvfp4", {}, "weight_scale_2", CheckpointError, "lacks tensor '.*down_proj.weight_scale_2'"),
         ("ct-nvfp4", {}, "weight_global_scale", CheckpointError, "lacks tensor '.*down_proj.weight_global_scale'"),

@@ -9,7 +9,14 @@ import pytest
 import torch
 from gguf_files import convert, plain, random_blocks
 from gguf_metadata import write_gguf
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from anychip import LLM, SamplingParams
 from anychip.config import EngineConfig
@@ -54,11 +61,33 @@ def qwen2(folder):
     return saved(Qwen2ForCausalLM(config), folder)
 
 
+def deepseek_v3(folder):
+    """With one temperature, as published models have it: a file has one."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = DeepseekV3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
+        first_k_dense_replace=1, moe_intermediate_size=32, num_experts_per_tok=3, n_routed_experts=8,
+        n_shared_experts=1,
+        n_group=2, topk_group=1, routed_scaling_factor=1.5, max_position_embeddings=512, initializer_range=0.15,
+        rope_parameters=rope, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.1)
+    return saved(model, folder)
+
+
 MAKERS = {
     **{
         family: lambda folder, family=family: make_checkpoint(family, folder)
-        for family in ("llama", "mixtral", "qwen3", "qwen3-moe", "gemma2", "phi3", "granite", "gpt-oss")
+        for family in ("llama", "mixtral", "qwen3", "qwen3-moe", "gemma2", "phi3", "granite", "gpt-oss", "deepseek-v2")
     },
+    "deepseek-v3": deepseek_v3,
     "gemma3": gemma3,
     "qwen2": qwen2,
 }

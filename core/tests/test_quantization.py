@@ -336,10 +336,10 @@ def test_a_missing_scale_is_named(container, missing, expected, tmp_path):
     ("container", "settings", "error", "expected"),
     [
         ("gptq", {"group_size": 48}, ConfigError, "64 input features, which groups of 48 do not divide"),
-        ("gptq", {"bits": 3}, Unsupported, "3 bits; 4 are supported"),
+        ("gptq", {"bits": 3}, Unsupported, "3 bits; 4 and 8 are read"),
         ("gptq", {"quant_method": "mystery"}, ConfigError, "'mystery' is not supported; supported are gptq, awq, fp8"),
         ("gptq", {"group_size": None}, CheckpointError, "quantization_config of method gptq cannot be read"),
-        ("awq", {"version": "gemv"}, Unsupported, "version gemv; 4-bit gemm is read"),
+        ("awq", {"version": "gemv_fast"}, Unsupported, "version gemv_fast; 4 bits are read, gemm and gemv"),
         ("ct-int4", {"config_groups": {}}, Unsupported, "no config group names model.layers.0"),
     ],
 )
@@ -349,7 +349,7 @@ def test_settings_that_cannot_be_are_refused(container, settings, error, expecte
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path)
 
 
-def test_columns_ordered_by_activation_are_refused(tmp_path):
+def test_columns_ordered_by_activation_are_refused_where_the_settings_deny_it(tmp_path):
     def shuffle(tensors):
         tensors[f"{MODULE}.g_idx"] = tensors[f"{MODULE}.g_idx"].flip(0)
 
@@ -369,7 +369,7 @@ def test_asking_for_another_method_than_the_checkpoints_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="'int8' was asked for, and the checkpoint is gptq"):
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path, quantization="int8")
     make_checkpoint("llama", tmp_path)
-    with pytest.raises(ConfigError, match="'awq': the checkpoint is not quantized; int8 or int4"):
+    with pytest.raises(ConfigError, match="'awq': the checkpoint is not quantized; at load .* int8, int4, fp8, mxfp4"):
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path, quantization="awq")
 
 

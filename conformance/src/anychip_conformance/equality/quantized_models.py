@@ -163,7 +163,10 @@ def _compressed(kind: str, bits: int, strategy: str, inputs: dict[str, Any] | No
 _DYNAMIC_FP8 = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
 _DYNAMIC_INT8 = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 
-CONTAINERS: dict[str, tuple[Store, Activations, dict[str, Any]]] = {
+Container = tuple[Store, Activations, dict[str, Any]]
+"""How a weight is stored, what happens to activations, config.json's quantization_config."""
+
+CONTAINERS: dict[str, Container] = {
     "gptq": (
         lambda weight: _gptq(weight, symmetric=True),
         None,
@@ -208,14 +211,18 @@ CONTAINERS: dict[str, tuple[Store, Activations, dict[str, Any]]] = {
         _compressed("int", 4, "group", group_size=GROUP, symmetric=False),
     ),
 }
-"""By name: how a weight is stored, what happens to activations, config.json's quantization_config."""
 
 
 def make_quantized_checkpoint(
     container: str, folder: Path, family: str = "llama"
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Saves the checkpoint; returns the float32 model that computes what it stands for, and its matrices by module."""
-    store, activations, settings = CONTAINERS[container]
+    return store_checkpoint(CONTAINERS[container], folder, family)
+
+
+def store_checkpoint(container: Container, folder: Path, family: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The same in a container that is described so."""
+    store, activations, settings = container
     make_checkpoint(family, folder)
     plain, stored, matrices = load_file(folder / _WEIGHTS), {}, {}
     for name, tensor in plain.items():

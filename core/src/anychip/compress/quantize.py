@@ -25,7 +25,7 @@ from anychip.compress.writer import ShardWriter
 from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.ops.reference.quantized import INT8_MAX
 from anychip.plugin_api import FP8_MAX
-from anychip.quantization.compressed_tensors import INT8_OFFSET
+from anychip.quantization.gptq import INT8_OFFSET
 from anychip.quantization.packing import pack
 from anychip.weight_files import INDEX
 from anychip.weights.checkpoint import Checkpoint

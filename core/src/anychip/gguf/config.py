@@ -13,7 +13,7 @@ from typing import Any
 
 from anychip.errors import CheckpointError, ConfigError
 from anychip.gguf.eog import end_token_ids
-from anychip.gguf.families import FAMILIES, MIXTRAL, Family
+from anychip.gguf.families import DEEPSEEK_V3, FAMILIES, MIXTRAL, Family
 from anychip.gguf.header import StoredTensor
 from anychip.gguf.metadata import Metadata
 from anychip.gguf.model import GGUFModel
@@ -35,7 +35,13 @@ def family_of(model: GGUFModel) -> Family:
         )
     if family is FAMILIES["llama"] and metadata.integer(metadata.own("expert_count")):
         return MIXTRAL
+    if metadata.architecture == "deepseek2" and metadata.integer(metadata.own("expert_gating_func")) == _SIGMOID:
+        return DEEPSEEK_V3
     return family
+
+
+_SIGMOID = 2
+"""Of expert_gating_func."""
 
 
 def config_of(model: GGUFModel) -> Settings:
@@ -64,7 +70,10 @@ def config_of(model: GGUFModel) -> Settings:
         "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
-    _check_heads(metadata, settings)
+    if family.latent:
+        settings |= {"head_dim": metadata.need(own("rope.dimension_count")), "num_key_value_heads": heads}
+    else:
+        _check_heads(metadata, settings)
     if scaling := _rope_scaling(model, settings):
         settings["rope_scaling"] = scaling
     if family.experts is not None:
@@ -219,6 +228,39 @@ def _qwen3moe(model: GGUFModel, settings: Settings) -> Settings:
     }
 
 
+def _deepseek2(model: GGUFModel, settings: Settings) -> Settings:
+    """Files that cut the matrix by head have the sizes of a latent's heads in key_length and value_length, and those of
+    the heads themselves under other names."""
+    metadata, own = model.metadata, model.metadata.own
+    rotated = settings["head_dim"]
+    size, value = (
+        metadata.integer(own(f"attention.{each}_length_mla")) or metadata.need(own(f"attention.{each}_length"))
+        for each in ("key", "value")
+    )
+    groups = metadata.integer(own("expert_group_count")) or 1
+    given: Settings = {
+        "q_lora_rank": metadata.integer(own("attention.q_lora_rank")) or None,
+        "kv_lora_rank": metadata.need(own("attention.kv_lora_rank")),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": size - rotated,
+        "v_head_dim": value,
+        "first_k_dense_replace": metadata.integer(own("leading_dense_block_count")) or 0,
+        "moe_intermediate_size": metadata.need(own("expert_feed_forward_length")),
+        "n_routed_experts": settings["num_local_experts"],
+        "n_shared_experts": metadata.need(own("expert_shared_count")),
+        "routed_scaling_factor": metadata.number(own("expert_weights_scale")) or 1.0,
+        "norm_topk_prob": bool(metadata.flag(own("expert_weights_norm"))),
+        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+        "n_group": groups,
+        "topk_group": metadata.integer(own("expert_group_used_count")) or 1,
+    }
+    # A tenth of mscale_all_dim, and published models have mscale equal to that.
+    weight = metadata.number(own("rope.scaling.yarn_log_multiplier"))
+    if weight and "rope_scaling" in settings:
+        given["rope_scaling"] = {**settings["rope_scaling"], "mscale": 10 * weight, "mscale_all_dim": 10 * weight}
+    return given
+
+
 def _granite(model: GGUFModel, settings: Settings) -> Settings:
     metadata, own = model.metadata, model.metadata.own
     given = {
@@ -236,6 +278,7 @@ _OF_FAMILY: dict[str, Callable[[GGUFModel, Settings], Settings]] = {
     "phi3": _phi3,
     "qwen3moe": _qwen3moe,
     "granite": _granite,
+    "deepseek2": _deepseek2,
     "gpt-oss": _windowed,
 }
 """By general.architecture: what a family has beside what all have."""

@@ -28,6 +28,9 @@ _COMMON = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_KEYS_AND_VALUES = "self_attn.kv_b_proj"
+_WHOLE = ("attn_sinks", "exp_probs_b")
+"""Parts whose names in a checkpoint have no end."""
 _SANDWICHED = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -61,10 +64,34 @@ class Family:
     paired_rows: bool = False
     unit_offset_norms: bool = False
     experts: Experts | None = None
+    latent: bool = False
+    """Whether keys and values come from a latent, by a matrix that newer files cut by head."""
 
 
 _LLAMA = Family(architecture="LlamaForCausalLM", paired_rows=True)
 _GEMMA2 = Family(architecture="Gemma2ForCausalLM", modules={**_COMMON, **_SANDWICHED}, unit_offset_norms=True)
+
+_LATENT = {
+    **_COMMON,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": _KEYS_AND_VALUES,
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+}
+DEEPSEEK_V2 = Family(
+    architecture="DeepseekV2ForCausalLM",
+    modules=_LATENT,
+    experts=Experts(module="mlp.experts", router="mlp.gate", names=("gate_proj", "up_proj", "down_proj")),
+    latent=True,
+)
+DEEPSEEK_V3 = replace(DEEPSEEK_V2, architecture="DeepseekV3ForCausalLM")
+"""Of deepseek2 whose experts are scored by sigmoid."""
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -86,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         modules={**_COMMON, "post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks"},
         experts=Experts(module="mlp.experts", router="mlp.router", names=("gate", "up", "down"), joined_biases=True),
     ),
+    "deepseek2": DEEPSEEK_V2,
 }
 """By general.architecture."""
 
@@ -119,7 +147,19 @@ class PlacedTogether:
     tensors: tuple[StoredTensor, StoredTensor]
 
 
-def placed(family: Family, tensors: Mapping[str, StoredTensor]) -> Iterator[Placed | PlacedTogether]:
+@dataclass(frozen=True, slots=True)
+class PlacedByHead:
+    """Keys' and values' parts of the matrix that makes both of a latent: [heads, latent, features], of which the file
+    has rows and columns changed, and [heads, features, latent]. The checkpoint's has a head's keys above its values."""
+
+    name: str
+    tensors: tuple[StoredTensor, StoredTensor]
+
+
+AnyPlaced = Placed | PlacedTogether | PlacedByHead
+
+
+def placed(family: Family, tensors: Mapping[str, StoredTensor]) -> Iterator[AnyPlaced]:
     """Every tensor of a file under its name in a checkpoint. A tensor that the family does not know keeps its own:
     loading refuses it by that."""
     for name, tensor in tensors.items():
@@ -137,7 +177,7 @@ def placed(family: Family, tensors: Mapping[str, StoredTensor]) -> Iterator[Plac
 
 def _in_layer(
     family: Family, tensors: Mapping[str, StoredTensor], tensor: StoredTensor, match: re.Match[str]
-) -> Iterator[Placed | PlacedTogether]:
+) -> Iterator[AnyPlaced]:
     layer, part, end = f"model.layers.{match[1]}", match[2], f".{match[3]}" if match[3] else ""
     experts = family.experts
     if experts is not None and part in _STACKS:
@@ -151,11 +191,18 @@ def _in_layer(
     if experts is not None and part == "ffn_gate_inp":
         yield Placed(f"{layer}.{experts.router}{end}", tensor)
         return
+    if family.latent and part in ("attn_k_b", "attn_v_b"):
+        keys, values = (tensors.get(f"blk.{match[1]}.{each}.weight") for each in ("attn_k_b", "attn_v_b"))
+        if keys is None or values is None:
+            yield Placed(tensor.name, tensor)
+        elif tensor is keys:
+            yield PlacedByHead(f"{layer}.{_KEYS_AND_VALUES}.weight", (keys, values))
+        return
     module = family.modules.get(part)
     if module is None:
         yield Placed(tensor.name, tensor)
         return
-    if part == "attn_sinks":
+    if part in _WHOLE:
         end = ""
     yield Placed(
         f"{layer}.{module}{end}",

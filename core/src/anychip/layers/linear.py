@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anychip.layers.build import Builder
-from anychip.layers.mixed_linear import linear_of
+from anychip.layers.mixed_linear import Stored, linear_of
 from anychip.plugin_api import (
     REPLICATED,
     ActFormat,
@@ -18,7 +18,6 @@ from anychip.plugin_api import (
     LinearPart,
     LinearSpec,
     Placed,
-    QuantScheme,
     Span,
     StepAdapters,
     WeightView,
@@ -46,10 +45,10 @@ class _PackedLinear:
     kernel: LinearKernel
     site: AdapterSite | None = None
 
-    def __init__(self, builder: Builder, spec: LinearSpec, schemes: Sequence[QuantScheme | None]) -> None:
-        """`schemes` are those of the parts."""
+    def __init__(self, builder: Builder, spec: LinearSpec, stored: Sequence[Stored]) -> None:
+        """`stored` is what the parts are in."""
         self.ops = builder.ops
-        self.kernel = linear_of(builder.platform, spec, schemes)
+        self.kernel = linear_of(builder.platform, spec, stored)
         self.packed = self.kernel.begin()
         builder.weights.finishers.append(self._finish)
 
@@ -103,6 +102,10 @@ class PutPart:
         self.layer.kernel.load(self.layer.packed, part, tensor, row=row)
 
 
+def _stored(builder: Builder, name: str, in_features: int) -> Stored:
+    return Stored(builder.scheme([name], in_features), builder.formats.ordered(name))
+
+
 class ColumnParallelLinear(_PackedLinear):
     """Output features are split over ranks; nothing is communicated. Packs qkv and gate-up projections."""
 
@@ -125,9 +128,13 @@ class ColumnParallelLinear(_PackedLinear):
             parts.append(LinearPart(name=each.part, offset=offset, rows=span.count, placed=each.placed))
             spans.append(span.after(each.first))
             offset += span.count
-        schemes = [builder.scheme([projection.name], in_features) for projection in projections]
+        stored = [_stored(builder, projection.name, in_features) for projection in projections]
         # An adapter is added before the activation.
-        fused = not any(schemes) and not adapts and epilogue in builder.platform.capabilities.epilogues
+        fused = (
+            not any(each.scheme for each in stored)
+            and not adapts
+            and epilogue in builder.platform.capabilities.epilogues
+        )
         spec = LinearSpec(
             in_features=in_features,
             out_features=offset,
@@ -136,7 +143,7 @@ class ColumnParallelLinear(_PackedLinear):
             bias=bias,
             epilogue=epilogue if fused else None,
         )
-        super().__init__(builder, spec, schemes)
+        super().__init__(builder, spec, stored)
         self.has_epilogue = fused
         if adapts:
             adapted = [
@@ -144,7 +151,7 @@ class ColumnParallelLinear(_PackedLinear):
                 for each, span, part in zip(projections, spans, parts, strict=True)
             ]
             self.adapt(builder, in_features, Span(0, in_features), adapted)
-        for projection, span, scheme in zip(projections, spans, schemes, strict=True):
+        for projection, span, held in zip(projections, spans, stored, strict=True):
             name, rows = projection.name, projection.of or projection.rows
             builder.formats.want(
                 builder.weights,
@@ -153,8 +160,9 @@ class ColumnParallelLinear(_PackedLinear):
                     shape=(rows, in_features),
                     rows=span,
                     columns=Span(0, in_features),
-                    scheme=scheme,
+                    scheme=held.scheme,
                     put=self.put(projection.part),
+                    takes_order=True,
                 ),
             )
             if bias:
@@ -180,7 +188,7 @@ class RowParallelLinear(_PackedLinear):
     ) -> None:
         """`placed` divides the matrix [out_features, in_features] by columns, along tp. `adapts`: whoever calls the
         product gives it the step's adapters."""
-        scheme = builder.scheme([name], in_features)
+        stored = _stored(builder, name, in_features)
         self.communicator = builder.mesh.axis("tp")
         bias_here = bias and self.communicator.rank == 0  # the sum over ranks must hold it once
         rows, columns = builder.held((out_features, in_features), placed, f"columns of {name}")
@@ -191,7 +199,7 @@ class RowParallelLinear(_PackedLinear):
             dtype=builder.dtype,
             bias=bias_here,
         )
-        super().__init__(builder, spec, [scheme])
+        super().__init__(builder, spec, [stored])
         if adapts and builder.takes_adapters:
             self.adapt(
                 builder, in_features, columns, [AdaptedPart(module=name, rows=out_features, held=rows, offset=0)]
@@ -203,8 +211,9 @@ class RowParallelLinear(_PackedLinear):
                 shape=(out_features, in_features),
                 rows=rows,
                 columns=columns,
-                scheme=scheme,
+                scheme=stored.scheme,
                 put=self.put("all"),
+                takes_order=True,
             ),
         )
         if bias_here:

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anychip.layers.ordered_linear import OrderedLinear
 from anychip.plugin_api import ActFormat, LinearKernel, LinearSpec, Platform, QuantScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a part's matrix is stored. `ordered`: its columns have an order of their own."""
+
+    scheme: QuantScheme | None
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +34,16 @@ class _Run:
     rows: slice  # of the product
 
 
-def linear_of(platform: Platform, spec: LinearSpec, schemes: Sequence[QuantScheme | None]) -> LinearKernel:
-    """The kernel of a product whose parts have these schemes, in their order."""
-    if all(scheme == schemes[0] for scheme in schemes):
-        return platform.linear(replace(spec, scheme=schemes[0]))
-    return MixedLinear(spec, platform, schemes)
+def linear_of(platform: Platform, spec: LinearSpec, stored: Sequence[Stored]) -> LinearKernel:
+    """The kernel of a product whose parts are stored so, in their order."""
+    if all(each == stored[0] for each in stored):
+        return _kernel(platform, spec, stored[0])
+    return MixedLinear(spec, platform, stored)
+
+
+def _kernel(platform: Platform, spec: LinearSpec, stored: Stored) -> LinearKernel:
+    spec = replace(spec, scheme=stored.scheme)
+    return OrderedLinear(spec, platform) if stored.ordered else platform.linear(spec)
 
 
 class MixedLinear(LinearKernel):
@@ -37,21 +51,20 @@ class MixedLinear(LinearKernel):
 
     name = "mixed"
 
-    def __init__(self, spec: LinearSpec, platform: Platform, schemes: Sequence[QuantScheme | None]) -> None:
+    def __init__(self, spec: LinearSpec, platform: Platform, stored: Sequence[Stored]) -> None:
         super().__init__(spec, platform)
         self._runs: list[_Run] = []
         self._run_of: dict[str, int] = {}
-        for scheme, run in groupby(zip(spec.parts, schemes, strict=True), key=lambda each: each[1]):
+        for held, run in groupby(zip(spec.parts, stored, strict=True), key=lambda each: each[1]):
             parts = [part for part, _ in run]
             start, stop = parts[0].offset, parts[-1].offset + parts[-1].rows
             own = replace(
                 spec,
                 out_features=stop - start,
                 parts=tuple(replace(part, offset=part.offset - start) for part in parts),
-                scheme=scheme,
             )
             self._run_of |= {part.name: len(self._runs) for part in parts}
-            self._runs.append(_Run(platform.linear(own), slice(start, stop)))
+            self._runs.append(_Run(_kernel(platform, own, held), slice(start, stop)))
         formats = [run.kernel.accepts for run in self._runs]
         self._accepts = formats[0] if all(each == formats[0] for each in formats) else ActFormat(dtype=spec.dtype)
 

@@ -127,10 +127,7 @@ _NAMES = {"fp8": "fp8-w8a16", "fp8-w8afp8": "fp8"}
 def _name(scheme: QuantScheme) -> str:
     value = VALUES[scheme.values].word + (str(scheme.bits) if scheme.codebook else "")
     word = SCALES[scheme.scale_format].prefix + value
-    if scheme.zero_points == "float":
-        word += "-float-zeros"
-    if scheme.zero_points == "minima":
-        word += "-minima"
+    word += {"float": "-float-zeros", "minima": "-minima"}.get(scheme.zero_points or "", "")
     if scheme.activation_format is not None:
         word += f"-w{scheme.bits}a{'fp8' if scheme.activation_format == 'fp8_e4m3' else 8}"
     return _NAMES.get(word, word)
@@ -190,6 +187,7 @@ FP8 = QuantScheme(values="fp8_e4m3", scales="channel", activations="token")
 FP8_WEIGHTS = QuantScheme(values="fp8_e4m3", scales="channel")
 INT8_W8A8 = QuantScheme(values="int8", scales="channel", activations="token")
 MXFP4 = QuantScheme(values="fp4_e2m1", scales="group", group_size=32, scale_format="e8m0")
+MXFP8 = QuantScheme(values="fp8_e4m3", scales="group", group_size=32, scale_format="e8m0")
 NVFP4 = QuantScheme(values="fp4_e2m1", scales="group", group_size=16, scale_format="e4m3")
 INT4_FLOAT_ZEROS = QuantScheme(values="int4", scales="group", group_size=64, zero_points="float")
 INT8_FLOAT_ZEROS = QuantScheme(values="int8", scales="group", group_size=32, zero_points="float")
@@ -228,7 +226,7 @@ GGUF = (
 NAMED: dict[str, QuantScheme] = {
     scheme.name: scheme
     for scheme in (
-        INT8, INT4, FP8, FP8_WEIGHTS, INT8_W8A8, MXFP4, NVFP4, INT4_FLOAT_ZEROS, INT8_FLOAT_ZEROS, NF4, *GGUF,
+        INT8, INT4, FP8, FP8_WEIGHTS, INT8_W8A8, MXFP4, MXFP8, NVFP4, INT4_FLOAT_ZEROS, INT8_FLOAT_ZEROS, NF4, *GGUF,
     )
 }  # fmt: skip
 """One scheme of every name that core knows by itself; dataclasses.replace makes others of it."""

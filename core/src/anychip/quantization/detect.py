@@ -8,11 +8,9 @@ from typing import Any
 from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import Platform, QuantScheme, Unsupported
 from anychip.plugin_api.refusals import among
-from anychip.quantization.format import GROUP_SIZES, PlainFormat, QuantizeAtLoad, WeightFormat
+from anychip.quantization.format import AT_LOAD, GROUP_SIZES, PlainFormat, QuantizeAtLoad, WeightFormat
 from anychip.registry.blame import calling, imported, package_of
-from anychip.registry.quant_methods import METHODS
-
-AT_LOAD = ("int8", "int4")
+from anychip.registry.quant_methods import METHODS, REFUSED
 
 
 def weight_format(
@@ -31,12 +29,14 @@ def weight_format(
         if asked in AT_LOAD:
             return QuantizeAtLoad(asked)
         raise ConfigError(
-            f"quantization {asked!r}: the checkpoint is not quantized; {' or '.join(AT_LOAD)} quantize it at load"
+            f"quantization {asked!r}: the checkpoint is not quantized; at load it can be quantized to "
+            f"{', '.join(AT_LOAD)}"
         )
     method = settings.get("quant_method")
     known = {**METHODS, **(contributed or {})}
     if method not in known:
-        raise ConfigError(f"quantization method {method!r} is not supported; supported are {', '.join(known)}")
+        why = f" ({REFUSED[method]})" if method in REFUSED else ""
+        raise ConfigError(f"quantization method {method!r} is not supported{why}; supported are {', '.join(known)}")
     if asked not in (None, method):
         raise ConfigError(f"quantization {asked!r} was asked for, and the checkpoint is {method}; leave it out")
     make, held = imported(known[method]), names()
@@ -56,6 +56,7 @@ class CheckedFormat:
         self._platform = platform
         self.want = inner.want
         self.want_stack = inner.want_stack
+        self.ordered = inner.ordered
 
     def for_router(self) -> WeightFormat:
         return CheckedFormat(self._inner.for_router(), self._platform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.ops.reference.quantized import quantize_rows
-from anychip.plugin_api import QuantScheme, WeightView
+from anychip.plugin_api import NAMED, QuantScheme, WeightView
 from anychip.weights.matrix import Matrix, MatrixStack, Span, stream
 from anychip.weights.register import WeightRegister
 
@@ -28,6 +29,11 @@ class WeightFormat(Protocol):
 
     def want_stack(self, register: WeightRegister, stack: MatrixStack) -> None:
         """Asks for the tensors in which experts are stacked, likewise."""
+        ...
+
+    def ordered(self, module: str) -> bool:
+        """Whether a module's columns come in an order of their own. Its kernel then also gets kind "order", int64
+        [in_features]: which input each column meets."""
         ...
 
     def for_router(self) -> WeightFormat:
@@ -51,6 +57,9 @@ class PlainFormat:
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         return None
 
+    def ordered(self, module: str) -> bool:
+        return False
+
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         def take(view: WeightView) -> None:
             if not view.dtype.is_floating_point or view.dtype.itemsize == 1:
@@ -69,10 +78,13 @@ class PlainFormat:
 GROUP_SIZES = (128, 64, 32)
 """For int4 at load: the largest of these that divides the input features."""
 
+AT_LOAD = ("int8", "int4", "fp8", "mxfp4")
+"""What plain matrices are quantized to as they load."""
+
 
 class QuantizeAtLoad:
-    """Plain matrices, quantized as they stream: int8 by channel or int4 by group, both symmetric. Of int4 the head is
-    int8."""
+    """Plain matrices, quantized as they stream, symmetrically: int8 or fp8 by channel, int4 or mxfp4 by group. The head
+    is int8 under each of them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -83,16 +95,21 @@ class QuantizeAtLoad:
     def for_head(self) -> WeightFormat:
         return QuantizeAtLoad("int8")
 
+    def ordered(self, module: str) -> bool:
+        return False
+
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
-        if self.name == "int8":
-            return QuantScheme(values="int8", scales="channel")
-        size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
+        named = NAMED[self.name]
+        if named.group_size is None:
+            return named
+        sizes = GROUP_SIZES if self.name == "int4" else (named.group_size,)
+        size = next((size for size in sizes if in_features % size == 0), None)
         if size is None:
             raise ConfigError(
-                f"--quantization int4 groups {', '.join(map(str, GROUP_SIZES))} columns, and none divides the "
-                f"{in_features} input features of {module}; use int8"
+                f"--quantization {self.name} groups {', '.join(map(str, sizes))} columns, and none divides the "
+                f"{in_features} input features of {module}; use int8 or fp8"
             )
-        return QuantScheme(values="int4", scales="group", group_size=size)
+        return replace(named, group_size=size)
 
     def want(self, register: WeightRegister, matrix: Matrix) -> None:
         scheme = matrix.scheme
@@ -145,6 +162,9 @@ class Container(ABC):
             self.plain.want_stack(register, stack)
         else:
             self.want_quantized_stack(register, stack, stack.scheme)
+
+    def ordered(self, module: str) -> bool:
+        return False
 
     @abstractmethod
     def scheme(self, module: str, in_features: int) -> QuantScheme | None: ...

@@ -13,8 +13,8 @@ from anychip.errors import CheckpointError
 from anychip.gguf.block_types import BY_NAME, BlockType
 from anychip.plugin_api import QuantScheme, WeightView
 from anychip.quantization.format import Container, QuantizeAtLoad, WeightFormat, column_groups
-from anychip.quantization.fp4 import check, exponents
 from anychip.quantization.ggml_schemes import AT_LOAD, parts_of, scheme_of_all
+from anychip.quantization.group_floats import check, exponents
 from anychip.weights.matrix import Matrix, MatrixStack, row_chunks
 from anychip.weights.register import WeightRegister
 

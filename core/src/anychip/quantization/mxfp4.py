@@ -14,7 +14,7 @@ import torch
 from anychip.errors import Unsupported
 from anychip.plugin_api import QuantScheme, WeightView
 from anychip.quantization.format import Container, column_groups
-from anychip.quantization.fp4 import check, exponents, grouped_fp4, pairs
+from anychip.quantization.group_floats import check, exponents, grouped_floats, pairs
 from anychip.weights.matrix import Matrix, MatrixStack
 from anychip.weights.register import WeightRegister
 
@@ -28,7 +28,7 @@ class MXFP4(Container):
     def scheme(self, module: str, in_features: int) -> QuantScheme | None:
         if f"{module}_blocks" not in self.names and f"{module}_scales" not in self.names:
             return None
-        return grouped_fp4("mxfp4", module, in_features, _GROUP)
+        return grouped_floats("mxfp4", module, in_features, _GROUP)
 
     def want_quantized(self, register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
         raise Unsupported("MXFP4 checkpoint", [f"{matrix.name} is one matrix; experts in stacks are read"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
 from anychip.errors import CheckpointError, ConfigError
 from anychip.plugin_api import QuantScheme, WeightView
 from anychip.quantization.format import column_groups
 from anychip.types import cdiv
-from anychip.weights.matrix import Matrix, Span, read_one, stream
+from anychip.weights.matrix import Matrix, Span, read_one, row_chunks, stream
 from anychip.weights.register import WeightRegister
 
 
@@ -39,6 +43,46 @@ def want_scales(register: WeightRegister, matrix: Matrix, scheme: QuantScheme, n
             raise CheckpointError(f"{view.source} has shape {list(view.shape)}, the scheme wants {list(whole)}")
 
     register.want(name, None, take)
+
+
+def want_together(
+    register: WeightRegister, tensors: Mapping[str, tuple[int, ...] | None], take: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """Asks for tensors that mean something together alone, by name with their shapes: `take` gets all of them, whole,
+    once the last is there."""
+    held: dict[str, Tensor] = {}
+
+    def taker(name: str) -> Callable[[WeightView], None]:
+        def arrived(view: WeightView) -> None:
+            held[name] = view.read()
+            if held.keys() == tensors.keys():
+                take(dict(held))
+                held.clear()
+
+        return arrived
+
+    for name, shape in tensors.items():
+        register.want(name, shape, taker(name))
+
+
+def want_nothing(register: WeightRegister, *names: str) -> None:
+    """Tensors that a container may have and that are not needed here."""
+    for name in names:
+        register.want(name, None, lambda view: None)
+        register.optional.add(name)
+
+
+def put_grouped(
+    matrix: Matrix, scheme: QuantScheme, values: Tensor, scales: Tensor, zeros: Tensor | None = None
+) -> None:
+    """This rank's share of a whole matrix [rows, columns] and of its scales and zeros [rows, groups]."""
+    rows, columns = slice(*matrix.rows.bounds), slice(*matrix.columns.bounds)
+    groups = slice(*column_groups(matrix, scheme).bounds)
+    for start, stop in row_chunks(matrix.rows, matrix.shape[1]):
+        matrix.put("", values[start:stop, columns], start - matrix.rows.start)
+    matrix.put("scale", scales[rows, groups])
+    if zeros is not None:
+        matrix.put("zero", zeros[rows, groups])
 
 
 def want_input_scale(register: WeightRegister, matrix: Matrix, scheme: QuantScheme) -> None:
@@ -74,3 +118,12 @@ def _scale_spans(matrix: Matrix, scheme: QuantScheme) -> tuple[Span, Span]:
             "choose another tensor_parallel_size"
         )
     return Span(rows.start // size, cdiv(rows.count, size)), columns
+
+
+def cache_scale_beside(register: WeightRegister, name: str, named: Callable[[str], str]) -> None:
+    """The KV cache's scale of a module k_proj or v_proj, which some containers keep beside its weights: `named` gives
+    what they call it, of "k" or "v"."""
+    module, _, projection = name.rpartition(".")
+    if projection in ("k_proj", "v_proj"):
+        letter = projection[0]
+        register.aliases[f"{name}.{named(letter)}"] = f"{module}.{letter}_scale"

@@ -54,6 +54,13 @@ _GPT4O = Words((_of_cases(r"\p{N}{1,3}", f"{_SUFFIXES}?"),))
 _OLD = Words((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
 """Of files made before they named one."""
 
+_EAST_ASIAN = "[一-龥ࠀ-一가-퟿]+"
+_DEEPSEEK_MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_DEEPSEEK_V3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 WORDS: dict[str, Words] = {
     "default": _OLD,
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _OF_GPT2),
@@ -63,6 +70,8 @@ WORDS: dict[str, Words] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
     "tekken": Words((_of_cases(r"\p{N}", ""),), whole_words=True, add_bos=True),
-    "deepseek-coder": Words((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+    "deepseek-llm": Words((r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", _DEEPSEEK_MARKS, r"\s+$", _EAST_ASIAN, r"\p{N}+")),
+    "deepseek-v3": Words((r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3)),
+    "deepseek-coder": Words((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")),
 }
 """By tokenizer.ggml.pre."""

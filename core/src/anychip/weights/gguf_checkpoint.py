@@ -13,13 +13,13 @@ from pathlib import Path
 
 from anychip.gguf.block_types import RARE
 from anychip.gguf.config import config_of, family_of
-from anychip.gguf.families import Placed, PlacedTogether, placed
+from anychip.gguf.families import AnyPlaced, Placed, PlacedByHead, PlacedTogether, placed
 from anychip.gguf.header import StoredTensor
 from anychip.gguf.model import is_gguf, read_model
 from anychip.plugin_api import WeightView
 from anychip.weight_files import WeightFile
 from anychip.weights.checkpoint import Checkpoint
-from anychip.weights.gguf_file import GGUFView, TurnsView
+from anychip.weights.gguf_file import GGUFView, HeadsView, TurnsView
 from anychip.weights.opened_file import OpenedFile
 
 
@@ -66,20 +66,23 @@ class GGUFCheckpoint:
         """Whether two tensors hold the same: no file has one twice."""
         return first == second
 
-    def _views_of(self, file: OpenedFile, each: Placed | PlacedTogether) -> Iterator[tuple[str, WeightView]]:
+    def _views_of(self, file: OpenedFile, each: AnyPlaced) -> Iterator[tuple[str, WeightView]]:
         if isinstance(each, PlacedTogether):
             yield each.name, TurnsView(each)
+            return
+        if isinstance(each, PlacedByHead):
+            yield each.name, HeadsView(each)
             return
         for name in _names(each):
             yield name, GGUFView(file, each, self._head_dim, blocks=name != each.name)
 
 
-def _first(each: Placed | PlacedTogether) -> StoredTensor:
-    return each.tensors[0] if isinstance(each, PlacedTogether) else each.tensor
+def _first(each: AnyPlaced) -> StoredTensor:
+    return each.tensor if isinstance(each, Placed) else each.tensors[0]
 
 
-def _names(each: Placed | PlacedTogether) -> tuple[str, ...]:
-    if isinstance(each, PlacedTogether) or each.tensor.type.is_plain:
+def _names(each: AnyPlaced) -> tuple[str, ...]:
+    if not isinstance(each, Placed) or each.tensor.type.is_plain:
         return (each.name,)
     return each.name, f"{each.name.removesuffix('.weight')}.{each.tensor.type.name.lower()}"
 

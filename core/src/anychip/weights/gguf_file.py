@@ -8,7 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from anychip.gguf.families import Placed, PlacedTogether
+from anychip.errors import CheckpointError
+from anychip.gguf.families import Placed, PlacedByHead, PlacedTogether
 from anychip.gguf.header import StoredTensor
 from anychip.weights.blocks import dequantize_rows
 from anychip.weights.opened_file import OpenedFile
@@ -102,12 +103,47 @@ class TurnsView:
         return " and ".join(tensor.source for tensor in self._placed.tensors)
 
     def read(self, *bounds: tuple[int, int]) -> Tensor:
-        values = torch.stack([self._floats(tensor) for tensor in self._placed.tensors], dim=-1).flatten(1)
-        return values[tuple(slice(*each) for each in bounds)]
+        values = [floats_of(tensor, 0, tensor.shape[0]) for tensor in self._placed.tensors]
+        return torch.stack(values, dim=-1).flatten(1)[tuple(slice(*each) for each in bounds)]
 
-    def _floats(self, tensor: StoredTensor) -> Tensor:
-        file = OpenedFile(tensor.path)
-        try:
-            return as_floats(tensor, read_rows(file, tensor, 0, tensor.shape[0])).float()
-        finally:
-            file.close()
+
+class HeadsView:
+    """Of every head its keys' rows above its values', [heads * features, latent]."""
+
+    dtype = torch.float32
+
+    def __init__(self, placed: PlacedByHead) -> None:
+        self._placed = placed
+        (heads, latent, keys), values = placed.tensors[0].shape, placed.tensors[1].shape
+        if values[:1] + values[2:] != (heads, latent):
+            raise CheckpointError(f"{self.source} have shapes {[heads, latent, keys]} and {list(values)}")
+        self._head = keys + values[1]
+        self.shape = (heads * self._head, latent)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def source(self) -> str:
+        return " and ".join(tensor.source for tensor in self._placed.tensors)
+
+    def read(self, *bounds: tuple[int, int]) -> Tensor:
+        start, stop = bounds[0] if bounds else (0, self.shape[0])
+        first, last = start // self._head, -(-stop // self._head)
+        parts = []
+        for tensor in self._placed.tensors:
+            each = tensor.shape[1]
+            parts.append(floats_of(tensor, first * each, last * each).view(last - first, each, -1))
+        whole = torch.cat((parts[0].transpose(1, 2), parts[1]), dim=1).flatten(0, 1)
+        whole = whole[start - first * self._head : stop - first * self._head]
+        return whole[:, slice(*bounds[1])] if len(bounds) > 1 else whole
+
+
+def floats_of(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """float32 [rows, columns] of a tensor in whatever piece of the model it is."""
+    file = OpenedFile(tensor.path)
+    try:
+        return as_floats(tensor, read_rows(file, tensor, start, stop)).float()
+    finally:
+        file.close()

@@ -35,6 +35,8 @@ class Matrix:
     columns: Span
     scheme: QuantScheme | None
     put: Put
+    takes_order: bool = False
+    """Whether its kernel takes columns in an order of their own (layers/ordered_linear.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,23 @@ _TINY = 1e-12
 
 
 def quantize_rows(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 by channel or int4 by group, rounded to nearest: canonical values and scales of whole rows
-    [rows, in_features]."""
-    wide = weight.float()
-    if scheme.values == "int8":
-        scale = wide.abs().amax(dim=1).clamp(min=_TINY) / INT8_MAX
-        return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
-    assert scheme.values == "int4" and scheme.group_size is not None
+    """Symmetric int8 or fp8 by channel, int4 or mxfp4 by group, rounded to nearest: canonical values and scales of
+    whole rows [rows, in_features]."""
+    return _ROUNDED[scheme.values](weight.float(), scheme)
+
+
+def _round_int8(wide: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    scale = wide.abs().amax(dim=1).clamp(min=_TINY) / INT8_MAX
+    return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
+
+
+def _round_fp8(wide: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    scale = wide.abs().amax(dim=1).clamp(min=_TINY) / FP8_MAX
+    return to_fp8(wide / scale.unsqueeze(-1)), scale
+
+
+def _round_int4(wide: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    assert scheme.group_size is not None
     groups = wide.reshape(len(wide), -1, scheme.group_size)
     # The value of greatest magnitude becomes -8, the end of the range that the other side lacks.
     index = groups.abs().argmax(dim=-1, keepdim=True)
@@ -35,6 +45,28 @@ def quantize_rows(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY), scale)
     values = ((groups / scale).round() + INT4_ZERO).clamp(0, 15).to(torch.uint8)
     return values.flatten(1), scale.squeeze(-1)
+
+
+def _round_mxfp4(wide: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """The scale puts a group's greatest magnitude between 4, the last power of two of e2m1, and 8; what then lies above
+    6, the last number, becomes 6. Of two numbers equally near, the one with an even code is taken. Source: OCP,
+    "Microscaling Formats (MX) v1.0", section 6.3."""
+    assert scheme.group_size is not None and scheme.scale_format == "e8m0"
+    groups = wide.reshape(len(wide), -1, scheme.group_size)
+    _, above = torch.frexp(groups.abs().amax(dim=-1))  # amax is below 2^above, and at least half of that
+    exponent = (above - 3).clamp(-127, 127)
+    scaled = torch.ldexp(groups, -exponent.unsqueeze(-1))
+    magnitude = scaled.abs()
+    codes = torch.bucketize(magnitude, magnitude.new_tensor(_E2M1_MIDDLES))  # the lower code of two
+    codes += torch.isin(magnitude, magnitude.new_tensor(_E2M1_MIDDLES[1::2]))
+    values = (codes + 8 * scaled.signbit()).to(torch.uint8)
+    return values.flatten(1), (exponent + 127).to(torch.uint8)
+
+
+_E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Between the numbers of e2m1. Of every second one, the upper number has the even code."""
+
+_ROUNDED = {"int8": _round_int8, "int4": _round_int4, "fp8_e4m3": _round_fp8, "fp4_e2m1": _round_mxfp4}
 
 
 def to_fp8(x: Tensor) -> Tensor:

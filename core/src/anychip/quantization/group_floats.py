@@ -1,7 +1,7 @@
-"""Four-bit floats, e2m1, as checkpoints store them: two to a byte, the even column in the low half. What the containers
-of MXFP4 and NVFP4 share.
+"""Small floats with a small scale for each group, as checkpoints store them: what the containers of MXFP4, MXFP8 and
+NVFP4 share. Four-bit ones, e2m1, lie two to a byte, the even column in the low half.
 
-Their activations, where a checkpoint quantizes those to four bits too, stay as they are here: finer than what it was
+Their activations, where a checkpoint quantizes those too, stay as they are here: finer than what it was
 made for, and the same weights. Sources: OCP, "Microscaling Formats (MX) v1.0"; NVIDIA, "Introducing NVFP4", 2025.
 """
 
@@ -21,7 +21,7 @@ from anychip.weights.register import WeightRegister
 _NAN_EXPONENT = 255
 
 
-def grouped_fp4(name: str, module: str, in_features: int, size: int) -> QuantScheme:
+def grouped_floats(name: str, module: str, in_features: int, size: int) -> QuantScheme:
     """Scheme `name` with groups of `size`. Raises ConfigError where that does not divide the input features."""
     if size <= 0 or size % 2 or in_features % size:
         raise ConfigError(f"{module} has {in_features} input features, which groups of {size} do not divide")
