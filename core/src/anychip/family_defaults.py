@@ -34,6 +34,17 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 128,
 }
 
+_DELTA_NET: dict[str, Any] = {
+    "head_dim": 256,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+
 _SPARSE: dict[str, Any] = {
     **_LATENT,
     "n_shared_experts": 1,
@@ -141,7 +152,12 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "GraniteForCausalLM": {},
     "GraniteMoeForCausalLM": {"num_experts_per_tok": 2},
-    "GraniteMoeHybridForCausalLM": {**_MAMBA2_PARTS, "num_local_experts": 8, "shared_intermediate_size": 1024},
+    "GraniteMoeHybridForCausalLM": {
+        **_MAMBA2_PARTS,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 1024,
+    },
     "JambaForCausalLM": {
         "num_key_value_heads": 8,
         "num_experts": 16,
@@ -216,16 +232,15 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "Qwen3ForCausalLM": {**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
     "Qwen3MoeForCausalLM": {**_QWEN, "num_key_value_heads": 4},
-    "Qwen3NextForCausalLM": {
+    "Qwen3NextForCausalLM": {**_DELTA_NET, "norm_topk_prob": True},
+    "Qwen3_5ForCausalLM": {**_DELTA_NET, "num_key_value_heads": 4},
+    "Qwen3_5MoeForCausalLM": {
+        **_DELTA_NET,
+        "num_experts_per_tok": 8,
         "norm_topk_prob": True,
-        "head_dim": 256,
-        "num_key_value_heads": 2,
-        "partial_rotary_factor": 0.25,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "intermediate_size": 0,
     },
 }
 """By architecture, for those with a native family."""

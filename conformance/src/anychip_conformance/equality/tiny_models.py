@@ -59,12 +59,15 @@ from anychip_conformance.equality.tiny_hybrids import (
     bamba,
     falcon_h1,
     granite_hybrid,
+    granite_hybrid_moe,
     jamba,
     lfm2,
     mamba,
     mamba2,
     minimax,
     nemotron_h,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_next,
 )
 
@@ -233,6 +236,9 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "qwen3-next": qwen3_next,
     "deepseek-v32": deepseek_v32,
     "glm-5": glm_moe_dsa,
+    "qwen3.5": qwen3_5,
+    "qwen3.5-moe": qwen3_5_moe,
+    "granite-hybrid-moe": granite_hybrid_moe,
 }
 """What has a native family."""
 

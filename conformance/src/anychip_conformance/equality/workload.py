@@ -59,10 +59,16 @@ _STATES = (
     "nemotron-h",
     "lfm2",
     "minimax",
+    "qwen3.5",
+    "qwen3.5-moe",
+    "granite-hybrid-moe",
 )
 CANNOT = {
     **{(family, "fake-hostlen"): "it has no recurrences" for family in _STATES},
-    ("qwen3-next", "fake-spmd"): "two key heads of state layers over four devices",
+    **{
+        (family, "fake-spmd"): "two key heads of state layers over four devices"
+        for family in ("qwen3-next", "qwen3.5", "qwen3.5-moe")
+    },
     ("stablelm", "cpu-tp2"): "transformers has no tensor-parallel plan for it",
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
     **{

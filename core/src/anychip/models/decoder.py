@@ -33,6 +33,7 @@ from anychip.plugin_api import (
     Rope,
     Sharded,
 )
+from anychip.text_parts import OTHER_PARTS
 from anychip.types import DType
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -71,6 +72,9 @@ class Decoder:
         self.num_layers = config.num_layers
         self.hidden_size = config.hidden_size
         builder.weights.ignored += ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
+        if config.part_of is not None:
+            builder.weights.elsewhere += OTHER_PARTS
+            builder.weights.notes += (f"of {config.part_of} the text decoder is served: images and videos are refused",)
         self.stage = stage = builder.stage
         self.links = StageLinks(stage, builder.mesh.axis("pp"), config.hidden_size, builder.dtype)
         tied = config.tie_word_embeddings

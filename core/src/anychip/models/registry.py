@@ -50,6 +50,8 @@ NATIVE = {
     "Phi3ForCausalLM": "anychip.models.phi3:Phi3",
     "Qwen2ForCausalLM": "anychip.models.qwen2:Qwen2",
     "Qwen2MoeForCausalLM": "anychip.models.qwen2_moe:Qwen2MoE",
+    "Qwen3_5ForCausalLM": "anychip.models.qwen3_5:Qwen35",
+    "Qwen3_5MoeForCausalLM": "anychip.models.qwen3_5:Qwen35MoE",
     "Qwen3ForCausalLM": "anychip.models.qwen3:Qwen3",
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
     "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
