@@ -11,8 +11,12 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -143,3 +147,18 @@ def qwen3_5_moe(common: Settings) -> PreTrainedModel:
     }
     settings = {**without(common, "intermediate_size"), **experts, **_DELTA_NET, "layer_types": _KINDS}
     return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**settings, tie_word_embeddings=False))
+
+
+def kimi_linear(common: Settings) -> PreTrainedModel:
+    latent = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "routed_scaling_factor": 1.5}
+    states = {"linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _KINDS}
+    settings = {**without(common, "head_dim"), "num_key_value_heads": 4, **latent, **experts, **states}
+    return KimiLinearForCausalLM(KimiLinearConfig(**settings, n_group=2, topk_group=1))
+
+
+def lfm2_moe(common: Settings) -> PreTrainedModel:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
+    kinds = ["conv", "full_attention", "conv", "conv"]
+    settings = {**without(common, "head_dim"), **experts, "routed_scaling_factor": 1.5}
+    return Lfm2MoeForCausalLM(Lfm2MoeConfig(**settings, layer_types=kinds))

@@ -61,7 +61,9 @@ from anychip_conformance.equality.tiny_hybrids import (
     granite_hybrid,
     granite_hybrid_moe,
     jamba,
+    kimi_linear,
     lfm2,
+    lfm2_moe,
     mamba,
     mamba2,
     minimax,
@@ -239,6 +241,8 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "qwen3.5": qwen3_5,
     "qwen3.5-moe": qwen3_5_moe,
     "granite-hybrid-moe": granite_hybrid_moe,
+    "kimi-linear": kimi_linear,
+    "lfm2-moe": lfm2_moe,
 }
 """What has a native family."""
 
@@ -268,7 +272,7 @@ def make_checkpoint(family: str, folder: Path, **settings: Any) -> PreTrainedMod
             if any(word in name for word in ("norm", "bias", "sinks")) or name.endswith((".D", ".A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):  # wide enough that it changes who is picked
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # wide enough that it changes who is picked
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     model.config._attn_implementation = "eager"
     model.eval().save_pretrained(folder)

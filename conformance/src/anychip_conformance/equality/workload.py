@@ -62,6 +62,8 @@ _STATES = (
     "qwen3.5",
     "qwen3.5-moe",
     "granite-hybrid-moe",
+    "kimi-linear",
+    "lfm2-moe",
 )
 CANNOT = {
     **{(family, "fake-hostlen"): "it has no recurrences" for family in _STATES},

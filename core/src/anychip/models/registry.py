@@ -33,6 +33,8 @@ NATIVE = {
     "GraniteMoeForCausalLM": "anychip.models.granite_moe:GraniteMoE",
     "GraniteMoeHybridForCausalLM": "anychip.models.granite_hybrid:GraniteHybrid",
     "JambaForCausalLM": "anychip.models.jamba:Jamba",
+    "KimiLinearForCausalLM": "anychip.models.kimi_linear:KimiLinear",
+    "Lfm2MoeForCausalLM": "anychip.models.lfm2:Lfm2MoE",
     "Lfm2ForCausalLM": "anychip.models.lfm2:Lfm2",
     "LlamaForCausalLM": "anychip.models.llama:Llama",
     "Mamba2ForCausalLM": "anychip.models.mamba2:Mamba2LM",
