@@ -67,6 +67,7 @@ ENCODERS = ("Bert", "DistilBert", "MPNet", "ModernBert", "NomicBert", "Roberta",
 """What the names of architectures begin with whose tokens all see each other."""
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {
+    "Ernie4_5_MoeForCausalLM": {"moe_k": "num_experts_per_tok", "moe_num_experts": "num_experts"},
     "KimiLinearForCausalLM": {
         "model_max_length": "max_position_embeddings",
         "moe_renormalize": "norm_topk_prob",
@@ -122,6 +123,32 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "Dots1ForCausalLM": {
+        **_WINDOW,
+        "num_key_value_heads": 32,
+        "max_window_layers": 62,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 2048,
+    },
+    "Ernie4_5ForCausalLM": {
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "Ernie4_5_MoeForCausalLM": {
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "num_experts": 64,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1536,
+        "moe_num_shared_experts": 2,
+    },
     "BambaForCausalLM": {**_MAMBA2_PARTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
     "FalconH1ForCausalLM": {**_MAMBA2_PARTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024},
     "BertModel": _BERT,
@@ -143,6 +170,20 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 1,
+    },
+    "Glm4MoeLiteForCausalLM": {
+        **_LATENT,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1536,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.8,
     },
     "GptOssForCausalLM": {
         "head_dim": 64,
@@ -279,6 +320,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "shared_expert_intermediate_size": 512,
         "intermediate_size": 0,
     },
+    "SeedOssForCausalLM": {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
 }
 """By architecture, for those with a native family."""
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -37,6 +39,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -47,7 +51,10 @@ from anychip_conformance.equality.tiny_experts import (
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
+    dots1,
+    ernie4_5_moe,
     glm4_moe,
+    glm4_moe_lite,
     glm_moe_dsa,
     granite_moe,
     minimax_m2,
@@ -186,6 +193,14 @@ def _gpt_oss(common: Settings) -> PreTrainedModel:
     return GptOssForCausalLM(GptOssConfig(**common, **experts, rope_parameters=rope, tie_word_embeddings=False))
 
 
+def _seed_oss(common: Settings) -> PreTrainedModel:
+    return SeedOssForCausalLM(SeedOssConfig(**common, tie_word_embeddings=False))
+
+
+def _ernie4_5(common: Settings) -> PreTrainedModel:
+    return Ernie4_5ForCausalLM(Ernie4_5Config(**common, use_bias=True))
+
+
 def _olmo2(common: Settings) -> PreTrainedModel:
     return Olmo2ForCausalLM(Olmo2Config(**without(common, "head_dim"), tie_word_embeddings=False))
 
@@ -243,6 +258,11 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "granite-hybrid-moe": granite_hybrid_moe,
     "kimi-linear": kimi_linear,
     "lfm2-moe": lfm2_moe,
+    "glm4-moe-lite": glm4_moe_lite,
+    "dots1": dots1,
+    "ernie4.5": _ernie4_5,
+    "ernie4.5-moe": ernie4_5_moe,
+    "seed-oss": _seed_oss,
 }
 """What has a native family."""
 

@@ -75,13 +75,13 @@ CANNOT = {
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
     **{
         (family, "fake-hostlen"): "it stands for devices without latent attention, and refuses it by name"
-        for family in ("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5")
+        for family in ("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5", "glm4-moe-lite")
     },
     ("phi", "fake-spmd"): "two key-value heads over four devices, whose replication is not in transformers' plan",
 }
 """Families and devices that are refused together, and why."""
 
-_TWO_GROUPS = ("gemma2", "gemma3", "gpt-oss", "qwen2", "qwen2-moe")
+_TWO_GROUPS = ("gemma2", "gemma3", "gpt-oss", "qwen2", "qwen2-moe", "dots1")
 """Families whose layers differ in their attention, so that a request holds blocks of two groups."""
 
 _VALUES: tuple[Sequence[Any], ...] = (

@@ -23,10 +23,14 @@ NATIVE = {
     "DeepseekV3ForCausalLM": "anychip.models.deepseek:DeepseekV3",
     "DeepseekV32ForCausalLM": "anychip.models.deepseek_sparse:DeepseekV32",
     "DistilBertModel": "anychip.models.distilbert:DistilBert",
+    "Dots1ForCausalLM": "anychip.models.dots1:Dots1",
+    "Ernie4_5ForCausalLM": "anychip.models.ernie4_5:Ernie45",
+    "Ernie4_5_MoeForCausalLM": "anychip.models.ernie4_5:Ernie45MoE",
     "FalconH1ForCausalLM": "anychip.models.falcon_h1:FalconH1",
     "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
     "GlmMoeDsaForCausalLM": "anychip.models.deepseek_sparse:GlmMoeDsa",
+    "Glm4MoeLiteForCausalLM": "anychip.models.deepseek:DeepseekV3",
     "Glm4MoeForCausalLM": "anychip.models.glm4_moe:Glm4MoE",
     "GptOssForCausalLM": "anychip.models.gpt_oss:GptOss",
     "GraniteForCausalLM": "anychip.models.granite:Granite",
@@ -58,6 +62,7 @@ NATIVE = {
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
     "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
     "RobertaModel": "anychip.models.bert:Roberta",
+    "SeedOssForCausalLM": "anychip.models.seed_oss:SeedOss",
     "XLMRobertaModel": "anychip.models.bert:Roberta",
 }
 
