@@ -81,6 +81,7 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
     "Mamba2ForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
     "MambaForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
     "NemotronHForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
+    "Zamba2ForCausalLM": {"attention_head_dim": "head_dim"},
     "DistilBertModel": {
         "dim": "hidden_size",
         "n_heads": "num_attention_heads",
@@ -321,6 +322,20 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 0,
     },
     "SeedOssForCausalLM": {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
+    "Zamba2ForCausalLM": {
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+        "mamba_d_state": 64,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "time_step_min": 0.001,
+        "num_mem_blocks": 1,
+        "adapter_rank": 128,
+    },
 }
 """By architecture, for those with a native family."""
 

@@ -32,6 +32,8 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from anychip_conformance.equality.tiny_experts import Settings, without
@@ -162,3 +164,12 @@ def lfm2_moe(common: Settings) -> PreTrainedModel:
     kinds = ["conv", "full_attention", "conv", "conv"]
     settings = {**without(common, "head_dim"), **experts, "routed_scaling_factor": 1.5}
     return Lfm2MoeForCausalLM(Lfm2MoeConfig(**settings, layer_types=kinds))
+
+
+def zamba2(common: Settings) -> PreTrainedModel:
+    """Of three uses of two shared blocks, the third is the first block's second."""
+    states = {"n_mamba_heads": 8, "mamba_d_state": 16, "mamba_ngroups": 2, "chunk_size": 16}
+    shared = {"num_mem_blocks": 2, "use_shared_attention_adapter": True, "adapter_rank": 4, "use_mem_rope": True}
+    settings = {**without(common, "head_dim"), "num_key_value_heads": 4, **states, **shared}
+    kinds = ["hybrid", "linear_attention", "hybrid", "hybrid"]
+    return Zamba2ForCausalLM(Zamba2Config(**settings, layers_block_type=kinds, tie_word_embeddings=True))

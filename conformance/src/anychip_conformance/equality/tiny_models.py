@@ -78,6 +78,7 @@ from anychip_conformance.equality.tiny_hybrids import (
     qwen3_5,
     qwen3_5_moe,
     qwen3_next,
+    zamba2,
 )
 
 _COMMON: Settings = {
@@ -263,6 +264,7 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "ernie4.5": _ernie4_5,
     "ernie4.5-moe": ernie4_5_moe,
     "seed-oss": _seed_oss,
+    "zamba2": zamba2,
 }
 """What has a native family."""
 

@@ -64,6 +64,7 @@ _STATES = (
     "granite-hybrid-moe",
     "kimi-linear",
     "lfm2-moe",
+    "zamba2",
 )
 CANNOT = {
     **{(family, "fake-hostlen"): "it has no recurrences" for family in _STATES},

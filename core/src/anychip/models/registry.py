@@ -64,6 +64,7 @@ NATIVE = {
     "RobertaModel": "anychip.models.bert:Roberta",
     "SeedOssForCausalLM": "anychip.models.seed_oss:SeedOss",
     "XLMRobertaModel": "anychip.models.bert:Roberta",
+    "Zamba2ForCausalLM": "anychip.models.zamba2:Zamba2",
 }
 
 
