@@ -24,7 +24,7 @@ class Answer:
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Answer:
     """Without a cache, one whole forward pass a token: nothing of the oracle is shared with what it judges."""
-    config = model.config.get_text_config()
+    config = model.config
     # Each of depth x width sums rounds once; errors of both evaluations count.
     growth = 2 * config.num_hidden_layers * config.hidden_size * UNIT_ROUNDOFF
     ids, answer = list(prompt), Answer([], [], [])
