@@ -100,7 +100,7 @@ def test_factors_are_not_quantized_at_load(tmp_path):
     ("device", "settings", "reason"),
     [
         ("fake-hostlen", {}, "latent attention"),
-        ("cpu", {"kv_cache_dtype": "fp8"}, "float8_e4m3fn cache"),
+        ("cpu", {"kv_cache_dtype": "int8"}, "latent rows in int8; float8_e4m3fn is nearest"),
         ("cpu", {"tensor_parallel_size": 3}, "4 attention heads do not split evenly over 3 ranks; 1, 2, 4 would"),
     ],
 )
@@ -108,6 +108,12 @@ def test_what_cannot_be_is_refused_by_name(device, settings, reason, tmp_path):
     make_checkpoint("deepseek-v2", tmp_path)
     with pytest.raises(AnychipError, match=reason):
         plan_engine(EngineConfig(model=str(tmp_path), device=device, dtype="float32", **settings))
+
+
+def test_index_keys_in_fp8_are_refused_by_name(tmp_path):
+    make_checkpoint("deepseek-v32", tmp_path)
+    with pytest.raises(AnychipError, match="index keys in float8_e4m3fn; float32 is available"):
+        plan_engine(EngineConfig(model=str(tmp_path), device="cpu", dtype="float32", kv_cache_dtype="fp8"))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,20 @@ def test_settings_that_are_not_served_are_refused_by_name(family, fields, reason
     set_config(tmp_path, **fields)
     with pytest.raises((AnychipError, ConfigError), match=reason):
         plan_engine(EngineConfig(model=str(tmp_path), device="cpu"))
+
+
+# -- rows in fp8 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"max_num_batched_tokens": 7}, {"prefix_caching": False}])
+def test_rows_in_fp8_answer_alike_however_prompts_are_cut_and_found(settings, tmp_path):
+    """Every token attends to rounded rows, those of its own step too, so that no setting decides what is rounded."""
+    make_checkpoint("deepseek-v2", tmp_path)
+    case, found = Case("deepseek-v2", 4096, True, True, True, "cpu"), []
+    for given in ({}, settings):
+        with open_llm(case, tmp_path, kv_cache_dtype="fp8", **given) as llm:
+            found.append(list(generate(llm)))
+    assert found[0] == found[1]
 
 
 # -- what a token costs ---------------------------------------------------------------------------------------
@@ -152,3 +172,14 @@ def test_ranks_hold_all_of_a_row(tmp_path):
         for size in (1, 2)
     )
     assert one.latent_token == two.latent_token == (32 + 8) * 4 * 4
+
+
+def test_rows_in_fp8_take_half_the_bytes_of_bfloat16s(tmp_path):
+    make_checkpoint("deepseek-v3", tmp_path)
+    wide, narrow = (
+        plan_engine(
+            EngineConfig(model=str(tmp_path), device="cpu", dtype="bfloat16", kv_cache_dtype=asked)
+        ).worker.memory
+        for asked in ("auto", "fp8")
+    )
+    assert (wide.latent_token, narrow.latent_token) == ((32 + 8) * 2 * 4, (32 + 8) * 4)

@@ -14,6 +14,7 @@ from anychip.family_defaults import FAMILY_DEFAULTS, base_architecture, first_po
 from anychip.gguf.config import config_of, generation_of
 from anychip.gguf.model import is_gguf, read_model
 from anychip.hub import resolve_folder
+from anychip.text_parts import DECODERS, decoder_of
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +39,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     sampling_defaults: dict[str, float]
     """What generation_config.json recommends, in SamplingParams' names."""
     raw: dict[str, Any]
+    part_of: str | None = None
+    """The architecture of a checkpoint that holds more than this decoder."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """A family's own key."""
@@ -71,22 +74,24 @@ def load_model_config(model: str) -> ModelConfig:
     architectures = raw.get("architectures") or []
     if not architectures:
         raise CheckpointError(f'{source} names no architecture; add "architectures": [...]')
-    if base_architecture(architectures[0]) not in FAMILY_DEFAULTS:
+    whole, raw = architectures[0], decoder_of(architectures[0], raw)
+    architecture = DECODERS.get(whole, whole)
+    if base_architecture(architecture) not in FAMILY_DEFAULTS:
         raw = with_common_names(raw)
-    raw = with_defaults(architectures[0], raw)
+    raw = with_defaults(architecture, raw)
     try:
-        num_heads = _num_heads(architectures[0], raw)
+        num_heads = _num_heads(architecture, raw)
         return ModelConfig(
             folder=str(folder),
-            architecture=architectures[0],
+            architecture=architecture,
             vocab_size=int(raw["vocab_size"]),
             hidden_size=int(raw["hidden_size"]),
             num_layers=_num_layers(raw),
             num_heads=num_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads)),
-            intermediate_size=int(_intermediate_size(architectures[0], raw)),
-            max_positions=int(raw["max_position_embeddings"]) - first_position(architectures[0], raw),
+            intermediate_size=int(_intermediate_size(architecture, raw)),
+            max_positions=int(raw["max_position_embeddings"]) - first_position(architecture, raw),
             norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
             rope_theta=float(_rope_parameters(raw).get("rope_theta") or raw.get("rope_theta", 10000.0)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -96,6 +101,7 @@ def load_model_config(model: str) -> ModelConfig:
                 name: generation[name] for name in _RECOMMENDED if isinstance(generation.get(name), int | float)
             },
             raw=raw,
+            part_of=whole if architecture != whole else None,
         )
     except KeyError as missing:
         raise CheckpointError(f"{source} has no {missing}") from missing

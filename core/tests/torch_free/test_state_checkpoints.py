@@ -96,6 +96,24 @@ def test_where_prompts_part_the_second_leaves_a_state_for_the_third():
     assert found == [(0, [20, 2]), (0, [12, 8, 2]), (12, [8, 2])]
 
 
+def test_where_prompts_part_a_model_of_states_alone_leaves_one_too():
+    """It keeps no blocks of tokens. What it has seen of prompts tells where they part."""
+    scheduler, shared, found = scheduler_of(ALONE, budget=256), list(range(10, 10 + 53)), []
+    for at in (1, 2, 3):
+        request = make_request(f"r{at}", [*shared, *range(100 * at, 100 * at + 30)], arrival=at, max_output=1)
+        chunks = computed(scheduler, request)
+        found.append((request.cached_tokens, chunks))
+    assert found == [(0, [80, 3]), (0, [48, 32, 3]), (48, [32, 3])]
+
+
+def test_what_is_remembered_of_prompts_has_a_bound(monkeypatch):
+    monkeypatch.setattr(checkpoints, "MOST_SEEN", 3)
+    scheduler, shared = scheduler_of(ALONE, budget=256), list(range(10, 10 + 53))
+    computed(scheduler, make_request("a", [*shared, *range(100, 130)], max_output=1))
+    request = make_request("b", [*shared, *range(200, 230)], arrival=1, max_output=1)
+    assert computed(scheduler, request) == [80, 3], "the first blocks of the first prompt are forgotten"
+
+
 @pytest.mark.parametrize(("steps", "kept"), [(1, 20), (2, 20), (3, 20), (4, 24), (5, 20)])
 def test_a_preempted_request_goes_on_from_its_last_state(steps, kept):
     """That of its prompt, or the one that preemption finds at the end of a block."""

@@ -11,8 +11,14 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Dots1Config,
+    Dots1ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
     GraniteMoeConfig,
@@ -99,6 +105,24 @@ _GLM_HAS = (
     "n_routed_experts",
     "routed_scaling_factor",
 )
+
+
+def glm4_moe_lite(common: Settings) -> PreTrainedModel:
+    latent = without(_LATENT, "first_k_dense_replace")
+    settings = {**without(common, "head_dim"), **latent, "q_lora_rank": 24, "n_group": 2, "topk_group": 1}
+    return Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**settings, tie_word_embeddings=False))
+
+
+def dots1(common: Settings) -> PreTrainedModel:
+    experts = {name: value for name, value in _LATENT.items() if name in _GLM_HAS}
+    settings = {"n_group": 2, "topk_group": 1, "n_shared_experts": 2, "norm_topk_prob": True}
+    windows = {"sliding_window": 32, "max_window_layers": 2}
+    return Dots1ForCausalLM(Dots1Config(**common, **experts, **settings, **windows, tie_word_embeddings=False))
+
+
+def ernie4_5_moe(common: Settings) -> PreTrainedModel:
+    experts = {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 32, "moe_num_shared_experts": 2}
+    return Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**without(common, "head_dim"), **experts))
 
 
 def qwen2_moe(common: Settings) -> PreTrainedModel:

@@ -11,8 +11,12 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -22,14 +26,26 @@ from transformers import (
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from anychip_conformance.equality.tiny_experts import Settings, without
 
 _OF_ATTENTION = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 _KINDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
 _MAMBA2_PARTS = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 
 
@@ -64,17 +80,22 @@ def bamba(common: Settings) -> PreTrainedModel:
     return BambaForCausalLM(config)
 
 
-def granite_hybrid(common: Settings) -> PreTrainedModel:
+def granite_hybrid(common: Settings, num_experts: int = 0) -> PreTrainedModel:
     multipliers = {
         "embedding_multiplier": 6.0,
         "attention_multiplier": 0.2,
         "residual_multiplier": 0.4,
         "logits_scaling": 3.0,
     }
-    sizes = {"mamba_n_groups": 1, "num_local_experts": 0, "shared_intermediate_size": 96, "layer_types": _KINDS}
+    sizes = {"mamba_n_groups": 1, "shared_intermediate_size": 96, "layer_types": _KINDS}
+    experts = {"num_local_experts": num_experts, "num_experts_per_tok": 2}
     return GraniteMoeHybridForCausalLM(
-        GraniteMoeHybridConfig(**without(common, "head_dim"), **_MAMBA2_PARTS, **multipliers, **sizes)
+        GraniteMoeHybridConfig(**without(common, "head_dim"), **_MAMBA2_PARTS, **multipliers, **sizes, **experts)
     )
+
+
+def granite_hybrid_moe(common: Settings) -> PreTrainedModel:
+    return granite_hybrid({**common, "intermediate_size": 32}, num_experts=4)
 
 
 def jamba(common: Settings) -> PreTrainedModel:
@@ -112,10 +133,43 @@ def qwen3_next(common: Settings) -> PreTrainedModel:
         "shared_expert_intermediate_size": 48,
         "mlp_only_layers": [1],
     }
-    states = {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 16,
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**common, **experts, **_DELTA_NET, tie_word_embeddings=False))
+
+
+def qwen3_5(common: Settings) -> PreTrainedModel:
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**common, **_DELTA_NET, layer_types=_KINDS, tie_word_embeddings=False))
+
+
+def qwen3_5_moe(common: Settings) -> PreTrainedModel:
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
     }
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**common, **experts, **states, tie_word_embeddings=False))
+    settings = {**without(common, "intermediate_size"), **experts, **_DELTA_NET, "layer_types": _KINDS}
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**settings, tie_word_embeddings=False))
+
+
+def kimi_linear(common: Settings) -> PreTrainedModel:
+    latent = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "routed_scaling_factor": 1.5}
+    states = {"linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _KINDS}
+    settings = {**without(common, "head_dim"), "num_key_value_heads": 4, **latent, **experts, **states}
+    return KimiLinearForCausalLM(KimiLinearConfig(**settings, n_group=2, topk_group=1))
+
+
+def lfm2_moe(common: Settings) -> PreTrainedModel:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
+    kinds = ["conv", "full_attention", "conv", "conv"]
+    settings = {**without(common, "head_dim"), **experts, "routed_scaling_factor": 1.5}
+    return Lfm2MoeForCausalLM(Lfm2MoeConfig(**settings, layer_types=kinds))
+
+
+def zamba2(common: Settings) -> PreTrainedModel:
+    """Of three uses of two shared blocks, the third is the first block's second."""
+    states = {"n_mamba_heads": 8, "mamba_d_state": 16, "mamba_ngroups": 2, "chunk_size": 16}
+    shared = {"num_mem_blocks": 2, "use_shared_attention_adapter": True, "adapter_rank": 4, "use_mem_rope": True}
+    settings = {**without(common, "head_dim"), "num_key_value_heads": 4, **states, **shared}
+    kinds = ["hybrid", "linear_attention", "hybrid", "hybrid"]
+    return Zamba2ForCausalLM(Zamba2Config(**settings, layers_block_type=kinds, tie_word_embeddings=True))

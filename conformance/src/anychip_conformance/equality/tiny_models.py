@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -37,6 +39,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -47,7 +51,10 @@ from anychip_conformance.equality.tiny_experts import (
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
+    dots1,
+    ernie4_5_moe,
     glm4_moe,
+    glm4_moe_lite,
     glm_moe_dsa,
     granite_moe,
     minimax_m2,
@@ -59,13 +66,19 @@ from anychip_conformance.equality.tiny_hybrids import (
     bamba,
     falcon_h1,
     granite_hybrid,
+    granite_hybrid_moe,
     jamba,
+    kimi_linear,
     lfm2,
+    lfm2_moe,
     mamba,
     mamba2,
     minimax,
     nemotron_h,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_next,
+    zamba2,
 )
 
 _COMMON: Settings = {
@@ -181,6 +194,14 @@ def _gpt_oss(common: Settings) -> PreTrainedModel:
     return GptOssForCausalLM(GptOssConfig(**common, **experts, rope_parameters=rope, tie_word_embeddings=False))
 
 
+def _seed_oss(common: Settings) -> PreTrainedModel:
+    return SeedOssForCausalLM(SeedOssConfig(**common, tie_word_embeddings=False))
+
+
+def _ernie4_5(common: Settings) -> PreTrainedModel:
+    return Ernie4_5ForCausalLM(Ernie4_5Config(**common, use_bias=True))
+
+
 def _olmo2(common: Settings) -> PreTrainedModel:
     return Olmo2ForCausalLM(Olmo2Config(**without(common, "head_dim"), tie_word_embeddings=False))
 
@@ -233,6 +254,17 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "qwen3-next": qwen3_next,
     "deepseek-v32": deepseek_v32,
     "glm-5": glm_moe_dsa,
+    "qwen3.5": qwen3_5,
+    "qwen3.5-moe": qwen3_5_moe,
+    "granite-hybrid-moe": granite_hybrid_moe,
+    "kimi-linear": kimi_linear,
+    "lfm2-moe": lfm2_moe,
+    "glm4-moe-lite": glm4_moe_lite,
+    "dots1": dots1,
+    "ernie4.5": _ernie4_5,
+    "ernie4.5-moe": ernie4_5_moe,
+    "seed-oss": _seed_oss,
+    "zamba2": zamba2,
 }
 """What has a native family."""
 
@@ -262,7 +294,7 @@ def make_checkpoint(family: str, folder: Path, **settings: Any) -> PreTrainedMod
             if any(word in name for word in ("norm", "bias", "sinks")) or name.endswith((".D", ".A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):  # wide enough that it changes who is picked
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # wide enough that it changes who is picked
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     model.config._attn_implementation = "eager"
     model.eval().save_pretrained(folder)

@@ -59,21 +59,30 @@ _STATES = (
     "nemotron-h",
     "lfm2",
     "minimax",
+    "qwen3.5",
+    "qwen3.5-moe",
+    "granite-hybrid-moe",
+    "kimi-linear",
+    "lfm2-moe",
+    "zamba2",
 )
 CANNOT = {
     **{(family, "fake-hostlen"): "it has no recurrences" for family in _STATES},
-    ("qwen3-next", "fake-spmd"): "two key heads of state layers over four devices",
+    **{
+        (family, "fake-spmd"): "two key heads of state layers over four devices"
+        for family in ("qwen3-next", "qwen3.5", "qwen3.5-moe")
+    },
     ("stablelm", "cpu-tp2"): "transformers has no tensor-parallel plan for it",
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
     **{
         (family, "fake-hostlen"): "it stands for devices without latent attention, and refuses it by name"
-        for family in ("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5")
+        for family in ("deepseek-v2", "deepseek-v3", "deepseek-v32", "glm-5", "glm4-moe-lite")
     },
     ("phi", "fake-spmd"): "two key-value heads over four devices, whose replication is not in transformers' plan",
 }
 """Families and devices that are refused together, and why."""
 
-_TWO_GROUPS = ("gemma2", "gemma3", "gpt-oss", "qwen2", "qwen2-moe")
+_TWO_GROUPS = ("gemma2", "gemma3", "gpt-oss", "qwen2", "qwen2-moe", "dots1")
 """Families whose layers differ in their attention, so that a request holds blocks of two groups."""
 
 _VALUES: tuple[Sequence[Any], ...] = (

@@ -6,6 +6,7 @@ ends there. Who goes on from it copies it first, as the blocks of tokens are cop
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from anychip.kv_cache.block_pool import BlockPool
@@ -17,6 +18,8 @@ from anychip.types import BlockId
 
 EVERY = 2048
 """A long prompt has a state at every so many tokens."""
+MOST_SEEN = 1 << 16
+"""Blocks of prompts that are remembered by their hashes, for models that keep no blocks of tokens."""
 
 
 class Checkpoints:
@@ -26,6 +29,7 @@ class Checkpoints:
         self._states = states
         self._group = num_groups - 1
         self._size = block_size
+        self._seen: OrderedDict[bytes, None] = OrderedDict()  # the one that was seen longest ago first
 
     def stop(self, request: Request, start: int) -> int:
         """How many tokens from `start` on a chunk should have to end where a state is worth keeping: at the last full
@@ -47,14 +51,32 @@ class Checkpoints:
         """The longest prefix that every group of tokens can offer and that a state ends. Where the groups of tokens can
         offer more, the request is to leave a state there for those who come after it."""
         limit = (request.num_known - 1) // self._size * self._size
-        request.junction = 0
+        request.junction = 0 if groups else self._parted(request, limit)
         while limit:
             shared = find_prefix(groups, pool, request, self._size, limit)
-            request.junction = max(request.junction, shared.num_tokens)
+            if groups:
+                request.junction = max(request.junction, shared.num_tokens)
             limit, state = self._deepest(request, shared.num_tokens)
             if state is not None and limit == shared.num_tokens:
                 return Shared(limit, [*shared.tables, [state]])
         return Shared(0, [[] for _ in range(self._group + 1)])
+
+    def remember(self, request: Request) -> None:
+        """Notes how an entering prompt begins, where no block of tokens will tell."""
+        if self._group:
+            return
+        for each in self._hashes(request, request.num_prompt // self._size):
+            self._seen.pop(each, None)
+            self._seen[each] = None
+        while len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+
+    def _parted(self, request: Request, limit: int) -> int:
+        """How many of the first `limit` tokens begin an earlier prompt too."""
+        for block in range(limit // self._size):
+            if self._hashes(request, block + 1)[block] not in self._seen:
+                return block * self._size
+        return limit
 
     def _deepest(self, request: Request, limit: int) -> tuple[int, BlockId | None]:
         """The last token of the first `limit` behind which a state is on offer."""
@@ -67,7 +89,9 @@ class Checkpoints:
 
     def _key(self, request: Request, at: int) -> bytes:
         last = at // self._size
+        return prefix_key(self._group, self._hashes(request, last)[last - 1])
+
+    def _hashes(self, request: Request, count: int) -> Sequence[bytes]:
+        """Of the first `count` blocks, at least."""
         hashes = request.block_hashes
-        if len(hashes) < last:
-            hashes = extend_hashes(request, self._size, last)
-        return prefix_key(self._group, hashes[last - 1])
+        return hashes if len(hashes) >= count else extend_hashes(request, self._size, count)

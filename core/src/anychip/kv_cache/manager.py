@@ -108,6 +108,8 @@ class KVCacheManager:
         request.block_ids = shared.tables
         request.num_cached_blocks = [kind.num_full(shared.num_tokens) for kind, _ in self._groups]
         request.num_computed = shared.num_tokens
+        if self.checkpoints is not None:
+            self.checkpoints.remember(request)
 
     def adopt(self, moves: Sequence[tuple[Request, Request]]) -> None:
         """Each (request, source) gives the request the source's blocks in place of its own, all moves at once. The

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -32,6 +33,9 @@ def _rows_of_kv_heads(spec: AttentionSpec) -> Placed:
     """How key and value projections lie over the ranks: as the pages that hold what they make."""
     return tuple(replace(each, dim=0, unit=spec.head_dim) for each in spec.pages if each.dim == KV_HEADS)
 
+
+Added = Callable[[Tensor], Tensor]
+"""From hidden states [num_tokens, input_size] to what is added to queries, keys and values."""
 
 _NAMES = MappingProxyType({"output": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"})
 
@@ -105,6 +109,7 @@ class Attention:
         if builder.kv_scales:
             want_kv_scales(builder, name, spec, num_kv_heads, self.layer)
         self.rope = rope
+        self.further: Added | None = None
         self.qk_norm: QKNorm | None = None
         if qk_norm_eps is not None:
             q_norm = RMSNorm(builder, name=f"{name}.{names['q_norm']}", size=dim, eps=qk_norm_eps)
@@ -132,6 +137,14 @@ class Attention:
         builder.weights.want(name, (size,), take)
         return held
 
+    def again(self, builder: Builder, spec: AttentionSpec, index: int, further: Added | None) -> Attention:
+        """The same weights with a cache of another layer, whose `index` is that of its spec. `further` is added to
+        queries, keys and values."""
+        other = copy(self)
+        other.backend, other.further = builder.platform.attention(spec), further
+        other.layer = replace(self.layer, index=index)
+        return other
+
     @property
     def backends(self) -> list[AttentionBackend]:
         return [self.backend]
@@ -142,7 +155,10 @@ class Attention:
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         adapters = context.adapters
-        q, k, v = self.qkv(x, adapters).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        packed = self.qkv(x, adapters)
+        if self.further is not None:
+            packed = packed + self.further(x)
+        q, k, v = packed.view(x.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
         gate: Tensor | None = None
         if self.gated:
             q, gate = (part.contiguous() for part in q.reshape(len(q), -1, 2, self.head_dim).unbind(2))

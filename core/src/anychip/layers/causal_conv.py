@@ -19,14 +19,14 @@ def conv_spec(channels: int, width: int, dtype: DType) -> StateSpec:
 
 
 class CausalConv:
-    """`name` is the checkpoint's module, whose weight is [channels, 1, width]; `stretches` are its channels. `index` is
-    the place of `spec` among the model's."""
+    """`name` is the checkpoint's module, whose weight is [channels, 1, width]; `stretches` are its channels. Several
+    names: each stretch has a module of its own. `index` is the place of `spec` among the model's."""
 
     def __init__(
         self,
         builder: Builder,
         *,
-        name: str,
+        name: str | Sequence[str],
         index: int,
         spec: StateSpec,
         stretches: Sequence[Stretch],
@@ -35,10 +35,12 @@ class CausalConv:
     ) -> None:
         width = spec.arrays[0].shape[0] + 1
         self.backend = builder.platform.state(spec)
-        self.weight = HeldRows(builder, f"{name}.weight", stretches, inner=(1, width))
+        modules = [name] if isinstance(name, str) else name
+        weight, offset = ([f"{module}.{part}" for module in modules] for part in ("weight", "bias"))
+        self.weight = HeldRows(builder, weight if len(weight) > 1 else weight[0], stretches, inner=(1, width))
         weights = {"weight": self.weight.rows.squeeze(1)}
         if bias:
-            self.bias = HeldRows(builder, f"{name}.bias", stretches)
+            self.bias = HeldRows(builder, offset if len(offset) > 1 else offset[0], stretches)
             weights["bias"] = self.bias.rows
         self.layer = StateLayer(index=index, ops=builder.ops, weights=weights)
         self.activation = activation

@@ -1,5 +1,5 @@
-"""Qwen3-Next's gated delta net: queries, keys and values through a causal convolution, the gated delta rule, a gated
-norm of each head, one projection back.
+"""Gated delta nets: queries, keys and values through a causal convolution, the gated delta rule, a gated norm of each
+head, one projection back.
 
 Source: Yang et al., "Gated Delta Networks", 2024.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,11 @@ class DeltaSizes:
         return self.value_heads // self.key_heads
 
     @property
+    def by_head(self) -> tuple[Sharded, ...]:
+        """Of what has a row for each head of values."""
+        return (Sharded(dim=0, unit=self.repeats),)
+
+    @property
     def channels(self) -> list[Stretch]:
         """Of the convolution: queries, keys and values."""
         keys = Stretch(self.key_heads * self.key_dim, (Sharded(dim=0, unit=self.key_dim),))
@@ -65,9 +71,18 @@ class DeltaSizes:
         ]
 
 
+class _Inputs(NamedTuple):
+    """What a token gives to the net, of this rank's heads."""
+
+    mixed: Tensor  # [num_tokens, channels]: queries, keys and values, before the convolution
+    gate: Tensor  # [num_tokens, value heads * value_dim]
+    beta: Tensor  # [num_tokens, value heads]
+    decay: Tensor  # [num_tokens, value heads]
+
+
 class GatedDeltaNet:
-    """`index` is the place of its first spec among the model's. The checkpoint's matrices hold the parts of one head of
-    keys together: its query, key, values and gates; and its beta and decays."""
+    """`index` is the place of its first spec among the model's. The checkpoint has one matrix for queries, keys and
+    values, below one another, and one each for gates, betas and decays."""
 
     def __init__(
         self,
@@ -81,20 +96,12 @@ class GatedDeltaNet:
         eps: float,
     ) -> None:
         self.sizes = sizes
-        wide, narrow = 2 * (sizes.key_dim + sizes.repeats * sizes.value_dim), 2 * sizes.repeats
-        self.inputs = ColumnParallelLinear(
-            builder,
-            in_features=hidden_size,
-            projections=[
-                Projection("qkvz", f"{name}.in_proj_qkvz", sizes.key_heads * wide, (Sharded(dim=0, unit=wide),)),
-                Projection("ba", f"{name}.in_proj_ba", sizes.key_heads * narrow, (Sharded(dim=0, unit=narrow),)),
-            ],
-        )
+        self.inputs = ColumnParallelLinear(builder, in_features=hidden_size, projections=self.projections(name))
         self.parts = [part.rows for part in self.inputs.kernel.spec.parts]
         self.conv = CausalConv(
             builder, name=f"{name}.conv1d", index=index, spec=specs[0], stretches=sizes.channels, bias=False
         )
-        heads = [Stretch(sizes.value_heads, (Sharded(dim=0, unit=sizes.repeats),))]
+        heads = [Stretch(sizes.value_heads, sizes.by_head)]
         self.a = HeldRows(builder, f"{name}.A_log", heads, dtype="float32", made=lambda log: -log.exp())
         self.dt_bias = HeldRows(builder, f"{name}.dt_bias", heads, dtype="float32")
         self.backend = builder.platform.state(specs[1])
@@ -108,6 +115,24 @@ class GatedDeltaNet:
             out_features=hidden_size,
         )
 
+    def projections(self, name: str) -> list[Projection]:
+        """What is made of the hidden states, in one product."""
+        sizes, first, found = self.sizes, 0, []
+        rows = sum(stretch.rows for stretch in sizes.channels)
+        for part, stretch in zip("qkv", sizes.channels, strict=True):
+            module = f"{name}.in_proj_qkv"
+            found.append(Projection(part, module, stretch.rows, stretch.placed, first=first, of=rows))
+            first += stretch.rows
+        values = sizes.channels[2]
+        found.append(Projection("z", f"{name}.in_proj_z", values.rows, values.placed))
+        return found + [
+            Projection(part, f"{name}.in_proj_{part}", sizes.value_heads, sizes.by_head) for part in ("b", "a")
+        ]
+
+    def taken_apart(self, projected: Tensor) -> _Inputs:
+        q, k, v, gate, beta, decay = self.parts
+        return _Inputs(*projected.split_with_sizes([q + k + v, gate, beta, decay], dim=-1))
+
     @property
     def backends(self) -> list[StateBackend]:
         return [self.conv.backend, self.backend]
@@ -118,21 +143,40 @@ class GatedDeltaNet:
 
     def __call__(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         sizes, count = self.sizes, len(hidden)
-        qkvz, ba = self.inputs(hidden).split_with_sizes(self.parts, dim=-1)
-        values = sizes.repeats * sizes.value_dim
-        q, k, v, z = qkvz.reshape(count, -1, 2 * (sizes.key_dim + values)).split_with_sizes(
-            [sizes.key_dim, sizes.key_dim, values, values], dim=-1
-        )
-        b, a = ba.reshape(count, -1, 2 * sizes.repeats).chunk(2, dim=-1)
-        mixed = self.conv(torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1), context)
-        keys = q.shape[1] * sizes.key_dim
+        mixed, gate, beta, decay = self.taken_apart(self.inputs(hidden))
+        mixed = self.conv(mixed, context)
+        keys = beta.shape[1] // sizes.repeats * sizes.key_dim
         q, k, v = mixed.split_with_sizes([keys, keys, mixed.shape[1] - 2 * keys], dim=-1)
         inputs = {
             "q": q.reshape(count, -1, sizes.key_dim),
             "k": k.reshape(count, -1, sizes.key_dim),
             "v": v.reshape(count, -1, sizes.value_dim),
-            "g": self.a.rows * F.softplus(a.flatten(1).float() + self.dt_bias.rows),
-            "beta": b.flatten(1).float().sigmoid(),
+            "g": self.a.rows * F.softplus(decay.float() + self.dt_bias.rows),
+            "beta": beta.float().sigmoid(),
         }
         found = context.advance(self.backend, self.layer, inputs)
-        return self.output(self.norm(found, z.reshape(count, -1, sizes.value_dim)).flatten(1))
+        return self.output(self.norm(found, gate.reshape(count, -1, sizes.value_dim)).flatten(1))
+
+
+class DeltaNetByHead(GatedDeltaNet):
+    """The checkpoint's matrices hold the parts of one head of keys together: its query, key, values and gates; and its
+    betas and decays."""
+
+    def projections(self, name: str) -> list[Projection]:
+        sizes = self.sizes
+        wide, narrow = 2 * (sizes.key_dim + sizes.repeats * sizes.value_dim), 2 * sizes.repeats
+        return [
+            Projection("qkvz", f"{name}.in_proj_qkvz", sizes.key_heads * wide, (Sharded(dim=0, unit=wide),)),
+            Projection("ba", f"{name}.in_proj_ba", sizes.key_heads * narrow, (Sharded(dim=0, unit=narrow),)),
+        ]
+
+    def taken_apart(self, projected: Tensor) -> _Inputs:
+        sizes, count = self.sizes, len(projected)
+        qkvz, ba = projected.split_with_sizes(self.parts, dim=-1)
+        values = sizes.repeats * sizes.value_dim
+        q, k, v, gate = qkvz.reshape(count, -1, 2 * (sizes.key_dim + values)).split_with_sizes(
+            [sizes.key_dim, sizes.key_dim, values, values], dim=-1
+        )
+        beta, decay = ba.reshape(count, -1, 2 * sizes.repeats).chunk(2, dim=-1)
+        mixed = torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1)
+        return _Inputs(mixed, gate.flatten(1), beta.flatten(1), decay.flatten(1))

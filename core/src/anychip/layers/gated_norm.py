@@ -54,11 +54,14 @@ class GatedNorm:
 
 
 class HeadNorm:
-    """norm(x) * silu(gate) over the last dimension, with one weight for all heads."""
+    """norm(x) * silu(gate) over the last dimension, with one weight for all heads; with `squashed`, norm(x) *
+    sigmoid(gate)."""
 
-    def __init__(self, builder: Builder, *, name: str, size: int, eps: float) -> None:
+    def __init__(self, builder: Builder, *, name: str, size: int, eps: float, squashed: bool = False) -> None:
         self.norm = RMSNorm(builder, name=name, size=size, eps=eps)
+        self.squashed = squashed
 
     def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate [num_tokens, heads, size]."""
-        return (self.norm(x) * F.silu(gate.float())).to(x.dtype)
+        wide = gate.float()
+        return (self.norm(x) * (wide.sigmoid() if self.squashed else F.silu(wide))).to(x.dtype)

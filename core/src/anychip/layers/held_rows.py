@@ -12,6 +12,7 @@ from torch import Tensor
 from anychip.layers.build import Builder
 from anychip.plugin_api import REPLICATED, Placed, Sharded, Span, WeightView
 from anychip.types import DType
+from anychip.weights.register import Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,33 +25,38 @@ class Stretch:
 
 class HeldRows:
     """`rows` [rows of this rank, *the tensor's other dimensions]: of each stretch this rank's share, one behind the
-    other. `made` changes the values as they are read."""
+    other. Several names: each stretch is a tensor by itself. `made` changes the values as they are read."""
 
     placed_tensors = MappingProxyType({"rows": (Sharded(dim=0),)})
 
     def __init__(
         self,
         builder: Builder,
-        name: str,
+        name: str | Sequence[str],
         stretches: Sequence[Stretch],
         *,
         inner: tuple[int, ...] = (),
         dtype: DType | None = None,
         made: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        spans = held_stretches(builder, name, stretches)
-        total = sum(stretch.rows for stretch in stretches)
-        self.rows = builder.platform.empty(
-            (sum(span.count for span in spans), *inner), dtype or builder.dtype, "weights"
-        )
+        tensors = [(name, stretches)] if isinstance(name, str) else zip(name, ([each] for each in stretches), strict=True)
+        held = [(tensor, parts, held_stretches(builder, tensor, parts)) for tensor, parts in tensors]
+        count = sum(span.count for _, _, spans in held for span in spans)
+        self.rows = builder.platform.empty((count, *inner), dtype or builder.dtype, "weights")
+        at = 0
+        for tensor, parts, spans in held:
+            total = sum(stretch.rows for stretch in parts)
+            builder.weights.want(tensor, (total, *inner), self._take(spans, at, made))
+            at += sum(span.count for span in spans)
 
+    def _take(self, spans: Sequence[Span], first: int, made: Callable[[Tensor], Tensor]) -> Take:
         def take(view: WeightView) -> None:
-            at = 0
+            at = first
             for span in spans:
                 self.rows[at : at + span.count].copy_(made(view.read(span.bounds).float()))
                 at += span.count
 
-        builder.weights.want(name, (total, *inner), take)
+        return take
 
 
 def held_stretches(builder: Builder, name: str, stretches: Sequence[Stretch]) -> list[Span]:

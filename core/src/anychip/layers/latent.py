@@ -15,7 +15,7 @@ from anychip.layers.indexer import Indexer
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
 from anychip.layers.norm import RMSNorm
 from anychip.ops.reference.quantized import QuantizedMatrix
-from anychip.plugin_api import ActFormat, ForwardContext, LatentLayer, LatentSpec, Rope, Sharded
+from anychip.plugin_api import ActFormat, ForwardContext, LatentBackend, LatentLayer, LatentSpec, Rope, Sharded
 from anychip.weights.matrix import Matrix
 
 _HEADS = (Sharded(dim=0),)
@@ -130,6 +130,10 @@ class LatentAttention:
         keys, values = place < spec.nope_dim, place >= spec.nope_dim
         self.k_up[head[keys], place[keys]] = chunk[keys]
         self.v_up[head[values], place[values] - spec.nope_dim] = chunk[values]
+
+    @property
+    def backends(self) -> list[LatentBackend]:
+        return [self.backend]
 
     @property
     def accepts(self) -> ActFormat:

@@ -50,6 +50,12 @@ def make_rope(
     )
 
 
+def still_rope(config: ModelConfig, device: str, rotary_dim: int) -> Rope:
+    """A rotary embedding that turns nothing, for families whose keys have a part that could be turned and is not."""
+    shape = (config.max_positions, rotary_dim // 2)
+    return Rope(cos=torch.ones(shape).to(device), sin=torch.zeros(shape).to(device), rotary_dim=rotary_dim)
+
+
 def _axes(config: ModelConfig, parameters: Parameters, count: int) -> Tensor | None:
     """The axis by which each of `count` frequencies turns, where config.json has `mrope_section`: those of an axis
     stand together, or, interleaved, take turns as far as its section reaches. None: positions have one axis."""

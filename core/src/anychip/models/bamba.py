@@ -10,7 +10,7 @@ from typing import Any
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
-from anychip.layers.mlp import GatedMLP
+from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, need_silu
 from anychip.models.mamba2 import dt_limits
@@ -66,7 +66,7 @@ class Bamba(Hybrid):
             return self.attend(builder, index, specs, at, rope)
         return self.mamba(builder, index, specs, at)
 
-    def feed_forward(self, builder: Builder, index: int) -> GatedMLP:
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
         bias = bool(self.config.get("mlp_bias", False))
         return self.gated_mlp(builder, index, name=f"model.layers.{index}.feed_forward", bias=bias)
 

@@ -33,6 +33,7 @@ from anychip.plugin_api import (
     Rope,
     Sharded,
 )
+from anychip.text_parts import OTHER_PARTS
 from anychip.types import DType
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -71,6 +72,9 @@ class Decoder:
         self.num_layers = config.num_layers
         self.hidden_size = config.hidden_size
         builder.weights.ignored += ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
+        if config.part_of is not None:
+            builder.weights.elsewhere += OTHER_PARTS
+            builder.weights.notes += (f"of {config.part_of} the text decoder is served: images and videos are refused",)
         self.stage = stage = builder.stage
         self.links = StageLinks(stage, builder.mesh.axis("pp"), config.hidden_size, builder.dtype)
         tied = config.tie_word_embeddings
@@ -213,17 +217,23 @@ class Decoder:
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         extras = context.extras
         hidden = self.embedded(input_ids, extras) if self.stage.is_first else self.links.receive(positions)
-        residual: Tensor | None = None
-        for index, layer in zip(self.held_layers, self.layers, strict=True):
-            hidden, residual = layer(hidden, residual, context)
-            if extras is not None:
-                extras.seen(index, hidden, residual)
+        hidden, residual = self.through_layers(hidden, context)
         if self.norm is None:
             return self.links.pass_on(hidden, residual)
         final = self.norm.with_residual(hidden, residual)[0]
         if extras is not None:
             extras.seen(FINAL, final)
         return final
+
+    def through_layers(self, hidden: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """(the last layer's output before its residual sum, the residual)."""
+        residual: Tensor | None = None
+        for index, layer in zip(self.held_layers, self.layers, strict=True):
+            hidden, residual = layer(hidden, residual, context)
+            if context.extras is not None:
+                context.extras.seen(index, hidden, residual)
+        assert residual is not None, "a stage has a layer"
+        return hidden, residual
 
     def embedded(self, input_ids: Tensor, extras: ForwardExtras | None) -> Tensor:
         """[num_tokens, hidden_size], for the first layer."""

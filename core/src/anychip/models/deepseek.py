@@ -22,7 +22,7 @@ from anychip.types import DType
 
 _ALIASES = {"DeepseekV2ForCausalLM": "num_experts"}
 """What transformers' class takes before n_routed_experts; of other classes it is num_local_experts."""
-_LATENT_EPS = 1e-6
+LATENT_EPS = 1e-6
 """Of the latents' norms, whatever rms_norm_eps is."""
 
 
@@ -33,16 +33,7 @@ class DeepseekV2(Decoder):
 
     @classmethod
     def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> list[LatentSpec]:
-        spec = LatentSpec(
-            num_heads=Sharded(dim=0).count(config.num_heads, shape, "attention heads"),
-            latent_dim=int(config.need("kv_lora_rank")),
-            rope_dim=int(config.need("qk_rope_head_dim")),
-            nope_dim=int(config.need("qk_nope_head_dim")),
-            v_dim=int(config.need("v_head_dim")),
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-        )
-        return [spec] * config.num_layers
+        return [latent_spec(config, shape, dtype, kv_dtype)] * config.num_layers
 
     @property
     def interleaved(self) -> bool:
@@ -74,7 +65,7 @@ class DeepseekV2(Decoder):
             scale=(spec.nope_dim + spec.rope_dim) ** -0.5 * yarn_scale(rope_parameters(config)),
             rope=rope,
             query_rank=config.get("q_lora_rank"),
-            norm_eps=_LATENT_EPS,
+            norm_eps=LATENT_EPS,
             bias=bool(config.get("attention_bias", False)),
             indexer=self.indexer(builder, index, rope),
         )
@@ -120,6 +111,19 @@ class DeepseekV3(DeepseekV2):
 
     def routing(self) -> dict[str, Any]:
         return corrected_routing(self.config)
+
+
+def latent_spec(config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> LatentSpec:
+    """Of one rank of a mesh."""
+    return LatentSpec(
+        num_heads=Sharded(dim=0).count(config.num_heads, shape, "attention heads"),
+        latent_dim=int(config.need("kv_lora_rank")),
+        rope_dim=int(config.need("qk_rope_head_dim")),
+        nope_dim=int(config.need("qk_nope_head_dim")),
+        v_dim=int(config.need("v_head_dim")),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+    )
 
 
 def corrected_routing(config: ModelConfig) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Granite 4 hybrid: Mamba-2 layers with a few of attention, without positions where config.json gives none, and
-Granite's multipliers (config.json: GraniteMoeHybridForCausalLM)."""
+"""Granite 4 hybrid: Mamba-2 layers with a few of attention, without positions where config.json gives none, experts
+beside a shared block in the larger models, and Granite's multipliers (config.json: GraniteMoeHybridForCausalLM)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from anychip.errors import Unsupported
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP
+from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.bamba import Bamba
+from anychip.models.granite_moe import granite_experts
 from anychip.models.hybrid import STATE, BlockLayer, known_kinds
 from anychip.plugin_api import Rope
 
@@ -24,8 +24,6 @@ class GraniteHybrid(Bamba):
     def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[Any]) -> None:
         self.embedding_scale = float(config.get("embedding_multiplier", 1.0))
         self.logits_scaling = float(config.get("logits_scaling", 1.0))
-        if experts := int(config.get("num_local_experts") or 0):
-            raise Unsupported(config.architecture, [f"num_local_experts {experts}; the dense models are served"])
         super().__init__(config, builder, specs)
 
     @classmethod
@@ -43,8 +41,9 @@ class GraniteHybrid(Bamba):
         bias, scale = bool(config.get("attention_bias", False)), float(config.get("attention_multiplier", 1.0))
         return self.self_attention(builder, index, specs[at], rope, at=at, bias=bias, scale=scale)
 
-    def feed_forward(self, builder: Builder, index: int) -> GatedMLP:
-        return GatedMLP(
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        """A block that every token goes through, beside experts where there are some."""
+        shared = GatedMLP(
             builder,
             name=f"model.layers.{index}.shared_mlp",
             hidden_size=self.config.hidden_size,
@@ -53,6 +52,7 @@ class GraniteHybrid(Bamba):
             fused_gate_up="input_linear",
             names=("gate_proj", "up_proj", "output_linear"),
         )
+        return granite_experts(self, builder, index, shared) if self.config.get("num_local_experts") else shared
 
     def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None

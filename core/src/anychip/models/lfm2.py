@@ -1,4 +1,5 @@
-"""LFM2: short convolutions with a few layers of attention between them (config.json: Lfm2ForCausalLM)."""
+"""LFM2: short convolutions with a few layers of attention between them, dense and with a mixture of experts
+(config.json: Lfm2ForCausalLM, Lfm2MoeForCausalLM)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from typing import Any
 
 from anychip.layers.build import Builder
 from anychip.layers.causal_conv import conv_spec
-from anychip.layers.mlp import GatedMLP
+from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.layers.short_conv import ShortConv
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds
 from anychip.plugin_api import MeshShape, Rope, Sharded, StateSpec
 from anychip.types import DType
+
+_MATRICES = ("w1", "w3", "w2")
+"""Gate, up and down."""
 
 
 class Lfm2(Hybrid):
@@ -59,7 +63,10 @@ class Lfm2(Hybrid):
         blocks = {"ffn_norm": self.feed_forward(builder, index)}
         return BlockLayer(builder, config, name, mixer=("operator_norm", mixer), blocks=blocks)
 
-    def feed_forward(self, builder: Builder, index: int) -> GatedMLP:
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        return self.dense(builder, index, self.dense_size())
+
+    def dense_size(self) -> int:
         config, size = self.config, int(self.config.get("block_ff_dim") or self.config.intermediate_size)
         if config.get("block_auto_adjust_ff_dim", True):
             size = int(2 * size / 3)
@@ -67,11 +74,40 @@ class Lfm2(Hybrid):
                 size = int(config.get("block_ffn_dim_multiplier", 1.0) * size)
                 multiple = int(config.get("block_multiple_of", 256))
                 size = -(-size // multiple) * multiple
+        return size
+
+    def dense(self, builder: Builder, index: int, size: int) -> GatedMLP:
         return GatedMLP(
             builder,
             name=f"model.layers.{index}.feed_forward",
-            hidden_size=config.hidden_size,
+            hidden_size=self.config.hidden_size,
             intermediate_size=size,
             activation="silu",
-            names=("w1", "w3", "w2"),
+            names=_MATRICES,
+        )
+
+
+class Lfm2MoE(Lfm2):
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        config = self.config
+        if index < int(config.need("num_dense_layers")):
+            return self.dense(builder, index, config.intermediate_size)
+        size, corrected = int(config.need("moe_intermediate_size")), bool(config.get("use_expert_bias", True))
+        spec = self.experts_spec(
+            builder,
+            num_experts=int(config.need("num_experts")),
+            top_k=int(config.need("num_experts_per_tok")),
+            intermediate_size=size,
+            scoring="sigmoid",
+            router_bias=corrected,
+            renormalize=bool(config.get("norm_topk_prob", True)),
+            router_scale=float(config.get("routed_scaling_factor", 1.0)),
+        )
+        return SparseMoE(
+            builder,
+            name=f"model.layers.{index}.feed_forward",
+            spec=spec,
+            intermediate_size=size,
+            names=_MATRICES,
+            correction="expert_bias",
         )

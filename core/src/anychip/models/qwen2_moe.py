@@ -8,6 +8,7 @@ from typing import Any
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.stacked_experts import experts_as_stored
 from anychip.model_config import ModelConfig
 from anychip.models.config_kinds import given_layer_types
 from anychip.models.decoder import Decoder, PreNormLayer
@@ -67,4 +68,5 @@ def experts(family: Decoder, builder: Builder, index: int, count: int, **differe
         renormalize=bool(config.get("norm_topk_prob", False)),
     )
     name = f"model.layers.{index}.mlp"
-    return SparseMoE(builder, name=name, spec=spec, intermediate_size=size, **differences)
+    made = experts_as_stored(builder, name)
+    return made(builder, name=name, spec=spec, intermediate_size=size, **differences)

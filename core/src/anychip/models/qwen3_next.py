@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from anychip.layers.build import Builder
-from anychip.layers.gated_delta_net import DeltaSizes, GatedDeltaNet
+from anychip.layers.gated_delta_net import DeltaNetByHead, DeltaSizes, GatedDeltaNet
+from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds, need_silu
 from anychip.models.qwen2_moe import feed_forward
@@ -17,6 +18,7 @@ from anychip.plugin_api import Rope
 class Qwen3Next(Hybrid):
     partial_rotary = True
     unit_offset_norm = True
+    delta_net: type[GatedDeltaNet] = DeltaNetByHead
 
     def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[Any]) -> None:
         builder.weights.elsewhere += ("mtp.",)  # layers that predict further tokens: config.json does not describe them
@@ -58,7 +60,7 @@ class Qwen3Next(Hybrid):
                 gated=True,
             )
         else:
-            mixer = GatedDeltaNet(
+            mixer = self.delta_net(
                 builder,
                 name=f"{name}.linear_attn",
                 index=at,
@@ -67,5 +69,8 @@ class Qwen3Next(Hybrid):
                 hidden_size=config.hidden_size,
                 eps=config.norm_eps,
             )
-        blocks = {"post_attention_layernorm": feed_forward(self, builder, index)}
+        blocks = {"post_attention_layernorm": self.feed_forward(builder, index)}
         return BlockLayer(builder, config, name, mixer=("input_layernorm", mixer), blocks=blocks, unit_offset=True)
+
+    def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
+        return feed_forward(self, builder, index)

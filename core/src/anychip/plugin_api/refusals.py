@@ -13,6 +13,7 @@ from anychip.plugin_api.linear import LinearSpec
 from anychip.plugin_api.moe import MoESpec
 from anychip.plugin_api.quantization import NAMED
 from anychip.plugin_api.state import StateSpec
+from anychip.types import itemsize
 
 _BITS = {
     "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8,
@@ -66,6 +67,12 @@ def _latent(spec: LatentSpec, capabilities: Capabilities) -> list[str]:
     reasons = [] if capabilities.mla else ["latent attention (MLA)"]
     if spec.kv_dtype not in capabilities.kv_dtypes:
         reasons.append(f"a cache of {spec.kv_dtype}; {among(spec.kv_dtype, capabilities.kv_dtypes)}")
+    if itemsize(spec.kv_dtype) == 1:
+        if spec.kv_dtype not in capabilities.latent_kv_dtypes:
+            able = {spec.dtype, *capabilities.latent_kv_dtypes}
+            reasons.append(f"latent rows in {spec.kv_dtype}; {among(spec.kv_dtype, able)}")
+        elif spec.index_dim:
+            reasons.append(f"index keys in {spec.kv_dtype}; {spec.dtype} is available")
     if spec.window is not None and not capabilities.sliding_window:
         reasons.append("sliding windows")
     if spec.index_dim and not capabilities.sparse_latent:

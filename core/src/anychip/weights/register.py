@@ -8,6 +8,7 @@ from math import prod
 
 from anychip.errors import CheckpointError
 from anychip.plugin_api import WeightView
+from anychip.text_parts import decoder_name
 
 Take = Callable[[WeightView], None]
 """Reads a rank's share of a tensor."""
@@ -46,7 +47,7 @@ class WeightRegister:
 
     def place(self, name: str) -> str:
         """The name under which a checkpoint's tensor is wanted, if it is."""
-        name = self.rename(name)
+        name = self.rename(decoder_name(name))
         name = self.aliases.get(name, name)
         return name if name in self.slots or self.decoder + name not in self.slots else self.decoder + name
 

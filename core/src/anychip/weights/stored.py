@@ -55,6 +55,10 @@ class StoredTensors:
                 "they are left out (such layers predict further tokens; --speculate mtp drafts with the first)",
             )
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is called so."""
+        return any(self._register.place(stored) == name for stored in self.names)
+
     @property
     def names(self) -> frozenset[str]:
         """As the checkpoint gives them; none of one that is made up."""

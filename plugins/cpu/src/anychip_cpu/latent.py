@@ -56,7 +56,7 @@ class LatentPlan:
 
 
 class CpuLatent(ReferenceLatent):
-    """[num_blocks, block_size, latent_dim + rope_dim], in the queries' dtype; softmax and sums in float32."""
+    """[num_blocks, block_size, latent_dim + rope_dim], in the queries' dtype or in fp8; softmax and sums in float32."""
 
     name = "cpu-latent"
 
@@ -127,7 +127,7 @@ class CpuLatent(ReferenceLatent):
     # -- running ------------------------------------------------------------------------------------------
 
     def write_rows(self, latent: Tensor, k_rope: Tensor, cache: Tensor, plan: LatentPlan, layer: LatentLayer) -> Tensor:
-        rows = torch.cat((latent, k_rope), dim=-1).to(cache.dtype)
+        rows = self.encoded(torch.cat((latent, k_rope), dim=-1))
         cache.flatten(0, 1)[plan.slots] = rows if len(plan.written) == len(rows) else rows[plan.written]
         return cache
 
@@ -144,7 +144,7 @@ class CpuLatent(ReferenceLatent):
         shape = (len(q_nope), self.spec.num_heads, self.spec.v_dim)
         result = q_nope.new_zeros(shape) if out is None else out.zero_()
         for rows in plan.singles:
-            pages = cache[rows.table].flatten(1, 2).float()  # [rows, keys, row_dim]
+            pages = self.decoded(cache[rows.table].flatten(1, 2)).float()  # [rows, keys, row_dim]
             # A weight of zero multiplies a value, so what free blocks hold, which may be anything, becomes zeros.
             pages.masked_fill_(rows.hidden.unsqueeze(-1), 0)
             folded = self._folded(q_nope[rows.tokens], q_rope[rows.tokens], layer).float()
@@ -154,7 +154,7 @@ class CpuLatent(ReferenceLatent):
             result[rows.tokens] = self._unfolded(latents, layer)
         for row in plan.rows:
             mine = slice(row.begin, row.end)
-            held = cache[row.blocks].flatten(0, 1)[: row.start + row.end - row.begin - row.first]
+            held = self.decoded(cache[row.blocks].flatten(0, 1)[: row.start + row.end - row.begin - row.first])
             attended = self._absorbed if row.absorbed else self._expanded
             result[mine] = attended(q_nope[mine], q_rope[mine], held, row, layer)
         return result

@@ -73,6 +73,7 @@ class CpuPlatform(Platform):
         dtypes=frozenset({"float32", "bfloat16"}),
         collectives="runtime",
         mla=True,
+        latent_kv_dtypes=frozenset({"float8_e4m3fn"}),
         sparse_latent=True,
         recurrences=frozenset(RECURRENCES),  # by the reference
         lora=True,
@@ -153,7 +154,8 @@ class CpuPlatform(Platform):
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
         rows = dense_part(spec)
-        dense = CpuLatent(rows) if self.kernels is None else KernelLatent(rows, self.kernels, self.isa)
+        plain = self.kernels is None or rows.kv_dtype != rows.dtype  # the kernels read rows of the queries' dtype
+        dense = CpuLatent(rows) if plain else KernelLatent(rows, self.kernels, self.isa)
         backend = SparseLatent(spec, dense) if spec.index_dim else dense
         return backend if self.kernels is None else AnewLatent(backend, self.recordings)
 

@@ -7,34 +7,50 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anychip.ops.reference.attention import BLOCK_SIZES
+from anychip.ops.reference.attention import BLOCK_SIZES, BYTE_RANGES
 from anychip.plugin_api import BatchView, KVLayout, LatentBackend, LatentLayer, LatentSpec, Unsupported
 from anychip.plugin_api import latent_page_bytes as page_bytes
 
+_FP8 = "float8_e4m3fn"
+
 
 class ReferenceLatent(LatentBackend):
-    """[num_blocks, block_size, latent_dim + rope_dim], in the queries' dtype; softmax in float32."""
+    """[num_blocks, block_size, latent_dim + rope_dim], in the queries' dtype, or in fp8: rows are normed before they are
+    kept, and need no scales. Softmax in float32."""
 
     name = "reference"
 
     def __init__(self, spec: LatentSpec) -> None:
-        if spec.kv_dtype != spec.dtype:
+        if spec.kv_dtype not in (spec.dtype, _FP8):
             raise Unsupported(
                 f"latent attention backend {self.name}",
                 [f"a {spec.kv_dtype} cache under {spec.dtype} queries is not implemented"],
             )
         super().__init__(spec)
+        self.quantized = spec.kv_dtype == _FP8
+
+    def encoded(self, rows: Tensor) -> Tensor:
+        """Rows as the cache holds them: bytes where it is in fp8."""
+        if not self.quantized:
+            return rows.to(getattr(torch, self.spec.kv_dtype))
+        most = BYTE_RANGES[_FP8]
+        return rows.float().clamp(-most, most).to(getattr(torch, _FP8)).view(torch.uint8)
+
+    def decoded(self, held: Tensor) -> Tensor:
+        """The inverse, in the queries' dtype."""
+        return held.view(getattr(torch, _FP8)).to(getattr(torch, self.spec.dtype)) if self.quantized else held
 
     def kv_layout(self) -> KVLayout:
         return KVLayout(block_sizes=BLOCK_SIZES, page_bytes=page_bytes(self.spec))
 
     def make_cache(self, raw: Tensor, num_blocks: int, block_size: int) -> Tensor:
-        return raw.view(getattr(torch, self.spec.kv_dtype)).view(num_blocks, block_size, self.spec.row_dim)
+        dtype = torch.uint8 if self.quantized else getattr(torch, self.spec.kv_dtype)
+        return raw.view(dtype).view(num_blocks, block_size, self.spec.row_dim)
 
     def write_rows(self, latent: Tensor, k_rope: Tensor, cache: Tensor, plan: BatchView, layer: LatentLayer) -> Tensor:
         written = (plan.slot_mapping >= 0).nonzero().squeeze(-1)
         rows = torch.cat((latent, k_rope), dim=-1)[written]
-        cache.flatten(0, 1)[plan.slot_mapping[written]] = rows.to(cache.dtype)
+        cache.flatten(0, 1)[plan.slot_mapping[written]] = self.encoded(rows)
         return cache
 
     def attend(
@@ -54,7 +70,7 @@ class ReferenceLatent(LatentBackend):
             begin, end = starts[row], starts[row + 1]
             if end > begin:
                 blocks = plan.block_table[row, : -(-length // plan.block_size)].long()
-                rows = cache[blocks].flatten(0, 1)[:length]
+                rows = self.decoded(cache[blocks].flatten(0, 1)[:length])
                 result[begin:end] = self._attend_row(q_nope[begin:end], q_rope[begin:end], rows, layer)
         return result
 
