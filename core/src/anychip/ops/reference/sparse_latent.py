@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from anychip.ops.reference.block_moves import last_copies
 from anychip.plugin_api import (
     BatchView,
     KVLayout,
