@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,13 @@ class Results:
 
 
 def limits(results: Results, arguments: argparse.Namespace) -> None:
-    from kernels import limits as measured_limits
+    @cache
+    def told() -> dict[str, Any]:
+        command = [sys.executable, str(Path(__file__).with_name("limits.py"))]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    results.measure("limits", "machine", lambda: machine() | _device())
-    results.measure("limits", "device", measured_limits)
-
-
-def _device() -> dict[str, Any]:
-    import torch
-    import triton
-
-    found = torch.cuda.get_device_properties(0)
-    return {
-        "device": found.name, "memory": found.total_memory, "multiprocessors": found.multi_processor_count,
-        "cuda": torch.version.cuda, "triton": triton.__version__,
-    }  # fmt: skip
+    results.measure("limits", "machine", lambda: machine() | told()["device"])
+    results.measure("limits", "device", lambda: told()["limits"])
 
 
 def kernels(results: Results, arguments: argparse.Namespace) -> None:

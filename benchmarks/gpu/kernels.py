@@ -31,8 +31,6 @@ _PRODUCTS = {
 }  # fmt: skip
 """Columns and features."""
 
-_COPIED_BYTES, _WIDTH = 4 << 30, 8192
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -45,16 +43,6 @@ class Measured:
     torchs: Callable[[], object] | None = None
     ends_with_torchs: bool = False
     """Whether the vendor's library finishes the work: its part is not among the problem's launches."""
-
-
-def limits() -> dict[str, float]:
-    """bytes/s of a kernel that copies, read and written; operations/s of a bf16 product of 8192 x 8192 x 8192."""
-    source, target = (torch.zeros(_COPIED_BYTES // 4, dtype=torch.float32, device="cuda") for _ in range(2))
-    # Not copy_: in a graph, that is a copy engine's work, which is slower than a kernel's.
-    copied_s = device_ms(partial(torch.neg, source, out=target), 5) / 1e3
-    x, y = (torch.randn(_WIDTH, _WIDTH, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    multiplied_s = device_ms(partial(torch.matmul, x, y), 5) / 1e3
-    return {"bytes_per_s": 2 * _COPIED_BYTES / copied_s, "operations_per_s": 2 * _WIDTH**3 / multiplied_s}
 
 
 def measured() -> Iterator[Measured]:

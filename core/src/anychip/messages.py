@@ -211,6 +211,11 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """Bytes that a token takes in all layers that keep a latent row of it."""
     state_sequence: int = 0
     """Bytes that a sequence takes in all layers that keep a state of it, whatever its length."""
+    usable: int = 0
+    """Bytes of the device that the memory fraction allows; 0: the device does not say how many it has."""
+    elsewhere: int = 0
+    """Of those, what was in use and not the engine's when the KV cache was sized: other processes', the driver's and
+    its libraries'."""
 
 
 class KVGroup(msgspec.Struct, frozen=True, tag="tokens"):

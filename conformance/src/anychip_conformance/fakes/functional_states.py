@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import RULES
+from anychip.ops.reference import RULES, last_copies
 from anychip.ops.reference.delta_rules import DeltaRule
 from anychip.plugin_api import RECURRENCES, Recorder, ShapeKey, StateBackend, StateLayer, StateView
 from anychip.plugin_api.plan import Plan
@@ -82,7 +82,8 @@ class FunctionalStates(StateBackend):
         return result, cache.index_copy(0, plan.blocks, after)
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        return cache.index_copy(0, torch.tensor(list(dst), dtype=torch.int64), cache[list(src)])
+        sources, destinations = last_copies(src, dst)
+        return cache.index_copy(0, torch.tensor(destinations, dtype=torch.int64), cache[sources])
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
         return cache.index_fill(0, torch.tensor(list(ids), dtype=torch.int64), 0.0)

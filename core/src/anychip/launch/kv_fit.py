@@ -6,8 +6,10 @@ import sys
 
 from anychip.errors import KVCacheTooSmall
 from anychip.kv_cache.kinds import blocks_per_request, token_groups
-from anychip.messages import KVCacheConfig, WorkerReady
+from anychip.messages import KVCacheConfig, MemoryPlan, WorkerReady
 from anychip.types import cdiv
+
+_GIB = 1 << 30
 
 
 def check_fits(ready: WorkerReady, max_model_len: int, max_step_tokens: int) -> None:
@@ -19,8 +21,22 @@ def check_fits(ready: WorkerReady, max_model_len: int, max_step_tokens: int) -> 
         raise KVCacheTooSmall(
             f"one request of {max_model_len} tokens needs {need} KV blocks, {have} fit; lower --max-model-len to "
             f"{fits}, or give the cache {cdiv(need * ready.memory.kv_cache, max(1, have))} bytes with "
-            "--kv-cache-bytes (now " + str(ready.memory.kv_cache) + ")"
+            f"--kv-cache-bytes (now {ready.memory.kv_cache}){_division(ready.memory)}"
         )
+
+
+def _division(memory: MemoryPlan) -> str:
+    """What takes the device's memory beside the cache, where the device says how much it has."""
+    if not memory.usable:
+        return ""
+    parts = {
+        "weights": memory.weights,
+        "the largest step": memory.activations,
+        "graphs": memory.graphs,
+        "other processes, the driver and its libraries": memory.elsewhere,
+    }
+    taken = ", ".join(f"{name} {nbytes / _GIB:.1f}" for name, nbytes in parts.items())
+    return f"; of the {memory.usable / _GIB:.1f} GiB that --memory-fraction allows, in GiB: {taken}"
 
 
 def longest_that_fits(kv: KVCacheConfig, max_step_tokens: int) -> int:

@@ -56,7 +56,7 @@ class CacheBackend:
 
     def copy_blocks(self, cache: Cache, src: Sequence[int], dst: Sequence[int]) -> Cache:
         """Block dst[i] becomes a copy of block src[i] as it was before the call: a block may stand in both lists, and
-        several times in src. dst names a block once. Either may be empty."""
+        several times in src; of those that dst names several times, the last copy counts. Either may be empty."""
         raise Unsupported(self.name, ["copy_blocks is not implemented"])
 
     def zero_blocks(self, cache: Cache, ids: Sequence[int]) -> Cache:

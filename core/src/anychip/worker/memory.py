@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from anychip.errors import ConfigError, KVCacheTooSmall
 from anychip.messages import MemoryPlan
@@ -28,6 +29,7 @@ def measure_largest_step(prepared: Preparation, program: StepProgram) -> PeakMem
     if drafts:
         drafted, most = (largest_drafts(rules, limits, tokens) for tokens in (profiled, largest))
         peaks.append(_peak(prepared, program, drafted, drafts=drafted[0] - 1, scale_to=sum(most)))
+    fresh_state(program, prepared.kv, 1, 1)  # what the measured steps wrote to is the KV cache's again
     return max(peaks, key=lambda peak: peak.nbytes)
 
 
@@ -112,8 +114,32 @@ def _kv_budget(prepared: Preparation, activations: PeakMemory, graphs: int, pend
     return int(memory.total * prepared.config.memory_fraction) - in_use - activations.nbytes - graphs - pending
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """How MemoryPlan has it, before there is a KV cache."""
+
+    usable: int
+    elsewhere: int
+
+    @classmethod
+    def beside(cls, prepared: Preparation, held: int) -> DeviceUse:
+        """Beside `held` bytes of the engine's own."""
+        platform = prepared.platform
+        memory = platform.memory(platform.context.device_indexes[0])
+        if memory.free is None or memory.total is None:
+            return cls(0, 0)
+        elsewhere = max(0, memory.total - memory.free - held)
+        return cls(int(memory.total * prepared.config.memory_fraction), elsewhere)
+
+
 def memory_plan(
-    prepared: Preparation, num_blocks: int, *, weights: int, activations: PeakMemory, graphs: int
+    prepared: Preparation,
+    num_blocks: int,
+    *,
+    weights: int,
+    activations: PeakMemory,
+    graphs: int,
+    use: DeviceUse = DeviceUse(0, 0),
 ) -> MemoryPlan:
     """What is printed at the start, and what operators plan with; all in bytes."""
     kv, pages = prepared.kv, sum(prepared.limits.max_pages)
@@ -130,6 +156,8 @@ def memory_plan(
         kv_token=_token_bytes(kv, AttentionSpec),
         latent_token=_token_bytes(kv, LatentSpec),
         state_sequence=kv.state_bytes,
+        usable=use.usable,
+        elsewhere=use.elsewhere,
     )
 
 

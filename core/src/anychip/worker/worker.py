@@ -37,7 +37,7 @@ from anychip.worker.head_runner import HeadRunner
 from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.medusa_runner import MedusaRunner
-from anychip.worker.memory import count_blocks, measure_largest_step, memory_plan
+from anychip.worker.memory import DeviceUse, count_blocks, measure_largest_step, memory_plan
 from anychip.worker.model_runner import ModelRunner, RunnerResult
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
@@ -98,6 +98,10 @@ class Worker:
         self.program = program
         self._got_on("the KV cache is sized")
         graphs = prepared.graph_bytes
+        weights = source.held_bytes + slot_bytes(program.adapter_sites, limits)
+        if prepared.drafts is not None:
+            weights += prepared.drafts.held_bytes
+        use = DeviceUse.beside(prepared, weights + prepared.kept_bytes)
         blocks = count_blocks(prepared, activations, graphs, pending=pending)
         state = fresh_state(program, prepared.kv, blocks, prepared.num_states)
         self._got_on(f"{len(prepared.keys)} shapes are prepared")
@@ -119,12 +123,10 @@ class Worker:
         if limits.max_drafts:
             # Draws by chance take longer than greedy ones, and drafts must pay in either case.
             self._step_costs = measure_steps(self.runner, limits, prepared.kv, blocks, temperature=1.0)
-        weights = source.held_bytes + slot_bytes(program.adapter_sites, limits)
         notes = (*prepared.notes, *source.notes, *source.checkpoint.notes, str(source.progress))
         if prepared.drafts is not None:
-            weights += prepared.drafts.held_bytes
             notes += (f"what drafts: {prepared.drafts.progress}",)
-        memory = memory_plan(prepared, blocks, weights=weights, activations=activations, graphs=graphs)
+        memory = memory_plan(prepared, blocks, weights=weights, activations=activations, graphs=graphs, use=use)
         kv = kv_cache_config(prepared.kv, blocks, prepared.num_states)
         self.ready = self._report(prepared, kv, memory, report, notes)
 

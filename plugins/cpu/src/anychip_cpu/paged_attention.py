@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anychip.ops.reference import last_copies
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionLayer,
@@ -73,7 +74,8 @@ class CpuPagedAttention(AttentionBackend):
         return raw.view(num_blocks, 2, -1)
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        cache[list(dst)] = cache[list(src)]
+        sources, destinations = last_copies(src, dst)
+        cache[destinations] = cache[sources]
         return cache
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import BYTE_RANGES, attend_gathered
+from anychip.ops.reference import BYTE_RANGES, attend_gathered, last_copies
 from anychip.plugin_api import (
     AttentionBackend,
     AttentionLayer,
@@ -148,7 +148,8 @@ class PagedAttention(AttentionBackend):
     # -- blocks -------------------------------------------------------------------------------------------
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        return cache.index_copy(0, _ids(cache, dst), cache[_ids(cache, src)])
+        sources, destinations = last_copies(src, dst)
+        return cache.index_copy(0, _ids(cache, destinations), cache[_ids(cache, sources)])
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:
         return cache.index_fill(0, _ids(cache, ids), 0)

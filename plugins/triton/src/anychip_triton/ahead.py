@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from anychip_triton.launch import Grid, chained
 from anychip_triton.targets import Target
@@ -127,6 +128,8 @@ def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from anychip.ops.reference import DenseCacheAttention
 from anychip.plugin_api import AttentionLayer, AttentionSpec, BatchView, QKNorm, Recorder, Rope, ShapeKey, Unsupported
@@ -153,6 +154,7 @@ class TritonAttention(DenseCacheAttention):
             narrow=int(bool(self._bytes)),
         )
         blocks, options = split_tile(tile)
+        described = blocks.pop("DESCRIBED", 0) and self._describable(cache, plan, blocks["BLOCK_N"])
         fewest = max(_LEAST_ROWS, power_of_two(self._group))
         blocks["BLOCK_M"] = fewest if plan.one_token else max(blocks["BLOCK_M"], fewest)
         block_q = 1 if plan.one_token else blocks["BLOCK_M"] // self._group
@@ -178,6 +180,8 @@ class TritonAttention(DenseCacheAttention):
             GROUP=self._group, BLOCK_Q=block_q, HAS_WINDOW=spec.window is not None,
             HAS_SOFTCAP=spec.softcap is not None, HAS_ALIBI=layer.alibi_slopes is not None,
             HAS_SINKS=layer.sinks is not None, ONE_TOKEN=plan.one_token, SPLIT=splits > 1,
+            FOLDED=layer.scale > 0 and not self._bytes and spec.softcap is None and layer.alibi_slopes is None,
+            cache_rows=self._described(cache, blocks["BLOCK_N"]) if described else cache, DESCRIBED=bool(described),
             **blocks, **common, **self._cache_arguments(cache, plan, layer),
         )  # fmt: skip
         if splits > 1:
@@ -187,6 +191,16 @@ class TritonAttention(DenseCacheAttention):
                 HEAD_DIM=spec.head_dim, HAS_SINKS=layer.sinks is not None, MOST=_MAX_SPLITS, **common,
             )  # fmt: skip
         return result
+
+    def _describable(self, cache: Tensor, plan: TritonPlan, keys: int) -> bool:
+        """Whether a tile of so many keys is a rectangle of the cache's rows that the device's copy engine reads."""
+        whole = self._padded_dim == self.spec.head_dim and not self._bytes and cache.is_contiguous()
+        return whole and not plan.one_token and plan.block_size % keys == 0
+
+    def _described(self, cache: Tensor, keys: int) -> TensorDescriptor:
+        """Made for each launch: one that is kept would keep the cache."""
+        rows = cache.view(-1, cache.shape[3] * cache.shape[4])
+        return TensorDescriptor.from_tensor(rows, [keys, self.spec.head_dim])
 
     def _cache_arguments(self, cache: Tensor, plan: TritonPlan, layer: AttentionLayer) -> Mapping[str, Any]:
         """What reading and writing kernels are told of the cache."""

@@ -14,7 +14,7 @@ from anychip_triton.tiles import Tile, TileTable
 
 Grid = tuple[int, ...]
 
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _IDS = ("out", "expert_ids")
 """Arguments by which kernels give ids, where they are integers."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.ops.reference import DenseWeights, ReferenceLinear, WidenedLinear, can_widen, reference_linear
@@ -13,9 +12,10 @@ from anychip.ops.reference.linear import QuantizedWeights, ReferenceQuantizedLin
 from anychip.ops.reference.quantized import QuantizedMatrix
 from anychip.plugin_api import Activation, LinearKernel, LinearSpec, Platform, QuantScheme
 from anychip_triton.formats import KINDS, accepted, split_rows
-from anychip_triton.kernels.matmul import matmul, quantize_rows
+from anychip_triton.kernels.matmul import NARROW_COLUMNS, matmul, quantize_rows
 from anychip_triton.kernels.widen import widen
 from anychip_triton.launch import Launcher, split_tile
+from anychip_triton.library import library_product
 from anychip_triton.ops import TritonOps
 from anychip_triton.shapes import power_of_two, rows_of
 from anychip_triton.targets import Target
@@ -79,15 +79,11 @@ class TritonLinear(ReferenceLinear):
     def apply(self, x: Tensor, packed: DenseWeights, *, out: Tensor | None = None) -> Tensor:
         epilogue = self.spec.epilogue
         if x.shape[0] > SKINNY_ROWS and not self._everywhere:
-            if epilogue is not None:
-                gate_up = F.linear(x, packed.weight, packed.bias)
-                result = TritonOps(self._launch).gated_activation(gate_up=gate_up, activation=epilogue)
-                return result if out is None else out.copy_(result)
-            if out is None:
-                return F.linear(x, packed.weight, packed.bias)
-            if packed.bias is None:
-                return torch.mm(x, packed.weight.T, out=out)
-            return torch.addmm(packed.bias, x, packed.weight.T, out=out)
+            if epilogue is None:
+                return library_product(x, packed.weight, packed.bias, out=out)
+            gate_up = library_product(x, packed.weight, packed.bias)
+            result = TritonOps(self._launch).gated_activation(gate_up=gate_up, activation=epilogue)
+            return result if out is None else out.copy_(result)
         return launch_matmul(self._launch, rows_of(x), packed.weight, packed.bias, out=out, activation=epilogue or "")
 
 
@@ -109,8 +105,7 @@ class TritonQuantizedLinear(ReferenceQuantizedLinear):
         """x is plain, or as `accepts` says."""
         matrix = packed.matrix
         if x.shape[0] > WIDENED_ROWS.get(matrix.scheme.name, x.shape[0]):
-            result = F.linear(x, widened(self._launch, matrix, x.dtype), packed.bias)
-            return result if out is None else out.copy_(result)
+            return library_product(x, widened(self._launch, matrix, x.dtype), packed.bias, out=out)
         if x.dtype == torch.uint8:
             kind = KINDS[matrix.scheme.name]
             held, scales = split_rows(rows_of(x), self.spec.in_features, self.accepts)
@@ -203,8 +198,8 @@ def product_arguments(
         "x_groups": 0 if x_scale is None or activations == "static" else x_scale.stride(0),
         "W_KIND": "plain" if scheme is None else weight_kind(scheme),
         "HAS_ZERO": scheme is not None and scheme.zero_points is not None,
-        # Matrix units add products of 8-bit floats in fewer bits than float32 has.
-        "FP8": "" if dtype == torch.float32 else launch.target.fp8,
+        # Matrix units add products of 8-bit floats in fewer bits than float32 has, and take no fewer columns.
+        "FP8": "" if dtype == torch.float32 or blocks["BLOCK_K"] < NARROW_COLUMNS.value else launch.target.fp8,
     }
 
 

@@ -47,15 +47,20 @@ class _Storage:
         self._place = place
 
     def empty(self, shape: Sequence[int], dtype: str, tag: str) -> Tensor:
-        return _zeros(shape, dtype, self._place)
+        return _values(shape, dtype, self._place)
 
 
 def storage(place: str) -> Platform:
     return cast(Platform, _Storage(place))
 
 
-def _zeros(shape: Sequence[int], dtype: str, place: str) -> Tensor:
-    return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=place)
+def _values(shape: Sequence[int], dtype: str, place: str) -> Tensor:
+    """Zeros as integers, ids among them; else random numbers: a device that multiplies zeros draws less power, and is
+    faster than it is with any other numbers."""
+    kind = getattr(torch, dtype)
+    if kind.is_floating_point and place != "meta":
+        return torch.randn(tuple(shape), dtype=kind, device=place)
+    return torch.zeros(tuple(shape), dtype=kind, device=place)
 
 
 def attention(
@@ -68,6 +73,7 @@ def attention(
     rows: int,
     queries: int,
     context: int = 1024,
+    page: int = _BLOCK_SIZE,
     dtype: str = "bfloat16",
     kv_dtype: str = "",
     qk_norm: bool = False,
@@ -78,8 +84,8 @@ def attention(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=cast(Any, dtype),
         kv_dtype=cast(Any, kv_dtype or dtype), **features,
     )  # fmt: skip
-    zeros = partial(_zeros, place=place)
-    tokens, pages = rows * queries, -(-context // _BLOCK_SIZE)
+    values = partial(_values, place=place)
+    tokens, pages = rows * queries, -(-context // page)
     int32 = {"dtype": torch.int32, "device": place}
     plan = TritonPlan(
         query_start=torch.arange(0, tokens + 1, queries, **int32),
@@ -87,20 +93,20 @@ def attention(
         block_table=torch.arange(rows * pages, **int32).view(rows, pages),
         slot_mapping=torch.arange(tokens, dtype=torch.int64, device=place),
         positions=torch.arange(context - queries, context, **int32).repeat(rows),
-        block_size=_BLOCK_SIZE,
+        block_size=page,
         one_token=queries == 1,
     )
     narrow = bool(kv_dtype)
     scale = torch.ones(1, device=place) if narrow else None
     layer = AttentionLayer(
         index=0, scale=dim**-0.5, ops=cast(Any, SimpleNamespace()), k_scale=scale, v_scale=scale,
-        sinks=zeros((heads,), "float32") if spec.sinks else None,
-        alibi_slopes=zeros((heads,), "float32") if spec.alibi else None,
+        sinks=values((heads,), "float32") if spec.sinks else None,
+        alibi_slopes=values((heads,), "float32") if spec.alibi else None,
     )  # fmt: skip
-    cache = zeros((rows * pages, 2, _BLOCK_SIZE, kv_heads, dim), "uint8" if narrow else dtype)
-    q, k, v = (zeros((tokens, count, dim), dtype) for count in (heads, kv_heads, kv_heads))
-    angles = zeros((context, dim // 2), "float32")
-    norm = QKNorm(q_weight=zeros((dim,), dtype), k_weight=zeros((dim,), dtype), eps=1e-6) if qk_norm else None
+    cache = values((rows * pages, 2, page, kv_heads, dim), "uint8" if narrow else dtype)
+    q, k, v = (values((tokens, count, dim), dtype) for count in (heads, kv_heads, kv_heads))
+    angles = values((context, dim // 2), "float32")
+    norm = QKNorm(q_weight=values((dim,), dtype), k_weight=values((dim,), dtype), eps=1e-6) if qk_norm else None
     rope = Rope(cos=angles, sin=angles, rotary_dim=dim)
     TritonAttention(spec, launch).forward(q, k, v, cache, plan, layer, rope=rope, qk_norm=norm)
 
@@ -122,7 +128,7 @@ def product(
         dtype=cast(Any, dtype), scheme=scheme, epilogue=epilogue,
     )  # fmt: skip
     kernel = linear_kernel(spec, storage(place), launch)
-    kernel.apply(_zeros((rows, columns), dtype, place), kernel.begin())
+    kernel.apply(_values((rows, columns), dtype, place), kernel.begin())
 
 
 def experts(
@@ -139,40 +145,40 @@ def experts(
     )
     kernel = TritonMoE(spec, storage(place), launch)
     logits = torch.randn((tokens, spec.num_experts), device=place).to(getattr(torch, dtype))
-    kernel.experts(_zeros((tokens, spec.hidden_size), dtype, place), kernel.route(logits), kernel.begin())
+    kernel.experts(_values((tokens, spec.hidden_size), dtype, place), kernel.route(logits), kernel.begin())
 
 
 def elementwise(launch: Launcher, place: str = "meta", *, dtype: str = "bfloat16") -> None:
     """Embedding, norms and activations."""
     ops = TritonOps(launch)
-    ops.embedding(ids=_zeros((8,), "int32", place), weight=_zeros((32000, 4096), dtype, place))
-    x, weight = _zeros((8, 4096), dtype, place), _zeros((4096,), dtype, place)
+    ops.embedding(ids=_values((8,), "int32", place), weight=_values((32000, 4096), dtype, place))
+    x, weight = _values((8, 4096), dtype, place), _values((4096,), dtype, place)
     ops.rms_norm(x=x, weight=weight, eps=1e-6)
     ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6)
     for group in (None, 128):
         form = ActFormat(dtype=cast(Any, dtype), scheme="fp8", group_size=group)
         ops.residual_norm_quant(x=x, residual=x, weight=weight, eps=1e-6, out_format=form)
-        ops.gate_up_act_quant(gate_up=_zeros((8, 28672), dtype, place), activation="silu", out_format=form)
+        ops.gate_up_act_quant(gate_up=_values((8, 28672), dtype, place), activation="silu", out_format=form)
     for activation in get_args(Activation):
-        ops.gated_activation(gate_up=_zeros((8, 28672), dtype, place), activation=activation)
+        ops.gated_activation(gate_up=_values((8, 28672), dtype, place), activation=activation)
 
 
 def drawing(launch: Launcher, place: str = "meta") -> None:
     """Edits, masks and draws over a large vocabulary."""
     ops, rows, vocab = TritonOps(launch), 8, 151_936
-    zeros = partial(_zeros, place=place)
-    logits = zeros((rows, vocab), "float32")
-    ops.apply_token_masks(logits=logits, masks=zeros((rows, -(-vocab // 32)), "int32"))
-    slots, counts = zeros((rows,), "int32"), zeros((rows + 1, vocab), "int32")
-    penalties = {f"{name}_penalty": zeros((rows,), "float32") for name in ("repetition", "presence", "frequency")}
+    values = partial(_values, place=place)
+    logits = values((rows, vocab), "float32")
+    ops.apply_token_masks(logits=logits, masks=values((rows, -(-vocab // 32)), "int32"))
+    slots, counts = values((rows,), "int32"), values((rows + 1, vocab), "int32")
+    penalties = {f"{name}_penalty": values((rows,), "float32") for name in ("repetition", "presence", "frequency")}
     ops.edit_logits(
-        logits=logits, slots=slots, counts=counts, bias_ids=zeros((rows + 1, MAX_BIASES), "int32"),
-        biases=zeros((rows + 1, MAX_BIASES), "float32"), num_biases=slots, **penalties,
+        logits=logits, slots=slots, counts=counts, bias_ids=values((rows + 1, MAX_BIASES), "int32"),
+        biases=values((rows + 1, MAX_BIASES), "float32"), num_biases=slots, **penalties,
     )  # fmt: skip
     ops.count_tokens(counts=counts, slots=slots, ids=slots)
-    floats = {name: zeros((rows,), "float32") for name in ("temperature", "top_p", "min_p")}
+    floats = {name: values((rows,), "float32") for name in ("temperature", "top_p", "min_p")}
     integers = {
-        name: zeros((rows,), "int32") for name in ("top_k", "seed_low", "seed_high", "sample_index", "position")
+        name: values((rows,), "int32") for name in ("top_k", "seed_low", "seed_high", "sample_index", "position")
     }
     for greedy in (False, True):
         ops.sample(logits=logits, all_greedy=greedy, **floats, **integers)

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from anychip.ops.reference.block_moves import last_copies
 from anychip.plugin_api import (
     FP8_MAX,
     AttentionBackend,
@@ -77,7 +78,8 @@ class DenseCacheAttention(AttentionBackend):
         return (wide if scale is None else wide * scale.view(-1, 1)).to(getattr(torch, self.spec.dtype))
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        cache[list(dst)] = cache[list(src)]
+        sources, destinations = last_copies(src, dst)
+        cache[destinations] = cache[sources]
         return cache
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference.attention import BLOCK_SIZES, BYTE_RANGES
+from anychip.ops.reference.block_moves import last_copies
 from anychip.plugin_api import BatchView, KVLayout, LatentBackend, LatentLayer, LatentSpec, Unsupported
 from anychip.plugin_api import latent_page_bytes as page_bytes
 
@@ -92,7 +93,8 @@ class ReferenceLatent(LatentBackend):
         return torch.einsum("hqk,khd->qhd", weights, values).to(q_nope.dtype)
 
     def copy_blocks(self, cache: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
-        cache[list(dst)] = cache[list(src)]
+        sources, destinations = last_copies(src, dst)
+        cache[destinations] = cache[sources]
         return cache
 
     def zero_blocks(self, cache: Tensor, ids: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from anychip.ops.reference.block_moves import last_copies
 from anychip.plugin_api import (
     BatchView,
     KVLayout,
@@ -173,8 +174,9 @@ class SparseLatent(LatentBackend):
     # -- blocks -------------------------------------------------------------------------------------------
 
     def copy_blocks(self, cache: SparseCache, src: Sequence[int], dst: Sequence[int]) -> SparseCache:
-        cache.index[list(dst)] = cache.index[list(src)]
-        return SparseCache(self._dense.copy_blocks(cache.rows, src, dst), cache.index)
+        sources, destinations = last_copies(src, dst)
+        cache.index[destinations] = cache.index[sources]
+        return SparseCache(self._dense.copy_blocks(cache.rows, sources, destinations), cache.index)
 
     def zero_blocks(self, cache: SparseCache, ids: Sequence[int]) -> SparseCache:
         cache.index[list(ids)] = 0

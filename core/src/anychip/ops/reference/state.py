@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anychip.ops.reference.block_moves import last_copies
 from anychip.ops.reference.delta_rules import GatedDelta, Kda, Wkv7
 from anychip.ops.reference.scans import CausalConv, GatedSum, Lightning, SelectiveScan, Ssd
 from anychip.ops.reference.state_rules import Rule, States
@@ -45,8 +46,9 @@ class DenseStates(StateBackend):
         return states
 
     def copy_blocks(self, cache: States, src: Sequence[int], dst: Sequence[int]) -> States:
+        sources, destinations = last_copies(src, dst)
         for held in cache.values():
-            held[list(dst)] = held[list(src)]
+            held[destinations] = held[sources]
         return cache
 
     def zero_blocks(self, cache: States, ids: Sequence[int]) -> States:

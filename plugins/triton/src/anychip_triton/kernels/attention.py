@@ -61,6 +61,7 @@ def _attended(
     stop,
     oldest,
     cache,
+    cache_rows,
     block_table,
     row,
     kv_head,
@@ -83,23 +84,43 @@ def _attended(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    FOLDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The running softmax after the keys `at` to `at + BLOCK_N`. Not MASKED: every query sees all of them."""
+    """The running softmax after the keys `at` to `at + BLOCK_N`. Not MASKED: every query sees all of them. FOLDED: the
+    scale is positive, and multiplies scores in the exponent. DESCRIBED: tiles that are not MASKED are read by way of
+    `cache_rows`."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    ONE_PAGE: tl.constexpr = PAGE % BLOCK_N == 0
     keys = at + tl.arange(0, BLOCK_N)
-    pages = block_table + row.to(tl.int64) * table_stride + keys // PAGE
-    if MASKED:
-        # What lies outside is not read: a block that a window has left may hold anything.
-        readable = (keys < stop) & (keys >= oldest)
-        block = tl.load(pages, mask=readable, other=0)
+    # What lies outside is not read: a block that a window has left may hold anything.
+    readable = (keys < stop) & (keys >= oldest) if MASKED else keys >= 0
+    table = block_table + row.to(tl.int64) * table_stride
+    if ONE_PAGE:
+        block = tl.load(table + at // PAGE)
+        # Places within a page are the same for every page: one number changes from tile to tile.
+        begins = block.to(tl.int64) * block_stride + (at % PAGE) * slot_stride + kv_head * HEAD_DIM
+        where = tl.arange(0, BLOCK_N) * slot_stride
+        held = cache + begins
     else:
-        readable = keys >= 0
-        block = tl.load(pages)
-    where = block.to(tl.int64) * block_stride + (keys % PAGE) * slot_stride + kv_head * HEAD_DIM
-    k = _held(cache, where[None, :] + dims[:, None], readable[None, :], in_dim[:, None], MASKED, PADDED, BYTES, DTYPE)
+        if MASKED:
+            block = tl.load(table + keys // PAGE, mask=readable, other=0)
+        else:
+            block = tl.load(table + keys // PAGE)
+        where = block.to(tl.int64) * block_stride + (keys % PAGE) * slot_stride + kv_head * HEAD_DIM
+        held = cache
+    if DESCRIBED and not MASKED:
+        cache_row = block * (2 * PAGE) + at % PAGE
+        k = cache_rows.load([cache_row, kv_head * HEAD_DIM]).T
+    else:
+        k_at = where[None, :] + dims[:, None]
+        k = _held(held, k_at, readable[None, :], in_dim[:, None], MASKED, PADDED, BYTES, DTYPE)
     scores = dot(queries, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.float32 == DTYPE)
-    if HAS_SOFTCAP:
+    by = 1.0
+    if FOLDED:
+        by = score_scale * LOG2E
+    elif HAS_SOFTCAP:
         scores = softcap * tanh(scores * score_scale / softcap) * LOG2E
     else:
         scores = scores * (score_scale * LOG2E)
@@ -110,14 +131,17 @@ def _attended(
         if HAS_WINDOW:
             visible = visible & (keys[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * by)
     safe = new_highest
     if MASKED:
         safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-    weights = tl.exp2(scores - safe[:, None])
+    weights = tl.exp2(scores * by - safe[:, None])
     kept = tl.exp2(highest - safe)
-    v_at = where[:, None] + dims[None, :]
-    v = _held(cache + value_offset, v_at, readable[:, None], in_dim[None, :], MASKED, PADDED, BYTES, DTYPE)
+    if DESCRIBED and not MASKED:
+        v = cache_rows.load([cache_row + PAGE, kv_head * HEAD_DIM])
+    else:
+        v_at = where[:, None] + dims[None, :]
+        v = _held(held + value_offset, v_at, readable[:, None], in_dim[None, :], MASKED, PADDED, BYTES, DTYPE)
     values = dot(weights.to(DTYPE), v, values * kept[:, None], tl.float32 == DTYPE)
     return new_highest, total * kept + tl.sum(weights, 1), values
 
@@ -129,6 +153,7 @@ def paged_attention(
     statistics,  # [num_tokens, num_heads, splits, 2] float32: running maximum and sum
     q,  # [num_tokens, num_heads, head_dim]
     cache,  # [num_blocks, 2, block_size, num_kv_heads, head_dim]
+    cache_rows,  # a descriptor of it as [num_blocks * 2 * block_size, num_kv_heads * head_dim], where DESCRIBED
     query_start,  # [num_reqs + 1]
     seq_lens,  # [num_reqs]
     block_table,  # [num_reqs, num_pages]
@@ -166,6 +191,8 @@ def paged_attention(
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
+    FOLDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     if CHAINED:
@@ -240,15 +267,17 @@ def paged_attention(
         seen = tl.maximum(start, tl.minimum(stop, context + first + 1) // BLOCK_N * BLOCK_N)
         for at in range(start, seen, BLOCK_N):
             highest, total, values = _attended(
-                highest, total, values, queries, position, slope, at, stop, oldest, cache, block_table, row, kv_head,
-                score_scale, softcap, window, table_stride, block_stride, value_offset, slot_stride, dims, in_dim,
-                BLOCK_M, BLOCK_N, HEAD_DIM, PADDED_DIM, PAGE, BYTES, DTYPE, False, HAS_SOFTCAP, HAS_ALIBI, False,
+                highest, total, values, queries, position, slope, at, stop, oldest, cache, cache_rows, block_table, row,
+                kv_head, score_scale, softcap, window, table_stride, block_stride, value_offset, slot_stride, dims,
+                in_dim, BLOCK_M, BLOCK_N, HEAD_DIM, PADDED_DIM, PAGE, BYTES, DTYPE, False, HAS_SOFTCAP, HAS_ALIBI,
+                FOLDED, DESCRIBED, False,
             )  # fmt: skip
     for at in range(seen, stop, BLOCK_N):
         highest, total, values = _attended(
-            highest, total, values, queries, position, slope, at, stop, oldest, cache, block_table, row, kv_head,
-            score_scale, softcap, window, table_stride, block_stride, value_offset, slot_stride, dims, in_dim,
-            BLOCK_M, BLOCK_N, HEAD_DIM, PADDED_DIM, PAGE, BYTES, DTYPE, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, True,
+            highest, total, values, queries, position, slope, at, stop, oldest, cache, cache_rows, block_table, row,
+            kv_head, score_scale, softcap, window, table_stride, block_stride, value_offset, slot_stride, dims, in_dim,
+            BLOCK_M, BLOCK_N, HEAD_DIM, PADDED_DIM, PAGE, BYTES, DTYPE, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, FOLDED,
+            DESCRIBED, True,
         )  # fmt: skip
 
     if SPLIT:

@@ -16,6 +16,9 @@ from anychip_triton.kernels.gated import accumulate_both
 from anychip_triton.kernels.norm import activated
 from anychip_triton.kernels.numbers import as_fp8, dot, fp8_to_float, in_8_bits, scale_of
 
+NARROW_COLUMNS = tl.constexpr(32)
+"""Columns that a product of two 8-bit tiles has at least, on NVIDIA's matrix units; of fewer, both are widened."""
+
 
 @triton.jit
 def _activations(x, offsets, mask, X_KIND: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):
@@ -82,6 +85,8 @@ def accumulate(
     widened."""
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     EXACT: tl.constexpr = tl.float32 == DTYPE
+    # Sums of so few integers are exact in float32 too.
+    WIDE: tl.constexpr = BLOCK_K < NARROW_COLUMNS
     for start in range(0, columns, BLOCK_K):
         group = 0 if GROUP == 0 else start // GROUP
         zero = _zero(w_zero, w_scale_at + group, w_live, W_KIND, HAS_ZERO, BLOCK_N)
@@ -111,7 +116,9 @@ def accumulate(
                 ws = tl.load(w + at, mask=mask, other=0.0)
             else:
                 ws = _weights(tl.load(w + at, mask=mask, other=0), zero, W_KIND, X_KIND, FP8, DTYPE)
-            if X_KIND == "int8":
+            if X_KIND == "int8" and WIDE:
+                part = dot(xs.to(DTYPE), ws.to(DTYPE), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT)
+            elif X_KIND == "int8":
                 part = tl.dot(xs, ws, out_dtype=tl.int32).to(tl.float32)
             elif GROUP == 0:
                 part = dot(xs, ws, result, EXACT)
