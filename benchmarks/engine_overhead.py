@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,7 +129,8 @@ class FakeLanes:
     """The workers of all lanes, or of the only one."""
 
     def __init__(self, num_seqs: int, layout: Layout) -> None:
-        self._workers = [FakeWorker(num_seqs, MAX_LEN, len(layout.groups)) for _ in range(layout.lanes)]
+        each = num_seqs // layout.lanes
+        self._workers = [FakeWorker(each, MAX_LEN, len(layout.groups)) for _ in range(layout.lanes)]
         self._encoder = msgspec.msgpack.Encoder()
 
     def encode(self, decision: AnyDecision) -> list[bytes]:
@@ -140,16 +143,16 @@ class FakeLanes:
 
 
 def make_scheduler(num_seqs: int, layout: Layout) -> Scheduler | LaneScheduler:
-    """With `num_seqs` requests that wait."""
-    blocks = 1 + len(layout.groups) * num_seqs * -(-MAX_LEN // BLOCK_SIZE)
-    drafts = layout.drafts
+    """With `num_seqs` requests that wait. Lanes share the slots and the blocks that one would have."""
+    each, drafts = num_seqs // layout.lanes, layout.drafts
+    blocks = 1 + len(layout.groups) * each * -(-MAX_LEN // BLOCK_SIZE)
     lanes = [
         Scheduler(
             kv=KVCacheManager(KVCacheConfig(blocks, layout.groups), prefix_caching=True),
             policy=SchedulingPolicy(),
             rules=DeviceRules(),
-            max_num_seqs=num_seqs,
-            max_num_batched_tokens=num_seqs * PROMPT,
+            max_num_seqs=each,
+            max_num_batched_tokens=each * PROMPT,
             speculator=Speculator(AlwaysSure(), max_drafts=drafts, vocab_size=32000, costs=None) if drafts else None,
         )
         for _ in range(layout.lanes)
@@ -198,29 +201,36 @@ def measure(num_seqs: int, layout: Layout, *, clock: Callable[[], float] = time.
     return {name: statistics.median(values) for name, values in parts.items()}
 
 
+Medians = dict[int, dict[str, float]]
+"""Microseconds by number of requests and by part."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processor-time", action="store_true")
+    parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="of several, take turns; default: all")
     arguments = parser.parse_args()
     clock = time.thread_time if arguments.processor_time else time.perf_counter
-    layouts = {name: measure_layout(name, arguments.repeats, clock) for name in LAYOUTS}
+    runs: dict[str, list[Medians]] = {name: [] for name in arguments.layout or LAYOUTS}
+    for _ in range(arguments.repeats):
+        for name, found in runs.items():
+            found.append({count: measure(count, LAYOUTS[name], clock=clock) for count in COUNTS})
+    layouts = {name: show(name, found) for name, found in runs.items()}
     if arguments.output:
         write(
             arguments.output,
             {
                 "benchmark": "engine_overhead",
-                "command": "python benchmarks/engine_overhead.py" + " --processor-time" * arguments.processor_time,
+                "command": shlex.join(["python", "benchmarks/engine_overhead.py", *sys.argv[1:]]),
                 "layouts": layouts,
             },
         )
 
 
-def measure_layout(name: str, repeats: int, clock: Callable[[], float]) -> dict[str, object]:
+def show(name: str, runs: Sequence[Medians]) -> dict[str, object]:
     """Slope, fixed part and medians of one layout, printed and returned."""
-    layout = LAYOUTS[name]
-    runs = [{count: measure(count, layout, clock=clock) for count in COUNTS} for _ in range(repeats)]
     medians = {
         count: {part: statistics.median(run[count][part] for run in runs) for part in runs[0][count]}
         for count in COUNTS
@@ -229,7 +239,9 @@ def measure_layout(name: str, repeats: int, clock: Callable[[], float]) -> dict[
     print(f"\n{name}\n{'requests':>9} {'schedule':>9} {'encode':>9} {'apply':>9} {'update':>9} {'total us':>9}")
     for count, row in medians.items():
         print(f"{count:>9} " + " ".join(f"{row[part]:>9.1f}" for part in row))
-    print(f"slope {slope:.2f} us per request (goal {layout.target}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})")
+    print(
+        f"slope {slope:.2f} us per request (goal {LAYOUTS[name].target}), fixed {fixed:.1f} us (goal {TARGET_FIXED_US})"
+    )
     return {
         "slope_us_per_request": round(float(slope), 3),
         "fixed_us_per_step": round(float(fixed), 1),

@@ -228,10 +228,10 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anychip.launch.build.Child", RankThread)
 
 
-def check(way: Way, oracles: Oracles) -> None:
+def check(way: Way, oracles: Oracles, **more: Any) -> None:
     checkpoint, answers = oracles.get(way.family)
     case = Case(way.family, way.budget, way.prefix_caching, way.preemption, way.overlap, "cpu")
-    with open_llm(case, Path(checkpoint), executor="multiprocess", **SIZES[way.sizes]) as llm:
+    with open_llm(case, Path(checkpoint), executor="multiprocess", **SIZES[way.sizes], **more) as llm:
         verdicts = [judge(answer, tokens) for answer, tokens in zip(answers, generate(llm), strict=True)]
         scheduler = llm.engine.scheduler
         assert not way.preemption or scheduler.num_preemptions > 0
@@ -261,6 +261,15 @@ def test_greedy_tokens_over_lanes_equal_transformers_in_the_full_product(
 @pytest.mark.parametrize(("family", "sizes"), [("llama", "dp2"), ("qwen3-moe", "dp2-ep2"), ("gpt-oss", "dp2-tp2-ep4")])
 def test_greedy_tokens_of_processes_equal_transformers(family: str, sizes: str, oracles: Oracles) -> None:
     check(Way(family, sizes, 64, True, True, True), oracles)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "sizes"), [("llama", "dp2-tp2"), ("qwen3-moe", "dp2-tp2-ep4")])
+def test_greedy_tokens_with_sums_by_gloo_equal_transformers(
+    family: str, sizes: str, oracles: Oracles, threads: None
+) -> None:
+    """Without the compiled kernels, sums over a lane's ranks do not go through shared memory."""
+    check(Way(family, sizes, 64, True, True, True), oracles, device_options={"isa": "reference"})
 
 
 # -- whatever a request asks for, and lanes without requests --------------------------------------------------

@@ -67,7 +67,9 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("axis", ["tensor", pytest.param("pipeline", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "axis", ["tensor", *(pytest.param(axis, marks=pytest.mark.full) for axis in ("pipeline", "data"))]
+)
 def test_two_hosts_answer_as_one_and_a_killed_rank_is_replaced(link, expected, axis):
     hosts = TwoHosts(link, *OPTIONS, axis=axis)
     try:

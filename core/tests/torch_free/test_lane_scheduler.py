@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.engine.engine_core import EngineCore
+from anychip.errors import DeviceFault
 from anychip.messages import DeviceRules, KVCacheConfig, MemoryPlan, WorkerReady
 from anychip.scheduler.lanes import LaneScheduler, LaneStep, empty_decision
 from anychip.step_messages import LaneDecisions, LaneInputs, LaneResults, LateInputs, StepDecision, StepResult
@@ -261,6 +262,35 @@ def test_every_request_ends_and_every_block_returns(meeting, arrivals, aborts, m
     for lane in scheduler.lanes:
         lane.kv.check_integrity([])
         assert lane.kv.pool.num_free == lane.kv.pool.num_usable
+
+
+@pytest.mark.parametrize("meeting", [True, False])
+def test_a_step_that_fails_in_all_lanes_costs_its_requests_and_the_others_go_on(meeting):
+    scheduler = make_lanes(meeting=meeting, max_num_seqs=2)
+    core = core_of(scheduler, 2)
+    collect, calls = core.executor.collect, []
+
+    def failing() -> LaneResults:
+        result = collect()
+        calls.append(result)
+        if len(calls) == 2:
+            raise DeviceFault("asked 2 GiB", kind="out_of_memory", fatal=False)
+        return result
+
+    core.executor.collect = failing
+    names = [str(index) for index in range(8)]
+    for index, name in enumerate(names):
+        core.add(add_message(name, [3 + index] * 5, max_output=5))
+    deltas = []
+    while core.has_work:
+        deltas += core.step()
+    failed = {delta.request_id for delta in deltas if delta.error is not None}
+    assert failed == set(names[:4]), "two of each lane were in the step"
+    for name in set(names) - failed:
+        assert [token for d in deltas if d.request_id == name for token in d.token_ids] == [TOKEN] * 5
+    for lane in scheduler.lanes:
+        lane.kv.check_integrity([])
+        assert lane.kv.pool.num_free == lane.kv.pool.num_usable and not lane.requests
 
 
 def test_restrictions_reach_the_lane_of_their_request():

@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 import msgspec
 import zmq
 
 from anychip.config import WorkerLink
-from anychip.errors import AnychipError, DeviceFault, EngineDead, EngineHung, Fault, rebuild
+from anychip.errors import AnychipError, EngineDead, EngineHung, rebuild
+from anychip.executor.flying import FlyingStep, FlyingSteps
 from anychip.executor.links import Links
 from anychip.executor.progress import Progress
 from anychip.messages import (
@@ -31,7 +30,7 @@ from anychip.messages import (
     WorkerProgress,
     WorkerReady,
 )
-from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LaneDecisions, LaneInputs, LaneResults, StepResult
+from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LaneDecisions, LaneInputs, StepResult
 
 log = logging.getLogger("anychip.engine")
 
@@ -55,15 +54,6 @@ class ChildProcess(Protocol):
     def stop(self, deadline_s: float) -> None: ...
 
 
-@dataclass(slots=True)
-class _Flying:
-    """A step in flight, the lanes that have a part in it, and those of their results that have come."""
-
-    step_id: int
-    lanes: list[int]
-    results: dict[int, StepResult] = field(default_factory=dict)
-
-
 class MultiprocessExecutor:
     """`start` launches the worker of a rank, which connects to the sockets that `links` has bound. A rank may be
     `peers_timeout_s` later with a fault than the others. Ranks of one of the `num_lanes` lanes are neighbours."""
@@ -83,9 +73,7 @@ class MultiprocessExecutor:
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._progress = progress
         self._peers_timeout_s = peers_timeout_s
-        self._num_lanes, self._ranks_each = num_lanes, world_size // num_lanes
-        self._flying: deque[_Flying] = deque()
-        self._faults: dict[int, list[WorkerFailed]] = {}  # by step
+        self._flying = FlyingSteps(num_lanes=num_lanes, num_ranks=world_size)
         self._reported: dict[bytes, list[AdapterReport]] = {}  # by adapter, of the workers that have spoken
         self._to_workers: list[zmq.Socket[bytes]] = []
         self._children: list[ChildProcess] = []
@@ -109,7 +97,7 @@ class MultiprocessExecutor:
     def launch(self, decision: AnyDecision) -> None:
         self._progress.launching(decision)
         parts = decision.lanes if isinstance(decision, LaneDecisions) else [decision]
-        self._flying.append(_Flying(decision.step_id, [lane for lane, part in enumerate(parts) if part is not None]))
+        self._flying.launched(decision.step_id, [lane for lane, part in enumerate(parts) if part is not None])
         self._tell_lanes(parts)
 
     def sample(self, late: AnyInputs) -> None:
@@ -119,61 +107,39 @@ class MultiprocessExecutor:
         """Each lane's part to its workers."""
         for lane, part in enumerate(parts):
             if part is not None:
-                first = lane * self._ranks_each
-                self._send(self._encoder.encode(part), range(first, first + self._ranks_each))
+                self._send(self._encoder.encode(part), self._flying.ranks(lane))
 
     def collect(self) -> AnyResult:
         """The oldest step's result. Raises the DeviceFault that all ranks had in it; one of some ranks is fatal."""
-        step = self._flying[0]
+        step = self._flying.oldest
         try:
             self._await(step)
         except BaseException:
             self._progress.collected(done=False)
             raise
         finally:
-            self._flying.popleft()
+            self._flying.collected()
         self._progress.collected()
-        if self._num_lanes == 1:
-            return step.results[0]
-        return LaneResults(step.step_id, [step.results.get(lane) for lane in range(self._num_lanes)])
+        return self._flying.outcome(step)
 
-    def _await(self, step: _Flying) -> None:
+    def _await(self, step: FlyingStep) -> None:
         """Until all of the step's results are there."""
-        step_id, waited_s = step.step_id, 0.0
+        waited_s = 0.0
         while True:
-            faults = self._faults.get(step_id, ())
-            if self._failed(step):
-                del self._faults[step_id]
-                raise _common_fault(faults)
-            if faults and step.results:
-                self._disagree(step_id)
-            if len(step.results) == len(step.lanes):
+            if step.has_failed:
+                raise step.common_fault()
+            if step.is_disputed:
+                raise self._flying.disagreement(step)
+            if step.is_done:
                 while any(child.exit_code() is not None for child in self._children):
                     self._receive()  # raises what the worker died of: no step counts without it
                 return
             message = self._receive()
             waited_s = 0.0 if message is not None else waited_s + _POLL_S
-            if waited_s > (self._peers_timeout_s if faults else self._progress.limit_s):
-                if faults:
-                    self._disagree(step_id)
+            if waited_s > (self._peers_timeout_s if step.faults else self._progress.limit_s):
+                if step.faults:
+                    raise self._flying.disagreement(step)
                 self._end_hung(waited_s, self._progress.doing, "--step-timeout-s")
-
-    def _failed(self, step: _Flying) -> bool:
-        """Whether every rank that has a part in it has failed."""
-        return len(self._faults.get(step.step_id, ())) == len(step.lanes) * self._ranks_each
-
-    def _disagree(self, step_id: int) -> NoReturn:
-        """Ranks that did not do the same steps cannot go on together."""
-        faults = self._faults.get(step_id, [])
-        which = ", ".join(str(fault.rank) for fault in faults)
-        raise DeviceFault(
-            f"step {step_id} failed on rank {which} of {len(self._children)} alone: {faults[0].message}"
-            if faults
-            else f"the workers answered another step than {step_id}",
-            kind=faults[0].fault.kind if faults and faults[0].fault is not None else "disagreement",
-            fatal=True,
-            ranks=[fault.rank for fault in faults],
-        )
 
     # -- adapters -----------------------------------------------------------------------------------------
 
@@ -262,41 +228,15 @@ class MultiprocessExecutor:
             return None
         message: FromWorker = self._decoder.decode(self._results.recv())
         if isinstance(message, StepResult):
-            self._keep(message)
+            self._flying.take_result(message)
         if isinstance(message, AdapterReport):
             self._reported.setdefault(message.digest, []).append(message)
         if isinstance(message, WorkerFailed):
             if message.step_id is None:
                 raise _error_of(message)
-            if self._flying and message.step_id < self._flying[0].step_id:
-                self._faults.setdefault(message.step_id, []).append(message)
-                self._disagree(message.step_id)
-            self._faults.setdefault(message.step_id, []).append(message)
+            self._flying.take_fault(message, message.step_id)
         return message
-
-    def _keep(self, result: StepResult) -> None:
-        """A lane's results come in the order of its steps. Lanes need not wait for one another."""
-        lane = result.lane
-        due = next(
-            (
-                step
-                for step in self._flying
-                if lane in step.lanes and lane not in step.results and not self._failed(step)
-            ),
-            None,
-        )
-        if due is None or due.step_id != result.step_id:
-            self._disagree(result.step_id if due is None else due.step_id)
-        due.results[lane] = result
 
 
 def _error_of(failed: WorkerFailed) -> AnychipError:
     return rebuild(failed.error, f"worker {failed.rank}: {failed.message}", failed.fault)
-
-
-def _common_fault(faults: Sequence[WorkerFailed]) -> AnychipError:
-    """What all ranks report of one step; the first that is fatal, if any is."""
-    known = [failed.fault for failed in faults if failed.fault is not None]
-    worst = max(known, key=lambda fault: fault.fatal)
-    ranks = tuple(sorted(failed.rank for failed in faults))
-    return rebuild(faults[0].error, faults[0].message, Fault(worst.kind, worst.fatal, ranks))

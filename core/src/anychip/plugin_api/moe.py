@@ -137,7 +137,8 @@ class FusedMoE:
         raise Unsupported(self.name, ["experts that move between ranks: expert_tensors is not implemented"])
 
     def dispatch(self, x: Tensor, routing: Routing, ep: ExpertParallel) -> Dispatched:
-        """Sends tokens to the ranks that hold their experts. x [num_tokens, hidden_size] are this rank's own tokens.
+        """Sends tokens to the ranks that hold their experts. x [num_tokens, hidden_size] are this rank's own tokens, of
+        which there may be none: the others need it all the same.
         routing.expert_ids are slots: num_local_experts of them lie on each rank, in the order of ranks. A slot of -1
         is sent to nobody. Rows arrive in the order of ranks, and of choices within a rank."""
         slots = routing.expert_ids.flatten().long()
