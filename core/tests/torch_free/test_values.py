@@ -54,6 +54,8 @@ def test_messages_survive_the_wire():
         {"pipeline_parallel_size": 2, "pipeline_layers": (3,)}, {"pipeline_layers": (3, 4)},
         {"pipeline_parallel_size": 2, "pipeline_layers": (3, 0)}, {"pipeline_parallel_size": 2, "taps": (1,)},
         {"pipeline_parallel_size": 2, "speculate": "ngram"},
+        {"context_parallel_size": 0}, {"executor": "inline", "context_parallel_size": 2},
+        {"context_parallel_size": 2, "speculate": "eagle:HEAD"},
     ],
 )  # fmt: skip
 def test_an_impossible_configuration_is_refused(values):

@@ -71,6 +71,11 @@ send = [rank + 1] * size
 receive = [j + 1 for j in range(size)]
 ragged = c.all_to_all_v(torch.full((sum(send),), float(rank)), send, receive)
 assert ragged.tolist() == [float(j) for j in range(size) for _ in range(j + 1)], "all_to_all_v"
+# Rows travel while others are exchanged and summed.
+later = c.begin_all_to_all_v(torch.full((sum(send),), 10.0 + rank), send, receive)
+assert c.all_to_all_v(torch.full((sum(send),), float(rank)), send, receive).equal(ragged), "one exchange beside another"
+assert c.all_reduce(torch.ones(3)).tolist() == [float(size)] * 3, "a sum beside an exchange"
+assert later().tolist() == [10.0 + j for j in range(size) for _ in range(j + 1)], "begin_all_to_all_v"
 root = size - 1
 assert c.broadcast(torch.tensor([float(rank)]), root).item() == root, "broadcast"
 if rank == 0:

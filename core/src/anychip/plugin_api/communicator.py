@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,12 @@ class Communicator:
     def all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """send[j] rows go to rank j, receive[j] rows come from it."""
         return x
+
+    def begin_all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Callable[[], Tensor]:
+        """As all_to_all_v, whose result the function gives that is returned: rows may travel until it is called, beside
+        other collectives. x is left alone until then. The default is done with it at once."""
+        arrived = self.all_to_all_v(x, send, receive)
+        return lambda: arrived
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         """root counts within the group."""

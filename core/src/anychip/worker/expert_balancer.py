@@ -8,7 +8,8 @@ docs/decisions/0060 says why experts move, and what that costs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +31,18 @@ _WORTH = 0.05
 """Of the mean load of a rank: what a layer's busiest rank must lose for experts to move."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Underway:
+    """Moves whose bytes travel while a step runs."""
+
+    moves: Sequence[tuple[int, Move]]
+    order: Sequence[tuple[int, int]]
+    """(layer, slot) of this rank that bytes come for, in the order in which they arrive."""
+    sizes: dict[int, int]
+    """Bytes of an expert, by layer."""
+    arrived: Callable[[], Tensor]
+
+
 class ExpertBalancer:
     def __init__(self, layers: Sequence[SparseMoE], *, interval: int, num_hosts: int = 1) -> None:
         """Raises Unsupported for kernels whose experts cannot move."""
@@ -43,6 +56,7 @@ class ExpertBalancer:
         self._pending: deque[tuple[int, np.ndarray]] = deque()
         """Layers whose load was looked at, and it [num_experts]: their packing is still to be worked out."""
         self._moves: deque[tuple[int, Exchange]] = deque()
+        self._underway: _Underway | None = None
         self._before: list[float] = []
         self._after: list[float] = []
         self._stats: ExpertStats | None = None
@@ -61,10 +75,12 @@ class ExpertBalancer:
     def step(self) -> None:
         """Before each step: a little of what is to be done, and every `interval` steps a look."""
         self._steps += 1
+        if self._underway is not None:
+            self._take_in(self._underway)
         if self._pending:
             self._decide(*self._pending.popleft())
         elif self._moves:
-            self._move_some()
+            self._underway = self._sent(self._next_moves())
         elif self._steps % self._interval == 0:
             self._look()
 
@@ -117,9 +133,9 @@ class ExpertBalancer:
 
     # -- moving -------------------------------------------------------------------------------------------
 
-    def _move_some(self) -> None:
-        """Carries out the next exchanges, as many as one step may have, in one collective: all read what their slots
-        held before, so none may need what another of them writes."""
+    def _next_moves(self) -> Sequence[tuple[int, Move]]:
+        """Of the next exchanges as many as may happen at once: all read what their slots held before, so none may need
+        what another of them writes."""
         chosen: list[tuple[int, Move]] = []
         written: set[tuple[int, int]] = set()
         while self._moves:
@@ -130,11 +146,10 @@ class ExpertBalancer:
             self._moves.popleft()
             written |= {(index, move.to) for move in exchange}
             chosen += [(index, move) for move in exchange]
-        self._carry_out(chosen)
-        self._moved += len(chosen)
-        self._tell()
+        return chosen
 
-    def _carry_out(self, moves: Sequence[tuple[int, Move]]) -> None:
+    def _sent(self, moves: Sequence[tuple[int, Move]]) -> _Underway:
+        """Sends what moves, in one collective, and waits for nothing: the step goes on with the slots as they are."""
         rank, ranks = self._communicator.rank, range(self._communicator.size)
         leaving: list[list[Tensor]] = [[] for _ in ranks]  # by the rank that they go to
         coming: list[list[tuple[int, int]]] = [[] for _ in ranks]  # (layer, slot) by the rank that they come from
@@ -149,10 +164,15 @@ class ExpertBalancer:
         sent = [sum(map(len, parts)) for parts in leaving]
         device = self._tensors(moves[0][0], 0)[0].device
         flat = [part for parts in leaving for part in parts] or [torch.empty(0, dtype=torch.uint8, device=device)]
-        arrived = self._communicator.all_to_all_v(torch.cat(flat), sent, received)
+        arrived = self._communicator.begin_all_to_all_v(torch.cat(flat), sent, received)
         order = [place for there in coming for place in there]
-        pieces = torch.split(arrived, [sizes[index] for index, _ in order])
-        for (index, slot), data in zip(order, pieces, strict=True):
+        return _Underway(moves=moves, order=order, sizes=sizes, arrived=arrived)
+
+    def _take_in(self, underway: _Underway) -> None:
+        """A step later: what was sent is there, and routers are told of it."""
+        moves, sizes, self._underway = underway.moves, underway.sizes, None
+        pieces = torch.split(underway.arrived(), [sizes[index] for index, _ in underway.order])
+        for (index, slot), data in zip(underway.order, pieces, strict=True):
             _fill(self._tensors(index, slot), data)
         for index in sizes:
             slots = _slots(self._layers[index])
@@ -162,6 +182,8 @@ class ExpertBalancer:
                     assert slots.experts[move.source] != EMPTY
                     experts[move.to] = slots.experts[move.source]
             slots.assign(experts)
+        self._moved += len(moves)
+        self._tell()
 
     def _tensors(self, index: int, slot: int) -> Sequence[Tensor]:
         """Of a slot of this rank."""
@@ -171,7 +193,7 @@ class ExpertBalancer:
     @property
     def idle(self) -> bool:
         """Whether nothing is to be worked out or moved."""
-        return not self._pending and not self._moves
+        return not self._pending and not self._moves and self._underway is None
 
 
 def _slots(layer: SparseMoE) -> ExpertSlots:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -105,9 +105,18 @@ class ProcessGroupCommunicator(Communicator):
         return out
 
     def all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        out = x.new_empty((sum(receive), *x.shape[1:]))
-        self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
-        return out
+        return self.begin_all_to_all_v(x, send, receive)()
+
+    def begin_all_to_all_v(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Callable[[], Tensor]:
+        sent, out = x.contiguous(), x.new_empty((sum(receive), *x.shape[1:]))
+        with self._peers():  # a connection that is closed refuses at once
+            work = self._group.alltoall_base(out, sent, list(receive), list(send))
+
+        def arrived(sent: Tensor = sent) -> Tensor:  # which keeps what is sent until it is there
+            self._wait(work)
+            return out
+
+        return arrived
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         x = x.contiguous()
