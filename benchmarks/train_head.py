@@ -53,8 +53,9 @@ TASKS = (
     "What is good and what is bad about {}?",
     "Make a list of ten words that go with {}.",
 )
-SUBJECTS = """bicycles bread bridges cameras candles castles cheese chess clocks clouds coffee coins comets cotton dances
-deserts dolphins doors dreams elephants engines farms ferries festivals fire fishing flags flowers forests fountains
+SUBJECTS = """
+bicycles bread bridges cameras candles castles cheese chess clocks clouds coffee coins comets cotton dances deserts
+dolphins doors dreams elephants engines farms ferries festivals fire fishing flags flowers forests fountains
 friendship games gardens glaciers gold hats history honey horses hotels ice insects islands jazz kites ladders lakes
 lamps languages letters libraries lighthouses magnets maps markets mirrors money mountains museums music night oceans
 olives orchards owls paint parks pencils pianos planets poems potatoes puppets radios rain recipes rivers robots roofs

@@ -35,11 +35,19 @@ class Engine:
     """engine.py in a process; `quantization` for anychip alone. `within` is a command that runs the one behind it."""
 
     def __init__(
-        self, name: str, python: str, model: str, quantization: str | None = None, *, within: Sequence[str] = ()
+        self,
+        name: str,
+        python: str,
+        model: str,
+        quantization: str | None = None,
+        *,
+        speculate: str | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         self.name = name
         command = [*within, python, str(HERE / "engine.py"), name, model]
         command += ["--quantization", quantization] if quantization else []
+        command += ["--speculate", speculate] if speculate else []
         began = time.perf_counter()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

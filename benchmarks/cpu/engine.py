@@ -1,9 +1,9 @@
 """One engine in a process of its own, driven by lines: `compare.py` starts it, and asks for workload after workload.
 
-python benchmarks/cpu/engine.py anychip|vllm MODEL [--quantization SCHEME]
+python benchmarks/cpu/engine.py anychip|vllm MODEL [--quantization SCHEME] [--speculate ngram]
 
 Prints one JSON line when it is ready, and one for each line read, "WORKLOAD SEED". Everything else goes to stderr.
-Needs nothing of the repository but workloads.py, so that it runs in another engine's environment too.
+Needs nothing of the repository but workloads.py and repeating.py, so that it runs in another engine's environment too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 
 BEGAN = time.perf_counter()
 Generate = Callable[[list], None]
+MAX_DRAFTS = 5
+"""Behind a sequence, whatever proposes them."""
 
 
-def anychip_engine(model: str, quantization: str | None) -> Generate:
+def anychip_engine(model: str, quantization: str | None, speculate: str | None) -> Generate:
     from anychip import LLM, SamplingParams
 
-    llm = LLM(model, device="cpu", skip_tokenizer=True, quantization=quantization, max_model_len=4096)
+    drafts = {"speculate": speculate, "max_drafts": MAX_DRAFTS} if speculate else {}
+    llm = LLM(model, device="cpu", skip_tokenizer=True, quantization=quantization, max_model_len=4096, **drafts)
 
     def generate(requests: list) -> None:
         prompts = [prompt for prompt, _ in requests]
@@ -33,13 +36,27 @@ def anychip_engine(model: str, quantization: str | None) -> Generate:
     return generate
 
 
-def vllm_engine(model: str, quantization: str | None) -> Generate:
-    os.environ.update(
-        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_CPU_OMP_THREADS_BIND="0-1"
-    )
+def vllm_engine(model: str, quantization: str | None, speculate: str | None) -> Generate:
+    given = {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    }  # fmt: skip
+    os.environ.update({name: value for name, value in given.items() if name not in os.environ})
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=model, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=True, skip_tokenizer_init=True)
+    drafts = {}
+    if speculate:
+        drafts["speculative_config"] = {
+            "method": speculate, "num_speculative_tokens": MAX_DRAFTS, "prompt_lookup_min": 3, "prompt_lookup_max": 3,
+        }  # fmt: skip
+    llm = LLM(
+        model=model,
+        dtype="bfloat16",
+        max_model_len=4096,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        **drafts,
+    )
 
     def generate(requests: list) -> None:
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
@@ -84,6 +101,7 @@ def main() -> None:
     parser.add_argument("engine", choices=("anychip", "vllm"))
     parser.add_argument("model")
     parser.add_argument("--quantization")
+    parser.add_argument("--speculate")
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -92,7 +110,7 @@ def main() -> None:
     # An engine must not find our files under the names of packages that it looks for.
     sys.path.remove(str(Path(__file__).parent))
     engine = anychip_engine if arguments.engine == "anychip" else vllm_engine
-    generate = engine(arguments.model, arguments.quantization)
+    generate = engine(arguments.model, arguments.quantization, arguments.speculate)
 
     def answer(values: dict) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -100,7 +118,7 @@ def main() -> None:
     answer({"ready_s": time.perf_counter() - BEGAN, "resident": resident()})
     for line in sys.stdin:
         name, seed = line.split()
-        answer({**measure(generate, workloads.requests(name, int(seed))), "resident": resident()})
+        answer({**measure(generate, workloads.requests(name, int(seed), arguments.model)), "resident": resident()})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """What is asked of every engine: fixed seeds, token ids that every model's vocabulary has, greedy, no early end.
 
 a) one stream: 128 tokens in, 128 out · b) 16 ragged requests at once, 64 to 256 in, 32 to 128 out · c) 16 requests that
-share 512 tokens and have 32 of their own, 32 out · d) one prompt of 2,048 tokens, 1 out
+share 512 tokens and have 32 of their own, 32 out · d) one prompt of 2,048 tokens, 1 out · edit-8, extract-1, chat-32
+and their like) so many of repeating.py's prompts at once, by the model's own tokenizer
 """
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
+
+import repeating
 
 Request = tuple[list[int], int]
 """A prompt's token ids, and the tokens to write."""
@@ -14,7 +18,15 @@ Request = tuple[list[int], int]
 NAMES = ("a", "b", "c", "d")
 
 
-def requests(name: str, seed: int) -> list[Request]:
+def requests(name: str, seed: int, model: str = "") -> list[Request]:
+    """`model` is the folder of a tokenizer, for workloads that are texts."""
+    work, _, streams = name.partition("-")
+    if streams:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+        texts = repeating.prompts(work, int(streams), first=seed * int(streams))
+        return [(tokenizer.encode(text).ids, repeating.TOKENS) for text in texts]
     rng = random.Random(f"{name}{seed}")
     if name == "b":
         return [(ids(rng, rng.randint(64, 256)), rng.randint(32, 128)) for _ in range(16)]

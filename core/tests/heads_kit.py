@@ -70,21 +70,19 @@ def write_eagle3(
     `changes` go into its config. The checkpoint calls its layer `written_as`, and begins all names with "model.", where
     that is given. Returns the weights."""
     torch.manual_seed(3)
-    vocab_size = changes.get("vocab_size", VOCAB_SIZE)
-    kept = torch.randperm(vocab_size)[:NUM_DRAFT_TOKENS].sort().values
-    count = len(kept)
+    kept = torch.randperm(VOCAB_SIZE)[:NUM_DRAFT_TOKENS].sort().values
     weights = layer_weights("midlayer", 2 * HIDDEN_SIZE) | {
         "midlayer.hidden_norm.weight": norm_weight(),
         "midlayer.input_layernorm.weight": norm_weight(),
         "norm.weight": norm_weight(),
         "fc.weight": torch.randn(HIDDEN_SIZE, 3 * HIDDEN_SIZE) * 0.15,
-        "lm_head.weight": torch.randn(count, HIDDEN_SIZE) * 0.3,
-        "d2t": kept + first_token - torch.arange(count),
-        "t2d": torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, kept, True),
+        "lm_head.weight": torch.randn(NUM_DRAFT_TOKENS, HIDDEN_SIZE) * 0.3,
+        "d2t": kept + first_token - torch.arange(NUM_DRAFT_TOKENS),
+        "t2d": torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill_(0, kept, True),
     }
     if own_embedding:
-        weights["embed_tokens.weight"] = torch.randn(vocab_size, HIDDEN_SIZE)
-    config = CONFIG | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": count}
+        weights["embed_tokens.weight"] = torch.randn(VOCAB_SIZE, HIDDEN_SIZE)
+    config = CONFIG | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": NUM_DRAFT_TOKENS}
     if layers is not None:
         config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
     weights.pop(lacks, None)
