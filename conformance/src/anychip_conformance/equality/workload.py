@@ -65,12 +65,17 @@ _STATES = (
     "kimi-linear",
     "lfm2-moe",
     "zamba2",
+    "nemotron-h-moe",
 )
 CANNOT = {
     **{(family, "fake-hostlen"): "it has no recurrences" for family in _STATES},
     **{
         (family, "fake-spmd"): "two key heads of state layers over four devices"
         for family in ("qwen3-next", "qwen3.5", "qwen3.5-moe")
+    },
+    **{
+        ("nemotron-h-moe", device): "its experts have no gate"
+        for device in ("fake-static", "fake-hostlen", "fake-spmd")
     },
     ("stablelm", "cpu-tp2"): "transformers has no tensor-parallel plan for it",
     ("stablelm", "fake-spmd"): "transformers has no tensor-parallel plan for it",
