@@ -119,9 +119,10 @@ class SparseMoE:
     rank's experts make of all tokens. With `slots`, tokens travel instead, and experts may move between steps
     (docs/decisions/0059).
 
-    `names` are those of the expert's gate, up and down matrices; the gate's is "" where there is none. `shared` is an expert that every token goes through;
-    `shared_gate` names the module that weights it, if one does. `correction` names the tensor [num_experts] that is
-    added to the scores for picking, where MoESpec.router_bias says that there is one.
+    `names` are those of the expert's gate, up and down matrices; the gate's is "" where there is none. `shared` is an
+    expert that every token goes through; `shared_gate` names the module that weights it, if one does. `correction`
+    names the tensor [num_experts] that is added to the scores for picking, where MoESpec.router_bias says that there
+    is one.
     """
 
     def __init__(

@@ -98,7 +98,9 @@ class NemotronH(Hybrid):
     def experts(self, builder: Builder, name: str) -> SparseMoE:
         config, size = self.config, int(self.config.need("moe_intermediate_size"))
         if (latent := config.get("moe_latent_size")) is not None:
-            raise Unsupported(config.architecture, [f"moe_latent_size {latent}; experts read hidden states as they are"])
+            raise Unsupported(
+                config.architecture, [f"moe_latent_size {latent}; experts read hidden states as they are"]
+            )
         shared_size = int(config.need("moe_shared_expert_intermediate_size"))
         shared = self.feed_forward(builder, f"{name}.shared_experts", shared_size)
         spec = self.experts_spec(
