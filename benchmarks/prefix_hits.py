@@ -1,4 +1,4 @@
-"""What the prefix cache saves of prompts that share 1,000 tokens, by family: tokens that a request computes beyond its own.
+"""Of prompts that share 1,000 tokens: what a request computes beyond its own tokens, by family.
 
     python benchmarks/prefix_hits.py                                  # a table
     python benchmarks/prefix_hits.py --json results/prefix_hits.json  # and a file
@@ -65,7 +65,9 @@ def report(families: list[str]) -> dict[str, dict[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), help="those of the equality tests; all by default")
+    parser.add_argument(
+        "families", nargs="*", default=list(FAMILIES), help="those of the equality tests; all by default"
+    )
     parser.add_argument("--json", type=Path, help="where to write what was found")
     options = parser.parse_args()
     found = report(options.families)

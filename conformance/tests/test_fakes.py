@@ -18,14 +18,18 @@ from anychip.ops.reference import EditState
 from anychip.plugin_api import ShapeKey, sampling_features
 from anychip_conformance.equality.oracle import Answer, judge
 from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
-from anychip_conformance.equality.workload import CANNOT, covering, full_product
+from anychip_conformance.equality.workload import CANNOT, SELDOM, covering, full_product
 from anychip_conformance.fakes.compiled import CompiledCall, UncompiledShape
 from anychip_conformance.fakes.hostlen import HostlenGraphs
 from anychip_conformance.fakes.recorded import HostCopyInCapture, HostReadInCapture
 from anychip_conformance.fakes.static import DonatedState, DonatedTwice, Held
 
 ALWAYS_TRACED = ("llama",)
-FULLY_TRACED = tuple(family for family in (*FAMILIES, *THROUGH_TRANSFORMERS) if family not in ALWAYS_TRACED)
+FULLY_TRACED = tuple(
+    family
+    for family in (*FAMILIES, *THROUGH_TRANSFORMERS)
+    if family not in ALWAYS_TRACED and (family, "fake-static") not in CANNOT
+)
 """make_fx takes seconds for one."""
 
 
@@ -146,15 +150,16 @@ def test_the_covering_array_holds_every_pair():
         return {(i, values[i], j, values[j]) for i in range(6) for j in range(i)}
 
     covered = {pair for case in covering() for pair in pairs(case)}
-    left_out = {pair for case in full_product() for pair in pairs(case)} - covered
+    cases = [case for case in full_product() if case.family not in SELDOM]
+    left_out = {pair for case in cases for pair in pairs(case)} - covered
     assert all((i, j) in ((5, 0), (1, 0)) for i, _, j, _ in left_out), (
         "only a family and a device or budget may not meet"
     )
     devices = Counter(family for _, _, family in {(i, a, b) for i, a, j, b in covered if (i, j) == (5, 0)})
     families = len({**FAMILIES, **THROUGH_TRANSFORMERS})
-    assert len(devices) == families and min(devices.values()) >= 2
+    assert len(devices) == families - len(SELDOM) and min(devices.values()) >= 2
     budgets = Counter(family for _, _, family in {(i, a, b) for i, a, j, b in covered if (i, j) == (1, 0)})
-    assert len(budgets) == families and min(budgets.values()) >= 2
+    assert len(budgets) == families - len(SELDOM) and min(budgets.values()) >= 2
     assert len(full_product()) == (families * 5 - len(CANNOT)) * 3 * 2 * 2 * 2
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from anychip import SamplingParams
 from anychip_conformance.equality.oracle import Answer, greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import (
     NUM_TOKENS,
+    SELDOM,
     Case,
     covering,
     full_product,
@@ -61,6 +63,17 @@ def check(case: Case, oracles: Oracles) -> None:
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_greedy_tokens_equal_transformers(case: Case, oracles: Oracles) -> None:
     check(case, oracles)
+
+
+@pytest.mark.parametrize("family", SELDOM)
+def test_families_of_known_parts_answer_a_few_prompts_as_transformers_does(family: str, tmp_path: Path) -> None:
+    """In chunks of seven tokens, and over what the prefix cache found. The full product has every setting."""
+    model, texts = make_checkpoint(family, tmp_path), [prompts()[index] for index in (7, 9, 2)]
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with open_llm(Case(family, 7, True, False, True, "cpu"), tmp_path) as llm:
+        found = [output.outputs[0].token_ids for output in llm.generate(texts, sampling)]
+    verdicts = [judge(greedy(model, text, 4), tokens) for text, tokens in zip(texts, found, strict=True)]
+    assert not [v for v in verdicts if v.divergence is not None and not v.excused]
 
 
 @pytest.mark.full

@@ -61,6 +61,10 @@ def ways(families: tuple[str, ...]) -> list[Way]:
     return [Way(*values) for values in product(families, LAYERS, (7, 64), flags, flags, flags)]
 
 
+ON_ONE_STAGE = "zamba2"
+"""Every shared block reads the embeddings, which the first stage holds; more stages are refused by that name."""
+
+
 def covering() -> list[Way]:
     """Every pair of two settings' values stands together in some case, but that of families with experts, and of those
     without, one meets each way to cut it into stages: the full product has the others."""
@@ -75,7 +79,7 @@ def covering() -> list[Way]:
 
 def full_product() -> list[Way]:
     """The product of the few families, and of every family each way to cut it."""
-    others = tuple(family for family in FAMILIES if family not in FEW)
+    others = tuple(family for family in FAMILIES if family not in (*FEW, ON_ONE_STAGE))
     once = [Way(family, layers, 64, True, True, True) for family, layers in product(others, LAYERS)]
     return [*ways(FEW), *once]
 

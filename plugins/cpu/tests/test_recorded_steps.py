@@ -80,8 +80,9 @@ def test_families_answer_as_they_do_eagerly(checkpoint, family):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *THROUGH_TRANSFORMERS} - {*SEVERAL}))
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *THROUGH_TRANSFORMERS} - {*SEVERAL, "nemotron-h-moe"}))
 def test_every_family_answers_as_it_does_eagerly(checkpoint, family):
+    """But experts without a gate: torch runs them, and reads on the host who is picked."""
     both(checkpoint(family))
 
 

@@ -110,6 +110,15 @@ def nemotron_h(common: Settings) -> PreTrainedModel:
     return NemotronHForCausalLM(NemotronHConfig(**common, **sizes, layers_block_type=kinds))
 
 
+def nemotron_h_moe(common: Settings) -> PreTrainedModel:
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_group": 2}
+    experts |= {"moe_shared_expert_intermediate_size": 48, "topk_group": 1, "routed_scaling_factor": 1.5}
+    kinds = ["linear_attention", "moe", "full_attention", "moe"]
+    settings = without(common, "num_hidden_layers")
+    return NemotronHForCausalLM(NemotronHConfig(**settings, **sizes, **experts, layers_block_type=kinds))
+
+
 def lfm2(common: Settings) -> PreTrainedModel:
     kinds = ["conv", "full_attention", "conv", "conv"]
     return Lfm2ForCausalLM(Lfm2Config(**without(common, "head_dim"), layer_types=kinds, block_multiple_of=32))

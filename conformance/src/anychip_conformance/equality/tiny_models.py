@@ -75,6 +75,7 @@ from anychip_conformance.equality.tiny_hybrids import (
     mamba2,
     minimax,
     nemotron_h,
+    nemotron_h_moe,
     qwen3_5,
     qwen3_5_moe,
     qwen3_next,
@@ -265,6 +266,7 @@ FAMILIES: dict[str, Callable[[Settings], PreTrainedModel]] = {
     "ernie4.5-moe": ernie4_5_moe,
     "seed-oss": _seed_oss,
     "zamba2": zamba2,
+    "nemotron-h-moe": nemotron_h_moe,
 }
 """What has a native family."""
 

@@ -39,7 +39,9 @@ class HeldRows:
         dtype: DType | None = None,
         made: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        tensors = [(name, stretches)] if isinstance(name, str) else zip(name, ([each] for each in stretches), strict=True)
+        tensors = (
+            [(name, stretches)] if isinstance(name, str) else zip(name, ([each] for each in stretches), strict=True)
+        )
         held = [(tensor, parts, held_stretches(builder, tensor, parts)) for tensor, parts in tensors]
         count = sum(span.count for _, _, spans in held for span in spans)
         self.rows = builder.platform.empty((count, *inner), dtype or builder.dtype, "weights")

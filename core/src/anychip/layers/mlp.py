@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -104,15 +105,24 @@ class GatedMLP:
         return result if of_result == 1.0 else result * of_result
 
 
+class SharedExpert(Protocol):
+    """What every token goes through."""
+
+    def partial(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        """This rank's part of the sum over ranks."""
+        ...
+
+
 class SparseMoE:
     """A rank holds its share of the experts along ep, and of each its share of the intermediate features along tp;
     outputs are summed over both. Where ep covers tp, it holds whole experts, and the one sum along tp adds what every
     rank's experts make of all tokens. With `travel`, tokens travel instead (docs/decisions/0059): where experts may
     move between steps, and where the ranks are those of several lanes.
 
-    `names` are those of the expert's gate, up and down matrices. `shared` is an expert that every token goes through;
-    `shared_gate` names the module that weights it, if one does. `correction` names the tensor [num_experts] that is
-    added to the scores for picking, where MoESpec.router_bias says that there is one.
+    `names` are those of the expert's gate, up and down matrices; the gate's is "" where there is none. `shared` is an
+    expert that every token goes through; `shared_gate` names the module that weights it, if one does. `correction`
+    names the tensor [num_experts] that is added to the scores for picking, where MoESpec.router_bias says that there
+    is one.
     """
 
     def __init__(
@@ -126,7 +136,7 @@ class SparseMoE:
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         router_bias: bool = False,
         correction: str = "",
-        shared: GatedMLP | None = None,
+        shared: SharedExpert | None = None,
         shared_gate: str = "",
     ) -> None:
         shape = builder.mesh.shape
@@ -173,7 +183,7 @@ class SparseMoE:
 
     def modules(self, name: str, count: int, names: tuple[str, str, str]) -> list[str]:
         """What a checkpoint calls the matrices of `count` experts."""
-        return [f"{name}.{expert}.{part}" for expert in range(count) for part in names]
+        return [f"{name}.{expert}.{part}" for expert in range(count) for part in names if part]
 
     def want_experts(
         self, builder: Builder, name: str, intermediate_size: int, span: Span, names: tuple[str, str, str]
@@ -185,6 +195,8 @@ class SparseMoE:
         wide, tall = (intermediate_size, spec.hidden_size), (spec.hidden_size, intermediate_size)
         for place, expert in enumerate(range(*self.held.bounds)):
             for part, module in zip(("gate", "up", "down"), names, strict=True):
+                if not module:
+                    continue
                 down = part == "down"
                 builder.formats.want(
                     builder.weights,
@@ -270,7 +282,7 @@ class SparseMoE:
         assert self.travel is not None
         self.travel.join(self.packed)
 
-    def _shared(self, shared: GatedMLP, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+    def _shared(self, shared: SharedExpert, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         """This rank's part of what every token gets."""
         partial = shared.partial(x, adapters)
         return partial if self.shared_gate is None else partial * self.shared_gate(x).sigmoid()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from anychip.plugin_api import ActFormat, ForwardContext, Sharded
+from anychip.plugin_api import ActFormat, ForwardContext, Sharded, StepAdapters
 
 
 class SquaredReluMLP:
@@ -39,4 +39,11 @@ class SquaredReluMLP:
 
     def __call__(self, x: Tensor, context: ForwardContext | None) -> Tensor:
         adapters = None if context is None else context.adapters
-        return self.down(self.up(x, adapters).relu().square(), adapters)
+        return self.down(self._inner(x, adapters), adapters)
+
+    def partial(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        """This rank's part of the sum over ranks, for who adds it to another part."""
+        return self.down.product(self._inner(x, adapters), adapters)
+
+    def _inner(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
+        return self.up(x, adapters).relu().square()

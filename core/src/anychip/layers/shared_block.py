@@ -52,7 +52,7 @@ class LowRankSum:
         return ColumnParallelLinear(builder, in_features=rank, projections=projections)
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = self.down(x).split(self.rank, dim=-1)
+        parts = self.down(x).chunk(len(self.up), dim=-1)
         return torch.cat([up(part.contiguous()) for up, part in zip(self.up, parts, strict=True)], dim=-1)
 
 

@@ -43,9 +43,7 @@ class StackedExperts(SparseMoE):
         gate_up = (piece("gate", 0, wide, span, hidden), piece("up", intermediate_size, wide, span, hidden))
         down = (piece("down", 0, tall, hidden, span),)
         layer = name.removesuffix(".experts")
-        for tensor, shape, pieces in zip(
-            self.tensors, ((2 * wide[0], wide[1]), tall), (gate_up, down), strict=True
-        ):
+        for tensor, shape, pieces in zip(self.tensors, ((2 * wide[0], wide[1]), tall), (gate_up, down), strict=True):
             stack = MatrixStack(
                 name=f"{layer}.{tensor}", count=count, held=self.held, shape=shape, pieces=pieces, outputs_first=True
             )

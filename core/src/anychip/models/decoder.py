@@ -210,8 +210,7 @@ class Decoder:
             hidden_size=self.config.hidden_size,
             intermediate_size=builder.expert_features(intermediate_size),
             dtype=builder.dtype,
-            activation=self.activation,
-            **differences,
+            **{"activation": self.activation, **differences},
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:

@@ -25,6 +25,4 @@ def granite_experts(family: Decoder, builder: Builder, index: int, shared: Gated
         intermediate_size=config.intermediate_size,
     )
     name, size = f"model.layers.{index}.block_sparse_moe", config.intermediate_size
-    return LayerOfExperts(
-        builder, name=name, spec=spec, intermediate_size=size, router="router.layer", shared=shared
-    )
+    return LayerOfExperts(builder, name=name, spec=spec, intermediate_size=size, router="router.layer", shared=shared)

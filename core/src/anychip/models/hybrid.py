@@ -60,6 +60,15 @@ class StateSizes(Protocol):
         ...
 
 
+class KeepingLayer(Protocol):
+    """A layer, and what keeps something in it."""
+
+    @property
+    def backends(self) -> Sequence[CacheBackend]:
+        """In the order of the layer's specs."""
+        ...
+
+
 class BlockLayer:
     """A mixer or none, then feed-forward blocks, each behind a norm of its own and within a residual sum. What a block
     adds is multiplied by `multiplier`. Norms are given by the name that the checkpoint has for them in this layer."""
@@ -165,7 +174,7 @@ class Hybrid(Decoder):
     # -- layers -------------------------------------------------------------------------------------------
 
     def build_layers(self, builder: Builder, specs: Sequence[CacheSpec], rope: Rope | None) -> list[Any]:
-        layers, at = list[BlockLayer](), 0
+        layers, at = list[KeepingLayer](), 0
         kinds = self.kinds(self.config)
         for index in self.held_layers:
             layer = self.hybrid_layer(builder, index, kinds[index], specs, at, rope)
@@ -176,7 +185,7 @@ class Hybrid(Decoder):
 
     def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
-    ) -> BlockLayer:
+    ) -> KeepingLayer:
         """The layer's specs begin at `at`."""
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
 

@@ -1,5 +1,5 @@
-"""Nemotron-H: every layer is one block: a Mamba-2 mixer, attention without positions, or a feed-forward block
-(config.json: NemotronHForCausalLM)."""
+"""Nemotron-H: every layer is one block: a Mamba-2 mixer, attention without positions, a feed-forward block, or experts
+without gates beside a shared one (config.json: NemotronHForCausalLM)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
+from anychip.layers.mlp import SparseMoE
 from anychip.layers.plain_mlp import SquaredReluMLP
 from anychip.model_config import ModelConfig
+from anychip.models.deepseek import corrected_routing, num_experts
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds, need_silu
 from anychip.plugin_api import Rope
 
-FEED_FORWARD = "mlp"
-_PATTERN = {"M": STATE, "*": ATTENTION, "-": FEED_FORWARD}
+FEED_FORWARD, EXPERTS = "mlp", "moe"
+_PATTERN = {"M": STATE, "*": ATTENTION, "-": FEED_FORWARD, "E": EXPERTS}
 """hybrid_override_pattern's letters."""
 
 
@@ -26,6 +28,10 @@ class NemotronH(Hybrid):
     renamed = MappingProxyType(
         {"backbone.": "model.", "model.embeddings.": "model.embed_tokens.", "model.norm_f.": "model.norm."}
     )
+
+    def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[Any]) -> None:
+        builder.weights.elsewhere += ("mtp.",)  # layers that predict further tokens
+        super().__init__(config, builder, specs)
 
     @classmethod
     def wanted_name(cls, name: str) -> str:
@@ -38,10 +44,10 @@ class NemotronH(Hybrid):
     def kinds(cls, config: ModelConfig) -> list[str]:
         for field in ("layer_types", "layers_block_type"):
             if config.get(field) is not None:
-                return known_kinds(config, field, {FEED_FORWARD: FEED_FORWARD})
+                return known_kinds(config, field, {FEED_FORWARD: FEED_FORWARD, EXPERTS: EXPERTS})
         letters = config.need("hybrid_override_pattern")[: config.num_layers]
         if unknown := sorted({*letters} - _PATTERN.keys()):
-            reason = f"hybrid_override_pattern has {', '.join(unknown)}; known are M, * and -"
+            reason = f"hybrid_override_pattern has {', '.join(unknown)}; known are M, *, - and E"
             raise Unsupported(config.architecture, [reason])
         return [_PATTERN[letter] for letter in letters]
 
@@ -60,7 +66,10 @@ class NemotronH(Hybrid):
     ) -> BlockLayer:
         config, name = self.config, f"model.layers.{index}"
         if kind == FEED_FORWARD:
-            return BlockLayer(builder, config, name, blocks={"norm": self.feed_forward(builder, f"{name}.mixer")})
+            block = self.feed_forward(builder, f"{name}.mixer", config.intermediate_size)
+            return BlockLayer(builder, config, name, blocks={"norm": block})
+        if kind == EXPERTS:
+            return BlockLayer(builder, config, name, blocks={"norm": self.experts(builder, f"{name}.mixer")})
         if kind == ATTENTION:
             attention = self.self_attention(builder, index, specs[at], None, at=at, name=f"{name}.mixer")
             return BlockLayer(builder, config, name, mixer=("norm", attention))
@@ -79,10 +88,36 @@ class NemotronH(Hybrid):
         )
         return BlockLayer(builder, config, name, mixer=("norm", mamba))
 
-    def feed_forward(self, builder: Builder, name: str) -> SquaredReluMLP:
+    def feed_forward(self, builder: Builder, name: str, size: int) -> SquaredReluMLP:
         config = self.config
         if (activation := config.get("mlp_hidden_act", "relu2")) != "relu2":
             raise Unsupported(config.architecture, [f"mlp_hidden_act {activation!r}; known is relu2"])
         bias = bool(config.get("mlp_bias", False))
-        size = config.intermediate_size
         return SquaredReluMLP(builder, name=name, hidden_size=config.hidden_size, intermediate_size=size, bias=bias)
+
+    def experts(self, builder: Builder, name: str) -> SparseMoE:
+        config, size = self.config, int(self.config.need("moe_intermediate_size"))
+        if (latent := config.get("moe_latent_size")) is not None:
+            raise Unsupported(
+                config.architecture, [f"moe_latent_size {latent}; experts read hidden states as they are"]
+            )
+        shared_size = int(config.need("moe_shared_expert_intermediate_size"))
+        shared = self.feed_forward(builder, f"{name}.shared_experts", shared_size)
+        spec = self.experts_spec(
+            builder,
+            num_experts=num_experts(config),
+            top_k=int(config.need("num_experts_per_tok")),
+            intermediate_size=size,
+            activation="relu2",
+            router_scale=float(config.get("routed_scaling_factor", 1.0)),
+            **corrected_routing(config),
+        )
+        return SparseMoE(
+            builder,
+            name=name,
+            spec=spec,
+            intermediate_size=size,
+            names=("", "up_proj", "down_proj"),
+            correction="gate.e_score_correction_bias",
+            shared=shared,
+        )

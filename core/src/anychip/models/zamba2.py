@@ -99,7 +99,7 @@ class Zamba2(Hybrid):
         device, dim = builder.platform.default_device, self.head_dim(self.config)
         return make_rope(self.config, rope_parameters(self.config), device, head_dim=dim)
 
-    def hybrid_layer(  # type: ignore[override]
+    def hybrid_layer(
         self, builder: Builder, index: int, kind: str, specs: Sequence[Any], at: int, rope: Rope | None
     ) -> ZambaLayer:
         config, name = self.config, f"model.layers.{index}"

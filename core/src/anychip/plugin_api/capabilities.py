@@ -51,9 +51,11 @@ class Capabilities:
     mla: bool = False
     """Whether LatentSpec is served: attention over one row per token that all heads share."""
     latent_kv_dtypes: frozenset[DType] = frozenset()
-    """Of kv_dtypes, those one byte wide that a cache of latent rows may have: without scales, and without index keys."""
+    """Of kv_dtypes, those one byte wide that latent rows may have: without scales, and without index keys."""
     sparse_latent: bool = False
     """Whether LatentSpec is served with index keys, by which queries choose the tokens that they attend to."""
+    ungated_experts: bool = False
+    """Whether MoESpec is served with an activation that has no gate."""
     recurrences: frozenset[str] = frozenset()
     """Names of RECURRENCES that state layers may have."""
     encoders: bool = False

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from anychip.plugin_api.communicator import Communicator
 
 
-Activation = Literal["silu", "gelu_tanh", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_clamped", "relu2"]
 """Of gate, before up multiplies it. swiglu_clamped: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within 7
-of zero (GPT-OSS)."""
+of zero (GPT-OSS). relu2, of experts without a gate: the square of what of up is above zero (Nemotron-H)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,11 @@ class MoESpec:
     num_local_experts: int | None = None
     """Experts that are loaded here, by their place among them; None: all. Routing is over num_experts, and expert_map
     says which those are."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have gate and up stacked; else the first matrix is up alone."""
+        return self.activation != "relu2"
 
     @property
     def num_held(self) -> int:

@@ -38,6 +38,8 @@ def undeclared(spec: CacheSpec | LinearSpec | MoESpec, capabilities: Capabilitie
         reasons += [] if capabilities.encoders else ["encoder attention"]
     elif spec.scheme is not None and spec.scheme.name not in capabilities.quantization:
         reasons.append(f"quantization {spec.scheme.name}; {among(spec.scheme.name, capabilities.quantization)}")
+    if isinstance(spec, MoESpec) and not spec.gated and not capabilities.ungated_experts:
+        reasons.append("experts without a gate")
     if isinstance(spec, LinearSpec) and spec.epilogue is not None:
         if spec.epilogue not in capabilities.epilogues:
             reasons.append(f"epilogue {spec.epilogue}")  # no activation stands in for another: none is nearest

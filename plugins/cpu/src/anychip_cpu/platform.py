@@ -75,6 +75,7 @@ class CpuPlatform(Platform):
         mla=True,
         latent_kv_dtypes=frozenset({"float8_e4m3fn"}),
         sparse_latent=True,
+        ungated_experts=True,
         recurrences=frozenset(RECURRENCES),  # by the reference
         lora=True,
         encoders=True,
@@ -169,7 +170,7 @@ class CpuPlatform(Platform):
 
     def moe(self, spec: MoESpec) -> FusedMoE:
         self.check(spec)
-        if self.kernels is None:
+        if self.kernels is None or not spec.gated:  # the kernels multiply gate and up
             return GroupedMoE(spec, self)
         if why_not(spec.scheme, spec.hidden_size) or why_not(spec.scheme, spec.intermediate_size):
             assert spec.scheme is not None, "panels hold plain weights"

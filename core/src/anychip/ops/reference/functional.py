@@ -41,6 +41,8 @@ def rotary(*, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
 
 
 def gated_activation(*, gate_up: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":  # of up alone
+        return F.relu(gate_up).square()
     gate, up = gate_up.chunk(2, dim=-1)
     if activation == "silu":
         return F.silu(gate) * up
@@ -49,7 +51,7 @@ def gated_activation(*, gate_up: Tensor, activation: str) -> Tensor:
     if activation == "swiglu_clamped":
         gate, up = gate.clamp(max=_SWIGLU_LIMIT), up.clamp(-_SWIGLU_LIMIT, _SWIGLU_LIMIT)
         return (up + 1) * (gate * torch.sigmoid(_SWIGLU_SLOPE * gate))
-    raise ValueError(f"activation {activation!r}; expected silu, gelu_tanh or swiglu_clamped")
+    raise ValueError(f"activation {activation!r}; expected silu, gelu_tanh, swiglu_clamped or relu2")
 
 
 def softcap(*, x: Tensor, cap: float) -> Tensor:

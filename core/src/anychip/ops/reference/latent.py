@@ -16,8 +16,8 @@ _FP8 = "float8_e4m3fn"
 
 
 class ReferenceLatent(LatentBackend):
-    """[num_blocks, block_size, latent_dim + rope_dim], in the queries' dtype, or in fp8: rows are normed before they are
-    kept, and need no scales. Softmax in float32."""
+    """[num_blocks, block_size, latent_dim + rope_dim], in the queries' dtype, or in fp8 without scales: rows are normed
+    before they are kept. Softmax in float32."""
 
     name = "reference"
 

@@ -16,7 +16,8 @@ from anychip.plugin_api import FusedMoE, Routing
 
 @dataclass(slots=True)
 class ExpertWeights:
-    """By expert: gate stacked on up [2 * intermediate_size, hidden_size], and down [hidden_size, intermediate_size].
+    """By expert: gate stacked on up [2 * intermediate_size, hidden_size], or up alone, and down [hidden_size,
+    intermediate_size].
     Dense ones are views of one tensor each."""
 
     gate_up: Sequence[Tensor | QuantizedMatrix]
@@ -30,7 +31,7 @@ class ReferenceMoE(FusedMoE):
 
     def begin(self) -> ExpertWeights:
         s = self.spec
-        wide, tall = (2 * s.intermediate_size, s.hidden_size), (s.hidden_size, s.intermediate_size)
+        wide, tall = ((2 if s.gated else 1) * s.intermediate_size, s.hidden_size), (s.hidden_size, s.intermediate_size)
         return ExpertWeights(
             gate_up=self._matrices(wide),
             down=self._matrices(tall),
@@ -50,7 +51,7 @@ class ReferenceMoE(FusedMoE):
     def load(self, packed: ExpertWeights, expert: int, part: str, tensor: Tensor, *, row: int = 0) -> None:
         name, _, kind = part.partition(".")
         s = self.spec
-        offset = s.intermediate_size if name == "up" else 0
+        offset = s.intermediate_size if name == "up" and s.gated else 0
         rows = s.hidden_size if name == "down" else s.intermediate_size
         if kind == "bias":
             bias = packed.down_bias if name == "down" else packed.gate_up_bias
