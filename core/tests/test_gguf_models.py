@@ -69,7 +69,8 @@ def deepseek_v3(folder):
     }  # fmt: skip
     config = DeepseekV3Config(
         vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=24,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
         first_k_dense_replace=1, moe_intermediate_size=32, num_experts_per_tok=3, n_routed_experts=8,
         n_shared_experts=1,
         n_group=2, topk_group=1, routed_scaling_factor=1.5, max_position_embeddings=512, initializer_range=0.15,

@@ -80,7 +80,7 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     model.add_argument(
         "--trust-remote-code", action="store_true", default=unset, help="run modelling code that lies in the checkpoint"
     )
-    model.add_argument("--quantization", default=unset, help="int8 or int4 at load; or the checkpoint's own method")
+    model.add_argument("--quantization", default=unset, help="int8, int4, fp8 or mxfp4 at load, or its own")
     model.add_argument("--kv-cache-dtype", default=unset, help="auto, fp8, int8, bfloat16, ...")
     model.add_argument(
         "--generation-config",
