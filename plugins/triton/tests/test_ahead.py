@@ -21,6 +21,9 @@ PRODUCTS_ALONE = ("sm_80", "gfx1100")
 STRAY_SPILLS = 2
 """ptxas keeps a uniform register for a branch in memory here and there, where vector registers are to be had."""
 
+CAPPED_SPILLS = 8
+"""Where a table caps registers, so that more programs share a core: it was measured to be faster, spills and all."""
+
 WARP_GROUP_ROWS = 64
 """Rows that a warp group's product on sm_90 has at least."""
 
@@ -49,6 +52,8 @@ def judge(launch: Launch, code: MachineCode, target: Target) -> None:
     if launch.arguments.get("X_KIND") == "fp8" and launch.arguments["FP8"] and takes_fp8(launch, target):
         assert all(re.search("fp8|e4m3|f8f6f4", name) for name in used), f"{code.name} widens 8-bit floats: {used}"
     allowed = STRAY_SPILLS if target.backend == "cuda" else 0
+    if "maxnreg" in launch.options:
+        allowed = CAPPED_SPILLS
     assert code.spills <= allowed, f"{code.name} on {target.name} spills {code.spills} registers"
     assert code.shared_bytes <= target.shared_bytes, f"{code.name}: {code.shared_bytes} bytes of shared memory"
     assert code.binary.startswith(b"\x7fELF")

@@ -50,6 +50,8 @@ class TritonAttention(DenseCacheAttention):
         super().__init__(spec)
         if spec.head_dim > MAX_HEAD_DIM:
             raise Unsupported("anychip-triton attention", [f"head_dim {spec.head_dim}: the largest is {MAX_HEAD_DIM}"])
+        page = launch.target.page
+        self.block_sizes = (page, *(size for size in type(self).block_sizes if size != page))
         self._launch = launch
         self._group = spec.num_heads // spec.num_kv_heads
         self._padded_dim = max(_LEAST_ROWS, power_of_two(spec.head_dim))

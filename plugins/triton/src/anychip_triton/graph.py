@@ -78,6 +78,7 @@ H = TypeVar("H", DeviceGraph, DevicePieces)
 class DeviceGraphs(GraphCapture):
     level = GraphLevel.FULL
     lazy = True
+    draws = True
 
     def __init__(self, rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Within a rehearsal, kernels are compiled and not run."""

@@ -37,8 +37,6 @@ from anychip_triton.ops import TritonOps
 Problem = Callable[..., None]
 """Called with a launcher and, for a device, where its tensors are."""
 
-_BLOCK_SIZE = 16
-
 
 class _Storage:
     """As much of a Platform as kernels ask for when they allocate weights."""
@@ -73,7 +71,7 @@ def attention(
     rows: int,
     queries: int,
     context: int = 1024,
-    page: int = _BLOCK_SIZE,
+    page: int | None = None,
     dtype: str = "bfloat16",
     kv_dtype: str = "",
     qk_norm: bool = False,
@@ -85,6 +83,7 @@ def attention(
         kv_dtype=cast(Any, kv_dtype or dtype), **features,
     )  # fmt: skip
     values = partial(_values, place=place)
+    page = page or launch.target.page
     tokens, pages = rows * queries, -(-context // page)
     int32 = {"dtype": torch.int32, "device": place}
     plan = TritonPlan(

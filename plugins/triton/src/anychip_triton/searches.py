@@ -19,6 +19,9 @@ _ANY = 1 << 30
 _LARGE = 128 << 10
 """Shared memory in which three stages of large tiles fit."""
 
+_COPY_ENGINE = 200 << 10
+"""Shared memory of the targets that have one."""
+
 _QWEN = {"heads": 14, "kv_heads": 2, "dim": 64}
 _LLAMA = {"heads": 32, "kv_heads": 8, "dim": 128}
 
@@ -122,6 +125,13 @@ def _prompts(shared_bytes: int, layer: dict[str, Any]) -> Search:
     problems = [partial(attention, **layer, rows=rows, queries=n, context=n) for rows, n in ((1, 8192), (4, 512))]
     bounds = {"dim": layer["dim"], "item": 2, "narrow": 0}
     fitting = [tile for tile in tiles if _attention_bytes(tile, layer["dim"]) <= shared_bytes]
+    if shared_bytes >= _COPY_ENGINE:  # there a copy engine reads whole tiles, and fewer registers let more programs in
+        fitting += [tile | {"described": 1} for tile in fitting]
+        fitting += [
+            tile | {"described": 1, "maxnreg": most}
+            for tile in _tiles((64,), (64,), (0,), (4,), (2, 3))
+            for most in (128, 168)
+        ]
     return Search("attention", bounds, problems, fitting)
 
 

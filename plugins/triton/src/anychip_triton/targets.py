@@ -19,6 +19,9 @@ class Target:
     """Most shared memory of one program, on the least of the devices that it is for."""
     num_cores: int
     fp8: Literal["", "fn", "fnuz"] = ""
+    page: int = 16
+    """Tokens of a KV block where nobody asks for another size. A tile of keys in one block is read without a look at
+    the block table for each key."""
     chains: bool = False
     """Whether a kernel can begin while the one before it ends (kernels/chain.py)."""
     launch_options: tuple[tuple[str, int], ...] = ()
@@ -33,11 +36,11 @@ TARGETS = {
         Target(name="sm_80", backend="cuda", arch=80, warp_size=32, shared_bytes=101376, num_cores=108),
         Target(
             name="sm_90", backend="cuda", arch=90, warp_size=32, shared_bytes=232448, num_cores=132, fp8="fn",
-            chains=True,
+            page=64, chains=True,
         ),
         Target(
             name="sm_100", backend="cuda", arch=100, warp_size=32, shared_bytes=232448, num_cores=148, fp8="fn",
-            chains=True,
+            page=64, chains=True,
         ),
         Target(
             name="gfx90a", backend="hip", arch="gfx90a", warp_size=64, shared_bytes=65536, num_cores=104,
