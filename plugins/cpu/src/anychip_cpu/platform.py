@@ -44,7 +44,7 @@ from anychip.plugin_api import (
     WeightsKey,
 )
 from anychip_cpu import CORES_VARIABLE, RANKS_VARIABLE, CpuOptions, native
-from anychip_cpu.anew import AnewLatent, AnewStates
+from anychip_cpu.anew import AnewStates
 from anychip_cpu.attention import SdpaPagedAttention
 from anychip_cpu.communicator import communicator
 from anychip_cpu.encoder import SdpaEncoder
@@ -61,6 +61,8 @@ from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import meminfo
 from anychip_cpu.shapes import MOST_TOKENS, RecordedShapes
+from anychip_cpu.sparse_kernel import KernelSparse
+from anychip_cpu.states import CpuStates, has_kernel
 from anychip_cpu.weights_cache import weights_cache
 
 _log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class CpuPlatform(Platform):
         collectives="runtime",
         mla=True,
         sparse_latent=True,
-        recurrences=frozenset(RECURRENCES),  # by the reference
+        recurrences=frozenset(RECURRENCES),
         lora=True,
         encoders=True,
     )
@@ -152,13 +154,14 @@ class CpuPlatform(Platform):
 
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
-        rows = dense_part(spec)
-        dense = CpuLatent(rows) if self.kernels is None else KernelLatent(rows, self.kernels, self.isa)
-        backend = SparseLatent(spec, dense) if spec.index_dim else dense
-        return backend if self.kernels is None else AnewLatent(backend, self.recordings)
+        if self.kernels is None:
+            return SparseLatent(spec, CpuLatent(dense_part(spec))) if spec.index_dim else CpuLatent(spec)
+        return (KernelSparse if spec.index_dim else KernelLatent)(spec, self.kernels, self.isa)
 
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)
+        if self.kernels is not None and has_kernel(spec):
+            return CpuStates(spec, self.kernels, self.isa)
         return AnewStates(spec, self.recordings)
 
     def encoder(self, spec: EncoderSpec) -> EncoderBackend:
