@@ -1,7 +1,7 @@
 """anychip beside other engines on one machine: the same workloads in turn, the memory's speed probed around each.
 
 python benchmarks/cpu/compare.py CHECKPOINT [--quantization int4] [--workloads abcd] [--repeats 3]
-    [--vllm PYTHON] [--llama-bench PROGRAM MODEL.gguf] [--output FILE.json]
+    [--transformers] [--vllm PYTHON] [--llama-bench PROGRAM MODEL.gguf] [--output FILE.json]
 
 Every engine loads once and stays; while one works the others are stopped (SIGSTOP), so that their waiting threads cost
 nothing. One round asks each engine for each workload, in an order that changes from round to round. `ratio` is the
@@ -101,14 +101,14 @@ class Llama:
 
 
 def figure(workload: str, seed: int, result: dict[str, Any]) -> float:
-    """ms a token (a), output tokens a second (b), seconds (c), prompt tokens a second (d)."""
+    """ms a token (a), output tokens a second (b, e, f), seconds (c), prompt tokens a second (d)."""
     asked = workloads.requests(workload, seed)
     if workload == "a":
         written = 127 if result["first_s"] else 128
         return 1e3 * (result["seconds"] - result["first_s"]) / written
     if workload == "c":
         return float(result["seconds"])
-    tokens = sum(count for _, count in asked) if workload == "b" else len(asked[0][0])
+    tokens = sum(count for _, count in asked) if workload in "bef" else len(asked[0][0])
     return tokens / float(result["seconds"])
 
 
@@ -118,7 +118,7 @@ def rate(workload: str, seed: int, result: dict[str, Any]) -> float:
     return 1e3 / value if workload == "a" else value
 
 
-UNITS = {"a": "ms/token", "b": "output tok/s", "c": "s", "d": "prompt tok/s"}
+UNITS = {"a": "ms/token", "b": "output tok/s", "c": "s", "d": "prompt tok/s", "e": "output tok/s", "f": "output tok/s"}
 
 
 def main() -> None:
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--workloads", default="abcd")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--transformers", action="store_true", help="eager, in this environment; workloads a, d, e, f")
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--llama-bench", nargs=2, metavar=("PROGRAM", "MODEL"))
     parser.add_argument("--output", type=Path)
@@ -135,13 +136,15 @@ def main() -> None:
     rounds: list[dict[str, Any]] = []
     try:
         engines.append(Engine("anychip", sys.executable, arguments.checkpoint, arguments.quantization))
+        if arguments.transformers:
+            engines.append(Engine("transformers", sys.executable, arguments.checkpoint))
         if arguments.vllm:
             engines.append(Engine("vllm", arguments.vllm, arguments.checkpoint))
         if arguments.llama_bench:
             engines.append(Llama(*arguments.llama_bench))
         for engine in engines:
             if isinstance(engine, Engine):
-                engine.run("a", 9_999)  # first-use costs
+                engine.run(arguments.workloads[0], 9_999)  # first-use costs
         for number in range(arguments.repeats):
             order = engines if number % 2 == 0 else engines[::-1]
             for workload in arguments.workloads:

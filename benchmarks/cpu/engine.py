@@ -1,6 +1,6 @@
 """One engine in a process of its own, driven by lines: `compare.py` starts it, and asks for workload after workload.
 
-python benchmarks/cpu/engine.py anychip|vllm MODEL [--quantization SCHEME] [--speculate ngram]
+python benchmarks/cpu/engine.py anychip|vllm|transformers MODEL [--quantization SCHEME] [--speculate ngram]
 
 Prints one JSON line when it is ready, and one for each line read, "WORKLOAD SEED". Everything else goes to stderr.
 Needs nothing of the repository but workloads.py and repeating.py, so that it runs in another engine's environment too.
@@ -69,6 +69,31 @@ def vllm_engine(model: str, quantization: str | None, speculate: str | None) -> 
     return generate
 
 
+def transformers_engine(model: str, quantization: str | None, speculate: str | None) -> Generate:
+    """Eager, one batch of equal lengths after another."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="eager").eval()
+
+    @torch.inference_mode()
+    def generate(requests: list) -> None:
+        lengths = {(len(prompt), count) for prompt, count in requests}
+        assert len(lengths) == 1, "padding would be computed too: workloads a, d, e and f"
+        [(_, count)] = lengths
+        prompts = torch.tensor([prompt for prompt, _ in requests])
+        loaded.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, min_new_tokens=count,
+            do_sample=False, pad_token_id=2, eos_token_id=None,
+        )  # fmt: skip
+
+    return generate
+
+
+ENGINES = {"anychip": anychip_engine, "vllm": vllm_engine, "transformers": transformers_engine}
+
+
 def measure(generate: Generate, requests: list) -> dict[str, float]:
     """Seconds, and of one stream the seconds of its first token, apart."""
     first = 0.0
@@ -98,7 +123,7 @@ def resident() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("engine", choices=("anychip", "vllm"))
+    parser.add_argument("engine", choices=tuple(ENGINES))
     parser.add_argument("model")
     parser.add_argument("--quantization")
     parser.add_argument("--speculate")
@@ -109,8 +134,7 @@ def main() -> None:
 
     # An engine must not find our files under the names of packages that it looks for.
     sys.path.remove(str(Path(__file__).parent))
-    engine = anychip_engine if arguments.engine == "anychip" else vllm_engine
-    generate = engine(arguments.model, arguments.quantization, arguments.speculate)
+    generate = ENGINES[arguments.engine](arguments.model, arguments.quantization, arguments.speculate)
 
     def answer(values: dict) -> None:
         print(json.dumps(values), file=answers, flush=True)

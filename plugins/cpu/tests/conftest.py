@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,8 @@ from anychip.ops.reference import REFERENCE
 from anychip.plugin_api import PlatformContext, ProbeResult
 from anychip_cpu import MANIFEST, CpuOptions
 from anychip_cpu.platform import CpuPlatform
+
+sys.path.append(str(Path(__file__).parent))  # tests share what makes their batches
 
 
 @pytest.fixture(scope="session")

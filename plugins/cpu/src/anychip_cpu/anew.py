@@ -1,5 +1,5 @@
-"""Backends whose calls have another form at every step. They run anew between the recorded pieces of a step, under its
-own plan."""
+"""Backends without compiled kernels: rows of another dtype than their queries, and rare recurrences. Their calls have
+another form at every step, so they run anew between the recorded pieces of a step, under its own plan."""
 
 from __future__ import annotations
 

@@ -1,25 +1,41 @@
-"""Latent attention whose absorbed form is one compiled call per layer. Rows of many queries are expanded by torch."""
+"""Latent attention in one compiled call per layer, which may be recorded: rotation, the write, and the absorbed form.
+Rows of many queries are expanded by torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.plugin_api import BatchView, LatentLayer, LatentSpec, Recorder, ShapeKey
-from anychip_cpu.latent import CpuLatent, LatentPlan
+from anychip.plugin_api import BatchView, LatentLayer, LatentSpec, Recorder, Rope, ShapeKey
+from anychip_cpu.latent import CpuLatent, QueryRow
 from anychip_cpu.native import DTYPES, Kernels, fields
+from anychip_cpu.shapes import MOST_TOKENS
+
+_ALL = 1 << 40
 
 
 @dataclass(slots=True)
-class KernelPlan(LatentPlan):
-    step: bytes = b""
-    """kernels/latent_types.h's LatentStep: the queries that attend absorbed; b"": there are none."""
-    block_size: int = 0
-    held: tuple[Tensor, ...] = ()
-    """Keeps what the step points to alive."""
+class LatentStep:
+    """kernels/latent_types.h's LatentStep over a step's arrays: query_start, seq_lens, block_table, slots and
+    positions."""
+
+    step: bytes
+    arrays: tuple[Tensor, ...]
+    block_size: int
+    rows: list[QueryRow]
+    """Of too many queries for the absorbed form. A recorded step has none."""
+    longest: int
+    """Of the rows' lengths."""
+    num_tokens: int
+    """Of rows: behind them is padding, whose output is zeros."""
+
+    @property
+    def positions(self) -> Tensor:
+        return self.arrays[4]
 
 
 class KernelLatent(CpuLatent):
@@ -27,10 +43,12 @@ class KernelLatent(CpuLatent):
         super().__init__(spec)
         self.name = f"cpu-{name}"
         self._kernels = kernels
-        self._known: tuple[LatentLayer, int, bytes] | None = None
+        # Whatever is recorded attends in one form: the other one is no list of kernel calls.
+        self._most = _ALL if self._most_absorbed is None else max(self._most_absorbed, MOST_TOKENS)
+        self._known: tuple[Any, ...] | None = None
         """What `_described` last described, and the description."""
 
-    def plan(
+    def plan(  # type: ignore[override]
         self,
         batch: BatchView,
         shape: ShapeKey,
@@ -38,69 +56,92 @@ class KernelLatent(CpuLatent):
         group: int,
         into: object | None = None,
         recorder: Recorder | None = None,
-    ) -> KernelPlan:
-        starts, lengths = batch.query_start.numpy(), batch.seq_lens.numpy()
-        queries = np.diff(starts)
-        short = queries > 0 if self._most_absorbed is None else (queries > 0) & (queries <= self._most_absorbed)
-        counts = queries * short
-        row = np.repeat(np.arange(len(queries), dtype=np.int32), counts)
-        place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its row
-        written = (batch.slot_mapping >= 0).nonzero().squeeze(-1)
-        plan = KernelPlan(
-            positions=batch.positions,
-            written=written,
-            slots=batch.slot_mapping[written],
-            singles=[],
-            rows=[
-                self._row(batch, int(starts[r]), int(starts[r + 1]), int(lengths[r]), r)
-                for r in np.flatnonzero((queries > 0) & ~short).tolist()
-            ],
-            block_size=batch.block_size,
+    ) -> LatentStep:
+        # The device is the host: reading lengths here waits for nothing.
+        arrays = batch.query_start, batch.seq_lens, batch.block_table, batch.slot_mapping, batch.positions
+        starts, lengths = arrays[0].numpy(), arrays[1].numpy()
+        longest = int(lengths.max(initial=0))
+        if isinstance(into, LatentStep):
+            for held, given in zip(into.arrays, arrays, strict=True):
+                if held is not given:
+                    held.copy_(given)
+            into.num_tokens, into.longest = int(starts[-1]), longest
+            return into
+        arrays = tuple(
+            given.to(torch.int64 if given is batch.slot_mapping else torch.int32).contiguous() for given in arrays
         )
-        if len(row):
-            rows = torch.from_numpy(row)
-            ends = torch.from_numpy((lengths[row] - queries[row] + place + 1).astype(np.int32))
-            table = batch.block_table.to(torch.int32)
-            if table.stride(-1) != 1:
-                table = table.contiguous()
-            tokens = torch.from_numpy((starts[row] + place).astype(np.int32))
-            plan.step = fields(
-                tokens.data_ptr(), rows.data_ptr(), ends.data_ptr(), len(row), table.data_ptr(), table.stride(0)
-            )
-            plan.held = tokens, rows, ends, table
-        return plan
+        step = fields(
+            *(array.data_ptr() for array in arrays), len(lengths), arrays[2].stride(0), batch.num_tokens
+        )  # fmt: skip
+        many = np.flatnonzero(np.diff(starts) > self._most).tolist()
+        rows = [self._row(batch, int(starts[row]), int(starts[row + 1]), int(lengths[row]), row) for row in many]
+        return LatentStep(step, arrays, batch.block_size, rows, longest, int(starts[-1]))
 
-    def attend(
+    def forward(  # type: ignore[override]
         self,
         q_nope: Tensor,
         q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
         cache: Tensor,
-        plan: LatentPlan,
+        plan: LatentStep,
         layer: LatentLayer,
         *,
+        rope: Rope | None = None,
+        chosen: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> Tensor:
-        result = super().attend(q_nope, q_rope, cache, plan, layer, out=out)
-        assert isinstance(plan, KernelPlan)
-        if plan.step:
-            if q_nope.stride(2) != 1:
-                q_nope = q_nope.contiguous()
-            q_rope, result = q_rope.contiguous(), result.contiguous()
-            self._kernels.latent_attention(
-                self._described(layer, plan.block_size), plan.step, q_nope.data_ptr(), q_nope.stride(0),
-                q_nope.stride(1), q_rope.data_ptr(), cache.data_ptr(), result.data_ptr(),
-            )  # fmt: skip
-        return result if out is None or result is out else out.copy_(result)
-
-    def _described(self, layer: LatentLayer, block_size: int) -> bytes:
-        """kernels/latent_types.h's LatentLayer, made anew when another layer's is asked for."""
-        known = self._known
-        if known is not None and known[0] is layer and known[1] == block_size:
-            return known[2]
-        spec = self.spec
-        described = fields(
-            spec.num_heads, spec.latent_dim, spec.row_dim, spec.nope_dim, spec.v_dim, block_size, DTYPES[spec.dtype],
-            spec.window or 0, float(layer.scale), layer.k_up.data_ptr(), layer.v_up.data_ptr(),
+    ) -> tuple[Tensor, Tensor]:
+        shape = (len(q_nope), self.spec.num_heads, self.spec.v_dim)
+        fits = out is not None and out.shape == shape and out.dtype == q_nope.dtype and out.is_contiguous()
+        result = out if out is not None and fits else torch.empty(shape, dtype=q_nope.dtype)
+        q_nope, q_rope, latent, k_rope = (values_together(x) for x in (q_nope, q_rope, latent, k_rope))
+        top_k = 0
+        if chosen is not None:
+            chosen = chosen.to(torch.int32).contiguous()
+            top_k = chosen.shape[1]
+        inputs = fields(
+            *described(q_nope), *described(q_rope), *described(latent), *described(k_rope),
+            0 if chosen is None else chosen.data_ptr(), top_k,
         )  # fmt: skip
-        self._known = layer, block_size, described
-        return described
+        self._kernels.latent_attention(
+            self._described(layer, plan.block_size, rope), plan.step, inputs, cache.data_ptr(), result.data_ptr()
+        )
+        if plan.rows and chosen is None:
+            if rope is not None:
+                q_rope = layer.ops.rotary(x=q_rope, positions=plan.positions, rope=rope)
+            for row in plan.rows:
+                mine = slice(row.begin, row.end)
+                held = cache[row.blocks].flatten(0, 1)[: row.start + row.end - row.begin - row.first]
+                result[mine] = self._expanded(q_nope[mine], q_rope[mine], held, row, layer)
+        return result, cache
+
+    def _described(self, layer: LatentLayer, block_size: int, rope: Rope | None) -> bytes:
+        """kernels/latent_types.h's LatentLayer, made anew when something in it is another object than before."""
+        known = self._known
+        if known is not None and known[0] is layer and known[1] == block_size and known[2] is rope:
+            return bytes(known[3])
+        spec = self.spec
+        layout = fields(
+            spec.num_heads, spec.latent_dim, spec.row_dim, spec.nope_dim, spec.v_dim, block_size, DTYPES[spec.dtype],
+            spec.window or 0, float(layer.scale), layer.k_up.data_ptr(), layer.v_up.data_ptr(), self._most,
+            *rotation(rope),
+        )  # fmt: skip
+        self._known = layer, block_size, rope, layout
+        return layout
+
+
+def rotation(rope: Rope | None) -> tuple[int, int, int, int]:
+    """kernels/rotation.h's Rotation."""
+    if rope is None:
+        return 0, 0, 0, 0
+    return rope.cos.data_ptr(), rope.sin.data_ptr(), rope.rotary_dim, int(rope.interleaved)
+
+
+def values_together(x: Tensor) -> Tensor:
+    """x, copied only where the values of its last dimension do not lie together."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def described(x: Tensor) -> tuple[int, int, int]:
+    """kernels/latent_types.h's LatentInput of [num_tokens, heads, values] or [num_tokens, values]."""
+    return x.data_ptr(), x.stride(0), x.stride(1) if x.dim() == 3 else 0

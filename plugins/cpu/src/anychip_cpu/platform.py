@@ -61,6 +61,8 @@ from anychip_cpu.packing import why_not
 from anychip_cpu.paged_attention import CpuPagedAttention
 from anychip_cpu.probe import meminfo
 from anychip_cpu.shapes import MOST_TOKENS, RecordedShapes
+from anychip_cpu.sparse_kernel import KernelSparse
+from anychip_cpu.states import CpuStates, has_kernel
 from anychip_cpu.weights_cache import weights_cache
 
 _log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class CpuPlatform(Platform):
         latent_kv_dtypes=frozenset({"float8_e4m3fn"}),
         sparse_latent=True,
         ungated_experts=True,
-        recurrences=frozenset(RECURRENCES),  # by the reference
+        recurrences=frozenset(RECURRENCES),
         lora=True,
         encoders=True,
     )
@@ -155,13 +157,16 @@ class CpuPlatform(Platform):
     def latent(self, spec: LatentSpec) -> LatentBackend:
         self.check(spec)
         rows = dense_part(spec)
-        plain = self.kernels is None or rows.kv_dtype != rows.dtype  # the kernels read rows of the queries' dtype
-        dense = CpuLatent(rows) if plain else KernelLatent(rows, self.kernels, self.isa)
-        backend = SparseLatent(spec, dense) if spec.index_dim else dense
-        return backend if self.kernels is None else AnewLatent(backend, self.recordings)
+        if self.kernels is None:
+            return SparseLatent(spec, CpuLatent(rows)) if spec.index_dim else CpuLatent(spec)
+        if rows.kv_dtype != rows.dtype:  # the kernels read rows of the queries' dtype
+            return AnewLatent(CpuLatent(spec), self.recordings)
+        return (KernelSparse if spec.index_dim else KernelLatent)(spec, self.kernels, self.isa)
 
     def state(self, spec: StateSpec) -> StateBackend:
         self.check(spec)
+        if self.kernels is not None and has_kernel(spec):
+            return CpuStates(spec, self.kernels, self.isa)
         return AnewStates(spec, self.recordings)
 
     def encoder(self, spec: EncoderSpec) -> EncoderBackend:

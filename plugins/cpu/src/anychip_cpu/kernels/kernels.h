@@ -6,6 +6,7 @@
 #include "low_rank_types.h"
 #include "latent_types.h"
 #include "moe_types.h"
+#include "state_types.h"
 #include "weights.h"
 
 namespace anychip {
@@ -19,5 +20,8 @@ void attention(const AttentionCall& call);
 void latent_attention(const LatentCall& call);
 void moe(const Moe& a);
 void low_rank(const LowRank& a);
+void matrix_state(const MatrixCall& call);
+void convolution(const ConvolutionCall& call);
+void scan(const ScanCall& call);
 
 }  // namespace anychip

@@ -4,6 +4,7 @@
 #include "attention_types.h"
 #include "bytes.h"
 #include "elementwise.h"
+#include "rotation.h"
 
 namespace anychip {
 
@@ -17,15 +18,7 @@ void norm_and_rotate(const Layer& layer, const T* from, T* to, const void* weigh
   } else if (from != to) {
     std::memcpy(to, from, sizeof(T) * dim);
   }
-  if (!layer.cos) return;
-  const int64_t half = layer.rotary_dim / 2;
-  const float *cos = layer.cos + position * half, *sin = layer.sin + position * half;
-  const int64_t step = layer.interleaved ? 2 : 1, apart = layer.interleaved ? 1 : half;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = to_float(to[i * step]), b = to_float(to[i * step + apart]);
-    from_float(a * cos[i] - b * sin[i], &to[i * step]);
-    from_float(b * cos[i] + a * sin[i], &to[i * step + apart]);
-  }
+  rotate({layer.cos, layer.sin, layer.rotary_dim, layer.interleaved}, to, position);
 }
 
 inline void encode(float x, float, float* out) { *out = x; }

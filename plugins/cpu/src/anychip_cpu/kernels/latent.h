@@ -26,12 +26,16 @@ class LatentItem {
   static constexpr int64_t kRows = 64;               // of a tile
   static constexpr int64_t kStep = 32;               // rows and queries are padded to a multiple of so many values
 
-  LatentItem(const LatentCall& call, int64_t query, int64_t head, int heads)
-      : call_(call), l_(call.layer), query_(query), head_(head), heads_(heads) {
+  LatentItem(const LatentCall& call, int64_t token, int64_t row, int64_t head, int heads)
+      : call_(call), l_(call.layer), token_(token), head_(head), heads_(heads) {
     width_ = round_up<int64_t>(l_.row_dim, kStep), latent_ = round_up<int64_t>(l_.latent_dim, kStep);
-    end_ = call.step.ends[query];
+    end_ = call.step.end(token, row);
     begin_ = l_.window ? std::max<int64_t>(0, end_ - l_.window) : 0;
-    table_ = call.step.block_table + call.step.rows[query] * call.step.table_stride;
+    table_ = call.step.block_table + row * call.step.table_stride;
+    if (call.in.chosen) {
+      chosen_ = call.in.chosen + token * call.in.top_k;
+      begin_ = 0, end_ = std::find(chosen_, chosen_ + call.in.top_k, -1) - chosen_;
+    }
     static thread_local Scratch query_store, row_store, score_store, sum_store;
     q_ = query_store.get<L>(kHeads * width_);
     rows_ = row_store.get<L>(kRows * width_);
@@ -57,12 +61,10 @@ class LatentItem {
   }
 
  private:
-  int64_t token() const { return call_.step.tokens[query_]; }
-
   // A head's query becomes one of a row's width: what k_up makes of its first part, and its rotated part.
   void fold(int m) const {
-    constexpr int N = 4;
-    const T* q = (const T*)call_.q_nope + token() * call_.token_stride + (head_ + m) * call_.head_stride;
+    constexpr int N = V::W == 16 ? 16 : 8;  // vectors: so many values of a factor's row lie together
+    const T* q = call_.in.q_nope.template at<T>(token_, head_ + m);
     const T* up = (const T*)l_.k_up + (head_ + m) * l_.nope_dim * l_.latent_dim;
     L* to = q_ + m * width_;
     int64_t c = 0;
@@ -80,7 +82,10 @@ class LatentItem {
       from_float(sum, to + c);
     }
     const int64_t rope = l_.row_dim - l_.latent_dim;
-    const T* turned = (const T*)call_.q_rope + (token() * l_.heads + head_ + m) * rope;
+    static thread_local Scratch turned_store;
+    T* turned = turned_store.get<T>(rope);
+    std::copy_n(call_.in.q_rope.template at<T>(token_, head_ + m), rope, turned);
+    rotate(l_.rotation, turned, call_.step.positions[token_]);
     for (int64_t i = 0; i < rope; ++i) from_float(to_float(turned[i]), to + c + i);
     std::memset((void*)(to + l_.row_dim), 0, sizeof(L) * (width_ - l_.row_dim));
   }
@@ -91,7 +96,7 @@ class LatentItem {
     const float* sums = sums_ + m * latent_;
     const float factor = total_[m] > 0 ? 1 / total_[m] : 0.0f;
     const T* up = (const T*)l_.v_up + (head_ + m) * l_.v_dim * l_.latent_dim;
-    T* out = (T*)call_.out + (token() * l_.heads + head_ + m) * l_.v_dim;
+    T* out = (T*)call_.out + (token_ * l_.heads + head_ + m) * l_.v_dim;
     const int64_t whole = l_.latent_dim / V::W * V::W;
     for (int64_t v = 0; v < l_.v_dim; v += N)
       with_constant<N>(int(std::min<int64_t>(N, l_.v_dim - v)), [&](auto count) {
@@ -117,7 +122,7 @@ class LatentItem {
 
   void fetch(int64_t key, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = key + i, block = table_[token / l_.block_size];
+      const int64_t token = chosen_ ? chosen_[key + i] : key + i, block = table_[token / l_.block_size];
       copy(rows_ + i * width_, (const T*)call_.cache + (block * l_.block_size + token % l_.block_size) * l_.row_dim);
     }
     if (count % 2) std::memset((void*)(rows_ + count * width_), 0, sizeof(L) * width_);
@@ -194,25 +199,44 @@ class LatentItem {
 
   const LatentCall& call_;
   const LatentLayer& l_;
-  int64_t query_, head_;
+  int64_t token_, head_;
   int heads_;
   int64_t width_, latent_, begin_, end_;
-  const int32_t* table_;
+  const int32_t *table_, *chosen_ = nullptr;
   L *q_, *rows_;
   float *scores_, *sums_;
   float most_[kHeads], total_[kHeads], shrink_[kHeads];
 };
 
+// Every token's row at its slot.
+template <class T>
+void write_latent(const LatentCall& call) {
+  const LatentLayer& l = call.layer;
+  for (int64_t token = 0; token < call.step.tokens(); ++token) {
+    if (call.step.slots[token] < 0) continue;
+    T* row = (T*)call.cache + call.step.slots[token] * l.row_dim;
+    std::copy_n(call.in.latent.at<T>(token), l.latent_dim, row);
+    std::copy_n(call.in.k_rope.at<T>(token), l.row_dim - l.latent_dim, row + l.latent_dim);
+    rotate(l.rotation, row + l.latent_dim, call.step.positions[token]);
+  }
+}
+
 template <class V, class T>
 void latent_typed(const LatentCall& call) {
   constexpr int64_t kMost = LatentItem<V, T>::kHeads;
+  const int64_t heads = call.layer.heads, tokens = call.step.tokens();
+  write_latent<T>(call);
+  std::memset((T*)call.out + tokens * heads * call.layer.v_dim, 0,
+              sizeof(T) * (call.step.room - tokens) * heads * call.layer.v_dim);
   // As few items as keep every thread at work: an item reads all the rows.
-  const int64_t heads = call.layer.heads, wanted = cdiv<int64_t>(num_threads(), std::max<int64_t>(1, call.step.queries));
+  const int64_t wanted = cdiv<int64_t>(num_threads(), std::max<int64_t>(1, tokens));
   const int64_t tiles = std::min(heads, std::max(cdiv(heads, kMost), wanted));
-  parallel_for(call.step.queries * tiles, 1, [&](int64_t i, int64_t end) {
+  parallel_for(tokens * tiles, 1, [&](int64_t i, int64_t end) {
     for (; i < end; ++i) {
-      const int64_t query = i / tiles, first = heads * (i % tiles) / tiles, last = heads * (i % tiles + 1) / tiles;
-      LatentItem<V, T>(call, query, first, int(last - first)).run();
+      const int64_t token = i / tiles, first = heads * (i % tiles) / tiles, last = heads * (i % tiles + 1) / tiles;
+      const int64_t row = call.step.row_of(token);
+      if (call.in.chosen || call.step.queries(row) <= call.layer.most)
+        LatentItem<V, T>(call, token, row, first, int(last - first)).run();
     }
   });
 }

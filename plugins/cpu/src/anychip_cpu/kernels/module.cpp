@@ -11,6 +11,7 @@
 #include <unistd.h>
 #endif
 
+#include "choice_types.h"
 #include "kernels.h"
 #include "packing.h"
 #include "panel_rows.h"
@@ -255,16 +256,66 @@ PyObject* paged_attention(PyObject*, Args args, Py_ssize_t count) {
   });
 }
 
-// (layer, step, q_nope, token_stride, head_stride, q_rope, cache, out)
+// (layer, step, inputs, cache, out): writes the step's rows, then attends
 PyObject* absorbed_attention(PyObject*, Args args, Py_ssize_t count) {
   Arguments a(args, count);
   const auto* layer = a.structure<LatentLayer>();
   const auto* step = a.structure<LatentStep>();
-  LatentCall call{*layer, *step, nullptr, 0, 0, nullptr, nullptr, nullptr};
-  call.q_nope = a.address<void>(), call.token_stride = a.integer(), call.head_stride = a.integer();
-  call.q_rope = a.address<void>(), call.cache = a.address<void>(), call.out = a.address<void>();
+  const auto* inputs = a.structure<LatentInputs>();
+  LatentCall call{*layer, *step, *inputs, nullptr, nullptr};
+  call.cache = a.address<void>(), call.out = a.address<void>();
   if (a.failed()) return nullptr;
-  return without_gil([&] { latent_attention(call); });
+  return launch(call, [](const LatentCall& call) { latent_attention(call); });
+}
+
+// (layer, step, inputs, cache, chosen): writes the step's index keys, then chooses
+PyObject* choose_tokens(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const auto* layer = a.structure<IndexLayer>();
+  const auto* step = a.structure<LatentStep>();
+  const auto* inputs = a.structure<IndexInputs>();
+  ChoiceCall call{*layer, *step, *inputs, nullptr, nullptr};
+  call.cache = a.address<void>(), call.chosen = a.address<int32_t>();
+  if (a.failed()) return nullptr;
+  return launch(call, [](const ChoiceCall& call) { choose(call); });
+}
+
+// (rule, step, inputs, states, out)
+PyObject* advance_matrix(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  const auto* rule = a.structure<MatrixRule>();
+  const auto* step = a.structure<StateStep>();
+  const auto* inputs = a.structure<MatrixInputs>();
+  MatrixCall call{*rule, *step, *inputs, nullptr, nullptr};
+  call.states = a.address<float>(), call.out = a.address<void>();
+  if (a.failed()) return nullptr;
+  return launch(call, [](const MatrixCall& call) { matrix_state(call); });
+}
+
+// (step, type, channels, width, weight, bias, x, ldx, tails, out)
+PyObject* causal_convolution(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  ConvolutionCall call{};
+  call.step = *a.structure<StateStep>();
+  call.type = a.integer(), call.channels = a.integer(), call.width = a.integer();
+  call.weight = a.address<void>(), call.bias = a.address<void>();
+  call.x = a.address<void>(), call.ldx = a.integer(), call.tails = a.address<void>(), call.out = a.address<void>();
+  if (a.failed()) return nullptr;
+  return launch(call, [](const ConvolutionCall& call) { convolution(call); });
+}
+
+// (step, type, channels, state_dim, a, d, x, ldx, dt, lddt, b, ldb, c, ldc, states, out)
+PyObject* selective_scan(PyObject*, Args args, Py_ssize_t count) {
+  Arguments a(args, count);
+  ScanCall call{};
+  call.step = *a.structure<StateStep>();
+  call.type = a.integer(), call.channels = a.integer(), call.state_dim = a.integer();
+  call.a = a.address<float>(), call.d = a.address<float>();
+  call.x = a.address<void>(), call.ldx = a.integer(), call.dt = a.address<float>(), call.lddt = a.integer();
+  call.b = a.address<void>(), call.ldb = a.integer(), call.c = a.address<void>(), call.ldc = a.integer();
+  call.states = a.address<float>(), call.out = a.address<void>();
+  if (a.failed()) return nullptr;
+  return launch(call, [](const ScanCall& call) { scan(call); });
 }
 
 // (experts, type, x, ldx, out, ids, weights, tokens, top_k)
@@ -440,6 +491,10 @@ PyMethodDef methods[] = {
     ENTRY("renew_plan", renew_plan),
     ENTRY("attention", paged_attention),
     ENTRY("latent_attention", absorbed_attention),
+    ENTRY("choose", choose_tokens),
+    ENTRY("matrix_state", advance_matrix),
+    ENTRY("convolution", causal_convolution),
+    ENTRY("scan", selective_scan),
     ENTRY("route", route_tokens),
     ENTRY("moe", fused_moe),
     ENTRY("add_low_rank", add_low_rank),
