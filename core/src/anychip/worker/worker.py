@@ -108,7 +108,8 @@ class Worker:
         self.runner.passes_on = not self._stage.is_last
         if isinstance(program, TorchStepProgram):
             self.runner.await_ids = program.await_ids
-        self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank, source.held_elsewhere)
+        rank, elsewhere = limits.max_adapter_rank, source.held_elsewhere
+        self.adapters = AdapterStore(program.adapter_sites, rank, source.checkpoint, elsewhere)
         self.runner.adapter_entries = self.adapters.entries
         if prepared.draft is not None and drafting is not None:
             self._start_drafting(prepared.draft, drafting, blocks)

@@ -28,7 +28,7 @@ from anychip.ops.reference.attention import (
 from anychip.ops.reference.canonical import dequantize
 from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.encoder import ReferenceEncoder, attend_sequence, score_offsets
-from anychip.ops.reference.forward import Passed, forward_pass
+from anychip.ops.reference.forward import Passed, forward_pass, logits_of
 from anychip.ops.reference.latent import ReferenceLatent
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
@@ -63,15 +63,56 @@ from anychip.plugin_api import MoESpec as MoESpec
 from anychip.plugin_api.platform import Platform
 
 __all__ = [
-    "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "RULES", "CompositeOps", "DenseCacheAttention", "DenseStates",
-    "DenseWeights", "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator",
-    "ReferenceAttention", "ReferenceEncoder", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates",
-    "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
-    "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dense_part", "dequantize", "draw_tokens",
+    "BYTE_RANGES",
+    "REFERENCE",
+    "REFERENCE_OPS",
+    "RULES",
+    "CompositeOps",
+    "DenseCacheAttention",
+    "DenseStates",
+    "DenseWeights",
+    "Drawn",
+    "EditState",
+    "ExpertWeights",
+    "GatedSum",
+    "Passed",
+    "ProcessGroupCommunicator",
+    "ReferenceAttention",
+    "ReferenceEncoder",
+    "ReferenceLatent",
+    "ReferenceLinear",
+    "ReferenceMoE",
+    "ReferenceStates",
+    "SparseLatent",
+    "WidenedLinear",
+    "WidenedMoE",
+    "add_low_rank",
+    "arena_views",
+    "attend_gathered",
+    "attend_row",
+    "attend_row_with_lse",
+    "attend_sequence",
+    "blank_stacks",
+    "can_widen",
+    "dense_part",
+    "dequantize",
+    "draw_tokens",
     "forward_pass",
-    "functional", "gated_sum_chunked", "gated_sum_recurrent", "merge_attention", "pooled_sums", "quantized",
-    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
-    "write_adapters", "write_embeddings",
+    "functional",
+    "gated_sum_chunked",
+    "gated_sum_recurrent",
+    "logits_of",
+    "merge_attention",
+    "pooled_sums",
+    "quantized",
+    "reference_linear",
+    "sampling",
+    "score_offsets",
+    "softmax_with_sinks",
+    "token_scores",
+    "with_wide_scales",
+    "write_adapters",
+    "write_embeddings",
 ]  # fmt: skip
 
 
