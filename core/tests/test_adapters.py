@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from anychip.errors import AdapterRefused, ConfigError, UnknownModel, Unsupporte
 from anychip.launch.async_llm import AsyncLLM
 from anychip_conformance.equality.tiny_adapters import EVERY, FIVE, TinyAdapter
 from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.fakes.spmd import SpmdPlatform
 
 NAMES = [f"a{number}" for number in range(len(FIVE))]
 TEXT = [3 + at * 37 % 500 for at in range(40)]
@@ -35,6 +37,7 @@ DEVICES = {
     "cpu-tp2": {"device": "cpu", "tensor_parallel_size": 2},
     "fake-static": {"device": "fake-static", "max_num_batched_tokens": 16},  # one shape is traced
     "fake-hostlen": {"device": "fake-hostlen"},
+    "fake-spmd": {"device": "fake-spmd", "num_kv_blocks": 64},
 }
 
 
@@ -305,7 +308,9 @@ def test_what_is_not_served_or_does_not_fit_is_named(base: Base, small: LLM, wha
     assert small.generate([TEXT], GREEDY)[0].outputs[0].token_ids == base.expected[None][0]
 
 
-def test_a_rank_above_the_limit_and_an_engine_without_slots(base: Base, small: LLM) -> None:
+def test_a_rank_above_the_limit_and_an_engine_without_slots(
+    base: Base, small: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AdapterRefused, match="rank 64, at most 8 may be; raise --max-adapter-rank"):
         small.load_adapter("a", base.adapters["a2"])
     with pytest.raises(AdapterRefused, match="is the model's own name"):
@@ -314,6 +319,7 @@ def test_a_rank_above_the_limit_and_an_engine_without_slots(base: Base, small: L
         llm.load_adapter("a", base.adapters["a0"])
     with pytest.raises(ConfigError, match="max_adapters is 0"):
         EngineConfig(adapters={"a": "b"}, max_adapters=0)
+    monkeypatch.setattr(SpmdPlatform, "capabilities", replace(SpmdPlatform.capabilities, lora=False))
     with pytest.raises(Unsupported, match="adapters"):
         base.opened(device="fake-spmd")
 
