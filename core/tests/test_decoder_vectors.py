@@ -82,6 +82,27 @@ def test_a_head_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_gemma_whose_tokens_all_see_each_other_gives_transformers_vectors(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    more = {"use_bidirectional_attention": True, "sliding_window": 16, "layer_types": kinds, "num_key_value_heads": 1}
+    model = make_decoder("Gemma3Text", "Model", tmp_path, query_pre_attn_scalar=12, **more)
+    describe_modules(tmp_path, "mean", prompts={"query": "w1 w2 "})
+    wanted = []
+    for text in (*TEXTS, f"w1 w2 {TEXTS[1]}"):
+        state = hidden_states(model, ids_of(text)).mean(dim=0)
+        wanted.append(state / state.norm())
+    for ranks in (1, 2):
+        with opened(tmp_path, tensor_parallel_size=ranks) as llm:
+            assert (llm.served.task, llm.served.pooling) == ("embed", "mean")
+            found = [*llm.embed(TEXTS), *llm.embed(TEXTS[1:2], prompt_name="query")]
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, **CLOSE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": False}))
+    with pytest.raises(Unsupported, match="use_bidirectional_attention false"):
+        opened(tmp_path)
+
+
 # -- rerankers that answer yes or no ----------------------------------------------------------------------------------
 
 TEMPLATE = (
