@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from anychip.errors import AdapterRefused, ConfigError, UnknownModel, Unsupporte
 from anychip.launch.async_llm import AsyncLLM
 from anychip_conformance.equality.tiny_adapters import EVERY, FIVE, TinyAdapter
 from anychip_conformance.equality.tiny_models import make_checkpoint
+from anychip_conformance.fakes.spmd import SpmdPlatform
 
 NAMES = [f"a{number}" for number in range(len(FIVE))]
 TEXT = [3 + at * 37 % 500 for at in range(40)]
@@ -34,15 +37,18 @@ DEVICES = {
     "cpu-tp2": {"device": "cpu", "tensor_parallel_size": 2},
     "fake-static": {"device": "fake-static", "max_num_batched_tokens": 16},  # one shape is traced
     "fake-hostlen": {"device": "fake-hostlen"},
+    "fake-spmd": {"device": "fake-spmd", "num_kv_blocks": 64},
 }
 
 
 class Base:
     """A tiny model's folder, its five adapters' folders, and what each draws for each prompt."""
 
-    def __init__(self, family: str, folder: Path, tiny: dict[str, TinyAdapter]) -> None:
+    def __init__(self, family: str, folder: Path, tiny: dict[str, TinyAdapter], *, untied: bool = False) -> None:
         self.folder = folder / "model"
         self.model = make_checkpoint(family, self.folder).float()
+        if untied:
+            untie(self.model, 1.1).save_pretrained(self.folder)
         self.adapters = {name: str(each.save(self.model, folder / name)) for name, each in tiny.items()}
         models = {None: self.model} | {name: each.merged(self.model) for name, each in tiny.items()}
         self.expected = {name: [greedy(model, ids) for ids in PROMPTS] for name, model in models.items()}
@@ -53,6 +59,13 @@ class Base:
             "adapters": self.adapters,
         }  # fmt: skip
         return LLM(str(self.folder), **{**given, **more})
+
+
+def untie(model: torch.nn.Module, factor: float = 1.0) -> torch.nn.Module:
+    """Gives the head a matrix of its own: the embedding's times `factor`."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * factor)
+    model.config.tie_word_embeddings = False
+    return model
 
 
 @torch.inference_mode()
@@ -175,6 +188,39 @@ def test_many_loads_leave_nothing_behind(base: Base) -> None:
         assert len(worker.adapters) == 0 and not slots._slots and len(slots._free) == 1
 
 
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_ten_thousand_loads_leave_memory_flat(base: Base, tmp_path: Path) -> None:
+    """Of five contents in turns; a request in every fiftieth fills a slot."""
+    tiny = [TinyAdapter(seed=seed, rank=8, targets=("q_proj",)) for seed in range(5)]
+    folders = [str(each.save(base.model, tmp_path / str(each.seed))) for each in tiny]
+    one = SamplingParams(max_tokens=1)
+    with base.opened(device="cpu", adapters={}, max_adapters=2) as llm:
+
+        def turn(number: int) -> None:
+            llm.load_adapter("a", folders[number % len(folders)])
+            if number % 50 == 0:
+                llm.generate([[7]], one, adapter="a")
+            llm.unload_adapter("a")
+
+        for number in range(1000):
+            turn(number)
+        before = resident_bytes()
+        for number in range(9000):
+            turn(number)
+        grown = resident_bytes() - before
+        llm.generate([[7]], one)
+        worker = llm.engine.executor.worker
+        worker.adapters._thread.submit(int).result()  # behind what it was asked to drop
+        assert len(worker.adapters) == 0 and not llm.engine.scheduler.adapters._slots
+    assert grown < 8 << 20, f"{grown / 2**20:.1f} MiB more after 9,000 loads and unloads"
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +251,12 @@ def pickled(folder: Path) -> None:
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
-    "DoRA": ({"use_dora": True}, None, r"DoRA \(use_dora\); that is not served"),
+    "DoRA without magnitudes": ({"use_dora": True}, None, "use_dora True, adapter_model.safetensors says otherwise"),
+    "DoRA without room": (
+        {"use_dora": True}, with_one(Q + "magnitude_vector", torch.ones(64)),
+        "no room for DoRA's magnitudes.*--adapter-targets magnitudes",
+    ),
+    "KaSA": ({"kasa_config": {"beta": 1}}, None, r"KaSA \(kasa_config\); that is not served"),
     "biases": ({"bias": "lora_only"}, None, "biases that were trained with the adapter"),
     "modules": ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, None, "changed base weights"),
@@ -215,14 +266,14 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] 
     "a rank of the config": ({"r": 4}, None, "adapter_config.json says rank 4"),
     "the head": (
         {}, renamed("model.layers.0.self_attn.q_proj", "lm_head"),
-        "lm_head: the model has no such product that takes an adapter; .* o_proj, q_proj",
+        "lm_head: slots have no room for adapters of head, .*--adapter-targets head.* o_proj, q_proj",
     ),
     "an expert": (
-        {}, renamed("self_attn.q_proj", "mlp.experts.0.up_proj"), "up_proj: adapters of experts are not served"
+        {}, renamed("self_attn.q_proj", "mlp.experts.0.up_proj"), "no room for adapters of experts, .*targets experts"
     ),
     "an embedding": (
         {}, with_one("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 2)),
-        "an adapter of an embedding",
+        "no matrix B of model.embed_tokens",
     ),
     "a saved module": (
         {}, with_one("base_model.model.lm_head.weight", torch.ones(2, 2)), "lm_head.weight', no matrix A or B"
@@ -257,7 +308,9 @@ def test_what_is_not_served_or_does_not_fit_is_named(base: Base, small: LLM, wha
     assert small.generate([TEXT], GREEDY)[0].outputs[0].token_ids == base.expected[None][0]
 
 
-def test_a_rank_above_the_limit_and_an_engine_without_slots(base: Base, small: LLM) -> None:
+def test_a_rank_above_the_limit_and_an_engine_without_slots(
+    base: Base, small: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AdapterRefused, match="rank 64, at most 8 may be; raise --max-adapter-rank"):
         small.load_adapter("a", base.adapters["a2"])
     with pytest.raises(AdapterRefused, match="is the model's own name"):
@@ -266,6 +319,7 @@ def test_a_rank_above_the_limit_and_an_engine_without_slots(base: Base, small: L
         llm.load_adapter("a", base.adapters["a0"])
     with pytest.raises(ConfigError, match="max_adapters is 0"):
         EngineConfig(adapters={"a": "b"}, max_adapters=0)
+    monkeypatch.setattr(SpmdPlatform, "capabilities", replace(SpmdPlatform.capabilities, lora=False))
     with pytest.raises(Unsupported, match="adapters"):
         base.opened(device="fake-spmd")
 

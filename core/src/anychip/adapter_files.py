@@ -9,31 +9,32 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from anychip.config import LEAST_ADAPTER_RANK, EngineConfig
+from anychip.config import ADAPTER_TARGETS, LEAST_ADAPTER_RANK, EngineConfig
 from anychip.errors import AdapterRefused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "*.bin", "*.pt", "*.pth")
 _PIECE_BYTES = 4 << 20
+_MOST_HEADER_BYTES = 100 << 20
 
 _NOT_SERVED = {
-    "use_dora": "DoRA (use_dora)",
     "lora_bias": "biases in adapters (lora_bias)",
     "fan_in_fan_out": "matrices that are stored transposed (fan_in_fan_out)",
     "modules_to_save": "modules that are trained and saved whole (modules_to_save)",
     "layer_replication": "layers that are used several times (layer_replication)",
     "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
-    "target_parameters": "adapters of parameters that are no module's (target_parameters)",
     "alora_invocation_tokens": "adapters that begin at a token (alora_invocation_tokens)",
     "use_qalora": "QALoRA (use_qalora)",
     "use_bdlora": "BD-LoRA (use_bdlora)",
+    "kasa_config": "KaSA (kasa_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
     "arrow_config": "routing between adapters (arrow_config)",
 }
 """Fields of adapter_config.json that change what an adapter means."""
@@ -149,14 +150,43 @@ def digest_of(config: dict[str, Any], weights: Iterable[bytes | bytearray]) -> b
     return digest.digest()
 
 
-def with_ranks(config: EngineConfig) -> EngineConfig:
-    """The configuration with room for the ranks of its adapters, where nobody says how much. Raises AdapterRefused for
-    a folder that is no adapter's."""
-    if not config.adapters or config.max_adapter_rank is not None:
+_TARGETS = {
+    ".experts.": "experts",
+    ".lora_embedding_": "embeddings",
+    ".lm_head.lora_": "head",
+    ".lora_magnitude_vector": "magnitudes",
+}
+"""By a part of a tensor's name, which of config.ADAPTER_TARGETS it changes; any other changes products."""
+
+
+def targets_of(names: Iterable[str]) -> frozenset[str]:
+    """What an adapter with tensors of these names changes beyond products."""
+    return frozenset(target for name in names for part, target in _TARGETS.items() if part in f".{name}")
+
+
+def with_room(config: EngineConfig) -> EngineConfig:
+    """The configuration with room for what its adapters are, where nobody says how much: their ranks, and what they
+    change. Raises AdapterRefused for a folder that is no adapter's."""
+    if not config.adapters or None not in (config.max_adapter_rank, config.adapter_targets):
         return config
-    return msgspec.structs.replace(config, max_adapter_rank=max(LEAST_ADAPTER_RANK, *_ranks(config)))
+    folders = [AdapterFolder(Path(folder)) for folder in config.adapters.values()]
+    rank, targets = config.max_adapter_rank, config.adapter_targets
+    if rank is None:
+        ranks = [read_adapter_config(folder.config)[0].largest_rank for folder in folders]
+        rank = max(LEAST_ADAPTER_RANK, *ranks)
+    if targets is None:
+        changed = targets_of(name for folder in folders for name in _tensor_names(folder.weights))
+        targets = tuple(target for target in ADAPTER_TARGETS if target == "products" or target in changed)
+    return msgspec.structs.replace(config, max_adapter_rank=rank, adapter_targets=targets)
 
 
-def _ranks(config: EngineConfig) -> Iterator[int]:
-    for folder in config.adapters.values():
-        yield read_adapter_config(AdapterFolder(Path(folder)).config)[0].largest_rank
+def _tensor_names(path: Path) -> list[str]:
+    """From a safetensors file's header. Raises AdapterRefused for a file without a whole one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > min(_MOST_HEADER_BYTES, path.stat().st_size):
+                raise msgspec.DecodeError(f"it would take {length} bytes")
+            return list(msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw]))
+        except msgspec.MsgspecError as error:
+            raise AdapterRefused(f"{path} is not a readable safetensors file: its header: {error}") from error

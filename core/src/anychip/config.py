@@ -26,6 +26,9 @@ _DRAFT, _HEAD, _MEDUSA, _MTP = "draft:", "eagle:", "medusa:", "mtp"
 
 _MOST_ADAPTERS = 16
 """Slots for adapters where nobody says how many."""
+ADAPTER_TARGETS = ("products", "experts", "embeddings", "head", "magnitudes")
+"""What adapters may change: products of attention and feed-forward blocks, experts, the token embedding, the output
+head, and the magnitudes of products' rows (DoRA)."""
 LEAST_ADAPTER_RANK = 16
 """What a slot has room for where nobody says, and no adapter has more."""
 
@@ -103,6 +106,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Adapters that the requests of one step may have between them; None: as many as `adapters`, up to 16."""
     max_adapter_rank: int | None = None
     """The largest rank that an adapter may have; None: that of `adapters`, and 16 at least."""
+    adapter_targets: tuple[str, ...] | None = None
+    """What adapters may change, of ADAPTER_TARGETS; None: products, and what `adapters` change."""
     policy: str = "fcfs"
     max_waiting: int = 4096
     max_waiting_tokens: int = 4_000_000
@@ -134,6 +139,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"max_drafts is {self.max_drafts}; expected {_MOST_DRAFTS} or less")
         if self.adapters and self.max_adapters == 0:
             raise ConfigError("max_adapters is 0 and adapters are given; leave max_adapters out, or the adapters")
+        for target in self.adapter_targets or ():
+            if target not in ADAPTER_TARGETS:
+                raise ConfigError(f"adapter_targets has {target!r}; known are {', '.join(ADAPTER_TARGETS)}")
         if self.max_embeddings < 0:
             raise ConfigError(f"max_embeddings is {self.max_embeddings}; expected 0 or more")
         for name in ("timeout_s", "start_timeout_s", "step_timeout_s"):
@@ -224,8 +232,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def resolved_max_adapter_rank(self) -> int:
-        """The rank that a slot has room for. Where adapters are given, `adapters.with_ranks` has filled it."""
+        """The rank that a slot has room for. Where adapters are given, `adapter_files.with_room` has filled it."""
         return self.max_adapter_rank or LEAST_ADAPTER_RANK
+
+    @property
+    def resolved_adapter_targets(self) -> frozenset[str]:
+        """What slots have room for; products always. Empty: there are no slots."""
+        return frozenset(("products", *(self.adapter_targets or ()))) if self.resolved_max_adapters else frozenset()
 
     @property
     def draft_model(self) -> str | None:

@@ -63,8 +63,11 @@ _BERT: dict[str, Any] = {
 }
 _ROBERTA: dict[str, Any] = {**_BERT, "pad_token_id": 1}
 
-ENCODERS = ("Bert", "DistilBert", "MPNet", "ModernBert", "NomicBert", "Roberta", "XLMRoberta")
+ENCODERS = ("Bert", "DistilBert", "Gemma3Text", "MPNet", "ModernBert", "NomicBert", "Roberta", "XLMRoberta")
 """What the names of architectures begin with whose tokens all see each other."""
+
+_BARE = ("Gemma3Text",)
+"""Of these, those that are encoders without a head alone."""
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {
     "Ernie4_5_MoeForCausalLM": {"moe_k": "num_experts_per_tok", "moe_num_experts": "num_experts"},
@@ -161,6 +164,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "XLMRobertaModel": _ROBERTA,
     "Gemma2ForCausalLM": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3TextModel": _GEMMA,
     "Glm4MoeForCausalLM": {
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
@@ -353,7 +357,8 @@ def base_architecture(architecture: str) -> str:
     for ending in _BODIES:
         if architecture.endswith(ending):
             stem = architecture.removesuffix(ending)
-            return f"{stem}Model" if stem in ENCODERS else f"{stem}ForCausalLM"
+            encodes = stem in ENCODERS and (stem not in _BARE or ending == "Model")
+            return f"{stem}Model" if encodes else f"{stem}ForCausalLM"
     return architecture
 
 

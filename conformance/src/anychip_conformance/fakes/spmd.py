@@ -12,9 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import Drawn, EditState, Passed, draw_tokens, write_embeddings
+from anychip.ops.reference import Drawn, EditState, Passed, blank_stacks, draw_tokens, write_adapters, write_embeddings
 from anychip.plugin_api import (
     RECURRENCES,
+    AdapterEntry,
+    AdapterSite,
+    AdapterStack,
     AttentionBackend,
     AttentionSpec,
     CacheBackend,
@@ -40,6 +43,7 @@ from anychip.plugin_api import (
     StepInputs,
     StepLimits,
     StepProgram,
+    sites_of,
 )
 from anychip_conformance.fakes.functional import (
     DenseMoE,
@@ -109,6 +113,7 @@ class SpmdPlatform(Platform):
         mla=True,
         sparse_latent=True,
         recurrences=frozenset(RECURRENCES),
+        lora=True,
     )
 
     def state(self, spec: StateSpec) -> StateBackend:
@@ -142,6 +147,8 @@ class SpmdState:
     last_ids: list[Tensor]
     edits: list[EditState]
     embeddings: list[Tensor]
+    adapters: list[list[AdapterStack]]
+    """By device, then by site: each has its share of every adapter."""
 
 
 @dataclass(slots=True)
@@ -189,7 +196,17 @@ class SpmdStepProgram(StepProgram):
             [last_ids.clone() for _ in self._ranks],
             [EditState.blank(self.limits.max_slots, self.vocab_size) for _ in self._ranks],
             [torch.zeros(self.limits.max_embeddings, self.models[0].hidden_size) for _ in self._ranks],
+            [self._new_stacks(rank) for rank in self._ranks],
         )
+
+    def _sites(self, rank: int) -> Sequence[AdapterSite]:
+        return sites_of(self.models[rank]) if self.limits.max_adapters else ()
+
+    def _new_stacks(self, rank: int) -> list[AdapterStack]:
+        def empty(shape: Sequence[int], dtype: str) -> Tensor:
+            return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+
+        return blank_stacks(self._sites(rank), self.limits.max_adapters, self.limits.max_adapter_rank, empty)
 
     def edit(self, state: SpmdState, copies: Sequence[tuple[int, int]], zeros: Sequence[int]) -> SpmdState:
         def one(rank: int) -> None:
@@ -217,6 +234,14 @@ class SpmdStepProgram(StepProgram):
         self._on_every_device(lambda rank: write_embeddings(state.embeddings[rank], rows))
         return state
 
+    @property
+    def adapter_sites(self) -> Sequence[AdapterSite]:
+        return self._sites(0)
+
+    def adapt(self, state: SpmdState, entries: Sequence[AdapterEntry]) -> SpmdState:
+        self._on_every_device(lambda rank: write_adapters(state.adapters[rank], self._sites(rank), entries))
+        return state
+
     def taps(self, hidden: SpmdHidden) -> Sequence[Tensor]:
         return hidden.passed.taps
 
@@ -226,7 +251,7 @@ class SpmdStepProgram(StepProgram):
         def one(rank: int) -> Passed:
             return forward_body(
                 self.models[rank], self.ops, self.kv, state.caches[rank], state.last_ids[rank], fields,
-                tap_layers=self.limits.taps, embeddings=state.embeddings[rank],
+                tap_layers=self.limits.taps, embeddings=state.embeddings[rank], stacks=state.adapters[rank],
             )  # fmt: skip
 
         results = self._on_every_device(one)

@@ -245,7 +245,7 @@ class StaticStepProgram(StepProgram):
         ) -> tuple[object, ...]:
             given = dict(zip(names, values, strict=True))
             sites = self.adapter_sites if adapters else ()
-            stacks = [_stack_of(site, tensors) for site, tensors in zip(sites, adapters, strict=True)]
+            stacks = [AdapterStack.of(site, tensors) for site, tensors in zip(sites, adapters, strict=True)]
             return forward_body(
                 self.model, self.ops, self.kv, caches, last_ids, given,
                 tap_layers=self.limits.taps, embeddings=embeddings, stacks=stacks,
@@ -355,11 +355,6 @@ class StaticStepProgram(StepProgram):
         last_ids, counts, drawn = draw(held.last_ids, edits, hidden.logits.float(), hidden.slots, *fields.values())
         held = replace(held, last_ids=last_ids, edits=replace(held.edits, counts=counts))
         return DonatedState(held), outputs(drawn, late.num_samples, hidden.scores, hidden.pooled)
-
-
-def _stack_of(site: AdapterSite, tensors: Sequence[Tensor]) -> AdapterStack:
-    down, up, scales, ranks = tensors
-    return AdapterStack(down=down, up=up, scales=scales, ranks=ranks, offsets=site.offsets)
 
 
 def _tensors_of(edits: EditState) -> list[Tensor]:

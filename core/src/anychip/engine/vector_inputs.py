@@ -69,6 +69,7 @@ class VectorInputs:
         self.served = served
         self.max_length = max_length
         self._raw = None if tokenizer is None else tokenizer.raw
+        self._template = None if tokenizer is None else tokenizer.chat_template
         self._segments = segments
         self._cuts_left = cuts_left
 
@@ -77,9 +78,11 @@ class VectorInputs:
         limit = self.max_length if ask.max_tokens is None else self._limit(ask)
         cut = ask.truncate or ask.max_tokens is not None
         second_from: int | None = None
-        if isinstance(text, str | TextPair):
+        if isinstance(text, TextPair) and self.served.in_template:
+            ids: Sequence[int] = self._in_template(text, ask, limit, cut=cut)
+        elif isinstance(text, str | TextPair):
             encoding = self._encoded(text, ask, limit, cut=cut)
-            ids: Sequence[int] = encoding.ids
+            ids = encoding.ids
             if isinstance(text, TextPair) and self._segments and 1 in encoding.type_ids:
                 second_from = encoding.type_ids.index(1)
         else:
@@ -136,6 +139,36 @@ class VectorInputs:
         if not cut or len(whole.ids) <= limit:
             return whole
         return self._cut(raw, first, second, limit, left=self._left(ask))
+
+    def _in_template(self, pair: TextPair, ask: VectorAsk, limit: int, *, cut: bool) -> Sequence[int]:
+        """A pair as the chat template writes it, behind a prompt as a system's message. Where it is too long and to be
+        cut, the document loses its end."""
+        if self._raw is None or self._template is None:
+            raise InvalidRequest(
+                "the pair needs the model's chat template and tokenizer, and there is none; give --chat-template a "
+                "file that writes messages of the roles query and document",
+                param=ask.param,
+            )
+        system = self._prefix(ask)
+        document = pair.second[: _LETTERS_A_TOKEN * limit] if cut else pair.second
+        ids = self._rendered(system, pair.first, document)
+        if not cut or len(ids) <= limit:
+            return ids
+        fits, most = 0, len(document)  # letters of the document
+        while fits < most:
+            letters = (fits + most + 1) // 2
+            fitting = len(self._rendered(system, pair.first, document[:letters])) <= limit
+            fits, most = (letters, most) if fitting else (fits, letters - 1)
+        return self._rendered(system, pair.first, document[:fits])
+
+    def _rendered(self, system: str, query: str, document: str) -> Sequence[int]:
+        assert self._raw is not None and self._template is not None
+        texts = {"system": system, "query": query, "document": document}
+        messages = [{"role": role, "content": text} for role, text in texts.items() if text or role != "system"]
+        written = self._template.render(messages, add_generation_prompt=False)
+        (encoding,) = self._raw.encode_batch_fast([written], add_special_tokens=False)
+        ids: Sequence[int] = encoding.ids
+        return ids
 
     def _cut(
         self, raw: tokenizers.Tokenizer, first: str, second: str | None, limit: int, *, left: bool

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 import msgspec
 
-from anychip.adapter_files import with_ranks
+from anychip.adapter_files import with_room
 from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor, Prompt, RequestOptions
@@ -46,7 +46,7 @@ class AsyncLLM:
     most `restarts` times in ten minutes; requests fail until it is ready."""
 
     def __init__(self, config: EngineConfig, *, restarts: int = 5, otel_endpoint: str | None = None) -> None:
-        config = with_ranks(located(config))
+        config = with_room(located(config))
         self.model = load_model_config(config.model)
         self.config, self.served = with_task(config, self.model)
         self.metrics = Metrics(config.public_name)

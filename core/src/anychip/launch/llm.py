@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from anychip.adapter_files import with_ranks
+from anychip.adapter_files import with_room
 from anychip.config import EngineConfig
 from anychip.engine.embedded_prompt import EmbeddedPrompt
 from anychip.engine.engine_core import EngineCore
@@ -61,7 +61,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "quickstart", **settings: Any) -> None:
-        config = with_ranks(located(EngineConfig(model=model, **settings)))
+        config = with_room(located(EngineConfig(model=model, **settings)))
         model_config = load_model_config(config.model)
         self.config, self.served = with_task(config, model_config)
         self.tokenizer: Tokenizer | None = None

@@ -46,8 +46,8 @@ class Builder:
     """Whether tokens are drawn: a model that gives vectors alone has no output head."""
     kv_scales: bool = False
     """Whether the KV cache is quantized, so that layers want its scales."""
-    takes_adapters: bool = False
-    """Whether requests may have adapters, so that products note where those go."""
+    adapter_targets: frozenset[str] = frozenset()
+    """What requests' adapters may change, of config.ADAPTER_TARGETS: layers note where those go."""
     adapter_sites: list[AdapterSite] = field(default_factory=list)
     """Of the products built so far."""
     expert_layers: list[Any] = field(default_factory=list)
@@ -56,6 +56,16 @@ class Builder:
     """Whether experts may move between ranks, and tokens travel to them."""
     num_redundant_experts: int = 0
     """Slots of all ranks beyond one for each expert."""
+
+    def takes(self, target: str) -> bool:
+        """Whether adapters may change such layers."""
+        return target in self.adapter_targets
+
+    def add_site(self, **fields: Any) -> AdapterSite:
+        """One more product that takes adapters; `fields` of AdapterSite."""
+        site = AdapterSite(index=len(self.adapter_sites), **fields)
+        self.adapter_sites.append(site)
+        return site
 
     def scheme(self, modules: Sequence[str], in_features: int) -> QuantScheme | None:
         """The one scheme of modules that are packed into one product."""

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from anychip.errors import ConfigError
+from anychip.layers.adapted import adapted, embedded
 from anychip.layers.build import Builder
-from anychip.plugin_api import LinearPart, LinearSpec, QuantScheme, Sharded, Span, WeightView
+from anychip.plugin_api import (
+    AdaptedPart,
+    AdapterSite,
+    LinearPart,
+    LinearSpec,
+    QuantScheme,
+    Sharded,
+    Span,
+    StepAdapters,
+    WeightView,
+)
 from anychip.weights.matrix import Matrix, stream
 
 AT_LOAD = QuantScheme(values="int8", scales="channel")
@@ -20,17 +31,29 @@ VOCABULARY = (Sharded(dim=0, uneven="pad"),)
 
 
 class VocabParallelEmbedding:
-    """[num_tokens] ids to [num_tokens, hidden_size]. `weight` None: rows are those of a quantized head."""
+    """[num_tokens] ids to [num_tokens, hidden_size]. `weight` None: rows are those of a quantized head. `site`: where
+    adapters of the embedding go; every rank holds them whole."""
 
     placed_tensors = MappingProxyType({"weight": VOCABULARY})
 
-    def __init__(self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, builder: Builder, *, name: str, vocab_size: int, hidden_size: int, adapts: bool = False) -> None:
         self.name = name
         self.ops = builder.ops
         self.communicator = builder.mesh.axis("tp")
         self.share, _ = builder.held((vocab_size, hidden_size), VOCABULARY, "tokens")
         self.weight: Tensor | None = builder.platform.empty((self.share.count, hidden_size), builder.dtype, "weights")
         self._head: LMHead | None = None
+        self.site: AdapterSite | None = None
+        if adapts and builder.takes("embeddings"):
+            everything = Span(0, hidden_size)
+            self.site = builder.add_site(
+                in_features=vocab_size,
+                columns=Span(0, vocab_size),
+                out_features=hidden_size,
+                parts=(AdaptedPart(module=name, rows=hidden_size, held=everything, offset=0),),
+                dtype=builder.dtype,
+                kind="embedding",
+            )
 
         def take(view: WeightView) -> None:
             if (weight := self.weight) is None:
@@ -49,13 +72,13 @@ class VocabParallelEmbedding:
         """Gives up its own storage, before anything is loaded."""
         self.weight, self._head = None, head
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         if self._head is not None:
             rows = self._head.kernel.rows(self._head.packed, ids - self.share.start)
         else:
             assert self.weight is not None
             rows = self.ops.embedding(ids=ids, weight=self.weight, first=self.share.start)
-        return self.communicator.all_reduce(rows)
+        return embedded(self.ops, self.site, ids, self.communicator.all_reduce(rows), adapters)
 
 
 class LMHead:
@@ -77,6 +100,7 @@ class LMHead:
         tied: VocabParallelEmbedding | None,
     ) -> None:
         self.vocab_size = vocab_size
+        self.ops = builder.ops
         self.communicator = builder.mesh.axis("tp")
         share, _ = builder.held((vocab_size, hidden_size), VOCABULARY, "tokens")
         held = share.within(vocab_size)
@@ -101,6 +125,16 @@ class LMHead:
                 scheme=scheme,
             )
         )
+        self.site: AdapterSite | None = None
+        if builder.takes("head"):
+            self.site = builder.add_site(
+                in_features=hidden_size,
+                columns=Span(0, hidden_size),
+                out_features=share.count,
+                parts=(AdaptedPart(module=name, rows=vocab_size, held=held, offset=0),),
+                dtype=builder.dtype,
+                gains=builder.takes("magnitudes") and scheme is None,
+            )
         builder.weights.finishers.append(self._finish)
         if tied is not None:
             builder.weights.ignored += (f"{name}.weight",)
@@ -137,6 +171,7 @@ class LMHead:
                 self.kernel.load(self.packed, f"{part.name}.scale", torch.ones(part.rows))
         self.packed = self.kernel.finish(self.packed)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.communicator.all_gather(self.kernel.apply(hidden, self.packed))
+    def __call__(self, hidden: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        own = adapted(self.ops, self.site, hidden, self.kernel.apply(hidden, self.packed), adapters)
+        logits = self.communicator.all_gather(own)
         return logits[:, : self.vocab_size]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from anychip.layers.adapted import adapted
 from anychip.layers.build import Builder
 from anychip.layers.mixed_linear import Stored, linear_of
 from anychip.plugin_api import (
@@ -49,28 +50,26 @@ class _PackedLinear:
         """`stored` is what the parts are in."""
         self.ops = builder.ops
         self.kernel = linear_of(builder.platform, spec, stored)
+        self._plain = not any(each.scheme for each in stored)
         self.packed = self.kernel.begin()
         builder.weights.finishers.append(self._finish)
 
     def adapt(self, builder: Builder, in_features: int, columns: Span, parts: Sequence[AdaptedPart]) -> None:
         """Notes that the product takes adapters of these modules, whose matrices have `in_features` columns."""
-        spec, sites = self.kernel.spec, builder.adapter_sites
-        self.site = AdapterSite(
-            index=len(sites),
+        spec = self.kernel.spec
+        self.site = builder.add_site(
             in_features=in_features,
             columns=columns,
             out_features=spec.out_features,
             parts=tuple(parts),
             dtype=spec.dtype,
+            gains=builder.takes("magnitudes") and self._plain,
+            biased=spec.bias,
         )
-        sites.append(self.site)
 
     def product(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         """This rank's part of the product, with the adapters of the step's tokens."""
-        y = self.kernel.apply(x, self.packed)
-        if adapters is None or self.site is None:
-            return y
-        return self.ops.add_low_rank(x=x, y=y, stack=adapters.stacks[self.site.index], slots=adapters.slots)
+        return adapted(self.ops, self.site, x, self.kernel.apply(x, self.packed), adapters)
 
     def _finish(self) -> None:
         self.packed = self.kernel.finish(self.packed)
@@ -121,7 +120,7 @@ class ColumnParallelLinear(_PackedLinear):
     ) -> None:
         """`epilogue` is taken where the device has it for this product: `has_epilogue` tells. `adapts`: whoever calls
         the product gives it the step's adapters."""
-        adapts = adapts and builder.takes_adapters
+        adapts = adapts and builder.takes("products")
         parts, spans, offset = [], [], 0
         for each in projections:
             span, _ = builder.held((each.rows, in_features), each.placed, f"rows of {each.name}")
@@ -200,7 +199,7 @@ class RowParallelLinear(_PackedLinear):
             bias=bias_here,
         )
         super().__init__(builder, spec, [stored])
-        if adapts and builder.takes_adapters:
+        if adapts and builder.takes("products"):
             self.adapt(
                 builder, in_features, columns, [AdaptedPart(module=name, rows=out_features, held=rows, offset=0)]
             )

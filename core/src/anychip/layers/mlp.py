@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from anychip.errors import Unsupported
+from anychip.layers.adapted_experts import AdaptedExperts
 from anychip.layers.build import Builder
 from anychip.layers.expert_slots import ExpertSlots, check_experts, expert_placement
 from anychip.layers.linear import ColumnParallelLinear, Projection, ReplicatedLinear, RowParallelLinear
@@ -179,6 +181,9 @@ class SparseMoE:
             self.travel = Travel.of(builder.platform, self.kernel, self.slots, self.ep, self.communicator)
         self.packed = self.kernel.begin()
         self.want_experts(builder, f"{name}.experts", intermediate_size, span, names)
+        self.adapted: AdaptedExperts | None = None
+        if builder.takes("experts"):
+            self._adapt(builder, f"{name}.experts", intermediate_size, span, names)
         builder.weights.finishers.append(self._finish)
 
     def modules(self, name: str, count: int, names: tuple[str, str, str]) -> list[str]:
@@ -209,6 +214,20 @@ class SparseMoE:
                         put=PutExpert(self, place, part),
                     ),
                 )
+
+    def _adapt(
+        self, builder: Builder, name: str, intermediate_size: int, span: Span, names: tuple[str, str, str]
+    ) -> None:
+        """Notes where adapters of the experts held here go, by the names of experts that are modules each."""
+        why = "" if self.kernel.has_products else f"the kernel {self.kernel.name} has no products by expert"
+        if builder.mesh.shape.size_of("ep") > 1:
+            why = "experts are spread over ranks"
+        if why:
+            what = f"adapters of experts: {why}; leave experts out of --adapter-targets, or adapters of them"
+            raise Unsupported(builder.platform.name, [what])
+        gate, up, down = names
+        modules = [(f"{name}.{e}.{gate}", f"{name}.{e}.{up}", f"{name}.{e}.{down}") for e in range(*self.held.bounds)]
+        self.adapted = AdaptedExperts(builder, self.kernel, modules, intermediate_size, span)
 
     @staticmethod
     def _wanted(builder: Builder, name: str, size: int) -> Tensor:
@@ -258,13 +277,15 @@ class SparseMoE:
         return self.router.accepts
 
     def __call__(self, x: Tensor, context: ForwardContext | None) -> Tensor:
-        """The experts take no adapters; the router and what every token goes through do."""
         adapters = None if context is None else context.adapters
         logits = self.router(x, adapters)
         shared = None if self.shared is None else self._shared(self.shared, x, adapters)
         if self.travel is not None:
             routing = self.kernel.route(logits, self.correction)
             partial = self.travel.outputs(x, routing, None if context is None else context.routed, self.packed)
+            return self.communicator.all_reduce(partial if shared is None else partial + shared)
+        if adapters is not None and self.adapted is not None:
+            partial = self.adapted(x, self.kernel.route(logits, self.correction), self.packed, adapters)
             return self.communicator.all_reduce(partial if shared is None else partial + shared)
         partial = self.kernel.apply(
             x,

@@ -27,11 +27,11 @@ from anychip.plugin_api import (
     CacheBackend,
     CacheSpec,
     ForwardContext,
-    ForwardExtras,
     MeshShape,
     MoESpec,
     Rope,
     Sharded,
+    StepAdapters,
 )
 from anychip.text_parts import OTHER_PARTS
 from anychip.types import DType
@@ -83,7 +83,11 @@ class Decoder:
         self.embedding: VocabParallelEmbedding | None = None
         if stage.is_first or (stage.is_last and tied):
             self.embedding = VocabParallelEmbedding(
-                builder, name=EMBEDDING, vocab_size=config.vocab_size, hidden_size=config.hidden_size
+                builder,
+                name=EMBEDDING,
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                adapts=stage.is_first,
             )
         if stage.count > 1:
             elsewhere = stage.held_elsewhere(config.num_layers, embedding=self.embedding is not None)
@@ -104,6 +108,7 @@ class Decoder:
         if not builder.draws:
             builder.weights.elsewhere += ("lm_head.", "score.")  # read for the vectors' head, if at all
         self.adapter_sites = builder.adapter_sites
+        self.adapts_head = self.head is not None and self.head.site is not None
         self.expert_layers = builder.expert_layers
 
     @classmethod
@@ -215,7 +220,7 @@ class Decoder:
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         extras = context.extras
-        hidden = self.embedded(input_ids, extras) if self.stage.is_first else self.links.receive(positions)
+        hidden = self.embedded(input_ids, context) if self.stage.is_first else self.links.receive(positions)
         hidden, residual = self.through_layers(hidden, context)
         if self.norm is None:
             return self.links.pass_on(hidden, residual)
@@ -234,18 +239,18 @@ class Decoder:
         assert residual is not None, "a stage has a layer"
         return hidden, residual
 
-    def embedded(self, input_ids: Tensor, extras: ForwardExtras | None) -> Tensor:
+    def embedded(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """[num_tokens, hidden_size], for the first layer."""
         assert self.embedding is not None, "the first stage holds the embedding"
-        hidden = self.embedding(input_ids)
+        hidden = self.embedding(input_ids, context.adapters)
         if self.embedding_scale is not None:
             hidden = hidden * self.embedding_scale
-        return hidden if extras is None else extras.embedded(hidden)
+        return hidden if context.extras is None else context.extras.embedded(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         if self.head is None:
             return hidden.new_zeros(len(hidden), self.vocab_size)  # nothing is drawn; programs want the shape
-        logits = self.head(hidden)
+        logits = self.head(hidden, adapters)
         return logits if self.final_softcap is None else self.ops.softcap(x=logits, cap=self.final_softcap)
 
 

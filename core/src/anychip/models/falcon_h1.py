@@ -15,7 +15,7 @@ from anychip.layers.mlp import GatedMLP
 from anychip.model_config import ModelConfig
 from anychip.models.bamba import Bamba
 from anychip.models.hybrid import ATTENTION, STATE, Mixer
-from anychip.plugin_api import ActFormat, CacheBackend, CacheSpec, ForwardContext, MeshShape, Rope
+from anychip.plugin_api import ActFormat, CacheBackend, CacheSpec, ForwardContext, MeshShape, Rope, StepAdapters
 from anychip.types import DType
 
 BOTH = "hybrid"
@@ -82,8 +82,8 @@ class FalconH1(Bamba):
         name = f"model.layers.{index}.feed_forward"
         return self.gated_mlp(builder, index, name=name, bias=bias, multipliers=(float(gate), float(down)))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden) * self.head_scale
+    def logits(self, hidden: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        return super().logits(hidden, adapters) * self.head_scale
 
 
 class SideBySide:

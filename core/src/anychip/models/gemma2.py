@@ -22,10 +22,14 @@ class Gemma2(Decoder):
     activation_field = ("hidden_activation", "gelu_pytorch_tanh")
     attention_softcap = True
     unit_offset_norm = True
+    sees_all = False
+    """Whether a token sees those behind it."""
 
     def __init__(self, config: ModelConfig, builder: Builder, specs: Sequence[AttentionSpec]) -> None:
-        if config.get("use_bidirectional_attention"):
-            raise Unsupported(config.architecture, ["use_bidirectional_attention: true; this is a decoder"])
+        both = bool(config.get("use_bidirectional_attention"))
+        if both is not self.sees_all:
+            kind = "an encoder" if self.sees_all else "a decoder"
+            raise Unsupported(config.architecture, [f"use_bidirectional_attention {str(both).lower()}; this is {kind}"])
         self.embedding_scale = config.hidden_size**0.5
         self.final_softcap = config.get("final_logit_softcapping")
         super().__init__(config, builder, specs)

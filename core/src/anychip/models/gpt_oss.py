@@ -60,6 +60,10 @@ class StackedExperts(SparseMoE):
     """gate_up_proj holds gate and up of every expert in turns, [num_experts, hidden_size, 2 * intermediate_size] where
     it is plain, and down_proj [num_experts, intermediate_size, hidden_size]."""
 
+    def _adapt(self, builder: Builder, *_: object) -> None:
+        what = "adapters of experts whose gate and up stand in turns; leave experts out of --adapter-targets"
+        raise Unsupported(builder.platform.name, [what])
+
     def modules(self, name: str, count: int, names: Sequence[str]) -> list[str]:
         return [f"{name}.gate_up_proj", f"{name}.down_proj"]
 

@@ -11,7 +11,7 @@ from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP, SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.decoder import Decoder, PreNormLayer
-from anychip.plugin_api import AttentionSpec, CacheSpec, ForwardContext, Rope
+from anychip.plugin_api import AttentionSpec, CacheSpec, ForwardContext, Rope, StepAdapters
 
 
 class Granite(Decoder):
@@ -31,8 +31,8 @@ class Granite(Decoder):
     def feed_forward(self, builder: Builder, index: int) -> GatedMLP | SparseMoE:
         return self.gated_mlp(builder, index, bias=bool(self.config.get("mlp_bias", False)))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden) / self.logits_scaling
+    def logits(self, hidden: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        return super().logits(hidden, adapters) / self.logits_scaling
 
 
 class GraniteLayer(PreNormLayer):

@@ -15,7 +15,7 @@ from anychip.model_config import ModelConfig
 from anychip.models.bamba import Bamba
 from anychip.models.granite_moe import granite_experts
 from anychip.models.hybrid import STATE, BlockLayer, known_kinds
-from anychip.plugin_api import Rope
+from anychip.plugin_api import Rope, StepAdapters
 
 
 class GraniteHybrid(Bamba):
@@ -66,5 +66,5 @@ class GraniteHybrid(Bamba):
             multiplier=float(self.config.get("residual_multiplier", 1.0)),
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden) / self.logits_scaling
+    def logits(self, hidden: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        return super().logits(hidden, adapters) / self.logits_scaling

@@ -29,6 +29,7 @@ NATIVE = {
     "FalconH1ForCausalLM": "anychip.models.falcon_h1:FalconH1",
     "Gemma2ForCausalLM": "anychip.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "anychip.models.gemma3:Gemma3",
+    "Gemma3TextModel": "anychip.models.gemma3_encoder:EmbeddingGemma",
     "GlmMoeDsaForCausalLM": "anychip.models.deepseek_sparse:GlmMoeDsa",
     "Glm4MoeLiteForCausalLM": "anychip.models.deepseek:DeepseekV3",
     "Glm4MoeForCausalLM": "anychip.models.glm4_moe:Glm4MoE",

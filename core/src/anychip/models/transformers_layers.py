@@ -102,8 +102,10 @@ class ParallelLinear(nn.Module):
 
 
 def embedding(builder: Builder, name: str, module: nn.Embedding) -> Embedding:
-    sizes = {"vocab_size": module.num_embeddings, "hidden_size": module.embedding_dim}
-    return Embedding(VocabParallelEmbedding(builder, name=name, **sizes))
+    layer = VocabParallelEmbedding(
+        builder, name=name, vocab_size=module.num_embeddings, hidden_size=module.embedding_dim
+    )
+    return Embedding(layer)
 
 
 def head(builder: Builder, name: str, module: nn.Linear, tied: Embedding | None) -> Head:

@@ -136,6 +136,17 @@ class FusedMoE:
         into -1 contributes nothing."""
         raise Unsupported(self.name, ["experts is not implemented"])
 
+    @property
+    def has_products(self) -> bool:
+        """Whether `product` is there, so that experts may have adapters."""
+        return False
+
+    def product(self, x: Tensor, expert_ids: Tensor, packed: Packed, part: Literal["gate_up", "down"]) -> Tensor:
+        """Each row of x [num_rows, in_features] times its own expert's gate and up, or down, with the bias:
+        [num_rows, out_features], gate's columns first. expert_ids [num_rows] are places among the experts held here;
+        a row of -1 may be anything finite. Optional: what stands between the two products is the caller's then."""
+        raise Unsupported(self.name, ["adapters of experts: product is not implemented"])
+
     def expert_tensors(self, packed: Packed, expert: int) -> Sequence[Tensor]:
         """All that is kept of one expert, by its place among those held here: views that a copy into them changes, of
         the same shapes and dtypes for every expert. Optional: without it, experts stay where they are loaded."""

@@ -65,7 +65,8 @@ class StepModel(Protocol):
         """[num_rows, vocab_size], whole on every rank."""
         ...
 
-    # A model whose products take adapters lists them: adapter_sites (plugin_api.adapters.sites_of).
+    # A model whose products take adapters lists them: adapter_sites (plugin_api.adapters.sites_of). Where its head
+    # does, `adapts_head` is true, and logits takes the rows' StepAdapters behind `hidden`.
 
 
 class ModelSource(Protocol):

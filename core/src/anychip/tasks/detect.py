@@ -12,7 +12,7 @@ from anychip.family_defaults import ENCODERS, is_encoder
 from anychip.model_config import ModelConfig
 from anychip.tasks.classifiers import activation_of, head_of, labels_of
 from anychip.tasks.sentence_transformers import MODULES, Described, described, read_object
-from anychip.tasks.served import ROUTES, ServedTask, Task
+from anychip.tasks.served import ROUTES, ServedTask, Stage, Task
 
 _CLASSIFIES = "ForSequenceClassification"
 
@@ -31,6 +31,8 @@ def served_task(config: EngineConfig, model: ModelConfig) -> ServedTask:
     files = described(folder) if has_modules else None
     if architecture.endswith(_CLASSIFIES) and asked != "embed":
         return _classifier(config, model, files)
+    if asked == "score" or (asked == "auto" and files is not None and files.answers):
+        return _answering(config, model, files)
     if asked not in ("auto", "embed"):
         raise ConfigError(
             f"--task {asked} takes a classifier, and the checkpoint's architecture is {architecture}; "
@@ -129,6 +131,45 @@ def _classifier(config: EngineConfig, model: ModelConfig, files: Described | Non
         lower_case=files is not None and files.lower_case,
         max_length=_max_length(model, files),
     )
+
+
+def _answering(config: EngineConfig, model: ModelConfig, files: Described | None) -> ServedTask:
+    """A decoder whose score is how much likelier it says yes than no."""
+    if not model.architecture.endswith("ForCausalLM"):
+        raise ConfigError(
+            f"--task score takes a cross-encoder or a decoder with an output head, not a {model.architecture}"
+        )
+    if changed := [name for name in _CHANGES_LOGITS if model.get(name) not in (None, 1, 1.0)]:
+        raise Unsupported(model.architecture, [f"scores of a model whose logits {changed[0]} changes"])
+    rows = files.answers if files is not None and files.answers else _yes_and_no(Path(model.folder))
+    tied = bool(model.tie_word_embeddings)
+    head = Stage(weight="model.embed_tokens.weight" if tied else "lm_head.weight", rows=rows)
+    return ServedTask(
+        task="score",
+        why=f"{MODULES} with LogitScore" if files is not None and files.answers else "--task score, by yes and no",
+        pooling="last",
+        stages=(head,),
+        size=1,
+        labels=("LABEL_0",),
+        activation=activation_of(model, "torch.Sigmoid" if files is None else files.activation or "torch.Sigmoid"),
+        prompts={} if files is None else files.prompts,
+        default_prompt=None if files is None else files.default_prompt,
+        lower_case=files is not None and files.lower_case,
+        in_template=files is None or files.in_template,
+        max_length=_max_length(model, files),
+    )
+
+
+_CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "lm_head_multiplier")
+
+
+def _yes_and_no(folder: Path) -> tuple[int, ...]:
+    """sentence-transformers' tokens of a decoder whose files name none. Raises Unsupported."""
+    vocabulary = read_object(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    known = vocabulary if isinstance(vocabulary, dict) else {}
+    if not {"yes", "no"} <= known.keys():
+        raise Unsupported(folder.name, ["scores of a decoder whose tokenizer.json has no tokens yes and no"])
+    return int(known["yes"]), int(known["no"])
 
 
 def _max_length(model: ModelConfig, files: Described | None) -> int | None:

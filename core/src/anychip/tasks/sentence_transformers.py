@@ -33,8 +33,8 @@ _ACTIVATIONS: dict[str, StageActivation] = {
 _TRANSFORMER = {
     "max_seq_length": None,
     "do_lower_case": None,
-    "transformer_task": ("feature-extraction", "sequence-classification"),
-    "module_output_name": ("token_embeddings", "scores"),
+    "transformer_task": ("feature-extraction", "sequence-classification", "text-generation"),
+    "module_output_name": ("token_embeddings", "scores", "causal_logits"),
     "modality_config": None,
     "unpad_inputs": None,
 }
@@ -58,6 +58,10 @@ class Described(NamedTuple):
     lower_case: bool
     activation: str | None
     """A cross-encoder's, by torch's name."""
+    answers: tuple[int, ...]
+    """Tokens whose logits are a decoder's score: one, or one less another; (): it has none."""
+    in_template: bool
+    """Whether the chat template makes a prompt of a pair."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -80,6 +84,7 @@ def described(folder: Path) -> Described:
     pooling: PoolingKind | None = None
     stages: list[Stage] = []
     normalize, size = False, None
+    answers: tuple[int, ...] = ()
     for number, (name, path) in enumerate(_modules(folder)):
         own = read_object(folder / path / "config.json") if path else {}
         if normalize and name != "Normalize":
@@ -98,10 +103,17 @@ def described(folder: Path) -> Described:
             if {*own.values()} - {_POOLED}:
                 raise _refused(folder, f"Normalize of {own}")
             normalize = True
+        elif name == "LogitScore":
+            answers = _answers(folder, path, own)
         elif name != "Dropout":
             raise _refused(folder, f"module {name}")
     if kind == "SentenceTransformer" and pooling is None:
         raise _refused(folder, "no module Pooling: a vector for every token is not served")
+    messages = dict(text.get("modality_config") or {}).get("message")
+    if bool(answers) != (text.get("transformer_task") == "text-generation") or (messages and not answers):
+        raise _refused(folder, "a model that draws text, without LogitScore behind it, or LogitScore behind another")
+    if messages and messages.get("format", "flat") != "flat":
+        raise _refused(folder, f"messages of format {messages['format']!r}; known is flat")
     return Described(
         kind=kind,
         pooling=pooling,
@@ -114,7 +126,19 @@ def described(folder: Path) -> Described:
         max_length=text.get("max_seq_length"),
         lower_case=bool(text.get("do_lower_case", False)),
         activation=settings.get("activation_fn"),
+        answers=answers,
+        in_template=bool(messages),
     )
+
+
+def _answers(folder: Path, path: str, own: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that say yes and no, of which the second may lack."""
+    tokens = [own[name] for name in ("true_token_id", "false_token_id") if own.get(name) is not None]
+    if own.get("true_token_id") is None or any(not isinstance(token, int) or token < 0 for token in tokens):
+        raise _refused(folder, f"{path}: tokens {own}")
+    if own.get("module_input_name", "causal_logits") != "causal_logits":
+        raise _refused(folder, f"{path}: module_input_name {own['module_input_name']!r}")
+    return tuple(tokens)
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
@@ -142,8 +166,8 @@ def _text_settings(folder: Path) -> Mapping[str, Any]:
         known = _TRANSFORMER[name]
         if known is not None and value not in known:
             raise _refused(folder, f"{path.name}: {name} {value!r}; known are {', '.join(known)}")
-        if name == "modality_config" and {*value} != {"text"}:
-            raise _refused(folder, f"{path.name}: modalities {', '.join(value)}; known is text")
+        if name == "modality_config" and not {"text"} <= {*value} <= {"text", "message"}:
+            raise _refused(folder, f"{path.name}: modalities {', '.join(value)}; known is text, and messages of it")
     return found
 
 

@@ -38,6 +38,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """Not None: the stage is a layer norm."""
     residual: bool = False
     """Whether the input is added to the output."""
+    rows: tuple[int, ...] = ()
+    """Rows of the weight that count: one, or one less another; (): all."""
 
 
 class ServedTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +64,8 @@ class ServedTask(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     activation: LabelActivation = "identity"
     """Of a classifier's logits, where the request asks for no other."""
+    in_template: bool = False
+    """Whether the chat template makes a prompt of a pair, whose texts have the roles query and document."""
     max_length: int | None = None
     """Tokens of a text that the checkpoint's files allow; None: as many as the model has positions."""
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
+from anychip.errors import CheckpointError
 from anychip.gguf.block_types import RARE
 from anychip.gguf.config import config_of, family_of
 from anychip.gguf.families import AnyPlaced, Placed, PlacedByHead, PlacedTogether, placed
@@ -61,6 +64,13 @@ class GGUFCheckpoint:
                     yield from self._views_of(file, each)
             finally:
                 file.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        for found, view in self.views():
+            if found == name:
+                return view.read()
+        raise CheckpointError(f"{self.folder} has no tensor {name!r}")
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same: no file has one twice."""

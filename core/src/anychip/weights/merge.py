@@ -11,11 +11,14 @@ from torch import Tensor
 from anychip.errors import AdapterRefused
 from anychip.plugin_api import LowRank, WeightView
 from anychip.weights.adapter import LoadedAdapter, load_adapter
+from anychip.weights.adapter_base import check_base, gain_of
+from anychip.weights.adapter_experts import by_expert, stacks_of_names
 from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.files import SafetensorsFile
 from anychip.weights.new_checkpoint import copy_beside_weights, new_checkpoint
 
 _WEIGHT = ".weight"
+_TIED = ("lm_head", "model.embed_tokens")
 
 
 def merge_adapter(model: str, adapter: str, output: str) -> int:
@@ -24,6 +27,7 @@ def merge_adapter(model: str, adapter: str, output: str) -> int:
     base = Checkpoint(Path(model))
     with new_checkpoint(Path(output)) as target:
         loaded = load_adapter(Path(adapter))
+        loaded = by_expert(loaded, stacks_of_names(loaded, base), f"{model} has no experts of such names")
         _check(base, loaded)
         for listed in base.files:
             file = SafetensorsFile(listed.path)
@@ -44,12 +48,20 @@ def _check(base: Checkpoint, loaded: LoadedAdapter) -> None:
             f"{base.folder} is quantized, and an adapter is merged into plain weights; serve it beside the quantized "
             "base with --adapter, or merge it into the checkpoint that the base was made from"
         )
+    if config.get("tie_word_embeddings") and not loaded.modules.keys().isdisjoint(_TIED):
+        raise AdapterRefused(
+            f"{base.folder} has one matrix for the embedding and the head, and the adapter changes one of the two; "
+            "serve it beside the base with --adapter"
+        )
+    check_base(loaded, base)
     left = dict(loaded.modules)
     for name, view in base.views():
-        matrices = left.pop(name.removesuffix(_WEIGHT), None) if name.endswith(_WEIGHT) else None
+        module = name.removesuffix(_WEIGHT)
+        matrices = left.pop(module, None) if name.endswith(_WEIGHT) else None
         if matrices is None:
             continue
         wanted = (matrices.up.shape[0], matrices.down.shape[1])
+        wanted = wanted[::-1] if module in loaded.embeddings else wanted
         if view.shape != wanted or not view.dtype.is_floating_point:
             raise AdapterRefused(
                 f"{name} is {list(view.shape)} of {view.dtype}; the adapter is for a matrix of {list(wanted)}, and was "
@@ -66,4 +78,9 @@ def _merged(name: str, view: WeightView, loaded: LoadedAdapter) -> Tensor:
     if module is None:
         return weight
     change = module.scale * (module.up.float() @ module.down.float())
-    return (weight.float() + change).to(weight.dtype)
+    if (key := name.removesuffix(_WEIGHT)) in loaded.embeddings:
+        change = change.T
+    merged = weight.float() + change
+    if (magnitude := loaded.magnitudes.get(key)) is not None:
+        merged *= gain_of(weight, module, magnitude, key).unsqueeze(1)
+    return merged.to(weight.dtype)

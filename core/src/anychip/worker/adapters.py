@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from anychip.errors import AdapterRefused, AnychipError
 from anychip.messages import AdapterReport, LoadAdapter
 from anychip.plugin_api import AdapterEntry, AdapterSite, StepLimits
 from anychip.step_messages import AdapterSlot
-from anychip.weights.adapter import LoadedAdapter, check_fits, load_adapter
+from anychip.weights.adapter import BaseWeights, LoadedAdapter, check_fits, load_adapter
+from anychip.weights.adapter_base import check_base, with_gains
+from anychip.weights.adapter_experts import by_expert, stacks_of_sites
 
 Report = Callable[[AdapterReport], None]
 """Hears of an adapter once it is loaded, or refused; in any thread."""
@@ -18,10 +21,14 @@ Report = Callable[[AdapterReport], None]
 
 class AdapterStore:
     """`sites` are the products that take adapters; `max_rank` is what their slots have room for, 0: there are none.
-    Matrices of modules whose names begin as one of `elsewhere` does are other ranks'."""
+    Matrices of modules whose names begin as one of `elsewhere` does are other ranks'. `base` is the model's
+    checkpoint."""
 
-    def __init__(self, sites: Sequence[AdapterSite], max_rank: int, elsewhere: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, sites: Sequence[AdapterSite], max_rank: int, base: BaseWeights, elsewhere: tuple[str, ...] = ()
+    ) -> None:
         self._elsewhere = elsewhere
+        self._base = base
         self._sites = sites
         self._max_rank = max_rank
         self._held: dict[bytes, LoadedAdapter] = {}
@@ -59,11 +66,13 @@ class AdapterStore:
     def _checked(self, message: LoadAdapter) -> LoadedAdapter:
         if not self._max_rank:
             raise AdapterRefused("the engine has no slots for adapters; start it with --max-adapters")
-        loaded = load_adapter(Path(message.folder), message.digest)
+        loaded = by_expert(load_adapter(Path(message.folder), message.digest), stacks_of_sites(self._sites))
         own = {name: pair for name, pair in loaded.modules.items() if not name.startswith(self._elsewhere)}
-        loaded = LoadedAdapter(loaded.digest, own)
+        magnitudes = {name: held for name, held in loaded.magnitudes.items() if not name.startswith(self._elsewhere)}
+        loaded = replace(loaded, modules=own, magnitudes=magnitudes)
         check_fits(loaded, self._sites, self._max_rank)
-        return loaded
+        check_base(loaded, self._base)
+        return replace(with_gains(loaded, self._base), base={}, magnitudes={})  # gains say what they say
 
 
 def slot_bytes(sites: Sequence[AdapterSite], limits: StepLimits) -> int:

@@ -217,7 +217,7 @@ class CheckpointSource:
             stage=self.stage,
             draws=self.config.task in ("auto", "generate"),
             kv_scales=self.kv_dtype != self.dtype,
-            takes_adapters=self.config.resolved_max_adapters > 0,
+            adapter_targets=self.config.resolved_adapter_targets,
             moves_experts=self.config.eplb_interval is not None,
             num_redundant_experts=self.config.num_redundant_experts,
         )

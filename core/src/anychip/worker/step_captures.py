@@ -55,7 +55,7 @@ class CapturedProgram(Protocol):
         adapters: StepAdapters | None = None,
     ) -> ForwardContext: ...
     def mark_routed(self, context: ForwardContext, fields: Mapping[str, Tensor]) -> None: ...
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None: ...
+    def logits(self, hidden: Tensor, rows: Tensor, adapters: StepAdapters | None = None) -> Tensor | None: ...
 
 
 class StepCaptures:
@@ -75,12 +75,13 @@ class StepCaptures:
         def step() -> Tensor | None:
             state = program.state
             extras = state.extras(fields, program.limits)
-            context = program.context(state, plans, extras=extras, adapters=state.step_adapters(fields))
+            adapters = state.step_adapters(fields)
+            context = program.context(state, plans, extras=extras, adapters=adapters)
             program.mark_routed(context, fields)
             hidden = program.model.forward(known_ids(state, fields), fields["positions"], context)
             if extras is not None:
                 taps[:] = extras.tapped()  # the run that counts is the last
-            return program.logits(hidden, fields["logits_indices"])
+            return program.logits(hidden, fields["logits_indices"], adapters)
 
         try:
             handle = program.graphs.capture(step, key, recorder=recorder, communicators=program.communicators)

@@ -16,6 +16,7 @@ from anychip.ops.reference import (
     EditState,
     arena_views,
     draw_tokens,
+    logits_of,
     pooled_sums,
     write_adapters,
     write_embeddings,
@@ -206,11 +207,11 @@ class TorchStepProgram(StepProgram):
             hidden = self.model.forward(ids, fields["positions"], context)
             taps = () if extras is None else extras.tapped()
         targets = inputs.score_targets if self.stage.is_last else None
-        scores, pooled = () if targets is None else self._scores(hidden, targets), None
+        scores, pooled = () if targets is None else self._scores(hidden, targets, adapters), None
         if inputs.pool_rows is not None and self.stage.is_last:
             pooled = pooled_sums(hidden, fields["pool_rows"], inputs.key.num_reqs)
         slots, draws = fields["sample_slots"][: inputs.num_samples], staged_draws(staged, inputs, inputs.has_drafts)
-        return state, TorchHidden(self.logits(hidden, rows), slots, draws, scores, pooled, taps)
+        return state, TorchHidden(self.logits(hidden, rows, adapters), slots, draws, scores, pooled, taps)
 
     def taps(self, hidden: TorchHidden) -> Sequence[Tensor]:
         return hidden.taps
@@ -245,17 +246,17 @@ class TorchStepProgram(StepProgram):
         if self.travelling:
             context.routed = fields["token_slots"] < self.limits.max_slots
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
-        return self.model.logits(hidden[rows]) if len(rows) and self.stage.is_last else None
+    def logits(self, hidden: Tensor, rows: Tensor, adapters: StepAdapters | None = None) -> Tensor | None:
+        return logits_of(self.model, hidden, adapters, rows) if len(rows) and self.stage.is_last else None
 
-    def _scores(self, hidden: Tensor, targets: np.ndarray) -> tuple[Tensor, ...]:
+    def _scores(self, hidden: Tensor, targets: np.ndarray, adapters: StepAdapters | None) -> tuple[Tensor, ...]:
         """In parts, so that the logits of a whole chunk of prompt never exist at once."""
         scored = np.flatnonzero(targets >= 0)
         parts = []
         for start in range(0, len(scored), _SCORED_AT_ONCE):
             tokens = scored[start : start + _SCORED_AT_ONCE]
             wanted = torch.from_numpy(targets[tokens]).to(self.device)
-            logits = self.model.logits(hidden[torch.from_numpy(tokens).to(self.device)]).float()
+            logits = logits_of(self.model, hidden, adapters, torch.from_numpy(tokens).to(self.device)).float()
             parts.append(self.ops.logprobs(logits=logits, token_ids=wanted, num_top=MAX_LOGPROBS))
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.errors import CheckpointError
+from anychip.plugin_api import WeightView
 from anychip.tasks.served import ServedTask, Stage
 from anychip.weights.checkpoint import Checkpoint
 from anychip.weights.files import SafetensorsFile
@@ -48,7 +49,8 @@ def load_head(served: ServedTask, folder: Path) -> VectorHead | None:
     if not served.stages:
         return None
     names = [(stage.file, name) for stage in served.stages for name in (stage.weight, stage.bias) if name is not None]
-    found = _read(folder, names)
+    rows = {(stage.file, stage.weight): stage.rows for stage in served.stages}
+    found = _read(folder, names, rows)
     tensors = []
     for stage in served.stages:
         bias = None if stage.bias is None else found[stage.file, stage.bias]
@@ -59,13 +61,16 @@ def load_head(served: ServedTask, folder: Path) -> VectorHead | None:
     return VectorHead(served.stages, tensors)
 
 
-def _read(folder: Path, wanted: list[tuple[str, str]]) -> Mapping[tuple[str, str], Tensor]:
+def _read(
+    folder: Path, wanted: list[tuple[str, str]], rows: Mapping[tuple[str, str], tuple[int, ...]]
+) -> Mapping[tuple[str, str], Tensor]:
+    """`rows` as Stage has them, where not all of a tensor counts."""
     found: dict[tuple[str, str], Tensor] = {}
     own = {name for file, name in wanted if not file}
     if own:
         for name, view in Checkpoint(folder).views():
             if name in own:
-                found["", name] = view.read().float()
+                found["", name] = _rows(view, rows.get(("", name), ()))
     for path in {file for file, _ in wanted if file}:
         file = SafetensorsFile(folder / path)
         try:
@@ -77,3 +82,13 @@ def _read(folder: Path, wanted: list[tuple[str, str]]) -> Mapping[tuple[str, str
         if (path, name) not in found:
             raise CheckpointError(f"{folder / path} lacks tensor {name!r}, which the head of its vectors needs")
     return found
+
+
+def _rows(view: WeightView, rows: tuple[int, ...]) -> Tensor:
+    """float32."""
+    if not rows:
+        return view.read().float()
+    if max(rows) >= view.shape[0]:
+        raise CheckpointError(f"{view.source} has {view.shape[0]} rows, and the score is that of token {max(rows)}")
+    first, *less = [view.read((row, row + 1)).float() for row in rows]
+    return first - less[0] if less else first

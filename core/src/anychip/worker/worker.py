@@ -112,7 +112,8 @@ class Worker:
         if isinstance(program, TorchStepProgram):
             self.runner.await_ids = program.await_ids
             self.runner.join_others = program.join
-        self.adapters = AdapterStore(program.adapter_sites, limits.max_adapter_rank, source.held_elsewhere)
+        rank, elsewhere = limits.max_adapter_rank, source.held_elsewhere
+        self.adapters = AdapterStore(program.adapter_sites, rank, source.checkpoint, elsewhere)
         self.runner.adapter_entries = self.adapters.entries
         if prepared.draft is not None and drafting is not None:
             self._start_drafting(prepared.draft, drafting, blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -119,6 +120,37 @@ class CpuMoE(ReferenceMoE):
             weights.data_ptr(), x.shape[0], ids.shape[1],
         )  # fmt: skip
         return out
+
+    @property
+    def has_products(self) -> bool:
+        return True
+
+    def product(self, x: Tensor, expert_ids: Tensor, packed: PackedExperts, part: Literal["gate_up", "down"]) -> Tensor:
+        """One product for each expert that has rows, as the panels lie; gate and up are taken apart behind it."""
+        panels, bias = (packed.gate_up, packed.gate_up_bias) if part == "gate_up" else (packed.down, packed.down_bias)
+        ids = expert_ids.long()
+        if packed.expert_ids is not None:
+            ids = torch.where(ids < 0, ids, packed.expert_ids[ids.clamp(min=0)])
+        order, counts = ids.argsort(stable=True), torch.bincount(ids + 1, minlength=panels.count + 1).tolist()
+        sorted_x, code = x[order].contiguous(), CODES[x.dtype]
+        raw = x.new_zeros((len(x), panels.rows))
+        begin = counts[0]
+        for expert, count in enumerate(counts[1:]):
+            if count:
+                rows, out = sorted_x[begin:], raw[begin:]
+                self._kernels.linear(
+                    panels.described(expert), rows.data_ptr(), code, count, rows.stride(0), 0, out.data_ptr(), code,
+                    out.stride(0), False,
+                )  # fmt: skip
+                if bias is not None:
+                    out[:count] += bias[expert, : panels.rows]
+                begin += count
+        result = torch.empty_like(raw)
+        result[order] = raw
+        if part == "down":
+            return result
+        halves = result.view(len(x), -1, 2, _HALF)  # panels, each of gate and then up
+        return halves.transpose(1, 2).reshape(len(x), 2, -1)[..., : self.spec.intermediate_size].flatten(1)
 
 
 def _strides(*panels: Panels) -> list[int]:

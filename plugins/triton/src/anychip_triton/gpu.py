@@ -74,6 +74,7 @@ class GpuPlatform(TritonPlatform):
             graph_level=self._graphs.level,
             collectives="runtime",
             streams=True,
+            lora=True,
         )
 
     def device(self, index: int) -> str:

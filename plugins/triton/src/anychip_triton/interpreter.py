@@ -72,6 +72,7 @@ class InterpreterPlatform(TritonPlatform):
         dtypes=frozenset({"float32", "float16", "bfloat16"}),
         head_dims=frozenset(range(8, MAX_HEAD_DIM + 1)),
         epilogues=EPILOGUES,
+        lora=True,
     )
     profiled_tokens = 8
 

@@ -20,6 +20,7 @@ from anychip.plugin_api import (
 from anychip_triton.attention import TritonAttention
 from anychip_triton.launch import JitLauncher
 from anychip_triton.linear import linear_kernel
+from anychip_triton.low_rank import TritonLowRank
 from anychip_triton.moe import TritonMoE, unserved
 from anychip_triton.ops import TritonOps
 from anychip_triton.targets import Target
@@ -66,4 +67,4 @@ class TritonPlatform(Platform):
         return TritonMoE(spec, self, self.launch)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
-        return TritonOps(self.launch).overrides()
+        return {**TritonOps(self.launch).overrides(), "add_low_rank": TritonLowRank(self.launch).add_low_rank}

@@ -14,10 +14,13 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from anychip.ops.reference import blank_stacks
 from anychip.plugin_api import (
     MAX_BIASES,
     ActFormat,
     Activation,
+    AdaptedPart,
+    AdapterSite,
     AttentionLayer,
     AttentionSpec,
     LinearPart,
@@ -27,10 +30,12 @@ from anychip.plugin_api import (
     QKNorm,
     QuantScheme,
     Rope,
+    Span,
 )
 from anychip_triton.attention import TritonAttention, TritonPlan
 from anychip_triton.launch import Launcher
 from anychip_triton.linear import linear_kernel
+from anychip_triton.low_rank import TritonLowRank
 from anychip_triton.moe import TritonMoE
 from anychip_triton.ops import TritonOps
 
@@ -183,6 +188,22 @@ def drawing(launch: Launcher, place: str = "meta") -> None:
         ops.sample(logits=logits, all_greedy=greedy, **floats, **integers)
 
 
+def adapters(launch: Launcher, place: str = "meta", *, tokens: int, dtype: str = "bfloat16", rank: int = 16) -> None:
+    """Behind the product of queries, keys and values, with tokens spread over 16 adapters."""
+    site = AdapterSite(
+        index=0, in_features=4096, columns=Span(0, 4096), out_features=6144, dtype=cast(Any, dtype),
+        parts=tuple(
+            AdaptedPart(module=name, rows=rows, held=Span(0, rows), offset=offset)
+            for name, rows, offset in (("q", 4096, 0), ("k", 1024, 4096), ("v", 1024, 5120))
+        ),
+    )  # fmt: skip
+    zeros = partial(_zeros, place=place)
+    (stack,) = blank_stacks([site], 16, rank, zeros)
+    x, y = zeros((tokens, 4096), dtype), zeros((tokens, 6144), dtype)
+    slots = torch.arange(tokens, dtype=torch.int32, device=place) % 16
+    TritonLowRank(launch).add_low_rank(x=x, y=y, stack=stack, slots=slots)
+
+
 INT4 = QuantScheme(values="int4", scales="group", group_size=128, zero_points="int")
 INT8 = QuantScheme(values="int8", scales="channel")
 W8A8 = QuantScheme(values="int8", scales="channel", activations="token")
@@ -216,6 +237,8 @@ PROBLEMS: tuple[Problem, ...] = (
     *(partial(product, rows=1, epilogue=activation, **_PROJECTION) for activation in get_args(Activation)),
     *(partial(product, rows=rows, scheme=s, **_PROJECTION) for s in SCHEMES for rows in (1, 16, 64, 512)),
     *(partial(experts, tokens=count, scheme=s) for s in (None, INT4, FP8, FP8_BLOCKS) for count in (1, 128, 4096)),
+    *(partial(adapters, tokens=count, rank=rank) for count in (1, 128, 4096) for rank in (8, 16, 64, 256)),
+    *(partial(adapters, tokens=count, dtype=dtype) for count in (1, 4096) for dtype in ("float16", "float32")),
     partial(elementwise),
     partial(elementwise, dtype="float16"),
     drawing,
@@ -229,6 +252,7 @@ SAMPLE: tuple[Problem, ...] = (
     partial(product, rows=512, scheme=FP8, **_PROJECTION),
     partial(product, rows=64, scheme=INT4, **_PROJECTION),
     partial(experts, tokens=4096),
+    partial(adapters, tokens=4096),
     elementwise, drawing,
 )  # fmt: skip
 """What CI compiles; `make check-full` compiles all."""

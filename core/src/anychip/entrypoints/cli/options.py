@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from anychip.config import EngineConfig, Environment
+from anychip.config import ADAPTER_TARGETS, EngineConfig, Environment
 from anychip.errors import ConfigError
 from anychip.prompt_extras import POOLING_KINDS
 from anychip.tasks.served import TASKS
@@ -125,6 +125,10 @@ def add_engine_options(parser: argparse.ArgumentParser, environment: Environment
     )  # fmt: skip
     adapters.add_argument("--max-adapters", type=int, default=unset, help="adapters that a step may hold")
     adapters.add_argument("--max-adapter-rank", type=int, default=unset, help="the largest rank of one")
+    adapters.add_argument(
+        "--adapter-targets", type=parse_names, default=unset, metavar="NAME,NAME",
+        help=f"what adapters may change: {', '.join(ADAPTER_TARGETS)}",
+    )  # fmt: skip
     schedule.add_argument("--no-overlap", dest="overlap", action="store_false", default=unset)
     schedule.add_argument("--seed", type=int, default=unset)
     schedule.add_argument("--step-timeout-s", type=float, default=unset, help="a step that takes longer is a hang")

@@ -29,7 +29,7 @@ from anychip.ops.reference.block_moves import last_copies
 from anychip.ops.reference.canonical import dequantize
 from anychip.ops.reference.composite import CompositeOps
 from anychip.ops.reference.encoder import ReferenceEncoder, attend_sequence, score_offsets
-from anychip.ops.reference.forward import Passed, forward_pass
+from anychip.ops.reference.forward import Passed, forward_pass, logits_of
 from anychip.ops.reference.latent import ReferenceLatent
 from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, reference_linear
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
@@ -70,7 +70,7 @@ __all__ = [
     "ReferenceStates", "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views",
     "attend_gathered", "attend_row", "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen",
     "dense_part", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked",
-    "gated_sum_recurrent", "last_copies", "merge_attention", "pooled_sums", "quantized", "reference_linear",
+    "gated_sum_recurrent", "last_copies", "logits_of", "merge_attention", "pooled_sums", "quantized", "reference_linear",
     "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales", "write_adapters",
     "write_embeddings",
 ]  # fmt: skip

@@ -29,20 +29,14 @@ def blank_stacks(
     sites: Sequence[AdapterSite], max_adapters: int, max_rank: int, empty: Callable[[Sequence[int], str], Tensor]
 ) -> list[AdapterStack]:
     """Stacks of empty slots, by site. `empty(shape, dtype)` makes a tensor where the program keeps its state."""
-
-    def zeros(shape: Sequence[int], dtype: str) -> Tensor:
-        return empty(shape, dtype).zero_()
-
-    return [
-        AdapterStack(
-            down=zeros((max_adapters, len(site.parts), max_rank, site.columns.count), site.dtype),
-            up=zeros((max_adapters, max_rank, site.out_features), site.dtype),
-            scales=zeros((max_adapters, len(site.parts)), "float32"),
-            ranks=zeros((max_adapters, len(site.parts)), "int32"),
-            offsets=site.offsets,
-        )
-        for site in sites
-    ]
+    stacks = []
+    for site in sites:
+        shapes = site.shapes(max_adapters, max_rank)
+        tensors = {name: empty(shape, dtype).zero_() for name, (shape, dtype) in shapes.items()}
+        if "gains" in tensors:
+            tensors["gains"].fill_(1.0)
+        stacks.append(AdapterStack(offsets=site.offsets, **tensors))
+    return stacks
 
 
 def write_adapters(
@@ -52,21 +46,38 @@ def write_adapters(
     and nothing of what it held. No device must write by index."""
     for entry in entries:
         for site, stack in zip(sites, stacks, strict=True):
-            for part_index, part in enumerate(site.parts):
-                _write(stack, site, part, part_index, entry.slot, entry.modules.get(part.module))
+            for place, modules in enumerate(site.modules, start=entry.slot * len(site.modules)):
+                for index, (part, name) in enumerate(zip(site.parts, modules, strict=True)):
+                    _write(stack, site, part, index, place, entry.modules.get(name))
 
 
 def _write(
-    stack: AdapterStack, site: AdapterSite, part: AdaptedPart, index: int, slot: int, module: LowRank | None
+    stack: AdapterStack, site: AdapterSite, part: AdaptedPart, index: int, place: int, module: LowRank | None
 ) -> None:
-    down, up = stack.down[slot, index], stack.up[slot, :, part.offset : part.offset + part.held.count]
+    own = slice(part.offset, part.offset + part.held.count)
+    down, up = stack.down[place, index], stack.up[place, :, own]
     rank = 0 if module is None else module.rank
+    first, last = part.held.bounds
     if module is not None:
-        left, right = site.columns.bounds
-        first, last = part.held.bounds
-        down[:rank].copy_(module.down[:, left:right])
         up[:rank].copy_(module.up[first:last].T)
+        if stack.table is None:
+            down[:rank].copy_(module.down[:, slice(*site.columns.bounds)])
+        else:
+            down[:rank].copy_(torch.eye(rank, down.shape[1]))
     down[rank:].zero_()
     up[rank:].zero_()
-    stack.scales[slot, index].fill_(0.0 if module is None else module.scale)
-    stack.ranks[slot, index].fill_(rank)
+    stack.scales[place, index].fill_(0.0 if module is None else module.scale)
+    stack.ranks[place, index].fill_(rank)
+    if stack.table is not None:
+        rows = stack.table[place * site.in_features : (place + 1) * site.in_features]
+        if module is not None:
+            rows[:, :rank].copy_(module.down.T)
+        rows[:, rank:].zero_()
+    for held, given, plain in (
+        (stack.gains, None if module is None else module.gain, 1.0),
+        (stack.shifts, None if module is None else module.shift, 0.0),
+    ):
+        if held is not None and given is not None:
+            held[place, own].copy_(given[first:last])
+        elif held is not None:
+            held[place, own].fill_(plain)

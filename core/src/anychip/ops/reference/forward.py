@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anychip.ops.reference.step import pooled_sums
-from anychip.plugin_api.adapters import AdapterStack, StepAdapters
+from anychip.plugin_api.adapters import AdapterStack, StepAdapters, takes_head_adapters
 from anychip.plugin_api.forward_context import ForwardContext
 from anychip.plugin_api.forward_extras import ForwardExtras
 from anychip.plugin_api.ops import Ops
@@ -61,12 +61,28 @@ def forward_pass(
     adapters = None if slots is None else StepAdapters(slots, stacks)
     context = ForwardContext(plans, list(caches), layer_groups, extras=extras, adapters=adapters)
     hidden = model.forward(ids, fields["positions"], context)
-    logits = model.logits(hidden[fields["logits_indices"]])
+    logits = logits_of(model, hidden, adapters, fields["logits_indices"])
     scores: tuple[Tensor, ...] = ()
     if "score_targets" in fields:
         targets = fields["score_targets"].clamp(min=0)
-        scores = ops.logprobs(logits=model.logits(hidden).float(), token_ids=targets, num_top=MAX_LOGPROBS)
+        scores = ops.logprobs(
+            logits=logits_of(model, hidden, adapters).float(), token_ids=targets, num_top=MAX_LOGPROBS
+        )
     pooled = None
     if "pool_rows" in fields:
         pooled = pooled_sums(hidden, fields["pool_rows"], len(fields["seq_lens"]))
     return Passed(context.caches, logits, scores, pooled, () if extras is None else tuple(extras.tapped()))
+
+
+def logits_of(
+    model: StepModel, hidden: Tensor, adapters: StepAdapters | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """[num_rows, vocab_size] of some rows of a step's hidden states, or of all, with the tokens' adapters of the head,
+    where the model takes any."""
+    if rows is not None:
+        hidden = hidden[rows]
+    if adapters is None or not takes_head_adapters(model):
+        return model.logits(hidden)
+    head: Any = model
+    logits: Tensor = head.logits(hidden, adapters if rows is None else adapters.at(rows))
+    return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,21 @@ class ReferenceMoE(FusedMoE):
                 share = self.expert(x[token], packed, expert).float() * routing.weights[token, choice, None]
                 result.index_add_(0, token, share)
         return result.to(x.dtype)
+
+    @property
+    def has_products(self) -> bool:
+        """Of weights that lie as the reference's do."""
+        return type(self).begin is ReferenceMoE.begin
+
+    def product(self, x: Tensor, expert_ids: Tensor, packed: ExpertWeights, part: Literal["gate_up", "down"]) -> Tensor:
+        """Every expert on every row, so that no shape depends on the routing."""
+        matrices, biases = getattr(packed, part), getattr(packed, f"{part}_bias")
+        result: Tensor | None = None
+        for expert, matrix in enumerate(matrices):
+            of_expert = _product(x, matrix, None if biases is None else biases[expert])
+            result = of_expert if result is None else torch.where((expert_ids == expert)[:, None], of_expert, result)
+        assert result is not None, "a rank holds an expert at least"
+        return result
 
     def expert(self, x: Tensor, packed: ExpertWeights, expert: int) -> Tensor:
         """One expert on tokens [num_tokens, hidden_size]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -142,6 +142,13 @@ class WidenedMoE(FusedMoE):
 
     def finish(self, packed: Packed) -> Packed:
         return self._plain.finish(packed)
+
+    @property
+    def has_products(self) -> bool:
+        return self._plain.has_products
+
+    def product(self, x: Tensor, expert_ids: Tensor, packed: Packed, part: Literal["gate_up", "down"]) -> Tensor:
+        return self._plain.product(x, expert_ids, packed, part)
 
     def expert_tensors(self, packed: Packed, expert: int) -> Sequence[Tensor]:
         return self._plain.expert_tensors(packed, expert)
