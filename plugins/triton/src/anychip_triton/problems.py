@@ -197,9 +197,9 @@ def adapters(launch: Launcher, place: str = "meta", *, tokens: int, dtype: str =
             for name, rows, offset in (("q", 4096, 0), ("k", 1024, 4096), ("v", 1024, 5120))
         ),
     )  # fmt: skip
-    zeros = partial(_zeros, place=place)
-    (stack,) = blank_stacks([site], 16, rank, zeros)
-    x, y = zeros((tokens, 4096), dtype), zeros((tokens, 6144), dtype)
+    values = partial(_values, place=place)
+    (stack,) = blank_stacks([site], 16, rank, values)
+    x, y = values((tokens, 4096), dtype), values((tokens, 6144), dtype)
     slots = torch.arange(tokens, dtype=torch.int32, device=place) % 16
     TritonLowRank(launch).add_low_rank(x=x, y=y, stack=stack, slots=slots)
 
