@@ -11,7 +11,7 @@ from anychip.launch.worker_main import WorkerProcess
 from anychip_cpu import native
 
 native.load("")
-"""Here, not in each thread: an extension that another thread is importing has no spec yet, and seems not to be there."""
+"""Here, not in each thread: an extension that another thread is importing seems not to be there."""
 
 
 class RankThread:
