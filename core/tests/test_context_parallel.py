@@ -144,6 +144,17 @@ def test_greedy_tokens_over_contexts_equal_transformers_in_the_full_product(
     check(way, oracles)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("moving", [False, True])
+def test_experts_over_ranks_serve_beside_contexts(oracles: Oracles, threads: None, moving: bool) -> None:
+    checkpoint, expected = oracles.get("qwen3-moe")
+    settings = Way("qwen3-moe", "2x2", 64, True, True, True).settings | {"expert_parallel": True}
+    settings |= {"eplb_interval": 4, "num_redundant_experts": 2} if moving else {}
+    with open_llm(Case("qwen3-moe", 64, True, True, True, "cpu"), Path(checkpoint), **settings) as llm:
+        verdicts = [judge(answer, tokens) for answer, tokens in zip(expected, generate(llm), strict=True)]
+    assert all(verdict.divergence is None or verdict.excused for verdict in verdicts)
+
+
 # -- whatever a request asks for ------------------------------------------------------------------------------
 
 CONTEXTS: dict[str, object] = {"device": "cpu", "executor": "multiprocess", "context_parallel_size": 2}

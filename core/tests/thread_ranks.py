@@ -8,6 +8,10 @@ from collections.abc import Mapping
 
 from anychip.config import WorkerSpec
 from anychip.launch.worker_main import WorkerProcess
+from anychip_cpu import native
+
+native.load("")
+"""Here, not in each thread: an extension that another thread is importing seems not to be there."""
 
 
 class RankThread:
