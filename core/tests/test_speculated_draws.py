@@ -117,6 +117,7 @@ def write_knowing_eagle(folder: Path, model: PreTrainedModel) -> None:
 def write_knowing_mtp(folder: Path) -> PreTrainedModel:
     """As write_knowing_eagle; returns the target."""
     model = write_mtp("glm4-moe", folder, vocab_size=VOCAB_SIZE).target
+    model.set_experts_implementation("eager")  # others know no float64
     embedded = torch.nn.functional.rms_norm(model.get_input_embeddings().weight.detach(), (HIDDEN_SIZE,))
     knowing, tensors = bigrams(model, embedded), load_file(folder / WEIGHTS)
     for name in list(tensors):
