@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from anychip import LLM, SamplingParams
@@ -72,8 +73,10 @@ def main() -> None:
     options = parser.parse_args()
     found = report(options.families)
     if options.json:
+        made = {"benchmark": "prefix_hits", "command": f"python benchmarks/prefix_hits.py {' '.join(options.families)}"}
+        made |= {"device": "cpu", "versions": {name: version(name) for name in ("torch", "transformers")}}
         sizes = {"shared": SHARED, "own": OWN, "block_size": BLOCK, "limit": LIMIT}
-        options.json.write_text(json.dumps({**sizes, "computed_beyond_own": found}, indent=2) + "\n")
+        options.json.write_text(json.dumps({**made, **sizes, "computed_beyond_own": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

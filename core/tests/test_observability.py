@@ -121,6 +121,16 @@ def test_a_new_engine_counts_from_nothing_whatever_the_last_one_counted():
     assert now["anychip_prefix_cache_queries_total"] == 80 and now["anychip_prefix_cache_hits_total"] == 32
 
 
+def test_the_pool_of_states_has_gauges_of_its_own():
+    metrics = Metrics("m")
+    metrics.engine_started(100)
+    metrics.take(EngineStats(2, 1, 5, 20, 100, 5, 0, 0, 0, states_used=3, states=12))
+    now = samples(metrics)
+    assert (now["anychip_state_cache_usage_ratio"], now["anychip_state_cache_blocks"]) == (0.25, 12)
+    metrics.engine_ended()
+    assert samples(metrics)["anychip_state_cache_usage_ratio"] == 0
+
+
 def test_spans_follow_the_stations_and_the_callers_trace():
     exporter = InMemorySpanExporter()
 

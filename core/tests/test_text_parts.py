@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from anychip import LLM, SamplingParams
+from anychip.config import EngineConfig
+from anychip.launch.plan import plan_engine
 from anychip.model_config import load_model_config
 from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
@@ -61,6 +63,8 @@ class AsDecoder:
 @pytest.mark.parametrize("family", WHOLES)
 def test_the_text_decoder_of_a_whole_is_served(family, tmp_path):
     whole = make_whole(family, tmp_path)
+    planned = plan_engine(EngineConfig(model=str(tmp_path / "whole"), device="cpu", dtype="float32")).worker
+    assert any("images and videos are refused" in note for note in planned.notes)
     texts = [prompts()[index] for index in (3, 8, 12)]
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     settings = {"device": "cpu", "dtype": "float32", "max_model_len": 160, "skip_tokenizer": True}

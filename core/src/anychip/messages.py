@@ -163,6 +163,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """None: no experts move, or nobody has looked yet."""
     lanes: tuple[LaneStats, ...] = ()
     """(): there is one."""
+    states_used: int = 0
+    states: int = 0
+    """Blocks of the states' pool, of sequences and of the prefix cache; 0: the model keeps no states."""
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):

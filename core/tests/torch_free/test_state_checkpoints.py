@@ -106,6 +106,18 @@ def test_where_prompts_part_a_model_of_states_alone_leaves_one_too():
     assert found == [(0, [80, 3]), (0, [48, 32, 3]), (48, [32, 3])]
 
 
+def test_the_pool_of_states_is_counted_apart_from_that_of_tokens():
+    scheduler = scheduler_of()
+    scheduler.add(make_request("a", PROMPT, max_output=2))
+    answer(scheduler, scheduler.schedule())
+    held = scheduler.stats
+    assert (held.states_used, held.states) == (1, 11)
+    run_to_end(scheduler)
+    assert scheduler.stats.states_used == 0, "what the prefix cache keeps may be taken"
+    alone = make_scheduler().stats
+    assert (alone.states_used, alone.states) == (0, 0)
+
+
 def test_what_is_remembered_of_prompts_has_a_bound(monkeypatch):
     monkeypatch.setattr(checkpoints, "MOST_SEEN", 3)
     scheduler, shared = scheduler_of(ALONE, budget=256), list(range(10, 10 + 53))

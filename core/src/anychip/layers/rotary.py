@@ -68,7 +68,7 @@ def _axes(config: ModelConfig, parameters: Parameters, count: int) -> Tensor | N
             "frequencies together"
         )
     if not parameters.get("mrope_interleaved", False):
-        return torch.repeat_interleave(torch.arange(NUM_AXES), torch.tensor(sections))
+        return torch.tensor([axis for axis, count in enumerate(sections) for _ in range(count)])
     axes = torch.zeros(count, dtype=torch.int64)
     for axis in range(1, NUM_AXES):
         axes[axis : NUM_AXES * sections[axis] : NUM_AXES] = axis

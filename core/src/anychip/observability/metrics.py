@@ -36,6 +36,8 @@ class Metrics:
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for a slot")
         self.kv_usage = self._gauge("kv_cache_usage_ratio", "Share of KV blocks in use")
         self.kv_blocks = self._gauge("kv_cache_blocks", "KV blocks that there are")
+        self.state_usage = self._gauge("state_cache_usage_ratio", "Share of state blocks that sequences hold")
+        self.state_blocks = self._gauge("state_cache_blocks", "State blocks that there are; 0: the model has no states")
         self.up = self._gauge("engine_up", "1 while an engine is ready")
         self.progress = self._gauge("engine_last_progress_seconds", "Unix time of the engine's last sign of life")
         self.steps = self._counter("engine_steps", "Steps launched")
@@ -110,7 +112,7 @@ class Metrics:
     def engine_ended(self) -> None:
         """The engine is gone, and what it held with it."""
         self.up.set(0)
-        for gauge in (self.running, self.waiting, self.kv_usage):
+        for gauge in (self.running, self.waiting, self.kv_usage, self.state_usage):
             gauge.set(0)
         for lanes in (self.lane_running, self.lane_kv_usage):
             lanes.clear()
@@ -126,6 +128,8 @@ class Metrics:
             labels = {**self._labels, "lane": str(index)}
             self.lane_running.labels(**labels).set(lane.running)
             self.lane_kv_usage.labels(**labels).set(lane.kv_blocks_used / max(1, lane.kv_blocks))
+        self.state_usage.set(stats.states_used / max(1, stats.states))
+        self.state_blocks.set(stats.states)
         self.progress.set(time.time())
         self.steps.inc(self._last.steps - last.steps)
         self.queries.inc(self._last.prefix_queries - last.prefix_queries)

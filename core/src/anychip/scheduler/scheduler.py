@@ -128,7 +128,7 @@ class Scheduler:
     @property
     def stats(self) -> EngineStats:
         """Counts of the scheduler's requests, tokens and blocks now."""
-        pool = self.kv.pool
+        pool, states = self.kv.pool, self.kv.states
         return EngineStats(
             running=len(self.running),
             waiting=len(self.waiting),
@@ -142,6 +142,8 @@ class Scheduler:
             speculation=None if self.drafting is None else self.drafting.stats,
             weights_version=self.kv.weights_version,
             experts=self.experts,
+            states_used=0 if states is None else states.num_usable - states.num_free,
+            states=0 if states is None else states.num_usable,
         )
 
     # -- a step out ---------------------------------------------------------------------------------------

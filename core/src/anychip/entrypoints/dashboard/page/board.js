@@ -91,6 +91,20 @@ function drafts(now) {
   return drafted ? [["Drafts accepted", `${(100 * accepted / drafted).toFixed(0)} %`]] : [];
 }
 
+// The pool of states, of models that have one.
+function states(now) {
+  const used = value(now, "anychip_state_cache_usage_ratio");
+  return value(now, "anychip_state_cache_blocks") ? [["States used", `${(100 * used).toFixed(1)} %`]] : [];
+}
+
+// What a token takes in the cache, and a sequence, by what layers keep.
+function kept(memory) {
+  const rows = [["A token's keys and values", memory.kv_token], ["A token's latent rows", memory.latent_token],
+    ["A sequence's states", memory.state_sequence]];
+  const blocks = memory.num_states ? [["States", (memory.num_states - 1).toLocaleString()]] : [];
+  return [...blocks, ...rows.filter(([, size]) => size).map(([label, size]) => [label, bytes(size)])];
+}
+
 function draw(state) {
   const now = history.at(-1).samples;
   const queries = value(now, "anychip_prefix_cache_queries_total");
@@ -101,6 +115,7 @@ function draw(state) {
     ["Running", value(now, "anychip_num_requests_running")],
     ["Waiting", value(now, "anychip_num_requests_waiting")],
     ["KV blocks used", `${(100 * value(now, "anychip_kv_cache_usage_ratio")).toFixed(1)} %`],
+    ...states(now),
     ["Prefix hits", queries ? `${(100 * hits / queries).toFixed(0)} %` : "–"],
     ...drafts(now),
     ["Preemptions", value(now, "anychip_num_preemptions_total")],
@@ -115,6 +130,7 @@ function draw(state) {
   fill("memory", [["Weights", bytes(memory.weights)], ["KV cache", bytes(memory.kv_cache)],
     ["Activations", bytes(memory.activations)], ["Graphs", bytes(memory.graphs)],
     ["KV tokens", memory.kv_tokens.toLocaleString()], ["Context", `${state.max_model_len.toLocaleString()} tokens`],
+    ...kept(memory),
     ["Version", state.version], ["Tool parser", state.tool_parser ?? "json"], ["Reasoning", state.reasoning_parser ?? "none"]]);
   fill("capabilities", Object.entries(state.capabilities));
 }
