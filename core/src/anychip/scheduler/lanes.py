@@ -126,6 +126,8 @@ class LaneScheduler:
             waiting_tokens=sum(stats.waiting_tokens for stats in each),
             kv_blocks_used=sum(stats.kv_blocks_used for stats in each),
             kv_blocks=sum(stats.kv_blocks for stats in each),
+            states_used=sum(stats.states_used for stats in each),
+            states=sum(stats.states for stats in each),
             steps=self._next_step - 1,
             preemptions=sum(stats.preemptions for stats in each),
             prefix_queries=sum(stats.prefix_queries for stats in each),
