@@ -60,6 +60,7 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
     "Mamba2ForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
     "MambaForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
     "NemotronHForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
+    "Starcoder2ForCausalLM": {"norm_epsilon": "rms_norm_eps"},
     "DistilBertModel": {
         "dim": "hidden_size",
         "n_heads": "num_attention_heads",
@@ -206,6 +207,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "use_conv_bias": True,
     },
     "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "Starcoder2ForCausalLM": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     "Qwen2ForCausalLM": {**_QWEN, "num_key_value_heads": 32},
     "Qwen2MoeForCausalLM": {
         **_QWEN,

@@ -11,7 +11,7 @@ from typing import Any
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
-from anychip.layers.plain_mlp import SquaredReluMLP
+from anychip.layers.plain_mlp import PlainMLP, squared_relu
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds, need_silu
 from anychip.plugin_api import Rope
@@ -79,10 +79,13 @@ class NemotronH(Hybrid):
         )
         return BlockLayer(builder, config, name, mixer=("norm", mamba))
 
-    def feed_forward(self, builder: Builder, name: str) -> SquaredReluMLP:
+    def feed_forward(self, builder: Builder, name: str) -> PlainMLP:
         config = self.config
         if (activation := config.get("mlp_hidden_act", "relu2")) != "relu2":
             raise Unsupported(config.architecture, [f"mlp_hidden_act {activation!r}; known is relu2"])
         bias = bool(config.get("mlp_bias", False))
         size = config.intermediate_size
-        return SquaredReluMLP(builder, name=name, hidden_size=config.hidden_size, intermediate_size=size, bias=bias)
+        hidden = config.hidden_size
+        return PlainMLP(
+            builder, name=name, hidden_size=hidden, intermediate_size=size, activation=squared_relu, bias=bias
+        )

@@ -54,6 +54,7 @@ NATIVE = {
     "Qwen3MoeForCausalLM": "anychip.models.qwen3_moe:Qwen3MoE",
     "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
     "RobertaModel": "anychip.models.bert:Roberta",
+    "Starcoder2ForCausalLM": "anychip.models.starcoder2:Starcoder2",
     "XLMRobertaModel": "anychip.models.bert:Roberta",
 }
 
