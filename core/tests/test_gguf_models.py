@@ -16,6 +16,8 @@ from transformers import (
     Gemma3TextConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from anychip import LLM, SamplingParams
@@ -83,12 +85,26 @@ def deepseek_v3(folder):
     return saved(model, folder)
 
 
+def starcoder2(folder):
+    """Without the windows that a file cannot tell."""
+    config = Starcoder2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=128, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15, max_position_embeddings=512,
+    )  # fmt: skip
+    model = Starcoder2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+    return saved(model, folder)
+
+
 MAKERS = {
     **{
         family: lambda folder, family=family: make_checkpoint(family, folder)
         for family in ("llama", "mixtral", "qwen3", "qwen3-moe", "gemma2", "phi3", "granite", "gpt-oss", "deepseek-v2")
     },
     "deepseek-v3": deepseek_v3,
+    "starcoder2": starcoder2,
     "gemma3": gemma3,
     "qwen2": qwen2,
 }

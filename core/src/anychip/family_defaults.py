@@ -84,6 +84,7 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
     "Mamba2ForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
     "MambaForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
     "NemotronHForCausalLM": {"layer_norm_epsilon": "rms_norm_eps"},
+    "Starcoder2ForCausalLM": {"norm_epsilon": "rms_norm_eps"},
     "Zamba2ForCausalLM": {"attention_head_dim": "head_dim"},
     "DistilBertModel": {
         "dim": "hidden_size",
@@ -310,6 +311,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 1,
     },
     "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "Starcoder2ForCausalLM": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     "Qwen2ForCausalLM": {**_QWEN, "num_key_value_heads": 32},
     "Qwen2MoeForCausalLM": {
         **_QWEN,

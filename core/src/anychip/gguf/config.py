@@ -261,6 +261,12 @@ def _deepseek2(model: GGUFModel, settings: Settings) -> Settings:
     return given
 
 
+def _starcoder2(model: GGUFModel, settings: Settings) -> Settings:
+    """Windows are not in the file, and llama.cpp has none."""
+    epsilon = model.metadata.number(model.metadata.own("attention.layer_norm_epsilon"))
+    return {"rms_norm_eps": epsilon or 1e-5, "use_bias": settings["mlp_bias"], "sliding_window": None}
+
+
 def _granite(model: GGUFModel, settings: Settings) -> Settings:
     metadata, own = model.metadata, model.metadata.own
     given = {
@@ -279,6 +285,7 @@ _OF_FAMILY: dict[str, Callable[[GGUFModel, Settings], Settings]] = {
     "qwen3moe": _qwen3moe,
     "granite": _granite,
     "deepseek2": _deepseek2,
+    "starcoder2": _starcoder2,
     "gpt-oss": _windowed,
 }
 """By general.architecture: what a family has beside what all have."""

@@ -39,6 +39,7 @@ _SANDWICHED = {
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
 }
 _SETTINGS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
@@ -114,6 +115,10 @@ FAMILIES: dict[str, Family] = {
         experts=Experts(module="mlp.experts", router="mlp.router", names=("gate", "up", "down"), joined_biases=True),
     ),
     "deepseek2": DEEPSEEK_V2,
+    "starcoder2": Family(
+        architecture="Starcoder2ForCausalLM",
+        modules={**_COMMON, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    ),
 }
 """By general.architecture."""
 

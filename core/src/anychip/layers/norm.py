@@ -102,3 +102,10 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def with_residual(
+        self, x: Tensor, residual: Tensor | None, out_format: ActFormat | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As RMSNorm's, in plain values, which every product takes."""
+        residual = x if residual is None else x + residual
+        return self(residual), residual

@@ -1,6 +1,8 @@
-"""A feed-forward block without a gate, whose activation is the square of what is above zero."""
+"""A feed-forward block without a gate."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -9,23 +11,33 @@ from anychip.layers.linear import ColumnParallelLinear, Projection, RowParallelL
 from anychip.plugin_api import ActFormat, ForwardContext, Sharded, StepAdapters
 
 
-class SquaredReluMLP:
-    """down(max(up(x), 0) ** 2)."""
+class PlainMLP:
+    """down(act(up(x))). `names` are the checkpoint's for both matrices."""
 
     def __init__(
-        self, builder: Builder, *, name: str, hidden_size: int, intermediate_size: int, bias: bool = False
+        self,
+        builder: Builder,
+        *,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[Tensor], Tensor],
+        bias: bool = False,
+        names: tuple[str, str] = ("up_proj", "down_proj"),
     ) -> None:
         placed = (Sharded(dim=0),)
+        up, down = (f"{name}.{part}" for part in names)
+        self.activation = activation
         self.up = ColumnParallelLinear(
             builder,
             in_features=hidden_size,
-            projections=[Projection("up", f"{name}.up_proj", intermediate_size, placed)],
+            projections=[Projection("up", up, intermediate_size, placed)],
             bias=bias,
             adapts=True,
         )
         self.down = RowParallelLinear(
             builder,
-            name=f"{name}.down_proj",
+            name=down,
             in_features=intermediate_size,
             placed=(Sharded(dim=1),),
             out_features=hidden_size,
@@ -46,4 +58,9 @@ class SquaredReluMLP:
         return self.down.product(self._inner(x, adapters), adapters)
 
     def _inner(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
-        return self.up(x, adapters).relu().square()
+        return self.activation(self.up(x, adapters))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """The square of what is above zero."""
+    return x.relu().square()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
 from anychip.layers.latent import LatentAttention
 from anychip.layers.mlp import GatedMLP, SparseMoE
-from anychip.layers.norm import RMSNorm
+from anychip.layers.norm import LayerNorm, RMSNorm
+from anychip.layers.plain_mlp import PlainMLP
 from anychip.layers.rotary import make_rope
 from anychip.layers.stage import StageLinks
 from anychip.model_config import ModelConfig, rope_parameters
@@ -97,19 +98,24 @@ class Decoder:
             self.embedding_scale = rounded(self.embedding_scale, builder.dtype)
         rope = self.rope(builder)
         self.layers = self.build_layers(builder, specs, rope)
-        self.norm: RMSNorm | None = None
+        self.norm: RMSNorm | LayerNorm | None = None
         self.head: LMHead | None = None
         if stage.is_last:
-            size, eps, offset = config.hidden_size, config.norm_eps, self.unit_offset_norm
-            self.norm = RMSNorm(builder, name="model.norm", size=size, eps=eps, unit_offset=offset)
+            self.norm = self.norm_layer(builder, config, "model.norm")
             if builder.draws:
-                held = self.embedding if tied else None
+                held, size = self.embedding if tied else None, config.hidden_size
                 self.head = LMHead(builder, name=HEAD, vocab_size=self.vocab_size, hidden_size=size, tied=held)
         if not builder.draws:
             builder.weights.elsewhere += ("lm_head.", "score.")  # read for the vectors' head, if at all
         self.adapter_sites = builder.adapter_sites
         self.adapts_head = self.head is not None and self.head.site is not None
         self.expert_layers = builder.expert_layers
+
+    @classmethod
+    def norm_layer(cls, builder: Builder, config: ModelConfig, name: str) -> RMSNorm | LayerNorm:
+        """Over hidden states, of checkpoint module `name`."""
+        offset = cls.unit_offset_norm
+        return RMSNorm(builder, name=name, size=config.hidden_size, eps=config.norm_eps, unit_offset=offset)
 
     @classmethod
     def attention_specs(cls, config: ModelConfig, shape: MeshShape, dtype: DType, kv_dtype: DType) -> Sequence[Any]:
@@ -276,7 +282,8 @@ def full_attention(config: ModelConfig, shape: MeshShape, dtype: DType) -> Atten
 
 
 class PreNormLayer:
-    """norm, attention, norm, feed-forward, each pair around a residual sum."""
+    """norm, attention, norm, feed-forward, each pair around a residual sum. `norm` makes a norm of a checkpoint's
+    module."""
 
     def __init__(
         self,
@@ -284,12 +291,12 @@ class PreNormLayer:
         config: ModelConfig,
         index: int,
         attention: Attention | LatentAttention,
-        mlp: GatedMLP | SparseMoE,
+        mlp: GatedMLP | SparseMoE | PlainMLP,
+        norm: Callable[[Builder, ModelConfig, str], RMSNorm | LayerNorm] = Decoder.norm_layer,
     ) -> None:
         name = f"model.layers.{index}"
-        size, eps = config.hidden_size, config.norm_eps
-        self.input_norm = RMSNorm(builder, name=f"{name}.input_layernorm", size=size, eps=eps)
-        self.mlp_norm = RMSNorm(builder, name=f"{name}.post_attention_layernorm", size=size, eps=eps)
+        self.input_norm = norm(builder, config, f"{name}.input_layernorm")
+        self.mlp_norm = norm(builder, config, f"{name}.post_attention_layernorm")
         self.attention = attention
         self.mlp = mlp
 

@@ -12,7 +12,7 @@ from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
 from anychip.layers.mlp import SparseMoE
-from anychip.layers.plain_mlp import SquaredReluMLP
+from anychip.layers.plain_mlp import PlainMLP, squared_relu
 from anychip.model_config import ModelConfig
 from anychip.models.deepseek import corrected_routing, num_experts
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, known_kinds, need_silu
@@ -88,12 +88,19 @@ class NemotronH(Hybrid):
         )
         return BlockLayer(builder, config, name, mixer=("norm", mamba))
 
-    def feed_forward(self, builder: Builder, name: str, size: int) -> SquaredReluMLP:
+    def feed_forward(self, builder: Builder, name: str, size: int) -> PlainMLP:
         config = self.config
         if (activation := config.get("mlp_hidden_act", "relu2")) != "relu2":
             raise Unsupported(config.architecture, [f"mlp_hidden_act {activation!r}; known is relu2"])
         bias = bool(config.get("mlp_bias", False))
-        return SquaredReluMLP(builder, name=name, hidden_size=config.hidden_size, intermediate_size=size, bias=bias)
+        return PlainMLP(
+            builder,
+            name=name,
+            hidden_size=config.hidden_size,
+            intermediate_size=size,
+            activation=squared_relu,
+            bias=bias,
+        )
 
     def experts(self, builder: Builder, name: str) -> SparseMoE:
         config, size = self.config, int(self.config.need("moe_intermediate_size"))

@@ -64,6 +64,7 @@ NATIVE = {
     "Qwen3NextForCausalLM": "anychip.models.qwen3_next:Qwen3Next",
     "RobertaModel": "anychip.models.bert:Roberta",
     "SeedOssForCausalLM": "anychip.models.seed_oss:SeedOss",
+    "Starcoder2ForCausalLM": "anychip.models.starcoder2:Starcoder2",
     "XLMRobertaModel": "anychip.models.bert:Roberta",
     "Zamba2ForCausalLM": "anychip.models.zamba2:Zamba2",
 }
