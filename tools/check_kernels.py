@@ -1,5 +1,5 @@
-"""Builds the CPU's kernels in a way that is not shipped, and runs conformance's attention, product, mixture and op
-sections on them.
+"""Builds the CPU's kernels in a way that is not shipped, and runs conformance's attention, latent, state, product,
+mixture and op sections on them.
 
 python tools/check_kernels.py sanitized [--isa avx2]   AddressSanitizer and UndefinedBehaviorSanitizer
 python tools/check_kernels.py emulated-amx             AMX's registers as arrays, for processors that have none
@@ -23,7 +23,7 @@ from anychip_cpu.native import EMULATED_AMX, usable
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "plugins/cpu"
-SECTIONS = ("attn", "kv", "linear", "moe", "op", "sample")
+SECTIONS = ("attn", "kv", "latent", "linear", "moe", "op", "sample", "state")
 
 
 def main() -> None:

@@ -1,12 +1,15 @@
 """anychip beside other engines on one machine: the same workloads in turn, the memory's speed probed around each.
 
 python benchmarks/cpu/compare.py CHECKPOINT [--quantization int4] [--workloads abcd] [--repeats 3]
-    [--transformers] [--vllm PYTHON] [--llama-bench PROGRAM MODEL.gguf] [--output FILE.json]
+    [--processor-time] [--transformers] [--vllm PYTHON] [--llama-bench PROGRAM MODEL.gguf] [--output FILE.json]
 
 Every engine loads once and stays; while one works the others are stopped (SIGSTOP), so that their waiting threads cost
 nothing. One round asks each engine for each workload, in an order that changes from round to round. `ratio` is the
 median over rounds of anychip's time over the other's, of the same round; `of_bandwidth` is the share of the probe that
 reading the weights of one token takes (dense models alone).
+
+With --processor-time seconds are the processor's, for engines of one process on a machine that others use too; give
+both one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -127,6 +130,7 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--workloads", default="abcd")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--transformers", action="store_true", help="eager, in this environment; workloads a, d, e, f")
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--llama-bench", nargs=2, metavar=("PROGRAM", "MODEL"))
@@ -151,6 +155,8 @@ def main() -> None:
                 for engine in order:
                     before = bandwidth()
                     result = engine.run(workload, number)
+                    if result is not None and arguments.processor_time:
+                        result |= {"seconds": result["processor_s"], "first_s": result["processor_first_s"]}
                     if result is not None:
                         row = {
                             "engine": engine.name, "workload": workload, "round": number,
@@ -165,6 +171,8 @@ def main() -> None:
     report = {
         "checkpoint": Path(arguments.checkpoint).name,
         "quantization": arguments.quantization,
+        "seconds_of": "the processor" if arguments.processor_time else "the clock",
+        "threads": os.environ.get("OMP_NUM_THREADS") or "all",
         "ready": {engine.name: engine.ready for engine in engines},
         "summary": summary(rounds),
         "rounds": rounds,

@@ -1,9 +1,12 @@
-"""How fast the machine reads memory at this moment, with anychip's own kernel for it: every thread, huge pages."""
+"""How fast the machine reads memory at this moment, with anychip's own kernel for it: every thread that OMP_NUM_THREADS
+allows, huge pages."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,18 +23,18 @@ def _opened() -> tuple[Kernels, torch.Tensor]:
     kernels = load("")
     if kernels is None:
         raise SystemExit("no compiled kernels are here; see anychip doctor")
-    kernels.set_threads(available_cores())
+    kernels.set_threads(int(os.environ.get("OMP_NUM_THREADS") or available_cores()))
     return kernels, zeroed(SIZE).fill_(1)
 
 
-def bandwidth(repeats: int = 3) -> float:
+def bandwidth(repeats: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
     """GB/s, the median of some readings of 1 GiB."""
     kernels, data = _opened()
     seconds = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clock()
         kernels.read(data.data_ptr(), SIZE)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     return SIZE / statistics.median(seconds) / 1e9
 
 

@@ -30,6 +30,8 @@ def main() -> None:
     page = filled(page, "comparison", comparison_table(comparisons))
     page = filled(page, "ready", ready_table(comparisons))
     page = filled(page, "starts", starts_table())
+    page = filled(page, "states", states_table())
+    page = filled(page, "state kernels", state_kernel_table())
     kernels = RESULTS / "kernels.json"
     if kernels.exists():
         page = filled(page, "kernels", kernel_table(json.loads(kernels.read_text())))
@@ -41,6 +43,38 @@ def main() -> None:
 def filled(page: str, name: str, text: str) -> str:
     begin, end = f"<!-- {name}: written by benchmarks/cpu/report.py -->", f"<!-- {name} ends -->"
     return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n{text}\n{end}", page, flags=re.S)
+
+
+def states_table() -> str:
+    """Workloads e and f, of models with latents and states."""
+    lines = [
+        "| workload | model | engine | output tok/s: median (least to most) | anychip over it |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("states-M*.json")):
+        for row in json.loads(path.read_text())["summary"]:
+            ratio = "" if row["engine"] == "anychip" else f"{row['anychip_over_it']:.2f}"
+            spread = f"{row['median']:.1f} ({row['least']:.1f} to {row['most']:.1f})"
+            model = path.stem.removeprefix("states-")
+            lines.append(f"| {row['workload']} | {model} | {row['engine']} | {spread} | {ratio} |")
+    return "\n".join(lines)
+
+
+def state_kernel_table() -> str:
+    report = json.loads((RESULTS / "states-kernels.json").read_text())
+    lines = [
+        f"Variant {report['isa']}, {report['threads']} thread; seconds of {report['seconds_of']}.",
+        "",
+        "| kernel | shape | microseconds | the reference's | times faster | GB/s | of the bandwidth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["kernels"]:
+        before, after = 1e6 * row["reference_seconds"], 1e6 * row["seconds"]
+        few = [f"{row['gb_s']:.1f}", f"{row['of_bandwidth']:.0%}"] if row["gb_s"] >= 0.5 else ["", ""]
+        lines.append(
+            f"| {row['kernel']} | {row['shape']} | {after:.0f} | {before:.0f} | {row['speedup']:.1f} | {' | '.join(few)} |"
+        )
+    return "\n".join(lines)
 
 
 def comparison_table(comparisons: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from anychip.errors import AnychipError, CheckpointError
 from anychip.launch.plan import plan_engine
 from anychip.model_config import load_model_config
 from anychip.models.deepseek_sparse import indexer_types
-from anychip.ops.reference import SparseLatent
+from anychip.plugin_api import ForwardContext
 from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
@@ -53,21 +53,21 @@ def test_layers_that_could_attend_to_nothing_are_refused(tmp_path, kinds):
 
 def test_a_layer_that_shares_a_choice_attends_to_another_layers(tmp_path, monkeypatch):
     """What it attends to is counted: two of four layers choose, and all four attend to a choice."""
-    seen = {"choose_tokens": 0, "attend_chosen": 0}
+    seen = {"choose": 0, "attend_latent": 0}
     for name in seen:
-        plain = getattr(SparseLatent, name)
+        plain = getattr(ForwardContext, name)
 
         def counted(self, *args, _plain=plain, _name=name, **more):
-            seen[_name] += 1
+            seen[_name] += _name == "choose" or self.chosen is not None
             return _plain(self, *args, **more)
 
-        monkeypatch.setattr(SparseLatent, name, counted)
+        monkeypatch.setattr(ForwardContext, name, counted)
     model = make_checkpoint("glm-5", tmp_path)
     with open_llm(Case("glm-5", 4096, False, False, False, "cpu"), tmp_path) as llm:
-        seen.update(choose_tokens=0, attend_chosen=0)
+        seen.update(choose=0, attend_latent=0)
         tokens = list(generate(llm))
-    assert seen["choose_tokens"] > 0
-    assert seen["attend_chosen"] == 2 * seen["choose_tokens"]
+    assert seen["choose"] > 0
+    assert seen["attend_latent"] == 2 * seen["choose"]
     last = prompts()[-1]
     assert judge(greedy(model, last, NUM_TOKENS), tokens[-1]).divergence is None
 

@@ -63,24 +63,28 @@ class LatentItem {
  private:
   // A head's query becomes one of a row's width: what k_up makes of its first part, and its rotated part.
   void fold(int m) const {
-    constexpr int N = V::W == 16 ? 16 : 8;  // vectors: so many values of a factor's row lie together
+    constexpr int kTogether = 4;  // rows of the factor, which is read from its front to its end
     const T* q = call_.in.q_nope.template at<T>(token_, head_ + m);
     const T* up = (const T*)l_.k_up + (head_ + m) * l_.nope_dim * l_.latent_dim;
     L* to = q_ + m * width_;
+    float* sums = sums_;
+    std::fill(sums, sums + latent_, 0.0f);
+    for (int64_t d = 0; d < l_.nope_dim; d += kTogether)
+      with_constant<kTogether>(int(std::min<int64_t>(kTogether, l_.nope_dim - d)), [&](auto count) {
+        F factor[count];
+        for (int i = 0; i < count; ++i) factor[i] = V::set1(to_float(q[d + i]));
+        each_vector<V>(l_.latent_dim, [&](int64_t c, auto n) {
+          F sum = V::load(sums + c);
+          for (int i = 0; i < count; ++i) {
+            const T* row = up + (d + i) * l_.latent_dim + c;
+            __builtin_prefetch(row + kTogether * l_.latent_dim, 0, 2);
+            sum = V::fma(factor[i], load<V>(row, n), sum);
+          }
+          V::store(sums + c, sum);
+        });
+      });
     int64_t c = 0;
-    for (; c + N * V::W <= l_.latent_dim; c += N * V::W) {
-      F acc[1][N];
-      clear<V, 1, N>(acc);
-      for (int64_t d = 0; d < l_.nope_dim; ++d)
-        for (int n = 0; n < N; ++n)
-          acc[0][n] = V::fma(V::set1(to_float(q[d])), V::load(up + d * l_.latent_dim + c + n * V::W), acc[0][n]);
-      for (int n = 0; n < N; ++n) V::store(to + c + n * V::W, acc[0][n]);
-    }
-    for (; c < l_.latent_dim; ++c) {
-      float sum = 0;
-      for (int64_t d = 0; d < l_.nope_dim; ++d) sum += to_float(q[d]) * to_float(up[d * l_.latent_dim + c]);
-      from_float(sum, to + c);
-    }
+    for (; c < l_.latent_dim; ++c) from_float(sums[c], to + c);
     const int64_t rope = l_.row_dim - l_.latent_dim;
     static thread_local Scratch turned_store;
     T* turned = turned_store.get<T>(rope);
@@ -104,8 +108,10 @@ class LatentItem {
         clear<V, 1, count>(acc);
         const T* rows = up + v * l_.latent_dim;
         for (int64_t c = 0; c < whole; c += V::W)
-          for (int n = 0; n < count; ++n)
+          for (int n = 0; n < count; ++n) {
+            __builtin_prefetch(rows + (N + n) * l_.latent_dim + c, 0, 2);
             acc[0][n] = V::fma(V::load(sums + c), V::load(rows + n * l_.latent_dim + c), acc[0][n]);
+          }
         for (int n = 0; n < count; ++n) {
           float sum = V::sum(acc[0][n]);
           for (int64_t c = whole; c < l_.latent_dim; ++c) sum += sums[c] * to_float(rows[n * l_.latent_dim + c]);
