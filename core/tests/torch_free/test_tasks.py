@@ -131,11 +131,11 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, kinds, files, said)
         ("BertModel", {}, {"task": "generate"}, "is an encoder and draws no text"),
         ("BertModel", {}, {"task": "classify"}, "--task classify takes a classifier"),
         ("LlamaForCausalLM", {}, {"task": "embed"}, "--vector-pooling"),
-        ("LlamaForCausalLM", {}, {"task": "score"}, "--task score takes a classifier"),
+        ("LlamaForCausalLM", {}, {"task": "score"}, "no tokens yes and no"),
         ("BertForTokenClassification", {}, {}, "no task of it is served"),
         ("BertForSequenceClassification", {}, {"task": "score"}, "the checkpoint has 2"),
         ("Qwen3ForSequenceClassification", {"num_labels": 1}, {"task": "score"}, "how a pair becomes a prompt"),
-        ("Gemma3TextModel", {"use_bidirectional_attention": True}, {}, "tokens see those behind them"),
+        ("Qwen3Model", {"use_bidirectional_attention": True}, {}, "tokens see those behind them"),
         ("RobertaForSequenceClassification", {"problem_type": "x"}, {}, "problem_type 'x'"),
         (
             "RobertaForSequenceClassification",

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from anychip.errors import Unsupported
-from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.mlp import GatedMLP
 from anychip.layers.norm import RMSNorm
@@ -49,9 +49,10 @@ class Gemma2(Decoder):
 
 
 class SandwichLayer:
-    """The residual is summed after the second norm of each block, so it cannot fuse with the first one's input."""
+    """The residual is summed after the second norm of each block, so it cannot fuse with the first one's input.
+    `attention` is layers.attention.Attention, or an encoder's that is called as it is."""
 
-    def __init__(self, builder: Builder, config: ModelConfig, index: int, attention: Attention, mlp: GatedMLP) -> None:
+    def __init__(self, builder: Builder, config: ModelConfig, index: int, attention: Any, mlp: GatedMLP) -> None:
         self.attention, self.mlp = attention, mlp
 
         def norm(which: str) -> RMSNorm:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from anychip.errors import AdapterRefused
 from anychip.plugin_api import AdapterSite, LowRank
 from anychip.weights.adapter import LoadedAdapter
@@ -82,6 +84,6 @@ def _split(name: str, matrices: LowRank, stack: ExpertMatrices) -> dict[str, Low
     ups = matrices.up.reshape(len(matrices.up), -1, count)
     found = {}
     for expert, modules in enumerate(stack.modules):
-        for module, up in zip(modules, ups[:, :, expert].split(list(stack.rows)), strict=True):
+        for module, up in zip(modules, torch.split(ups[:, :, expert], list(stack.rows)), strict=True):
             found[module] = LowRank(downs[expert], up.contiguous(), matrices.scale)
     return found
