@@ -274,10 +274,11 @@ def matrix(cards: Mapping[str, Scorecard]) -> str:
 _MATRIX_PAGE = """# Capability matrix
 
 Made from the scorecards under `conformance/scorecards/` by `make matrix`; not edited by hand. A device that is not here
-has no scorecard of this manifest. cuda has run on an H200, and tpu on a CPU device of its vendor's runtime, under
-earlier ones: their scorecards are kept under `benchmarks/results/gpu` and `benchmarks/results/tpu`. rocm has not run on
-a device. `make interpreted` judges their kernels as triton-interpreter, a simulation; its scorecard is not of this
-manifest yet. Neither tpu nor ascend has run on its hardware: ascend-simulated is the plugin over a simulated NPU.
+has no scorecard of this manifest. tpu has run on a CPU device of its vendor's runtime under an earlier one: that
+scorecard is kept under `benchmarks/results/tpu`, and those of cuda on other devices under `benchmarks/results/gpu`.
+rocm has not run on a device. `make interpreted` judges the kernels of both as triton-interpreter, a simulation; its
+scorecard is not of this manifest yet. Neither tpu nor ascend has run on its hardware: ascend-simulated is the plugin
+over a simulated NPU.
 
 Evidence:
 

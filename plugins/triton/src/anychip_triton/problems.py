@@ -209,6 +209,13 @@ INT8 = QuantScheme(values="int8", scales="channel")
 W8A8 = QuantScheme(values="int8", scales="channel", activations="token")
 FP8 = QuantScheme(values="fp8_e4m3", scales="channel", activations="token")
 FP8_BLOCKS = QuantScheme(values="fp8_e4m3", scales="block", group_size=128, activations="group")
+FEW = tuple(
+    QuantScheme(values=values, scales="group", group_size=size, activations="group")
+    for values in ("int8", "fp8_e4m3")
+    for size in (16, 48)
+)
+"""Of groups in which no tile has as many columns as products of 8 bits take."""
+
 SCHEMES = (INT4, INT8, W8A8, FP8, FP8_BLOCKS)
 
 _LLAMA = {"heads": 32, "kv_heads": 8, "dim": 128}
@@ -236,6 +243,8 @@ PROBLEMS: tuple[Problem, ...] = (
     *(partial(product, rows=rows, **_PROJECTION) for rows in (1, 16)),
     *(partial(product, rows=1, epilogue=activation, **_PROJECTION) for activation in get_args(Activation)),
     *(partial(product, rows=rows, scheme=s, **_PROJECTION) for s in SCHEMES for rows in (1, 16, 64, 512)),
+    *(partial(product, rows=rows, scheme=s, columns=960, features=512) for s in FEW for rows in (1, 64)),
+    *(partial(experts, tokens=1, scheme=s) for s in FEW),
     *(partial(experts, tokens=count, scheme=s) for s in (None, INT4, FP8, FP8_BLOCKS) for count in (1, 128, 4096)),
     *(partial(adapters, tokens=count, rank=rank) for count in (1, 128, 4096) for rank in (8, 16, 64, 256)),
     *(partial(adapters, tokens=count, dtype=dtype) for count in (1, 4096) for dtype in ("float16", "float32")),
@@ -249,6 +258,7 @@ SAMPLE: tuple[Problem, ...] = (
     partial(attention, **_LLAMA, rows=4, queries=512),
     partial(product, rows=16, **_PROJECTION),
     partial(product, rows=1, epilogue="silu", **_PROJECTION),
+    partial(product, rows=1, scheme=FEW[-1], columns=96, features=64),
     partial(product, rows=512, scheme=FP8, **_PROJECTION),
     partial(product, rows=64, scheme=INT4, **_PROJECTION),
     partial(experts, tokens=4096),
