@@ -16,6 +16,7 @@ from anychip.messages import DeviceRules, EngineStats, SequenceDelta
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.adapters import AdapterSlots
 from anychip.scheduler.beams import Beams
+from anychip.scheduler.deltas import delta_of, until_end
 from anychip.scheduler.drafting import Drafting
 from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.step import ScheduledStep, StepDraft
@@ -295,7 +296,7 @@ class Scheduler:
             if num_gained is not None and end > first + 1:
                 gained = tokens[first:end]
                 if not request.stop_ids.isdisjoint(gained) or len(output) + len(gained) > request.max_output:
-                    gained = _until_end(request, gained)
+                    gained = until_end(request, gained)
                 token = gained[-1]
             output += gained
             num_output = len(output)
@@ -305,7 +306,7 @@ class Scheduler:
             elif num_output >= request.max_output:
                 reason = "length"
             if reason or not request.whole:
-                delta = _delta(request, output if request.whole else gained, reason)
+                delta = delta_of(request, output if request.whole else gained, reason)
                 if first in result.logprobs:
                     delta.logprobs = [result.logprobs[at] for at in range(first, first + len(gained))]
                 deltas.append(delta)
@@ -326,7 +327,7 @@ class Scheduler:
         deltas = []
         for position, (request, epoch) in step.pooled.items():
             if request.epoch == epoch:
-                delta = _delta(request, [], "stop")
+                delta = delta_of(request, [], "stop")
                 delta.vector = result.vectors[position]
                 deltas.append(delta)
                 self._end(request, "stop")
@@ -379,24 +380,3 @@ class Scheduler:
         if self.drafting is not None:
             self.drafting.forget(request.slot)
         request.slot = None
-
-
-def _delta(request: Request, told: list[int], reason: FinishReason | None) -> SequenceDelta:
-    """The newest of a request's tokens, for the clients; with its first, what was to be known of its beginning."""
-    delta = SequenceDelta(request.request_id, request.index, told, finish_reason=reason)
-    if len(told) == len(request.output_token_ids):
-        delta.cached_tokens = request.cached_tokens
-        delta.queued_s = request.scheduled_at - request.arrived_at
-        if request.sampling.prompt_logprobs is not None and not request.index:
-            delta.prompt_logprobs = request.prompt_logprobs
-    return delta
-
-
-def _until_end(request: Request, tokens: list[int]) -> list[int]:
-    """Of the tokens that follow a request's output, those up to its end."""
-    before = request.num_output
-    for count in range(1, len(tokens) + 1):
-        stops = tokens[count - 1] in request.stop_ids and before + count >= request.sampling.min_tokens
-        if stops or before + count >= request.max_output:
-            return tokens[:count]
-    return tokens
