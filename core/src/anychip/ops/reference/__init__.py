@@ -68,7 +68,48 @@ __all__ = [
     "ReferenceAttention", "ReferenceEncoder", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates",
     "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
     "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dense_part", "dequantize", "draw_tokens",
-    "forward_pass", "functional", "gated_sum_chunked", "gated_sum_recurrent", "logits_of", "merge_attention",
-    "pooled_sums", "quantized", "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores",
-    "with_wide_scales", "write_adapters", "write_embeddings",
+    "forward_pass",
+    "functional", "gated_sum_chunked", "gated_sum_recurrent", "logits_of", "merge_attention", "pooled_sums",
+    "quantized", "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
+    "write_adapters", "write_embeddings",
 ]  # fmt: skip
+
+
+class _ReferenceKernels:
+    """plugin_api.ReferenceKernels, implemented."""
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return ReferenceAttention(spec)
+
+    def latent(self, spec: LatentSpec) -> LatentBackend:
+        return SparseLatent(spec, ReferenceLatent(dense_part(spec))) if spec.index_dim else ReferenceLatent(spec)
+
+    def state(self, spec: StateSpec) -> StateBackend:
+        return reference_state(spec)
+
+    def encoder(self, spec: EncoderSpec) -> EncoderBackend:
+        return ReferenceEncoder(spec)
+
+    def linear(self, spec: LinearSpec, platform: Platform) -> LinearKernel:
+        return reference_linear(spec, platform)
+
+    def moe(self, spec: MoESpec, platform: Platform) -> FusedMoE:
+        return ReferenceMoE(spec, platform)
+
+    def empty(self, shape: Sequence[int], dtype: str, device: str, *, pinned: bool = False) -> Tensor:
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=device, pin_memory=pinned)
+
+    def seed(self, n: int) -> None:
+        torch.manual_seed(n)
+
+
+REFERENCE = _ReferenceKernels()
+
+
+def _reference_ops() -> dict[str, Callable[..., Any]]:
+    sources = (functional, sampling, adapters, CompositeOps(functional))
+    return {name: next(getattr(s, name) for s in sources if hasattr(s, name)) for name in OP_VERSIONS}
+
+
+REFERENCE_OPS = _reference_ops()
+"""By op name: the function that runs where a platform brings none."""
