@@ -68,10 +68,9 @@ __all__ = [
     "ReferenceAttention", "ReferenceEncoder", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE", "ReferenceStates",
     "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views", "attend_gathered", "attend_row",
     "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen", "dense_part", "dequantize", "draw_tokens",
-    "forward_pass",
-    "functional", "gated_sum_chunked", "gated_sum_recurrent", "logits_of", "merge_attention", "pooled_sums",
-    "quantized", "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
-    "write_adapters", "write_embeddings",
+    "forward_pass", "functional", "gated_sum_chunked", "gated_sum_recurrent", "logits_of", "merge_attention",
+    "pooled_sums", "quantized", "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores",
+    "with_wide_scales", "write_adapters", "write_embeddings",
 ]  # fmt: skip
 
 
