@@ -125,16 +125,7 @@ class LMHead:
                 scheme=scheme,
             )
         )
-        self.site: AdapterSite | None = None
-        if builder.takes("head"):
-            self.site = builder.add_site(
-                in_features=hidden_size,
-                columns=Span(0, hidden_size),
-                out_features=share.count,
-                parts=(AdaptedPart(module=name, rows=vocab_size, held=held, offset=0),),
-                dtype=builder.dtype,
-                gains=builder.takes("magnitudes") and scheme is None,
-            )
+        self.site = self._site(builder, name, hidden_size, share.count, held) if builder.takes("head") else None
         builder.weights.finishers.append(self._finish)
         if tied is not None:
             builder.weights.ignored += (f"{name}.weight",)
@@ -154,6 +145,17 @@ class LMHead:
                 scheme=scheme,
                 put=self._put,
             ),
+        )
+
+    def _site(self, builder: Builder, name: str, hidden_size: int, rows: int, held: Span) -> AdapterSite:
+        """Where adapters of the head go; rows past the vocabulary have none."""
+        return builder.add_site(
+            in_features=hidden_size,
+            columns=Span(0, hidden_size),
+            out_features=rows,
+            parts=(AdaptedPart(module=name, rows=self.vocab_size, held=held, offset=0),),
+            dtype=builder.dtype,
+            gains=builder.takes("magnitudes") and self.kernel.spec.scheme is None,
         )
 
     def _put(self, kind: str, tensor: Tensor, row: int = 0) -> None:

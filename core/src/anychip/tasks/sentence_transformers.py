@@ -109,11 +109,6 @@ def described(folder: Path) -> Described:
             raise _refused(folder, f"module {name}")
     if kind == "SentenceTransformer" and pooling is None:
         raise _refused(folder, "no module Pooling: a vector for every token is not served")
-    messages = dict(text.get("modality_config") or {}).get("message")
-    if bool(answers) != (text.get("transformer_task") == "text-generation") or (messages and not answers):
-        raise _refused(folder, "a model that draws text, without LogitScore behind it, or LogitScore behind another")
-    if messages and messages.get("format", "flat") != "flat":
-        raise _refused(folder, f"messages of format {messages['format']!r}; known is flat")
     return Described(
         kind=kind,
         pooling=pooling,
@@ -127,8 +122,18 @@ def described(folder: Path) -> Described:
         lower_case=bool(text.get("do_lower_case", False)),
         activation=settings.get("activation_fn"),
         answers=answers,
-        in_template=bool(messages),
+        in_template=_in_template(folder, text, answers),
     )
+
+
+def _in_template(folder: Path, text: Mapping[str, Any], answers: tuple[int, ...]) -> bool:
+    """Whether pairs are messages, which only a model that answers takes."""
+    messages = dict(text.get("modality_config") or {}).get("message")
+    if bool(answers) != (text.get("transformer_task") == "text-generation") or (messages and not answers):
+        raise _refused(folder, "a model that draws text, without LogitScore behind it, or LogitScore behind another")
+    if messages and messages.get("format", "flat") != "flat":
+        raise _refused(folder, f"messages of format {messages['format']!r}; known is flat")
+    return bool(messages)
 
 
 def _answers(folder: Path, path: str, own: Mapping[str, Any]) -> tuple[int, ...]:

@@ -65,14 +65,14 @@ from anychip.plugin_api.platform import Platform
 
 __all__ = [
     "BYTE_RANGES", "REFERENCE", "REFERENCE_OPS", "RULES", "CompositeOps", "DenseCacheAttention", "DenseStates",
-    "DenseWeights", "Drawn", "EditState", "ExpertWeights", "GatedSum", "Passed", "ProcessGroupCommunicator",
+    "DenseWeights", "Drawn", "EditState", "ExpertWeights", "Passed", "ProcessGroupCommunicator",
     "ReferenceAttention", "ReferenceEncoder", "ReferenceLatent", "ReferenceLinear", "ReferenceMoE",
     "ReferenceStates", "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views",
     "attend_gathered", "attend_row", "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen",
     "dense_part", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked",
-    "gated_sum_recurrent", "last_copies", "logits_of", "merge_attention", "pooled_sums", "quantized", "reference_linear",
-    "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales", "write_adapters",
-    "write_embeddings",
+    "gated_sum_recurrent", "last_copies", "logits_of", "merge_attention", "pooled_sums", "quantized",
+    "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
+    "write_adapters", "write_embeddings",
 ]  # fmt: skip
 
 
