@@ -62,7 +62,8 @@ def _values(shape: Sequence[int], dtype: str, place: str) -> Tensor:
     faster than it is with any other numbers."""
     kind = getattr(torch, dtype)
     if kind.is_floating_point and place != "meta":
-        return torch.randn(tuple(shape), dtype=kind, device=place)
+        drawn = kind if kind.itemsize > 1 else torch.bfloat16  # nothing draws 8-bit floats
+        return torch.randn(tuple(shape), dtype=drawn, device=place).to(kind)
     return torch.zeros(tuple(shape), dtype=kind, device=place)
 
 
