@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from anychip.plugin_api.communicator import Communicator
 
 
-Activation = Literal["silu", "gelu_tanh", "swiglu_clamped", "relu2"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_clamped"]
 """Of gate, before up multiplies it. swiglu_clamped: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within 7
-of zero (GPT-OSS). relu2, of experts without a gate: the square of what of up is above zero (Nemotron-H)."""
+of zero (GPT-OSS)."""
+
+Ungated = Literal["relu2"]
+"""Of up, where experts have no gate. relu2: the square of what is above zero (Nemotron-H)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class MoESpec:
     hidden_size: int
     intermediate_size: int
     dtype: DType
-    activation: Activation = "silu"
+    activation: Activation | Ungated = "silu"
     bias: bool = False
     """Whether gate, up and down add a bias."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
