@@ -101,10 +101,13 @@ class CpuStates(DenseStates):
         q, k, v = (_heads(inputs[name]) for name in (("c", "b", "x") if kind == "ssd" else ("q", "k", "v")))
         g, beta = inputs.get("dt" if kind == "ssd" else "g"), inputs.get("beta")
         heads, (groups, key_dim) = v.shape[1], q.shape[1:]
-        by_head = weights.get("a", weights.get("slope"))
+        by_head, skip = (
+            None if held is None else held.contiguous()
+            for held in (weights.get("a", weights.get("slope")), weights.get("d"))
+        )  # fmt: skip
         rule = fields(
             _MATRICES[kind], DTYPES[self.spec.dtype], heads, groups, key_dim, v.shape[2], _address(by_head),
-            _address(weights.get("d")),
+            _address(skip),
         )  # fmt: skip
         given = [q, k, v, *(held if held is None or held.dim() == 2 else _heads(held) for held in (g, beta))]
         described = fields(*(part for held in given for part in _described(held)))
@@ -114,19 +117,20 @@ class CpuStates(DenseStates):
 
     def _convolved(self, inputs: Mapping[str, Tensor], cache: States, plan: StatePlan, weights: Any) -> Tensor:
         (x, ldx), weight = rows_of(inputs["x"]), weights["weight"].contiguous()
+        bias = weights["bias"].contiguous() if "bias" in weights else None
         out = torch.empty(x.shape, dtype=x.dtype)
         self._kernels.convolution(
-            plan.step, DTYPES[self.spec.dtype], *weight.shape, weight.data_ptr(), _address(weights.get("bias")),
+            plan.step, DTYPES[self.spec.dtype], *weight.shape, weight.data_ptr(), _address(bias),
             x.data_ptr(), ldx, cache["tail"].data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
 
     def _scanned(self, inputs: Mapping[str, Tensor], cache: States, plan: StatePlan, weights: Any) -> Tensor:
         given = [rows_of(inputs[name]) for name in ("x", "dt", "b", "c")]
-        x, a = given[0][0], weights["a"].contiguous()
+        x, a, d = given[0][0], weights["a"].contiguous(), weights["d"].contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
         self._kernels.scan(
-            plan.step, DTYPES[self.spec.dtype], *a.shape, a.data_ptr(), weights["d"].data_ptr(),
+            plan.step, DTYPES[self.spec.dtype], *a.shape, a.data_ptr(), d.data_ptr(),
             *(part for rows, apart in given for part in (rows.data_ptr(), apart)), cache["state"].data_ptr(),
             out.data_ptr(),
         )  # fmt: skip
