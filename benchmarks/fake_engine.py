@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-from anychip.config import EngineSpec
 from anychip.engine.engine_loop import EngineLoop
 from anychip.engine.ipc import to_engine_decoder
 from anychip.executor.progress import Progress
@@ -28,6 +27,7 @@ from anychip.messages import (
     Shutdown,
     WorkerReady,
 )
+from anychip.process_specs import EngineSpec
 
 MAX_MODEL_LEN = 200_000
 WORDS = range(1000, 1400)

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from anychip import LLM, SamplingParams
 from anychip.adapter_files import AdapterFolder
-from anychip.config import EngineConfig, ServerConfig
+from anychip.config import EngineConfig
 from anychip.entrypoints.cli.main import main
 from anychip.entrypoints.http.admin import make_admin_app
 from anychip.entrypoints.http.app import make_app
 from anychip.errors import AdapterRefused, ConfigError, UnknownModel, Unsupported
 from anychip.launch.async_llm import AsyncLLM
+from anychip.server_config import ServerConfig
 from anychip_conformance.equality.tiny_adapters import EVERY, FIVE, TinyAdapter
 from anychip_conformance.equality.tiny_models import make_checkpoint
 from anychip_conformance.fakes.spmd import SpmdPlatform

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 import anychip
-from anychip.config import Environment
 from anychip.entrypoints.cli import serve
 from anychip.entrypoints.cli.options import engine_config
 from anychip.entrypoints.http import gate, server
+from anychip.environment import Environment
 from anychip.launch import async_llm, child, engine_process
 from anychip.observability.metrics import Metrics
 

@@ -17,7 +17,6 @@ from thread_ranks import RankThread
 from torch import Tensor
 
 from anychip import LLM, EngineConfig, SamplingParams
-from anychip.config import WorkerSpec
 from anychip.entrypoints.cli.main import main
 from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.launch.plan import plan_engine
@@ -26,6 +25,7 @@ from anychip.model_config import load_model_config
 from anychip.observability.metrics import Metrics
 from anychip.ops.table import resolve_platform_ops
 from anychip.plugin_api import Mesh, MeshShape
+from anychip.process_specs import WorkerSpec
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.device import open_device
 from anychip_conformance.equality.oracle import judge

@@ -11,9 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.errors import InvalidOverride, PluginFailed, PluginImportFailed
 from anychip.plugin_api import API_VERSION, DeviceInfo, Platform, PlatformManifest, ProbeResult
+from anychip.process_specs import WorkerSpec
 from anychip.registry.plugins import Plugins
 from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.worker import Worker

@@ -11,11 +11,12 @@ from types import FrameType
 import httpx
 import pytest
 
-from anychip.config import EngineConfig, EngineSpec
+from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.entrypoints.http.app import make_app
 from anychip.launch import async_llm, engine_main, engine_process
 from anychip.launch.async_llm import AsyncLLM
+from anychip.process_specs import EngineSpec
 from anychip_cpu import native
 
 PAGE = Path(__file__).parents[2] / "docs" / "request-lifecycle.md"

@@ -6,8 +6,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-from anychip.config import WorkerSpec
 from anychip.launch.worker_main import WorkerProcess
+from anychip.process_specs import WorkerSpec
 from anychip_cpu import native
 
 native.load("")

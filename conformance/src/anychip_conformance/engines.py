@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from anychip import LLM
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
+from anychip.process_specs import WorkerSpec
 from anychip.scheduler.scheduler import ScheduledStep, Scheduler
 from anychip.step_messages import StepDecision
 from anychip.worker.worker import Worker

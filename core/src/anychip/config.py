@@ -1,14 +1,12 @@
-"""Every setting, validated when it is made and frozen afterwards. The only reader of ANYCHIP_* variables.
+"""Every setting of an engine, validated when it is made and frozen afterwards. Reads no environment variable.
 
 "auto" values are resolved once, into a new object, where what they depend on is known.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -274,125 +272,3 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 def _named(speculate: str | None, kind: str) -> str | None:
     return speculate.removeprefix(kind) if speculate and speculate.startswith(kind) else None
-
-
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How an engine is served over HTTP. Raises ConfigError at construction."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str | None = None
-    """A Unix socket instead of host and port."""
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    api_key: str | None = None
-    api_keys: str | None = None
-    """A file of hashed keys, as `anychip hash-key` writes them."""
-    key_concurrency: int | None = None
-    """Requests that one key may have open at once."""
-    admin_port: int | None = None
-    admin_key: str | None = None
-    adapter_folder: str | None = None
-    """Where adapters may be loaded from while the server runs; None: from nowhere."""
-    cors_origins: tuple[str, ...] = ()
-    ui: bool = True
-    lenient: bool = False
-    max_body_bytes: int = 8 * 2**20
-    request_timeout_s: float | None = None
-    """The longest that a request may take; one may ask for less."""
-    ready_within_s: float = 10.0
-    """Without forward progress for so long, the server is not ready."""
-    drain_s: float = 30.0
-    restarts: int = 5
-    """Of a dead engine, within ten minutes."""
-    tool_parser: str = "auto"
-    reasoning_parser: str = "auto"
-    otel_endpoint: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("TLS takes both --tls-cert and --tls-key")
-        for name in ("api_key", "admin_key"):
-            _check_key(name, getattr(self, name))
-        if self.admin_port is not None and self.admin_key is None:
-            raise ConfigError("--admin-port takes an --admin-key: whoever reaches the port could stop the server")
-        if self.key_concurrency is not None and self.key_concurrency < 1:
-            raise ConfigError(f"key_concurrency is {self.key_concurrency}; expected 1 or more")
-
-
-def _check_key(name: str, key: str | None) -> None:
-    """A secret that is unset where it should be set must not open the server."""
-    remedy = f"give --{name.replace('_', '-')} or ANYCHIP_{name.upper()} a key, or leave both out"
-    if key is not None and not key.strip():
-        raise ConfigError(f"{name} is empty; {remedy}")
-    if key is not None and key != key.strip():
-        raise ConfigError(f"{name} begins or ends with white space, which no client can send; {remedy}")
-
-
-class WorkerLink(msgspec.Struct, frozen=True):
-    """Where a worker gets its steps and leaves its results: endpoints of the engine's sockets."""
-
-    decisions: str
-    results: str
-    key_file: str = ""
-    """Has the key that the sockets ask for; "": they ask for none."""
-
-
-class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's place: its rank, the devices that its process drives, where ranks meet."""
-
-    config: EngineConfig
-    device: str
-    device_indexes: tuple[int, ...]
-    rank: int
-    world_size: int
-    store: str
-    folder: str
-    probe: dict[str, Any]
-    """What the plugin's probe found, as plain values: it is asked once, by who chooses the device."""
-    link: WorkerLink | None = None
-    """Known when the engine's sockets are bound."""
-
-    @property
-    def lane(self) -> int:
-        """Whose requests it serves. Lanes have no stages."""
-        return self.rank // (self.world_size // self.config.data_parallel_size)
-
-    @property
-    def reports(self) -> bool:
-        """Whether its results are the engine's: those of the first rank that draws, which is of the last stage, and one
-        in each lane."""
-        each = self.world_size // self.config.data_parallel_size
-        return self.rank % each == each - each // self.config.pipeline_parallel_size
-
-
-class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process is told: its configuration, and the folder of its sockets."""
-
-    config: EngineConfig
-    folder: str
-
-
-class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """The ANYCHIP_* variables. An unknown one is an error, so that a misspelling is not silence."""
-
-    log_level: str = "info"
-    device: str = "auto"
-    api_key: str | None = None
-    admin_key: str | None = None
-    log_format: str = "text"
-
-    @classmethod
-    def read(cls, *, child: bool = False) -> Environment:
-        """Raises ConfigError for a variable that is none; in a child, platforms have added theirs."""
-        known = {f"ANYCHIP_{name.upper()}": name for name in cls.__struct_fields__}
-        found = {key: value for key, value in os.environ.items() if key.startswith("ANYCHIP_")}
-        if not child and (unknown := sorted(set(found) - set(known))):
-            raise ConfigError(f"unknown variable {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**{known[key]: value for key, value in found.items() if key in known})
-
-
-def child_environment(extra: Mapping[str, str], unset: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a child process: this one's, with a platform's additions, and with `unset` where it has no
-    such variable."""
-    return {**(unset or {}), **os.environ, **extra}

@@ -16,13 +16,14 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from starlette.types import ASGIApp
 
-from anychip.config import EngineConfig, ServerConfig
+from anychip.config import EngineConfig
 from anychip.entrypoints.http.app import make_app
 from anychip.entrypoints.http.server import CLOSING_S, steady_interpreter
 from anychip.errors import ConfigError, EngineDead
 from anychip.launch.async_llm import AsyncLLM
 from anychip.launch.hosts.workers import ray_resource_of
 from anychip.registry.plugins import load_plugins
+from anychip.server_config import ServerConfig
 
 _MAX_ONGOING = 100_000
 """Requests that Ray hands to a replica at once. The engine's own queue decides, as it does without Ray."""

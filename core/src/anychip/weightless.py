@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.errors import ConfigError
 from anychip.hub import located
 from anychip.model_config import ModelConfig, load_model_config
@@ -28,6 +28,7 @@ from anychip.plugin_api import (
     StepModel,
     WeightView,
 )
+from anychip.process_specs import WorkerSpec
 from anychip.registry.devices import parsed_options
 from anychip.registry.plugins import load_plugins
 from anychip.weights.register import WeightRegister, load_weights

@@ -13,7 +13,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from anychip.config import EngineConfig, ServerConfig
+from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.input_processor import InputProcessor
 from anychip.engine.input_threads import InputThreads
@@ -22,6 +22,7 @@ from anychip.engine.outputs import RequestOutput, SequenceOutput
 from anychip.entrypoints.http.app import make_app
 from anychip.launch.served_adapters import ServedAdapters
 from anychip.observability.metrics import Metrics
+from anychip.server_config import ServerConfig
 from anychip.step_messages import TokenLogprobs
 from anychip.tasks.served import ServedTask
 from anychip.tokenizer.chat_template import ChatTemplate

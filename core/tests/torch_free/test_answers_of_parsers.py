@@ -9,7 +9,7 @@ import httpx
 import pytest
 from served_kit import ScriptedLLM, with_client
 
-from anychip.config import ServerConfig
+from anychip.server_config import ServerConfig
 
 LLM = ScriptedLLM(gap=0.0)
 ARGUMENTS = [

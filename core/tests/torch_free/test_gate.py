@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from served_kit import ScriptedLLM, with_client
 from starlette.responses import StreamingResponse
 
-from anychip.config import ServerConfig
 from anychip.entrypoints.http import connection, incoming
 from anychip.entrypoints.http.connection import Connection
 from anychip.entrypoints.http.incoming import Incoming
 from anychip.entrypoints.http.keys import Keys, given_key, hashed
 from anychip.errors import BodyTooLarge, ConfigError, InvalidRequest, RequestTimeout
+from anychip.server_config import ServerConfig
 
 STREAMS = [
     ("/v1/completions", {"prompt": "x"}),

@@ -10,8 +10,9 @@ import msgspec
 import pytest
 import zmq
 
-from anychip.config import EngineConfig, Environment, WorkerLink, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.entrypoints.cli.options import add_engine_options, engine_arguments, engine_config
+from anychip.environment import Environment
 from anychip.errors import ConfigError, DeviceUnavailable, EngineDead
 from anychip.keyed_sockets import ClusterKey, KeyedContext
 from anychip.launch.hosts import control
@@ -30,6 +31,7 @@ from anychip.launch.hosts.messages import (
     ToHost,
     WorkerEnded,
 )
+from anychip.process_specs import WorkerLink, WorkerSpec
 
 VERSIONS = {"anychip": "1.0", "anychip-fake": "1.0", "torch": "2.9"}
 KEY = ClusterKey.new()

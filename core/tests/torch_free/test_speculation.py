@@ -239,7 +239,7 @@ def test_a_long_prompt_is_taken_in_by_parts_and_what_was_drawn_at_once(monkeypat
 
 
 def test_a_proposer_that_does_not_exist_is_refused_by_name():
-    there_are = "auto, draft:MODEL, eagle:HEAD, medusa:HEADS, ngram, suffix"
+    there_are = "auto, draft:MODEL, eagle:HEAD, medusa:HEADS, mtp, ngram, suffix"
     with pytest.raises(ConfigError, match=f"--speculate crystal-ball: no such proposer; there are {there_are}"):
         make_proposer("crystal-ball", {})
     with pytest.raises(ConfigError, match="max_drafts is 0; expected 1 or more"):

@@ -10,7 +10,7 @@ import pytest
 from served_kit import ScriptedLLM, with_client
 from test_left_out import NESTED, ROUTES, documented
 
-from anychip.config import ServerConfig
+from anychip.server_config import ServerConfig
 
 SERVED = ScriptedLLM()
 NUMBERS = [

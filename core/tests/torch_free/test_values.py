@@ -7,8 +7,9 @@ import math
 import msgspec
 import pytest
 
-from anychip.config import EngineConfig, Environment
+from anychip.config import EngineConfig
 from anychip.entrypoints.cli.options import parse_count
+from anychip.environment import Environment
 from anychip.errors import ConfigError, EngineDead, InvalidRequest, KVCacheTooSmall, Unsupported, rebuild
 from anychip.messages import AddRequest, Outputs, SequenceDelta, ToEngine
 from anychip.plugin_api.manifest import PluginOptions

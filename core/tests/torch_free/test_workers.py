@@ -13,12 +13,13 @@ import pytest
 from engine_kit import TOKEN, add_message, make_core, make_scheduler
 
 import anychip.launch.worker_main as worker_main
-from anychip.config import EngineConfig, WorkerLink, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.errors import DeviceFault, EngineDead, EngineHung
 from anychip.executor.links import FolderLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.progress import Progress
 from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
+from anychip.process_specs import WorkerLink, WorkerSpec
 from anychip.scheduler.lanes import empty_decision
 from anychip.step_messages import LaneDecisions, LaneInputs, LateInputs, StepDecision, StepResult
 

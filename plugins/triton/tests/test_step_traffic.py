@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.model_config import load_model_config
 from anychip.ops.reference import REFERENCE
 from anychip.ops.table import resolve_ops
@@ -24,6 +24,7 @@ from anychip.plugin_api import (
     PluginOptions,
     ProbeResult,
 )
+from anychip.process_specs import WorkerSpec
 from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.model_runner import ModelRunner
 from anychip.worker.preparation import prepare

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from anychip.compress.targets import target
 from anychip.compress.texts import cut, perplexity, read_texts
-from anychip.config import EngineConfig, Environment
+from anychip.config import EngineConfig
 from anychip.entrypoints.cli.serve import size
+from anychip.environment import Environment
 from anychip.errors import ConfigError
 from anychip.hub import resolve_folder
 from anychip.launch.build import load_tokenizer

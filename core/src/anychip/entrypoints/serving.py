@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import Request
 
 from anychip.chat.parsers.registry import ChosenParsers, choose_parsers
-from anychip.config import ServerConfig
 from anychip.engine.input_processor import RequestOptions
 from anychip.entrypoints.http.keys import NOBODY, Keys
 from anychip.errors import InvalidRequest, UnknownModel
 from anychip.launch.async_llm import AsyncLLM
 from anychip.registry.plugins import load_plugins
 from anychip.sampling_params import SamplingParams
+from anychip.server_config import ServerConfig
 from anychip.tasks.detect import refusal
 
 MAX_PRIORITY = 2**31 - 1

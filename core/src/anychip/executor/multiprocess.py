@@ -15,7 +15,6 @@ from typing import NoReturn, Protocol
 import msgspec
 import zmq
 
-from anychip.config import WorkerLink
 from anychip.errors import AnychipError, EngineDead, EngineHung, rebuild
 from anychip.executor.flying import FlyingStep, FlyingSteps
 from anychip.executor.links import Links
@@ -30,6 +29,7 @@ from anychip.messages import (
     WorkerProgress,
     WorkerReady,
 )
+from anychip.process_specs import WorkerLink
 from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LaneDecisions, LaneInputs, StepResult
 
 log = logging.getLogger("anychip.engine")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from anychip.config import EngineConfig, WorkerLink, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.extras import ServedExtras
 from anychip.engine.grammars import PendingGrammars
@@ -27,6 +27,7 @@ from anychip.launch.worker_spec import worker_spec
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api.manifest import Decision, Placement
+from anychip.process_specs import WorkerLink, WorkerSpec
 from anychip.registry.blame import calling
 from anychip.registry.devices import ChosenDevice, choose_device
 from anychip.registry.plugins import Plugins

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from anychip.config import child_environment
+from anychip.environment import child_environment
 
 log = logging.getLogger("anychip.engine")
 
@@ -33,7 +33,7 @@ _KILL_S = 5.0
 
 class Child:
     """`python -m module`, given `spec` on standard input as one line of JSON; environments as
-    config.child_environment has them. Raises OSError."""
+    environment.child_environment has them. Raises OSError."""
 
     def __init__(
         self,

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from anychip.config import EngineSpec, Environment
 from anychip.engine.engine_core import EngineCore
 from anychip.engine.engine_loop import EngineLoop
+from anychip.environment import Environment
 from anychip.errors import AnychipError
 from anychip.launch.build import build_engine, progress_of
 from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
 from anychip.model_config import load_model_config
 from anychip.observability.logs import configure_logging
+from anychip.process_specs import EngineSpec
 from anychip.registry.blame import blamed
 from anychip.registry.plugins import load_plugins
 

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from anychip.config import EngineConfig, EngineSpec
+from anychip.config import EngineConfig
 from anychip.engine.async_engine import AsyncEngine
 from anychip.errors import AnychipError, EngineDead
 from anychip.launch.child import Child, kill_leftover, runs, show_stack
 from anychip.launch.folder import private_folder
 from anychip.launch.watchdog import Watchdog
+from anychip.process_specs import EngineSpec
 
 _WATCH_INTERVAL_S = 0.1
 _STACK_S = 0.2

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from anychip.config import Environment, WorkerSpec
+from anychip.environment import Environment
 from anychip.errors import AnychipError, DeviceFault, fault_of
 from anychip.executor.protocol import PendingResult, StepWorker
 from anychip.keyed_sockets import ClusterKey
@@ -23,6 +23,7 @@ from anychip.launch.build import load_worker
 from anychip.launch.child import end_with_parent, read_spec, show_stacks_when_asked
 from anychip.messages import DropAdapter, FromWorker, LoadAdapter, Shutdown, ToWorker, WorkerFailed, WorkerProgress
 from anychip.observability.logs import configure_logging
+from anychip.process_specs import WorkerSpec
 from anychip.step_messages import StepDecision, StepResult
 
 log = logging.getLogger("anychip.worker")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
+from anychip.process_specs import WorkerSpec
 from anychip.registry.devices import ChosenDevice
 
 

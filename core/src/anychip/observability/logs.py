@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from anychip.config import Environment
+from anychip.environment import Environment
 from anychip.errors import ConfigError
 
 _FIELDS = ("request_id", "tenant", "status", "seconds", "prompt_tokens", "output_tokens", "finish_reason")

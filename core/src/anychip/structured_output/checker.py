@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from anychip.config import child_environment
+from anychip.environment import child_environment
 from anychip.errors import InvalidRequest, QueueFull
 from anychip.sampling_params import StructuredOutput
 

@@ -13,7 +13,7 @@ from typing import cast
 
 import msgspec
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.errors import ConfigError, Unsupported
 from anychip.head_config import HeadConfig, load_head_config, load_medusa_config
 from anychip.model_config import ModelConfig, load_model_config
@@ -37,6 +37,7 @@ from anychip.plugin_api import (
     StateSpec,
 )
 from anychip.plugin_api.refusals import among
+from anychip.process_specs import WorkerSpec
 from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.worker.head_steps import HEAD_FEATURES, HeadShapes, num_feature_rows
 from anychip.worker.kv_plan import BackendFor

@@ -10,10 +10,10 @@ from importlib import import_module
 
 import msgspec
 
-from anychip.config import WorkerSpec
 from anychip.errors import DeviceFault, DeviceUnavailable, InvalidOverride
 from anychip.ops.reference import REFERENCE
 from anychip.plugin_api import Platform, PlatformContext, PlatformManifest, PluginOptions, ProbeResult
+from anychip.process_specs import WorkerSpec
 from anychip.registry.blame import blamed, calling, imported, versioned
 from anychip.registry.devices import parsed_options
 from anychip.registry.plugins import Plugins

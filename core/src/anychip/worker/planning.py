@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anychip.config import WorkerSpec
 from anychip.layers.stage import Stage
 from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
@@ -27,6 +26,7 @@ from anychip.plugin_api import (
     WeightView,
     sites_of,
 )
+from anychip.process_specs import WorkerSpec
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.weights.register import WeightRegister, load_weights
 from anychip.worker.absent_ranks import AbsentRanks

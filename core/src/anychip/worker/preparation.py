@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from anychip.config import EngineConfig, WorkerSpec
+from anychip.config import EngineConfig
 from anychip.errors import ConfigError, Unsupported
 from anychip.head_config import HeadConfig
 from anychip.layers.context_parallel import cache_backend
@@ -36,6 +36,7 @@ from anychip.plugin_api import (
     edit_state_bytes,
 )
 from anychip.plugin_api.version import check_shape_policy
+from anychip.process_specs import WorkerSpec
 from anychip.tasks.detect import served_task
 from anychip.types import cdiv, itemsize
 from anychip.worker.absent_ranks import AbsentRanks

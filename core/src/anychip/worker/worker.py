@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import msgspec
 
-from anychip.config import WorkerSpec
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.layers.stage import WHOLE
 from anychip.messages import DropAdapter, KVCacheConfig, LoadAdapter, MemoryPlan, WorkerReady
@@ -27,6 +26,7 @@ from anychip.plugin_api import (
     StepProgram,
 )
 from anychip.plugin_api.ops import COMPOSITE_OPS
+from anychip.process_specs import WorkerSpec
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.step_messages import ExpertStats, LateInputs, StepDecision, StepResult
 from anychip.worker.adapters import AdapterStore, Report, slot_bytes

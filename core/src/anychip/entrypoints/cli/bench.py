@@ -16,8 +16,9 @@ from rich.table import Table
 from anychip.bench import offline, report
 from anychip.bench.online import Slo, serve_load
 from anychip.bench.workload import Workload
-from anychip.config import EngineConfig, Environment
+from anychip.config import EngineConfig
 from anychip.entrypoints.cli.options import add_engine_options, engine_arguments, engine_config, parse_count
+from anychip.environment import Environment
 from anychip.errors import ConfigError
 from anychip.hub import located
 from anychip.model_config import load_model_config

@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from anychip.config import Environment
 from anychip.entrypoints.cli.generate import add_sampling_options, open_llm, print_outputs, sampling_params
 from anychip.entrypoints.cli.options import add_engine_options
+from anychip.environment import Environment
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:

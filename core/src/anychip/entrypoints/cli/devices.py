@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anychip.config import Environment
+from anychip.environment import Environment
 from anychip.registry.devices import Candidate, candidates
 from anychip.registry.plugins import BrokenPlugin, load_plugins
 

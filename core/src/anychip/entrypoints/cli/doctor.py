@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import anychip
-from anychip.config import EngineConfig, Environment
+from anychip.config import EngineConfig
+from anychip.environment import Environment
 from anychip.errors import PluginError, UserError
 from anychip.launch.inspect import OpReport, inspect_ops
 from anychip.plugin_api.version import API_VERSION

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from anychip.config import Environment
 from anychip.engine.outputs import RequestOutput
 from anychip.entrypoints.cli.options import add_engine_options, engine_config
+from anychip.environment import Environment
 from anychip.launch.llm import LLM
 from anychip.sampling_params import SamplingParams
 

@@ -6,8 +6,8 @@ import argparse
 import re
 import sys
 
-from anychip.config import Environment
 from anychip.entrypoints.http.keys import hashed, new_key
+from anychip.environment import Environment
 from anychip.errors import ConfigError
 
 

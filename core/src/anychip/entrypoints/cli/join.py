@@ -6,7 +6,7 @@ import argparse
 import signal
 import socket
 
-from anychip.config import Environment
+from anychip.environment import Environment
 from anychip.errors import ConfigError
 from anychip.keyed_sockets import ClusterKey
 from anychip.launch.folder import private_folder

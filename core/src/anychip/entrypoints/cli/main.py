@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import anychip
-from anychip.config import Environment
+from anychip.environment import Environment
 from anychip.errors import AnychipError, ConfigError, UserError
 from anychip.observability.logs import configure_logging
 from anychip.registry.blame import blamed, imported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-from anychip.config import Environment
+from anychip.environment import Environment
 from anychip.hub import resolve_folder
 
 MERGE = "anychip.weights.merge"

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from anychip.config import ADAPTER_TARGETS, EngineConfig, Environment
+from anychip.config import ADAPTER_TARGETS, EngineConfig
+from anychip.environment import Environment
 from anychip.errors import ConfigError
 from anychip.prompt_extras import POOLING_KINDS
 from anychip.tasks.served import TASKS

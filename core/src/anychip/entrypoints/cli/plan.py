@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anychip.config import Environment
 from anychip.entrypoints.cli.options import add_engine_options, engine_config
 from anychip.entrypoints.cli.serve import size
+from anychip.environment import Environment
 from anychip.launch.plan import EnginePlan, plan_engine
 from anychip.messages import MemoryPlan
 

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 import msgspec
 
-from anychip.config import Environment, ServerConfig
 from anychip.entrypoints.cli.options import add_engine_options, engine_config
 from anychip.entrypoints.http.answer import Answer
 from anychip.entrypoints.http.body import checked
@@ -26,8 +25,10 @@ from anychip.entrypoints.openai.protocol import CompletionBody
 from anychip.entrypoints.serving import Caller, Serving
 from anychip.entrypoints.vectors.answers import accept_embeddings
 from anychip.entrypoints.vectors.protocol import EmbeddingBody
+from anychip.environment import Environment
 from anychip.errors import AnychipError, ConfigError
 from anychip.launch.async_llm import AsyncLLM
+from anychip.server_config import ServerConfig
 
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 

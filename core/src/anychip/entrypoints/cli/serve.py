@@ -7,12 +7,13 @@ import argparse
 from rich.console import Console
 from rich.markup import escape
 
-from anychip.config import Environment, ServerConfig
 from anychip.entrypoints.cli.options import add_engine_options, engine_config, parse_count
 from anychip.entrypoints.http.server import serve
+from anychip.environment import Environment
 from anychip.first_model import first_model
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import MemoryPlan, WorkerReady
+from anychip.server_config import ServerConfig
 from anychip.tasks.served import Task
 
 

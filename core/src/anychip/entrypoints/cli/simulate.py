@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anychip.bench.report import percentiles, write
-from anychip.config import Environment
+from anychip.environment import Environment
 from anychip.hub import resolve_folder
 from anychip.model_config import load_model_config
 from anychip.simulate.accelerator import read_accelerator

@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from anychip.config import ServerConfig
 from anychip.entrypoints.http.body import Strict, read_body
 from anychip.entrypoints.http.errors import error_response, install_error_handlers
 from anychip.entrypoints.http.keys import Keys, given_key
@@ -20,6 +19,7 @@ from anychip.errors import AdapterRefused
 from anychip.launch.adapters import NamedAdapter
 from anychip.launch.async_llm import AsyncLLM
 from anychip.observability.metrics import CONTENT_TYPE
+from anychip.server_config import ServerConfig
 
 _MAX_SHOWN = 200
 """Characters of a path in a message."""

@@ -10,7 +10,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 import anychip
-from anychip.config import ServerConfig
 from anychip.entrypoints.anthropic.routes import BODIES as ANTHROPIC_BODIES
 from anychip.entrypoints.anthropic.routes import anthropic_routes
 from anychip.entrypoints.dashboard.routes import dashboard_routes
@@ -25,6 +24,7 @@ from anychip.entrypoints.serving import Serving
 from anychip.entrypoints.vectors.routes import BODIES as VECTOR_BODIES
 from anychip.entrypoints.vectors.routes import vector_routes
 from anychip.launch.async_llm import AsyncLLM
+from anychip.server_config import ServerConfig
 
 
 def make_app(llm: AsyncLLM, config: ServerConfig | None = None) -> ASGIApp:

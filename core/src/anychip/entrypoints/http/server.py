@@ -19,13 +19,14 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from anychip.config import EngineConfig, ServerConfig
+from anychip.config import EngineConfig
 from anychip.entrypoints.http.admin import make_admin_app
 from anychip.entrypoints.http.app import make_app
 from anychip.entrypoints.http.connection import Connection
 from anychip.errors import ConfigError, PortInUse
 from anychip.launch.async_llm import AsyncLLM
 from anychip.messages import WorkerReady
+from anychip.server_config import ServerConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048

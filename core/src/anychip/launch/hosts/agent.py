@@ -17,7 +17,7 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from anychip.config import Environment, WorkerSpec
+from anychip.environment import Environment
 from anychip.errors import AnychipError, ConfigError
 from anychip.keyed_sockets import ClusterKey
 from anychip.launch.child import Child, end_with_parent, read_spec, show_stacks_when_asked
@@ -40,6 +40,7 @@ from anychip.launch.hosts.messages import (
 )
 from anychip.observability.logs import configure_logging
 from anychip.plugin_api.manifest import Placement
+from anychip.process_specs import WorkerSpec
 from anychip.registry.blame import calling
 from anychip.registry.devices import candidate
 from anychip.registry.plugins import Plugins, load_plugins

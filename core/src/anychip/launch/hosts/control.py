@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import msgspec
 import zmq
 
-from anychip.config import WorkerSpec
 from anychip.errors import AnychipError, ConfigError, DeviceUnavailable, EngineDead
 from anychip.keyed_sockets import ClusterKey, KeyedContext
 from anychip.launch.hosts.meeting import Meeting
@@ -34,6 +33,7 @@ from anychip.launch.hosts.messages import (
     ToHost,
     WorkerEnded,
 )
+from anychip.process_specs import WorkerSpec
 
 log = logging.getLogger("anychip.engine")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from anychip.config import WorkerSpec
+from anychip.process_specs import WorkerSpec
 
 EVERY_S = 1.0
 """Between two beats, each way."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from anychip.config import EngineConfig, WorkerLink
+from anychip.config import EngineConfig
 from anychip.errors import ConfigError, DeviceUnavailable
 from anychip.executor.links import KeyedLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
@@ -22,6 +22,7 @@ from anychip.launch.hosts.control import Hosts, RemoteWorker
 from anychip.launch.hosts.messages import AgentSpec, HostProbed
 from anychip.launch.worker_spec import worker_spec
 from anychip.plugin_api.manifest import PlatformManifest, ProbeResult
+from anychip.process_specs import WorkerLink
 from anychip.registry.devices import (
     Candidate,
     ChosenDevice,
