@@ -70,6 +70,7 @@ def test_names_tell_apart_what_kernels_must_know():
         "fp8-w8a16",
         "mxfp4",
         "nvfp4",
+        "mxfp8",
         "int4-float-zeros",
         "int8-float-zeros",
         "codebook4",
