@@ -132,6 +132,7 @@ def test_experts_lie_over_the_ranks_of_all_lanes_and_attention_over_those_of_one
     [
         ({"data_parallel_size": 0}, "data_parallel_size is 0; expected 1 or more"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size with data_parallel_size 2: .* or run replicas"),
+        ({"context_parallel_size": 2}, "context_parallel_size with data_parallel_size 2: .* or run replicas"),
         ({"speculate": "ngram"}, "speculate with data_parallel_size 2"),
         ({"executor": "inline"}, "executor inline drives one worker, and data_parallel_size 2 are several"),
         ({"nodes": ("a", "b", "c"), "cluster_key": "k"}, "data_parallel_size 2 makes 2 ranks, which 3 nodes cannot"),
