@@ -13,6 +13,7 @@ from anychip.entrypoints.cli.main import main
 from anychip.entrypoints.cli.parser import CommandParser
 from anychip.environment import Environment
 from anychip.errors import ConfigError
+from anychip.server_config import ServerConfig
 
 REFERENCE = Path(__file__).parents[3] / "docs/reference/cli.md"
 
@@ -67,6 +68,11 @@ def test_every_option_is_in_the_reference(module):
 def test_a_setting_of_what_is_not_asked_for_is_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         EngineConfig(**settings)
+
+
+def test_a_folder_of_adapters_takes_the_port_that_reads_it():
+    with pytest.raises(ConfigError, match="--adapter-folder is read by the admin port alone; give an --admin-port"):
+        ServerConfig(adapter_folder="folder")
 
 
 def test_settings_of_what_is_asked_for_are_taken():

@@ -168,7 +168,13 @@ def _yes_and_no(folder: Path) -> tuple[int, ...]:
     vocabulary = read_object(folder / "tokenizer.json").get("model", {}).get("vocab", {})
     known = vocabulary if isinstance(vocabulary, dict) else {}
     if not {"yes", "no"} <= known.keys():
-        raise Unsupported(folder.name, ["scores of a decoder whose tokenizer.json has no tokens yes and no"])
+        raise Unsupported(
+            folder.name,
+            [
+                "scores of a decoder whose tokenizer.json has no tokens yes and no; leave --task score out, or serve a "
+                "checkpoint that was trained to rank"
+            ],
+        )
     return int(known["yes"]), int(known["no"])
 
 
