@@ -48,7 +48,9 @@ def options_of(module) -> set[str]:
     return set(re.findall(r"^ {2,}(--[a-z][\w-]*)", parser.format_help(), re.MULTILINE)) - {"--help"}
 
 
-@pytest.mark.parametrize("module", [serve, generate, chat, plan, run_batch, simulate], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [serve, generate, chat, plan, run_batch, simulate], ids=lambda module: module.__name__
+)
 def test_every_option_is_in_the_reference(module):
     options = options_of(module)
     assert len(options) > 10
@@ -59,7 +61,10 @@ def test_every_option_is_in_the_reference(module):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"adapter_targets": ("head",)}, "adapter_targets does nothing alone; give adapters, or max_adapters beside it"),
+        (
+            {"adapter_targets": ("head",)},
+            "adapter_targets does nothing alone; give adapters, or max_adapters beside it",
+        ),
         ({"max_adapter_rank": 8}, "max_adapter_rank does nothing alone; give adapters, or max_adapters"),
         ({"max_drafts": 4}, "max_drafts does nothing alone; give speculate, such as ngram beside it"),
         ({"cluster_key": "file"}, "cluster_key does nothing alone; give nodes beside it, or leave it out"),

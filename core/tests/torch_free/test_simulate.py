@@ -197,7 +197,10 @@ def test_measured_steps_take_the_roofline_s_place():
     [
         ({"layer_types": ["linear_attention"] * 32}, "linear_attention"),
         ({"layers_block_type": ["mamba"] * 32}, "mamba"),
-        ({"architectures": ["FalconH1ForCausalLM"], "mamba_d_state": 16}, "mamba, whose cost is not modelled; simulate"),
+        (
+            {"architectures": ["FalconH1ForCausalLM"], "mamba_d_state": 16},
+            "mamba, whose cost is not modelled; simulate",
+        ),
     ],
 )
 def test_layers_whose_costs_nobody_knows_are_refused(tmp_path, change, says):

@@ -44,6 +44,9 @@ def served_task(config: EngineConfig, model: ModelConfig) -> ServedTask:
 def resolved(config: EngineConfig, model: ModelConfig, served: ServedTask) -> EngineConfig:
     """The configuration with what the task asks for in place of what nobody set."""
     if served.draws:
+        for name in ("vector_pooling", "vector_dimensions"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} is for vectors, and this serves text; give task embed, or leave it out")
         return msgspec.structs.replace(config, task="generate")
     if config.speculate is not None:
         raise ConfigError(f"--speculate drafts text, and the checkpoint serves {served.task} ({served.why})")

@@ -19,8 +19,8 @@ from anychip.plugin_api import (
 
 
 def check_contexts_of(specs: Sequence[CacheSpec], shape: MeshShape, architecture: str, platform: Platform) -> None:
-    """Raises ConfigError for layers whose keys cannot be shared, and for a model that has none to share; Unsupported for
-    a device that does not give the log-sum-exp by which ranks merge what they attended to."""
+    """Raises ConfigError for layers whose keys cannot be shared, and for a model that has none to share. Raises
+    Unsupported for a device that does not give the log-sum-exp by which ranks merge what they attended to."""
     asked = f"context_parallel_size {shape.cp}"
     reasons = []
     if any(isinstance(spec, LatentSpec) for spec in specs):
