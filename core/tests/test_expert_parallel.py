@@ -201,9 +201,9 @@ def test_stacked_experts_are_read_where_a_ranks_own_lie(oracles, cpu):
 
 def test_a_model_without_experts_is_refused_by_name(tmp_path, cpu):
     make_checkpoint("llama", tmp_path)
-    with pytest.raises(Unsupported, match="LlamaForCausalLM: expert_parallel: it has no experts that ranks could"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: expert_parallel: it has no experts that ranks could"):
         built(tmp_path, cpu, 2)
-    with pytest.raises(Unsupported, match="LlamaForCausalLM: expert_parallel"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: expert_parallel"):
         plan_engine(EngineConfig(model=str(tmp_path), device="cpu", tensor_parallel_size=2, expert_parallel=True))
 
 

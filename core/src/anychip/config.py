@@ -17,7 +17,7 @@ from anychip.types import DTYPES, QUICKSTART
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
 """Limits of a step where nobody gives any: what a host's cores are busy with for long enough."""
 
-_MOST_DRAFTS = 64
+_DRAFTS, _MOST_DRAFTS = 8, 64
 """Behind one sequence in one step: longer runs are hardly ever drawn, and each row's logits are set aside for them."""
 
 _DRAFT, _HEAD, _MEDUSA, _MTP = "draft:", "eagle:", "medusa:", "mtp"
@@ -84,7 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A file with the secret that all hosts have."""
     speculate: str | None = None
     """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS, mtp, a plugin's; None: none."""
-    max_drafts: int = 8
+    max_drafts: int = _DRAFTS
     """Most tokens that are drafted behind a sequence in one step."""
     task: Literal["auto", "generate", "embed", "classify", "score", "reward"] = "auto"
     """What the model serves; "auto": as its files say."""
@@ -154,6 +154,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("num_kv_blocks and kv_cache_bytes both size the KV cache; give one")
         self._check_ranks()
         self._check_experts()
+        self._check_alone()
 
     def _check_ranks(self) -> None:
         """Raises ConfigError for ranks that no engine can have, or that its hosts cannot share."""
@@ -184,6 +185,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 "num_redundant_experts are slots that the balance of load fills; give an eplb_interval, such as 3000"
             )
+
+    def _check_alone(self) -> None:
+        """Raises ConfigError for a setting that does nothing, as what it is a setting of is not asked for."""
+        without_slots = not self.resolved_max_adapters
+        without = {
+            "max_adapter_rank": (self.max_adapter_rank is not None and without_slots, "adapters, or max_adapters"),
+            "adapter_targets": (self.adapter_targets is not None and without_slots, "adapters, or max_adapters"),
+            "max_drafts": (self.max_drafts != _DRAFTS and self.speculate is None, "speculate, such as ngram"),
+            "cluster_key": (self.cluster_key is not None and not self.nodes, "nodes"),
+        }
+        for name, (useless, needed) in without.items():
+            if useless:
+                raise ConfigError(f"{name} does nothing alone; give {needed} beside it, or leave it out")
 
     @property
     def parallel_sizes(self) -> ParallelSizes:

@@ -47,6 +47,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             _check_key(name, getattr(self, name))
         if self.admin_port is not None and self.admin_key is None:
             raise ConfigError("--admin-port takes an --admin-key: whoever reaches the port could stop the server")
+        if self.adapter_folder is not None and self.admin_port is None:
+            raise ConfigError("--adapter-folder is read by the admin port alone; give an --admin-port, or leave it out")
         if self.key_concurrency is not None and self.key_concurrency < 1:
             raise ConfigError(f"key_concurrency is {self.key_concurrency}; expected 1 or more")
 

@@ -197,6 +197,10 @@ def test_measured_steps_take_the_roofline_s_place():
     [
         ({"layer_types": ["linear_attention"] * 32}, "linear_attention"),
         ({"layers_block_type": ["mamba"] * 32}, "mamba"),
+        (
+            {"architectures": ["FalconH1ForCausalLM"], "mamba_d_state": 16},
+            "mamba, whose cost is not modelled; simulate",
+        ),
     ],
 )
 def test_layers_whose_costs_nobody_knows_are_refused(tmp_path, change, says):
@@ -207,12 +211,16 @@ def test_layers_whose_costs_nobody_knows_are_refused(tmp_path, change, says):
 def test_layouts_that_cannot_be_are_refused(tmp_path):
     dense, mixture = shape_of(tmp_path, DENSE), shape_of(tmp_path, MIXTURE, "fp8")
     for layout, shape, says in (
-        (Layout(pp=33), dense, "32 layers"),
+        (Layout(pp=33), dense, "pipeline_parallel_size is 33, and the model has 32 layers; give as many or fewer"),
         (Layout(dp=2, spread_experts=True), dense, "no experts"),
         (Layout(dp=512, spread_experts=True), mixture, "256 devices at most"),
     ):
         with pytest.raises(ConfigError, match=says):
             check_layout(layout, shape)
+    with pytest.raises(ConfigError, match="data_parallel_size is 0; expected 1 or more"):
+        Layout(dp=0)
+    with pytest.raises(ConfigError, match=r"imbalance is 0.5; expected 1 or more"):
+        RooflineCosts(mixture, Layout(), ON, 0.5)
     with pytest.raises(ConfigError, match="divide them over more devices"):
         cache_tokens(Layout(), mixture, ON)
 

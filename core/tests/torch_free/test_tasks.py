@@ -149,6 +149,14 @@ def test_no_task_is_guessed(tmp_path, architecture, fields, config, said):
     assert said in refused(folder_of(tmp_path, architecture, **fields), **config)
 
 
+@pytest.mark.parametrize("config", [{"vector_pooling": "last"}, {"vector_dimensions": (8,)}])
+def test_settings_of_vectors_are_refused_where_text_is_served(tmp_path, config):
+    folder = folder_of(tmp_path, "LlamaForCausalLM")
+    given, model = EngineConfig(model=str(folder), **config), load_model_config(str(folder))
+    with pytest.raises(AnychipError, match="is for vectors, and this serves text; give task embed, or leave it out"):
+        resolved(given, model, served_task(given, model))
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

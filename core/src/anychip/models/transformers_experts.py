@@ -96,7 +96,9 @@ def fused_experts(
     if builder.moves_experts:
         reasons.append("experts that move between ranks (--eplb-interval)")
     if over_lanes(shape):
-        reasons.append("experts over the ranks of several lanes (--data-parallel-size with --expert-parallel)")
+        reasons.append(
+            "experts over the ranks of several lanes (--data-parallel-size with --expert-parallel); leave one out"
+        )
     if reasons:
         raise Unsupported(f"{type(module).__name__} through transformers", reasons)
     check_experts(count, shape, f"experts of {name}")

@@ -98,7 +98,7 @@ def _failed(package: str, hook: str, error: BaseException, level: int = logging.
 def package_of(dotted: str) -> str:
     """The package that brings what a dotted name names, as far as that is known."""
     root = dotted.partition(":")[0].partition(".")[0]
-    return _packages(None).get(root, root)
+    return root if root == _CORE else _packages(None).get(root, root)  # all metadata on this machine is a lot to read
 
 
 def _packages(manifest: PlatformManifest | None) -> Mapping[str, str]:

@@ -56,6 +56,9 @@ def read_accelerator(path: Path) -> Accelerator:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Accelerator)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); --accelerator takes a JSON file") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); --accelerator takes a JSON file, such as those of "
+            "benchmarks/simulation/accelerators"
+        ) from error
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(f"{path} describes no accelerator: {error}") from error

@@ -90,6 +90,10 @@ class RooflineCosts:
     """`imbalance`: tokens of the busiest expert rank over the mean. It is 1 where an expert balancer does its work."""
 
     def __init__(self, shape: ModelShape, layout: Layout, accelerator: Accelerator, imbalance: float = 1.0) -> None:
+        if imbalance < 1:
+            raise ConfigError(
+                f"imbalance is {imbalance}; expected 1 or more, for the busiest rank has the mean at least"
+            )
         self._shape = shape
         self._layout = layout
         self._on = accelerator

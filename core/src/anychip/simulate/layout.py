@@ -27,9 +27,10 @@ class Layout:
     spread_experts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        sizes = {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp, "data_parallel_size": self.dp}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name} is {size}; expected 1 or more")
 
     @property
     def num_devices(self) -> int:
@@ -44,7 +45,9 @@ class Layout:
 def check_layout(layout: Layout, shape: ModelShape) -> None:
     """Raises ConfigError for a model that cannot be divided so."""
     if layout.pp > shape.num_layers:
-        raise ConfigError(f"pp is {layout.pp}, and the model has {shape.num_layers} layers")
+        raise ConfigError(
+            f"pipeline_parallel_size is {layout.pp}, and the model has {shape.num_layers} layers; give as many or fewer"
+        )
     if layout.spread_experts and shape.experts is None:
         raise ConfigError("the model has no experts to spread; leave out --expert-parallel")
     if layout.spread_experts and shape.experts is not None and layout.expert_ranks > shape.experts.count:

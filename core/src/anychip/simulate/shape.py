@@ -63,11 +63,14 @@ def model_shape(config: ModelConfig, dtype: str = "bfloat16") -> ModelShape:
     `dtype`."""
     if dtype not in _ELEMENT_BYTES:
         raise ConfigError(f"weights of type {dtype!r} are not known; use {', '.join(_ELEMENT_BYTES)}")
-    kinds = set(config.get("layer_types") or config.get("layers_block_type") or ["attention"])
+    kinds = set(config.get("layer_types") or config.get("layers_block_type") or _kinds_by_settings(config))
     foreign = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
     if not config.num_heads or foreign:
         named = ", ".join(sorted(foreign)) or "layers without attention"
-        raise ConfigError(f"{config.architecture} has {named}; what these cost is not modelled")
+        raise ConfigError(
+            f"{config.architecture} has {named}, whose cost is not modelled; simulate a model with attention alone, or "
+            "measure this one (anychip bench)"
+        )
     experts = _experts(config)
     attention, cache, parts, score = _latent(config) if config.get("kv_lora_rank") else _heads(config)
     vocabulary = config.vocab_size * config.hidden_size
@@ -87,6 +90,11 @@ def model_shape(config: ModelConfig, dtype: str = "bfloat16") -> ModelShape:
         window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         dtype=dtype,
     )
+
+
+def _kinds_by_settings(config: ModelConfig) -> list[str]:
+    """Of a family that lists no kinds of layers: some of these keep states beside keys and values."""
+    return ["attention", "mamba"] if any(name.startswith("mamba_") for name in config.raw) else ["attention"]
 
 
 def _heads(config: ModelConfig) -> tuple[int, int, int, int]:

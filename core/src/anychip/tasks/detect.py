@@ -44,6 +44,9 @@ def served_task(config: EngineConfig, model: ModelConfig) -> ServedTask:
 def resolved(config: EngineConfig, model: ModelConfig, served: ServedTask) -> EngineConfig:
     """The configuration with what the task asks for in place of what nobody set."""
     if served.draws:
+        for name in ("vector_pooling", "vector_dimensions"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} is for vectors, and this serves text; give task embed, or leave it out")
         return msgspec.structs.replace(config, task="generate")
     if config.speculate is not None:
         raise ConfigError(f"--speculate drafts text, and the checkpoint serves {served.task} ({served.why})")
@@ -168,7 +171,13 @@ def _yes_and_no(folder: Path) -> tuple[int, ...]:
     vocabulary = read_object(folder / "tokenizer.json").get("model", {}).get("vocab", {})
     known = vocabulary if isinstance(vocabulary, dict) else {}
     if not {"yes", "no"} <= known.keys():
-        raise Unsupported(folder.name, ["scores of a decoder whose tokenizer.json has no tokens yes and no"])
+        raise Unsupported(
+            folder.name,
+            [
+                "scores of a decoder whose tokenizer.json has no tokens yes and no; leave --task score out, or serve a "
+                "checkpoint that was trained to rank"
+            ],
+        )
     return int(known["yes"]), int(known["no"])
 
 

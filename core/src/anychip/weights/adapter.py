@@ -156,8 +156,9 @@ def check_fits(adapter: LoadedAdapter, sites: Iterable[AdapterSite], max_rank: i
             )
         if module in adapter.magnitudes and not site.gains:
             raise AdapterRefused(
-                f"{module}: slots have no room for DoRA's magnitudes of it; start with --adapter-targets magnitudes. "
-                "Embeddings, experts and quantized matrices have none in any case"
+                f"{module}: slots have no room for DoRA's magnitudes of it; start with --adapter-targets magnitudes "
+                "where it is given without. Quantized matrices, embeddings and experts never have it: serve plain "
+                "weights, or put the adapter into them (anychip merge-adapter)"
             )
 
 

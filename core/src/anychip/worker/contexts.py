@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anychip.errors import Unsupported
+from anychip.errors import ConfigError, Unsupported
 from anychip.layers.context_parallel import is_shared
 from anychip.plugin_api import (
     AttentionSpec,
@@ -19,8 +19,8 @@ from anychip.plugin_api import (
 
 
 def check_contexts_of(specs: Sequence[CacheSpec], shape: MeshShape, architecture: str, platform: Platform) -> None:
-    """Raises Unsupported for layers whose keys cannot be shared, for a model that has none to share, and for a device
-    that does not give the log-sum-exp by which ranks merge what they attended to."""
+    """Raises ConfigError for layers whose keys cannot be shared, and for a model that has none to share. Raises
+    Unsupported for a device that does not give the log-sum-exp by which ranks merge what they attended to."""
     asked = f"context_parallel_size {shape.cp}"
     reasons = []
     if any(isinstance(spec, LatentSpec) for spec in specs):
@@ -32,7 +32,7 @@ def check_contexts_of(specs: Sequence[CacheSpec], shape: MeshShape, architecture
     if not reasons and not any(map(is_shared, specs)):
         reasons.append(f"{asked}: no layer attends to whole contexts; windows and states are as long with one rank")
     if reasons:
-        raise Unsupported(architecture, [f"{reason}; leave it at 1" for reason in reasons])
+        raise ConfigError(f"{architecture}: {'; '.join(reasons)}; leave it at 1")
     if not platform.capabilities.attention_lse:
         raise Unsupported(
             platform.name,

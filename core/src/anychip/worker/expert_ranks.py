@@ -46,8 +46,8 @@ def described_over_lanes(shape: MeshShape, token_bytes: int) -> str:
 
 
 def check_spread(model: StepModel, architecture: str, config: EngineConfig) -> None:
-    """Raises Unsupported for a model without experts, where they are to lie on several ranks."""
+    """Raises ConfigError for a model without experts, where they are to lie on several ranks."""
     if config.expert_parallel and not getattr(model, "expert_layers", ()):
-        raise Unsupported(
-            architecture, ["expert_parallel: it has no experts that ranks could share; leave --expert-parallel out"]
+        raise ConfigError(
+            f"{architecture}: expert_parallel: it has no experts that ranks could share; leave --expert-parallel out"
         )

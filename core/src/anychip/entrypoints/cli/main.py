@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import anychip
+from anychip.entrypoints.cli.parser import CommandParser
 from anychip.environment import Environment
 from anychip.errors import AnychipError, ConfigError, UserError
 from anychip.observability.logs import configure_logging
@@ -42,7 +42,7 @@ IN_EXTRAS = {"conformance": "conformance", "new-plugin": "conformance", "diff-nu
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for the user's errors, 1 for others."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="anychip", description="Serve large language models on any accelerator.")
+    parser = CommandParser(prog="anychip", description="Serve large language models on any accelerator.")
     parser.add_argument("--version", action="version", version=f"anychip {anychip.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     try:
