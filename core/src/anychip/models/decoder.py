@@ -13,7 +13,8 @@ from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
 from anychip.layers.latent import LatentAttention
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.norm import LayerNorm, RMSNorm
 from anychip.layers.plain_mlp import PlainMLP
 from anychip.layers.rotary import make_rope
