@@ -14,9 +14,9 @@ from ranks_in_threads import on_ranks
 
 from anychip import SamplingParams
 from anychip.config import EngineConfig
+from anychip.engine_stats import EngineStats
 from anychip.errors import ConfigError, Unsupported
 from anychip.launch.plan import plan_engine
-from anychip.messages import EngineStats
 from anychip.model_config import load_model_config
 from anychip.observability.metrics import Metrics
 from anychip.ops.table import resolve_platform_ops

@@ -16,10 +16,10 @@ from test_pipeline import answers
 from torch import Tensor
 
 from anychip import LLM, EngineConfig, SamplingParams
+from anychip.engine_stats import EngineStats, LaneStats
 from anychip.entrypoints.cli.main import main
 from anychip.errors import ConfigError, DeviceUnavailable, Unsupported
 from anychip.launch.plan import plan_engine
-from anychip.messages import EngineStats, LaneStats
 from anychip.model_config import load_model_config
 from anychip.observability.metrics import Metrics
 from anychip.ops.table import resolve_platform_ops

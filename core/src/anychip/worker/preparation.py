@@ -13,7 +13,6 @@ from anychip.config import EngineConfig
 from anychip.errors import ConfigError, Unsupported
 from anychip.head_config import HeadConfig
 from anychip.layers.context_parallel import cache_backend
-from anychip.messages import DeviceRules
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
@@ -49,6 +48,7 @@ from anychip.worker.model_source import CheckpointSource
 from anychip.worker.returning_ids import ReturningIds
 from anychip.worker.staging import StagingRing
 from anychip.worker.vector_head import VectorHead, load_head
+from anychip.worker_report import DeviceRules
 
 _SLOTS_PER_SPARE_STATE = 8
 """A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another

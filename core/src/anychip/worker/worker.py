@@ -11,7 +11,7 @@ import msgspec
 
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.layers.stage import WHOLE
-from anychip.messages import DropAdapter, KVCacheConfig, LoadAdapter, MemoryPlan, WorkerReady
+from anychip.messages import DropAdapter, LoadAdapter
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.models.head_parts import FollowingHead, HeadFamily, TargetParts
 from anychip.models.medusa import MedusaHeads
@@ -44,6 +44,7 @@ from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation
 from anychip.worker.step_costs import measure_steps
 from anychip.worker.torch_program import TorchStepProgram
+from anychip.worker_report import KVCacheConfig, MemoryPlan, WorkerReady
 
 
 class Worker:
