@@ -15,7 +15,6 @@ from pathlib import Path
 from anychip.bench.report import write
 from anychip.kv_cache.hashing import HASH_BYTES, prompt_hashes
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup
 from anychip.prefix import PLAIN_ROOT
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
@@ -23,6 +22,7 @@ from anychip.scheduler.policy import SchedulingPolicy
 from anychip.scheduler.scheduler import Scheduler
 from anychip.step_messages import StepResult
 from anychip.types import RequestId
+from anychip.worker_report import DeviceRules, KVCacheConfig, KVGroup
 
 BLOCK_SIZE = 16
 RNG = random.Random(0)

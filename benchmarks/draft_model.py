@@ -31,7 +31,7 @@ import numpy as np
 
 from anychip import LLM, SamplingParams
 from anychip.bench.report import write
-from anychip.messages import SpeculationStats
+from anychip.engine_stats import SpeculationStats
 from anychip.worker import step_costs
 from anychip.worker.draft_runner import DraftRunner
 from anychip.worker.model_runner import DrawnIds

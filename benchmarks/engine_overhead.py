@@ -28,7 +28,6 @@ import numpy as np
 from anychip.bench.report import write
 from anychip.drafts import Draft, Drafter
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup
 from anychip.plugin_api import ShapePolicy, StepLimits
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
@@ -40,6 +39,7 @@ from anychip.speculation.speculator import Speculator
 from anychip.step_messages import AnyDecision, AnyResult, LaneDecisions, LaneResults, StepDecision, StepResult
 from anychip.types import RequestId
 from anychip.worker.input_batch import InputBatch
+from anychip.worker_report import DeviceRules, KVCacheConfig, KVGroup
 
 BLOCK_SIZE = 16
 PROMPT = 64

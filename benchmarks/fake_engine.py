@@ -13,21 +13,11 @@ from pathlib import Path
 
 from anychip.engine.engine_loop import EngineLoop
 from anychip.engine.ipc import to_engine_decoder
+from anychip.engine_stats import EngineStats
 from anychip.executor.progress import Progress
-from anychip.messages import (
-    Abort,
-    AddRequest,
-    DeviceRules,
-    EngineReady,
-    EngineStats,
-    KVCacheConfig,
-    MemoryPlan,
-    Outputs,
-    SequenceDelta,
-    Shutdown,
-    WorkerReady,
-)
+from anychip.messages import Abort, AddRequest, EngineReady, Outputs, SequenceDelta, Shutdown
 from anychip.process_specs import EngineSpec
+from anychip.worker_report import DeviceRules, KVCacheConfig, MemoryPlan, WorkerReady
 
 MAX_MODEL_LEN = 200_000
 WORDS = range(1000, 1400)

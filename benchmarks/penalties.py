@@ -22,7 +22,7 @@ import torch
 from anychip.bench.report import write
 from anychip.engine.engine_core import EngineCore
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import AddRequest, DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
+from anychip.messages import AddRequest
 from anychip.plugin_api import ShapePolicy, StepLimits
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
@@ -30,6 +30,7 @@ from anychip.scheduler.scheduler import Scheduler
 from anychip.step_messages import LateInputs, StepDecision, StepResult
 from anychip.worker.input_batch import InputBatch
 from anychip.worker.staging import StagingRing
+from anychip.worker_report import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
 
 ROWS, PROMPT, VOCABULARY, STEPS, BLOCK_SIZE = 256, 3000, 152_064, 100, 16
 PENALTIES = {"repetition_penalty": 1.05, "presence_penalty": 0.5, "frequency_penalty": 0.25}

@@ -27,12 +27,9 @@ def texts() -> list[list[int]]:
     return [some(1), some(2), shared[:21] + some(9), shared[:39] + some(4), shared[:39] + some(30), some(48)]
 
 
-def followed(
-    monkeypatch: pytest.MonkeyPatch, case: Case, target: Path, speculate: str, how_often: float, **settings: object
-) -> list[tuple[list[int], list[int]]]:
-    """Known tokens, and the draft behind them: of sampled texts, which leave the guesses often, in chunks, behind
-    prefix hits, after preemption, beside others. With `how_often` 0.3 the head is asked in a third of the steps, and
-    follows the others later."""
+def watched_drafts(monkeypatch: pytest.MonkeyPatch, how_often: float) -> list[tuple[list[int], list[int]]]:
+    """Fills with known tokens and the draft behind them, as engines run. In a share `how_often` of the steps drafts are
+    asked for."""
     rng = random.Random(0)
     depth, take, drafted = Speculator.depth, Proposing.take, list[tuple[list[int], list[int]]]()
 
@@ -49,6 +46,16 @@ def followed(
 
     monkeypatch.setattr(Speculator, "depth", sometimes)
     monkeypatch.setattr(Proposing, "take", watched)
+    return drafted
+
+
+def followed(
+    monkeypatch: pytest.MonkeyPatch, case: Case, target: Path, speculate: str, how_often: float, **settings: object
+) -> list[tuple[list[int], list[int]]]:
+    """Known tokens, and the draft behind them: of sampled texts, which leave the guesses often, in chunks, behind
+    prefix hits, after preemption, beside others. With `how_often` 0.3 the head is asked in a third of the steps, and
+    follows the others later."""
+    drafted = watched_drafts(monkeypatch, how_often)
     sampling = SamplingParams(temperature=0.4, seed=1, n=2, max_tokens=18, ignore_eos=True)
     with open_llm(case, target, speculate=speculate, max_drafts=MAX_DRAFTS, **settings) as llm:
         scheduler = llm.engine.scheduler

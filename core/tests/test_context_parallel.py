@@ -13,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from judged import Oracles, as_expected
 from ranks_in_threads import on_ranks
-from test_equality import Oracles
 from test_pipeline import answers
 from test_plan import config_folder
-from thread_ranks import RankThread
 from torch import Tensor
 
 from anychip import LLM, EngineConfig, SamplingParams
@@ -39,9 +38,8 @@ from anychip.plugin_api import (
     PlatformContext,
     ShapeKey,
 )
-from anychip_conformance.equality.oracle import judge
 from anychip_conformance.equality.tiny_models import FAMILIES, THROUGH_TRANSFORMERS, make_checkpoint
-from anychip_conformance.equality.workload import Case, cover, generate, open_llm
+from anychip_conformance.equality.workload import Case, cover, open_llm
 from anychip_cpu.platform import CpuPlatform
 
 
@@ -102,26 +100,14 @@ def full_product() -> list[Way]:
     return [*ways(FEW), *once]
 
 
-@pytest.fixture(scope="session")
-def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
-    return Oracles(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anychip.launch.build.Child", RankThread)
-
-
 def check(way: Way, oracles: Oracles) -> None:
     checkpoint, expected = oracles.get(way.family)
     case = Case(way.family, way.budget, way.prefix_caching, way.preemption, way.overlap, "cpu")
     with open_llm(case, Path(checkpoint), **way.settings) as llm:
-        verdicts = [judge(answer, tokens) for answer, tokens in zip(expected, generate(llm), strict=True)]
+        as_expected(expected, llm)
         scheduler = llm.engine.scheduler
         assert not way.preemption or scheduler.num_preemptions > 0
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
-    wrong = {i: v.divergence for i, v in enumerate(verdicts) if v.divergence is not None and not v.excused}
-    assert not wrong, f"requests diverge, by index of the first different token: {wrong}"
 
 
 @pytest.mark.parametrize("way", covering(), ids=lambda way: "-".join(map(str, way)))
@@ -151,8 +137,7 @@ def test_experts_over_ranks_serve_beside_contexts(oracles: Oracles, threads: Non
     settings = Way("qwen3-moe", "2x2", 64, True, True, True).settings | {"expert_parallel": True}
     settings |= {"eplb_interval": 4, "num_redundant_experts": 2} if moving else {}
     with open_llm(Case("qwen3-moe", 64, True, True, True, "cpu"), Path(checkpoint), **settings) as llm:
-        verdicts = [judge(answer, tokens) for answer, tokens in zip(expected, generate(llm), strict=True)]
-    assert all(verdict.divergence is None or verdict.excused for verdict in verdicts)
+        as_expected(expected, llm)
 
 
 # -- whatever a request asks for ------------------------------------------------------------------------------

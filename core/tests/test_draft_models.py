@@ -4,19 +4,17 @@ right. What it lacks, or has of other tokens, would show as a draft that is not 
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import msgspec
 import pytest
+from followed_drafts import watched_drafts
 
 from anychip import LLM, SamplingParams
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError, Unsupported
 from anychip.hub import resolve_folder
 from anychip.launch.plan import plan_engine
-from anychip.scheduler.proposing import Proposing
-from anychip.speculation.speculator import Speculator
 from anychip.types import QUICKSTART
 from anychip.worker.draft_runner import DraftRunner
 from anychip_conformance.equality.tiny_models import make_checkpoint
@@ -83,28 +81,14 @@ def test_it_is_right_in_chunks_behind_prefix_hits_and_after_preemption(case, fol
 def test_drafts_are_what_the_draft_model_says_of_the_text_by_itself(case, how_often, folder, monkeypatch):
     """Of sampled texts, which leave the guesses often. Now and then: the draft model is asked in a third of the steps,
     as if drafts paid in those alone, and has to catch up with tokens and with blocks that it never saw."""
-    rng, model = random.Random(0), checkpoint(folder, case.family)
-    depth, take, drafted = Speculator.depth, Proposing.take, list[tuple[list[int], list[int]]]()
-
-    def sometimes(self, requests, most, *, num_rows):
-        return depth(self, requests, most, num_rows=num_rows) if rng.random() < how_often else 0
-
-    def watched(self, step, result):
-        take(self, step, result)
-        ids = memoryview(result.proposed).cast("i").tolist()
-        for request, epoch, count in step.proposing:
-            mine, ids = ids[:count], ids[count:]
-            if request.epoch == epoch and min(mine) >= 0:
-                drafted.append((request.token_ids, mine))
-
-    monkeypatch.setattr(Speculator, "depth", sometimes)
-    monkeypatch.setattr(Proposing, "take", watched)
+    model, watched = checkpoint(folder, case.family), watched_drafts(monkeypatch, how_often)
     sampling = SamplingParams(temperature=0.4, seed=1, n=2, max_tokens=24, ignore_eos=True)
     with open_llm(case, model, speculate=f"draft:{model}", max_drafts=MAX_DRAFTS) as llm:
         llm.engine.scheduler.drafting.measured_costs_are_ignored()
         for _ in range(2):
             llm.generate(prompts(), sampling)
         stats = llm.engine.scheduler.stats.speculation
+    drafted = [(text, ids) for text, ids in watched if min(ids) >= 0]  # it has caught up with the row
     assert 0 < stats.accepted < stats.drafted and len(drafted) > 50
     greedy = [SamplingParams(temperature=0, max_tokens=len(ids), ignore_eos=True) for _, ids in drafted]
     roomy = Case(case.family, budget=4096, prefix_caching=False, preemption=False, overlap=True, device="cpu")

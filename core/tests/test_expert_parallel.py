@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from judged import Oracles, as_expected
 from ranks_in_threads import on_ranks
 
 from anychip import SamplingParams
 from anychip.config import EngineConfig
+from anychip.engine_stats import EngineStats
 from anychip.errors import ConfigError, Unsupported
 from anychip.launch.plan import plan_engine
-from anychip.messages import EngineStats
 from anychip.model_config import load_model_config
 from anychip.observability.metrics import Metrics
 from anychip.ops.table import resolve_platform_ops
@@ -23,9 +24,8 @@ from anychip.plugin_api import Mesh, MeshShape
 from anychip.step_messages import ExpertStats
 from anychip.worker.model_source import CheckpointSource
 from anychip_conformance.device import open_device
-from anychip_conformance.equality.oracle import greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
-from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
+from anychip_conformance.equality.workload import NUM_TOKENS, Case, open_llm, prompts
 
 FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss", "deepseek-v2", "deepseek-v3", "glm4-moe", "olmoe")
 OTHERS = ("granite-moe", "qwen2-moe", "minimax-m2", "jamba", "minimax")
@@ -69,34 +69,15 @@ PRODUCT = [
 ]
 
 
-@pytest.fixture(scope="session")
-def oracles(tmp_path_factory):
-    folder, known = tmp_path_factory.mktemp("experts"), {}
-
-    def answers(family):
-        if family not in known:
-            model = make_checkpoint(family, folder / family)
-            known[family] = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts()]
-        return folder / family, known[family]
-
-    return answers
-
-
-def check(each: Spread, oracles) -> None:
-    checkpoint, answers = oracles(each.case.family)
+def check(each: Spread, oracles: Oracles) -> None:
+    checkpoint, answers = oracles.get(each.case.family)
     with open_llm(each.case, checkpoint, **SPREAD[each.over]) as llm:
-        tokens = list(generate(llm))
+        as_expected(answers, llm)
         scheduler = llm.engine.scheduler
         if each.case.preemption:
             assert scheduler.num_preemptions > 0, "the case was to force preemption"
         if each.over == "ep2-moving":
             assert scheduler.stats.experts.moved > 0, "the case was to move experts"
-    wrong = [
-        index
-        for index, (answer, found) in enumerate(zip(answers, tokens, strict=True))
-        if (verdict := judge(answer, found)).divergence is not None and not verdict.excused
-    ]
-    assert not wrong, f"requests diverge: {wrong}"
 
 
 @pytest.mark.parametrize("each", SAMPLE, ids=str)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_kit import Held
 from safetensors.torch import load_file, save_file
 
 from anychip import LLM
@@ -324,17 +325,6 @@ def test_a_device_that_does_not_declare_mxfp4_refuses_it(tmp_path):
 
 
 # -- a rank's share ---------------------------------------------------------------------------------------------
-
-
-class Held:
-    """plugin_api.WeightView over a tensor."""
-
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self.source, self.tensor = name, tensor
-        self.shape, self.dtype, self.nbytes = tuple(tensor.shape), tensor.dtype, tensor.nbytes
-
-    def read(self, *bounds: tuple[int, int]) -> torch.Tensor:
-        return self.tensor[tuple(slice(*bound) for bound in bounds)]
 
 
 def loaded(register: WeightRegister, tensors: dict[str, torch.Tensor]) -> None:

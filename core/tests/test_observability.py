@@ -16,9 +16,9 @@ from served import CHAT, Server
 from anychip import SamplingParams
 from anychip.config import EngineConfig
 from anychip.engine.input_processor import RequestOptions
+from anychip.engine_stats import EngineStats
 from anychip.errors import InvalidRequest
 from anychip.launch.async_llm import AsyncLLM
-from anychip.messages import EngineStats
 from anychip.observability.metrics import Metrics
 from anychip.observability.tracing import Tracer
 

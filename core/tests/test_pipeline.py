@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from judged import Oracles, as_expected
 from safetensors.torch import load_file
 from test_adapters import NAMES, Base, drawn
-from test_equality import Oracles
 from test_plan import config_folder
-from thread_ranks import RankThread
 
 from anychip import LLM, EngineConfig, SamplingParams
 from anychip.entrypoints.cli.main import main
@@ -24,10 +23,9 @@ from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained
 from anychip.worker.stages import StageCosts, balanced
 from anychip_conformance.device import open_device
-from anychip_conformance.equality.oracle import judge
 from anychip_conformance.equality.tiny_adapters import FIVE
 from anychip_conformance.equality.tiny_models import FAMILIES
-from anychip_conformance.equality.workload import Case, cover, generate, open_llm
+from anychip_conformance.equality.workload import Case, cover, open_llm
 from anychip_cpu.platform import CpuPlatform
 
 
@@ -84,26 +82,14 @@ def full_product() -> list[Way]:
     return [*ways(FEW), *once]
 
 
-@pytest.fixture(scope="session")
-def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
-    return Oracles(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anychip.launch.build.Child", RankThread)
-
-
 def check(way: Way, oracles: Oracles) -> None:
     checkpoint, answers = oracles.get(way.family)
     case = Case(way.family, way.budget, way.prefix_caching, way.preemption, way.overlap, "cpu")
     with open_llm(case, Path(checkpoint), **way.settings) as llm:
-        verdicts = [judge(answer, tokens) for answer, tokens in zip(answers, generate(llm), strict=True)]
+        as_expected(answers, llm)
         scheduler = llm.engine.scheduler
         assert not way.preemption or scheduler.num_preemptions > 0
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
-    wrong = {i: v.divergence for i, v in enumerate(verdicts) if v.divergence is not None and not v.excused}
-    assert not wrong, f"requests diverge, by index of the first different token: {wrong}"
 
 
 @pytest.mark.parametrize("way", covering(), ids=lambda way: "-".join(map(str, way)))

@@ -12,8 +12,8 @@ from anychip import LLM, EngineConfig
 from anychip.entrypoints.cli.main import main
 from anychip.errors import ConfigError
 from anychip.launch.plan import plan_engine
-from anychip.messages import MemoryPlan
 from anychip.plugin_api import MemoryInfo
+from anychip.worker_report import MemoryPlan
 from anychip_conformance.equality.quantized_models import make_quantized_checkpoint
 from anychip_cpu.platform import CpuPlatform
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from published_formats import FORMATS, GROUP
-from quantized_kit import held_matrix, products
-from safetensors.torch import load_file, save_file
+from quantized_kit import Held, held_matrix, products, spoil
 
 from anychip.errors import CheckpointError, ConfigError, Unsupported
 from anychip.ops.reference import dequantize
@@ -31,17 +29,6 @@ SAMPLE = ("bnb-nf4-double", "gptq-desc-act", "hqq-4", "quark-int8", "ct-mxfp8")
 
 
 # -- what a container stands for -----------------------------------------------------------------------------------
-
-
-class Held:
-    """plugin_api.WeightView over a tensor."""
-
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self.source, self.tensor = name, tensor
-        self.shape, self.dtype, self.nbytes = tuple(tensor.shape), tensor.dtype, tensor.nbytes
-
-    def read(self, *bounds: tuple[int, int]) -> torch.Tensor:
-        return self.tensor[tuple(slice(*bound) for bound in bounds)]
 
 
 def read_share(name: str, tensors: dict, shape: tuple[int, int], rows: Span, columns: Span, **more) -> torch.Tensor:
@@ -119,15 +106,9 @@ def test_experts_are_read_from_the_formats_too(name, tmp_path):
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
-def spoil(folder: Path, name: str, change=None, family="llama", **settings) -> None:
+def make_spoiled(folder: Path, name: str, change=None, family="llama", **settings) -> None:
     store_checkpoint(FORMATS[name], folder, family)
-    if change is not None:
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= settings
-    (folder / "config.json").write_text(json.dumps(config))
+    spoil(folder, change, settings)
 
 
 MODULE = "model.layers.1.self_attn.k_proj"
@@ -150,7 +131,7 @@ MODULE = "model.layers.1.self_attn.k_proj"
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_be_read_is_refused_with_the_reason(name, change, settings, error, said, tmp_path):
-    spoil(tmp_path, name, change, **settings)
+    make_spoiled(tmp_path, name, change, **settings)
     with pytest.raises(error, match=said):
         open_llm(CASE, tmp_path)
 
@@ -161,7 +142,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_with_the_reason(name, chang
 )
 def test_hqq_forms_that_no_scheme_holds_are_refused(changed, said, tmp_path):
     params = {"nbits": 4, "group_size": GROUP, "axis": 1, **changed}
-    spoil(tmp_path, "hqq-4", quant_config={"weight_quant_params": params})
+    make_spoiled(tmp_path, "hqq-4", quant_config={"weight_quant_params": params})
     with pytest.raises(Unsupported, match=said):
         open_llm(CASE, tmp_path)
 

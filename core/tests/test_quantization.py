@@ -3,14 +3,13 @@ float32 allows. Containers: anychip_conformance.equality.quantized_models."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_kit import held_matrix, products
+from quantized_kit import held_matrix, products, spoil
 from safetensors.torch import load_file, save_file
 
 from anychip import LLM, SamplingParams
@@ -297,15 +296,9 @@ def test_an_int8_cache_without_scales_is_refused(tmp_path):
 # -- what is refused ----------------------------------------------------------------------------------------
 
 
-def spoil(folder: Path, container: str, change=None, **settings) -> None:
+def make_spoiled(folder: Path, container: str, change=None, **settings) -> None:
     make_quantized_checkpoint(container, folder)
-    if change is not None:
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= settings
-    (folder / "config.json").write_text(json.dumps(config))
+    spoil(folder, change, settings)
 
 
 MODULE = "model.layers.1.mlp.down_proj"
@@ -327,7 +320,7 @@ MODULE = "model.layers.1.mlp.down_proj"
     ],
 )
 def test_a_missing_scale_is_named(container, missing, expected, tmp_path):
-    spoil(tmp_path, container, lambda tensors: tensors.pop(f"{MODULE}.{missing}"))
+    make_spoiled(tmp_path, container, lambda tensors: tensors.pop(f"{MODULE}.{missing}"))
     with pytest.raises(CheckpointError, match=expected):
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path)
 
@@ -344,7 +337,7 @@ def test_a_missing_scale_is_named(container, missing, expected, tmp_path):
     ],
 )
 def test_settings_that_cannot_be_are_refused(container, settings, error, expected, tmp_path):
-    spoil(tmp_path, container, **settings)
+    make_spoiled(tmp_path, container, **settings)
     with pytest.raises(error, match=expected):
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path)
 
@@ -353,7 +346,7 @@ def test_columns_ordered_by_activation_are_refused_where_the_settings_deny_it(tm
     def shuffle(tensors):
         tensors[f"{MODULE}.g_idx"] = tensors[f"{MODULE}.g_idx"].flip(0)
 
-    spoil(tmp_path, "gptq", shuffle)
+    make_spoiled(tmp_path, "gptq", shuffle)
     with pytest.raises(CheckpointError, match=f"{MODULE}.g_idx.*orders columns by activation"):
         open_llm(Case("llama", 64, True, False, True, "cpu"), tmp_path)
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from anychip import SamplingParams
 from anychip.drafts import Drafts
 from anychip.engine.outputs import RequestOutput
-from anychip.messages import SpeculationStats
+from anychip.engine_stats import SpeculationStats
 from anychip.sampling_params import StructuredOutput
 from anychip.scheduler.step import StepDraft
 from anychip.speculation import guard

@@ -11,7 +11,7 @@ import numpy as np
 from anychip.plugin_api import NO_ADAPTER
 from anychip.prompt_extras import PromptExtras
 from anychip.step_messages import AdapterSlot, LateInputs, NewRow, StepDecision, StepResult
-from anychip.worker.worker import WorkerResult
+from anychip.worker.worker_result import WorkerResult
 from anychip_conformance.device import Device
 from anychip_conformance.engines import open_worker
 from anychip_conformance.equality import VOCAB_SIZE

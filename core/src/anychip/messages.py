@@ -3,19 +3,22 @@
 API process -> engine: AddRequest, Abort, Shutdown.      Engine -> API: EngineReady, Outputs, Heartbeat, EngineFailed.
 Engine -> workers: StepDecision, LateInputs, Shutdown.   Workers -> engine: WorkerProgress, WorkerReady, StepResult,
                                                                             WorkerFailed.
-Both ways down: LoadAdapter, DropAdapter. Both ways up: AdapterReport. step_messages.py has those of a step.
+Both ways down: LoadAdapter, DropAdapter. Both ways up: AdapterReport. step_messages.py has those of a step,
+worker_report.py what workers say when they are ready, and engine_stats.py how the engine stands.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from anychip.engine_stats import EngineStats
 from anychip.errors import Fault
 from anychip.prefix import MediaSpan
 from anychip.prompt_extras import PromptExtras
 from anychip.sampling_params import SamplingParams
-from anychip.step_messages import ExpertStats, LateInputs, StepDecision, StepResult, TokenLogprobs
+from anychip.step_messages import LateInputs, StepDecision, StepResult, TokenLogprobs
 from anychip.types import FinishReason
+from anychip.worker_report import WorkerReady
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -113,61 +116,6 @@ class SequenceDelta(msgspec.Struct, array_like=True, gc=False):
     """float32 [hidden_size], of a request with PromptExtras.pooling, which it ends."""
 
 
-class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
-    """What drafts came to, since the engine's start."""
-
-    drafted: int
-    """Tokens that were drafted."""
-    accepted_at: tuple[int, ...]
-    """By position in a draft: how often the token there was drawn."""
-    saved_s: float
-    """Seconds that the accepted tokens would have taken in steps of their own, less what all drafts cost; by the costs
-    of steps that were measured at the start."""
-    failures: int
-    """Sequences that went on without drafts because the proposer failed."""
-
-    @property
-    def accepted(self) -> int:
-        return sum(self.accepted_at)
-
-
-class LaneStats(msgspec.Struct, frozen=True, array_like=True):
-    """How one of several data-parallel lanes stands."""
-
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks: int
-
-
-class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """How the engine stands. What counts events counts them since its start."""
-
-    running: int
-    waiting: int
-    waiting_tokens: int
-    """Tokens of the prompts that wait."""
-    kv_blocks_used: int
-    kv_blocks: int
-    steps: int
-    preemptions: int
-    prefix_queries: int
-    """Prompt tokens that were looked up in the prefix cache."""
-    prefix_hits: int
-    """Prompt tokens that the prefix cache held."""
-    speculation: SpeculationStats | None = None
-    """None: nothing is drafted."""
-    weights_version: int = 0
-    """How often the weights have changed in place."""
-    experts: ExpertStats | None = None
-    """None: no experts move, or nobody has looked yet."""
-    lanes: tuple[LaneStats, ...] = ()
-    """(): there is one."""
-    states_used: int = 0
-    states: int = 0
-    """Blocks of the states' pool, of sequences and of the prefix cache; 0: the model keeps no states."""
-
-
 class Outputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Sent after each step that brought anything."""
 
@@ -187,96 +135,6 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
     worker_pids: tuple[int, ...] = ()
     stats: EngineStats | None = None
     """None while it starts."""
-
-
-class MemoryPlan(msgspec.Struct, frozen=True):
-    """How one device's memory is divided, in bytes, and what its KV cache holds."""
-
-    weights: int
-    """Bytes of the packed weights."""
-    activations: int
-    """Bytes that the largest step needs, and those of the state for penalties and biases."""
-    graphs: int
-    """Bytes reserved for captured graphs."""
-    kv_cache: int
-    """Bytes of all blocks, of tokens and of states."""
-    num_blocks: int
-    """Blocks of tokens, block 0 included."""
-    kv_tokens: int
-    """Tokens that the KV cache holds."""
-    max_concurrency: float
-    """How many requests of the maximum length fit at once."""
-    num_states: int = 0
-    """Blocks of the states' pool, block 0 included; 0: the model keeps no states."""
-    kv_token: int = 0
-    """Bytes that a token takes in all layers that keep its keys and values."""
-    latent_token: int = 0
-    """Bytes that a token takes in all layers that keep a latent row of it."""
-    state_sequence: int = 0
-    """Bytes that a sequence takes in all layers that keep a state of it, whatever its length."""
-    usable: int = 0
-    """Bytes of the device that the memory fraction allows; 0: the device does not say how many it has."""
-    elsewhere: int = 0
-    """Of those, what was in use and not the engine's when the KV cache was sized: other processes', the driver's and
-    its libraries'."""
-
-
-class KVGroup(msgspec.Struct, frozen=True, tag="tokens"):
-    """Layers that get their blocks of tokens together. `window` counts tokens; None keeps every earlier token."""
-
-    block_size: int
-    window: int | None = None
-    layers: tuple[int, ...] = ()
-
-
-class StateGroup(msgspec.Struct, frozen=True, tag="state"):
-    """Layers that keep a state of each sequence: one block of the states' pool holds those of all of them."""
-
-    layers: tuple[int, ...] = ()
-
-
-CacheGroup = KVGroup | StateGroup
-
-
-class KVCacheConfig(msgspec.Struct, frozen=True):
-    """`num_blocks` is the size of the tokens' pool, `num_states` that of the states' pool. Both count block 0, which no
-    request owns."""
-
-    num_blocks: int
-    groups: tuple[CacheGroup, ...]
-    num_states: int = 0
-
-
-class DeviceRules(msgspec.Struct, frozen=True):
-    """A device's limits on one step, which every policy obeys (plugin_api.StepRules, as it crosses processes)."""
-
-    mix_prefill_decode: bool = True
-    max_prefills: int | None = None
-    chunk_multiple: int = 1
-    max_tokens: int | None = None
-    max_rows: int | None = None
-    max_padded_tokens: int | None = None
-    zero_new_blocks: bool = False
-    max_slots: int | None = None
-    takes_drafts: bool = True
-
-
-class WorkerReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """What the engine must know of the workers before it can schedule."""
-
-    kv: KVCacheConfig
-    rules: DeviceRules
-    memory: MemoryPlan
-    device: str
-    notes: tuple[str, ...] = ()
-    kernels: dict[str, str] = {}
-    """For each op, which implementation serves it, and why."""
-    capabilities: dict[str, str] = {}
-    """What the device declares, as text."""
-    step_costs: tuple[tuple[int, float], ...] = ()
-    """(tokens, seconds) of steps by growing tokens, measured where drafts are wanted."""
-    draft_costs: tuple[tuple[int, float], ...] = ()
-    """The same of the draft model's passes; (): there is no draft model."""
 
 
 class WorkerProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):

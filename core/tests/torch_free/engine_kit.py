@@ -7,19 +7,7 @@ from collections import deque
 
 from anychip.engine.engine_core import EngineCore
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import (
-    AdapterReport,
-    AddRequest,
-    CacheGroup,
-    DeviceRules,
-    DropAdapter,
-    KVCacheConfig,
-    KVGroup,
-    LoadAdapter,
-    MemoryPlan,
-    StateGroup,
-    WorkerReady,
-)
+from anychip.messages import AdapterReport, AddRequest, DropAdapter, LoadAdapter
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
@@ -27,6 +15,7 @@ from anychip.scheduler.scheduler import Scheduler
 from anychip.speculation.speculator import Speculator
 from anychip.step_messages import LateInputs, StepDecision, StepResult
 from anychip.types import RequestId
+from anychip.worker_report import CacheGroup, DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, StateGroup, WorkerReady
 
 VOCAB_SIZE = 1000
 TOKEN = 7

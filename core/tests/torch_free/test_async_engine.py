@@ -14,9 +14,10 @@ import zmq.asyncio
 from anychip.engine.async_engine import AsyncEngine
 from anychip.engine.ipc import encoder, output_endpoint, request_endpoint, to_engine_decoder
 from anychip.engine.output_processor import OutputProcessor
+from anychip.engine_stats import EngineStats
 from anychip.errors import EngineDead, OutputFailed, RequestAborted
 from anychip.launch.folder import private_folder
-from anychip.messages import Abort, AddRequest, EngineStats, Outputs, SequenceDelta
+from anychip.messages import Abort, AddRequest, Outputs, SequenceDelta
 from anychip.sampling_params import SamplingParams
 
 STATS = EngineStats(1, 0, 0, 1, 10, 1, 0, 0, 0)

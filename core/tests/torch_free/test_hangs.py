@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anychip.engine.heartbeat import StallClock
+from anychip.engine_stats import EngineStats
 from anychip.executor.progress import Progress
 from anychip.launch.watchdog import Watchdog
-from anychip.messages import EngineStats, Heartbeat
+from anychip.messages import Heartbeat
 from anychip.step_messages import StepDecision
 
 STATS = EngineStats(1, 0, 0, 1, 10, 1, 0, 0, 0)

@@ -6,7 +6,7 @@ import pytest
 
 from anychip.errors import KVCacheTooSmall
 from anychip.launch.kv_fit import check_fits
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
+from anychip.worker_report import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
 
 GIB = 1 << 30
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from engine_kit import answer, counts, make_request, make_scheduler, run_to_end
 
 from anychip.kv_cache.kinds import blocks_per_request
-from anychip.messages import KVGroup
 from anychip.prefix import PrefixRoot
 from anychip.types import NULL_BLOCK
+from anychip.worker_report import KVGroup
 
 PROMPT = list(range(10, 30))  # 20 tokens, 5 blocks of 4
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from anychip.engine.engine_core import EngineCore
 from anychip.errors import DeviceFault
-from anychip.messages import DeviceRules, KVCacheConfig, MemoryPlan, WorkerReady
 from anychip.scheduler.lanes import LaneScheduler, LaneStep, empty_decision
 from anychip.step_messages import LaneDecisions, LaneInputs, LaneResults, LateInputs, StepDecision, StepResult
+from anychip.worker_report import DeviceRules, KVCacheConfig, MemoryPlan, WorkerReady
 
 
 def make_lanes(count: int = 2, *, meeting: bool = True, **settings: object) -> LaneScheduler:

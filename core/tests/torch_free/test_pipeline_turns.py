@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.engine.engine_core import EngineCore
-from anychip.messages import DeviceRules
 from anychip.step_messages import LateInputs, StepDecision, StepResult
+from anychip.worker_report import DeviceRules
 
 
 @dataclass(slots=True)

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from anychip.engine.input_processor import InputProcessor, RequestOptions
 from anychip.errors import InvalidRequest
 from anychip.kv_cache.hashing import HASH_BYTES, extend_hashes, media_marks, prompt_hashes, root_hash
-from anychip.messages import KVGroup, ToEngine
+from anychip.messages import ToEngine
 from anychip.prefix import MediaSpan, PrefixRoot
 from anychip.request import Request, RequestStatus
 from anychip.sampling_params import SamplingParams
 from anychip.types import RequestId
+from anychip.worker_report import KVGroup
 
 IMAGE, OTHER = bytes([1]) * 32, bytes([2]) * 32
 PLACEHOLDER = 9

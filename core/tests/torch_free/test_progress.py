@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from anychip.errors import ConfigError, InvalidRequest
 from anychip.kv_cache.hashing import prompt_hashes
-from anychip.messages import DeviceRules, KVGroup, StateGroup
 from anychip.prefix import PrefixRoot
 from anychip.request import RequestStatus
 from anychip.scheduler.policy import FairPolicy, PriorityPolicy, SchedulingPolicy
+from anychip.worker_report import DeviceRules, KVGroup, StateGroup
 
 some = st.one_of(st.none(), st.integers(0, 12))
 RULES = st.builds(

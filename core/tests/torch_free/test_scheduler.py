@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.errors import ConfigError
-from anychip.messages import DeviceRules, KVGroup, StateGroup
 from anychip.request import RequestStatus
 from anychip.scheduler.policy import PriorityPolicy, make_policy
 from anychip.step_messages import StepResult
+from anychip.worker_report import DeviceRules, KVGroup, StateGroup
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget():

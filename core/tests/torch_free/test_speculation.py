@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from anychip.config import EngineConfig
 from anychip.errors import ConfigError
-from anychip.messages import DeviceRules, KVGroup
 from anychip.request import Request
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep
@@ -22,6 +21,7 @@ from anychip.speculation import asking
 from anychip.speculation.lengths import StepCosts
 from anychip.speculation.proposer import make_proposer
 from anychip.speculation.speculator import Speculator
+from anychip.worker_report import DeviceRules, KVGroup
 
 
 def offers_of(scheduler: Scheduler) -> dict[int, list[int]]:

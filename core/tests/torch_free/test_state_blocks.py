@@ -12,9 +12,9 @@ from anychip.errors import InvalidRequest
 from anychip.kv_cache.kinds import blocks_per_request
 from anychip.kv_cache.manager import KVCacheManager
 from anychip.launch.kv_fit import longest_that_fits
-from anychip.messages import KVCacheConfig, KVGroup, StateGroup
 from anychip.speculation.proposer import Proposer
 from anychip.speculation.speculator import Speculator
+from anychip.worker_report import KVCacheConfig, KVGroup, StateGroup
 
 HYBRID = (KVGroup(block_size=4), StateGroup())
 PROMPT = list(range(10, 30))

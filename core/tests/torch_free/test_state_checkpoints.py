@@ -9,7 +9,7 @@ import pytest
 from engine_kit import answer, make_request, make_scheduler, run_to_end
 
 from anychip.kv_cache import checkpoints
-from anychip.messages import KVGroup, StateGroup
+from anychip.worker_report import KVGroup, StateGroup
 
 BLOCK = 4
 HYBRID = (KVGroup(block_size=BLOCK), StateGroup())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anychip.messages import DeviceRules
 from anychip.scheduler.step_room import StepRoom
+from anychip.worker_report import DeviceRules
 
 few = st.integers(1, 40)
 

@@ -22,10 +22,11 @@ from anychip.engine.engine_loop import EngineLoop
 from anychip.engine.input_processor import RequestOptions
 from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
 from anychip.engine.output_processor import OutputProcessor
+from anychip.engine_stats import EngineStats
 from anychip.errors import ConfigError, EngineDead, EngineHung, RequestTimeout
 from anychip.executor.progress import Progress
 from anychip.launch.async_llm import AsyncLLM
-from anychip.messages import AddRequest, EngineReady, EngineStats, Heartbeat, Outputs, Shutdown
+from anychip.messages import AddRequest, EngineReady, Heartbeat, Outputs, Shutdown
 from anychip.observability.metrics import Metrics
 from anychip.sampling_params import SamplingParams, StructuredOutput
 

@@ -18,10 +18,10 @@ from anychip.errors import DeviceFault, EngineDead, EngineHung
 from anychip.executor.links import FolderLinks
 from anychip.executor.multiprocess import MultiprocessExecutor
 from anychip.executor.progress import Progress
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
 from anychip.process_specs import WorkerLink, WorkerSpec
 from anychip.scheduler.lanes import empty_decision
 from anychip.step_messages import LaneDecisions, LaneInputs, LateInputs, StepDecision, StepResult
+from anychip.worker_report import DeviceRules, KVCacheConfig, KVGroup, MemoryPlan, WorkerReady
 
 READY = WorkerReady(
     KVCacheConfig(64, (KVGroup(block_size=4),)), DeviceRules(), MemoryPlan(0, 0, 0, 0, 64, 0, 0.0), "fake:0"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anychip.ops.reference import dense_part
+from anychip.ops.reference import dense_part, greatest_scores
 from anychip.plugin_api import KVLayout, LatentBackend, LatentLayer, LatentSpec, latent_page_bytes
 from anychip_conformance.fakes.functional import FunctionalAttention, FunctionalPlan
 from anychip_conformance.fakes.functional_latents import FunctionalLatent
@@ -51,15 +51,7 @@ class FunctionalSparse(FunctionalLatent):
         scores = torch.einsum("thk,th->tk", scores, weights.float())
         places = torch.arange(scores.shape[1], device=scores.device)
         seen = (places <= plan.last_keys.unsqueeze(-1)) & plan.valid.unsqueeze(-1)
-        lowest = torch.finfo(scores.dtype).min
-        scores = torch.nan_to_num(scores, lowest, torch.finfo(scores.dtype).max, lowest)
-        order = scores.masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        best = order[:, : self.spec.top_k]
-        past = scores.shape[1]
-        best = torch.where(seen.gather(1, best), best, past).sort(dim=-1).values
-        best = torch.where(best == past, -1, best).int()
-        missing = best.new_full((len(best), max(0, self.spec.top_k - past)), -1)
-        return torch.cat((best, missing), dim=-1)
+        return greatest_scores(scores, seen, self.spec.top_k)
 
     def attend_chosen(
         self,

@@ -16,6 +16,7 @@ import zmq.asyncio
 from anychip.engine.ipc import encoder, from_engine_decoder, output_endpoint, request_endpoint
 from anychip.engine.output_processor import OutputProcessor, receive
 from anychip.engine.outputs import Pieces, RequestOutput
+from anychip.engine_stats import EngineStats
 from anychip.errors import AnychipError, EngineDead, EngineHung, RequestAborted, RequestTimeout, rebuild
 from anychip.messages import (
     Abort,
@@ -24,7 +25,6 @@ from anychip.messages import (
     DropAdapter,
     EngineFailed,
     EngineReady,
-    EngineStats,
     Heartbeat,
     LoadAdapter,
     Outputs,

@@ -31,6 +31,9 @@ class FlyingStep:
         """Whether every rank that has a part in it has failed."""
         return len(self.faults) == self.num_ranks
 
+    def failed_on(self, rank: int) -> bool:
+        return any(fault.rank == rank for fault in self.faults)
+
     @property
     def is_disputed(self) -> bool:
         """Whether some ranks have failed, and others have not."""
@@ -76,10 +79,11 @@ class FlyingSteps:
         return LaneResults(step.step_id, [step.results.get(lane) for lane in range(self._num_lanes)])
 
     def take_result(self, result: StepResult) -> None:
-        """A lane's results come in the order of its steps. Lanes need not wait for one another. Raises DeviceFault for
-        another step's than was due."""
+        """A lane's results come in the order of its steps, without those in which the rank that reports has failed.
+        Lanes need not wait for one another. Raises DeviceFault for another step's than was due."""
+        reporter = self.ranks(result.lane)[0]
         for step in self._steps:
-            if result.lane in step.lanes and result.lane not in step.results and not step.has_failed:
+            if result.lane in step.lanes and result.lane not in step.results and not step.failed_on(reporter):
                 if step.step_id != result.step_id:
                     raise self.disagreement(step)
                 step.results[result.lane] = result

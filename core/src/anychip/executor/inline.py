@@ -6,8 +6,9 @@ from collections import deque
 
 from anychip.executor.progress import Progress
 from anychip.executor.protocol import PendingResult, StepWorker
-from anychip.messages import AdapterReport, DropAdapter, LoadAdapter, WorkerReady
+from anychip.messages import AdapterReport, DropAdapter, LoadAdapter
 from anychip.step_messages import AnyDecision, AnyInputs, LateInputs, StepDecision, StepResult
+from anychip.worker_report import WorkerReady
 
 
 class InlineExecutor:

@@ -19,18 +19,10 @@ from anychip.errors import AnychipError, EngineDead, EngineHung, rebuild
 from anychip.executor.flying import FlyingStep, FlyingSteps
 from anychip.executor.links import Links
 from anychip.executor.progress import Progress
-from anychip.messages import (
-    AdapterReport,
-    DropAdapter,
-    FromWorker,
-    LoadAdapter,
-    Shutdown,
-    WorkerFailed,
-    WorkerProgress,
-    WorkerReady,
-)
+from anychip.messages import AdapterReport, DropAdapter, FromWorker, LoadAdapter, Shutdown, WorkerFailed, WorkerProgress
 from anychip.process_specs import WorkerLink
 from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LaneDecisions, LaneInputs, StepResult
+from anychip.worker_report import WorkerReady
 
 log = logging.getLogger("anychip.engine")
 

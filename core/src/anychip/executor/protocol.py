@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from anychip.messages import AdapterReport, DropAdapter, LoadAdapter, WorkerReady
+from anychip.messages import AdapterReport, DropAdapter, LoadAdapter
 from anychip.step_messages import AnyDecision, AnyInputs, AnyResult, LateInputs, StepDecision, StepResult
+from anychip.worker_report import WorkerReady
 
 
 class Executor(Protocol):

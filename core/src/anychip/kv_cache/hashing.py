@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from hashlib import sha256
 from struct import Struct
 
-from anychip.messages import KVGroup
 from anychip.prefix import DIGEST_BYTES, MediaSpan, PrefixRoot
 from anychip.request import Request
+from anychip.worker_report import KVGroup
 
 HASH_BYTES = 32
 _TOKEN_BYTES = 4

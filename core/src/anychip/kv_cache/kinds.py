@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from anychip.kv_cache.block_pool import BlockPool
-from anychip.messages import CacheGroup, KVGroup, StateGroup
 from anychip.types import NULL_BLOCK, BlockId, cdiv
+from anychip.worker_report import CacheGroup, KVGroup, StateGroup
 
 Growth = tuple[int, list[int]]
 """What a table wants of its pool before some tokens can be computed: so many blocks behind those that it has, and

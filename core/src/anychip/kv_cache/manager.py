@@ -20,9 +20,9 @@ from anychip.kv_cache.checkpoints import Checkpoints
 from anychip.kv_cache.hashing import extend_hashes, finest_block_size
 from anychip.kv_cache.kinds import Growth, TokenBlocks, kind_of, token_groups
 from anychip.kv_cache.sharing import Shared, find_fork, find_prefix, prefix_key
-from anychip.messages import KVCacheConfig
 from anychip.request import Request
 from anychip.types import NULL_BLOCK, BlockId
+from anychip.worker_report import KVCacheConfig
 
 _ALL_BLOCKS = _ALL_TOKENS = sys.maxsize
 

@@ -18,13 +18,14 @@ from anychip.engine.input_processor import InputProcessor, Prompt, RequestOption
 from anychip.engine.input_threads import InputThreads
 from anychip.engine.output_processor import OutputProcessor
 from anychip.engine.outputs import RequestOutput
+from anychip.engine_stats import EngineStats
 from anychip.errors import AnychipError, QueueFull, RequestAborted, RequestTimeout
 from anychip.hub import located
 from anychip.launch.build import load_tokenizer
 from anychip.launch.engine_process import EngineProcess
 from anychip.launch.served_adapters import ServedAdapters
 from anychip.launch.vectors import vector_inputs, with_task
-from anychip.messages import AddRequest, EngineReady, EngineStats, WorkerReady
+from anychip.messages import AddRequest, EngineReady
 from anychip.model_config import load_model_config
 from anychip.observability.flow import Flow
 from anychip.observability.metrics import Metrics, RequestClock
@@ -32,6 +33,7 @@ from anychip.observability.tracing import Tracer
 from anychip.sampling_params import SamplingParams
 from anychip.structured_output.checker import CheckerSpec, GrammarChecker
 from anychip.tokenizer.tokenizer import Tokenizer
+from anychip.worker_report import WorkerReady
 
 log = logging.getLogger("anychip.engine")
 

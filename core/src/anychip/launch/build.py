@@ -24,7 +24,6 @@ from anychip.launch.draft_model import check_speculation
 from anychip.launch.hosts.workers import open_hosted
 from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.launch.worker_spec import worker_spec
-from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.plugin_api.manifest import Decision, Placement
 from anychip.process_specs import WorkerLink, WorkerSpec
@@ -40,6 +39,7 @@ from anychip.speculation.proposer import Proposer, make_proposer
 from anychip.speculation.speculator import Speculator
 from anychip.structured_output.processor import GrammarCompiler
 from anychip.tokenizer.tokenizer import Tokenizer
+from anychip.worker_report import WorkerReady
 
 WORKER = "anychip.worker.worker:Worker"
 """Loaded by name, in the process that will run it: nothing that imports this module reaches torch."""

@@ -6,8 +6,8 @@ import sys
 
 from anychip.errors import KVCacheTooSmall
 from anychip.kv_cache.kinds import blocks_per_request, token_groups
-from anychip.messages import KVCacheConfig, MemoryPlan, WorkerReady
 from anychip.types import cdiv
+from anychip.worker_report import KVCacheConfig, MemoryPlan, WorkerReady
 
 _GIB = 1 << 30
 

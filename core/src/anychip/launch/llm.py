@@ -31,7 +31,7 @@ from anychip.launch.adapters import AdapterNames, read_named
 from anychip.launch.build import build_engine, load_tokenizer
 from anychip.launch.folder import private_folder
 from anychip.launch.vectors import vector_inputs, with_task
-from anychip.messages import DropAdapter, LoadAdapter, WorkerReady
+from anychip.messages import DropAdapter, LoadAdapter
 from anychip.model_config import load_model_config
 from anychip.prompt_extras import Pooling, PoolingKind, PromptExtras
 from anychip.registry.plugins import load_plugins
@@ -39,6 +39,7 @@ from anychip.sampling_params import SamplingParams
 from anychip.tasks.detect import refusal
 from anychip.tasks.served import Task
 from anychip.tokenizer.tokenizer import Tokenizer
+from anychip.worker_report import WorkerReady
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with "role" and "content"."""

@@ -14,11 +14,11 @@ from anychip.launch.draft_model import check_speculation
 from anychip.launch.kv_fit import check_fits, longest_that_fits
 from anychip.launch.vectors import with_task
 from anychip.launch.worker_spec import worker_spec
-from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.registry.devices import ChosenDevice, choose_device, for_one_host
 from anychip.registry.plugins import Plugins, load_plugins
 from anychip.tasks.served import ServedTask
+from anychip.worker_report import WorkerReady
 
 PLANNER = "anychip.worker.planning"
 """Loaded by name: what imports this module does not reach torch."""

@@ -51,7 +51,7 @@ class Builder:
     adapter_sites: list[AdapterSite] = field(default_factory=list)
     """Of the products built so far."""
     expert_layers: list[Any] = field(default_factory=list)
-    """Mixtures of experts that were built so far: layers.mlp.SparseMoE, or what stands for one."""
+    """Mixtures of experts that were built so far: layers.moe.SparseMoE, or what stands for one."""
     moves_experts: bool = False
     """Whether experts may move between ranks, and tokens travel to them."""
     num_redundant_experts: int = 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anychip.layers.build import Builder
-from anychip.layers.mlp import PutExpert, SparseMoE
+from anychip.layers.moe import PutExpert, SparseMoE
 from anychip.weights.matrix import Matrix, MatrixStack, Span, StackPiece
 
 
@@ -27,18 +27,7 @@ class StackedExperts(SparseMoE):
         wide, tall = (intermediate_size, hidden.count), (hidden.count, intermediate_size)
 
         def piece(part: str, first: int, shape: tuple[int, int], rows: Span, columns: Span) -> StackPiece:
-            matrices = [
-                Matrix(
-                    name=f"{name}.{expert}.{part}",
-                    shape=shape,
-                    rows=rows,
-                    columns=columns,
-                    scheme=self.spec.scheme,
-                    put=PutExpert(self, place, part),
-                )
-                for place, expert in enumerate(range(*self.held.bounds))
-            ]
-            return StackPiece(slice(*rows.after(first).bounds), matrices)
+            return stack_piece(self, name, part, slice(*rows.after(first).bounds), shape=shape, cut=(rows, columns))
 
         gate_up = (piece("gate", 0, wide, span, hidden), piece("up", intermediate_size, wide, span, hidden))
         down = (piece("down", 0, tall, hidden, span),)
@@ -59,3 +48,23 @@ class LayerOfExperts(StackedExperts):
 def experts_as_stored(builder: Builder, name: str) -> type[SparseMoE]:
     """What reads the experts of layer `name` as this checkpoint has them: stacked, or each by itself."""
     return StackedExperts if builder.stored.has(f"{name}.{StackedExperts.tensors[0]}") else SparseMoE
+
+
+def stack_piece(
+    moe: SparseMoE, name: str, part: str, places: slice, *, shape: tuple[int, int], cut: tuple[Span, Span]
+) -> StackPiece:
+    """Gate, up or down of the experts that a rank holds: what stands in a stack's rows `places`. Of an expert's matrix
+    of `shape` the rank takes the rows and columns of `cut`."""
+    rows, columns = cut
+    matrices = [
+        Matrix(
+            name=f"{name}.{expert}.{part}",
+            shape=shape,
+            rows=rows,
+            columns=columns,
+            scheme=moe.spec.scheme,
+            put=PutExpert(moe, place, part),
+        )
+        for place, expert in enumerate(range(*moe.held.bounds))
+    ]
+    return StackPiece(places, matrices)

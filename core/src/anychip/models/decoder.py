@@ -13,7 +13,8 @@ from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
 from anychip.layers.embedding import LMHead, VocabParallelEmbedding
 from anychip.layers.latent import LatentAttention
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.norm import LayerNorm, RMSNorm
 from anychip.layers.plain_mlp import PlainMLP
 from anychip.layers.rotary import make_rope
@@ -227,7 +228,12 @@ class Decoder:
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         extras = context.extras
         hidden = self.embedded(input_ids, context) if self.stage.is_first else self.links.receive(positions)
-        hidden, residual = self.through_layers(hidden, context)
+        residual: Tensor | None = None
+        for index, layer in zip(self.held_layers, self.layers_over(hidden), strict=True):
+            hidden, residual = layer(hidden, residual, context)
+            if extras is not None:
+                extras.seen(index, hidden, residual)
+        assert residual is not None, "a stage has a layer"
         if self.norm is None:
             return self.links.pass_on(hidden, residual)
         final = self.norm.with_residual(hidden, residual)[0]
@@ -235,15 +241,9 @@ class Decoder:
             extras.seen(FINAL, final)
         return final
 
-    def through_layers(self, hidden: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """(the last layer's output before its residual sum, the residual)."""
-        residual: Tensor | None = None
-        for index, layer in zip(self.held_layers, self.layers, strict=True):
-            hidden, residual = layer(hidden, residual, context)
-            if context.extras is not None:
-                context.extras.seen(index, hidden, residual)
-        assert residual is not None, "a stage has a layer"
-        return hidden, residual
+    def layers_over(self, hidden: Tensor) -> Sequence[Any]:
+        """The layers that a step calls, the first of which reads `hidden`."""
+        return self.layers
 
     def embedded(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """[num_tokens, hidden_size], for the first layer."""

@@ -13,7 +13,8 @@ from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.indexer import Indexer
 from anychip.layers.latent import LatentAttention
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.rotary import make_rope, yarn_scale
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.models.decoder import Decoder, PreNormLayer

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.rotary import make_rope
 from anychip.model_config import ModelConfig, rope_parameters
 from anychip.models.decoder import Decoder, PreNormLayer

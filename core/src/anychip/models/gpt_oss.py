@@ -8,13 +8,14 @@ from dataclasses import replace
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
-from anychip.layers.mlp import PutExpert, SparseMoE
+from anychip.layers.moe import PutExpert, SparseMoE
+from anychip.layers.stacked_experts import stack_piece
 from anychip.model_config import ModelConfig
 from anychip.models.config_kinds import given_layer_types
 from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import AttentionSpec, MeshShape, MoESpec, Rope, WeightView
 from anychip.types import DType
-from anychip.weights.matrix import Matrix, MatrixStack, Span, StackPiece
+from anychip.weights.matrix import MatrixStack, Span, StackPiece
 
 
 class GptOss(Decoder):
@@ -44,7 +45,7 @@ class GptOss(Decoder):
             activation="swiglu_clamped",
             bias=True,
         )
-        experts = StackedExperts(
+        experts = InterleavedExperts(
             builder,
             name=f"model.layers.{index}.mlp",
             spec=moe,
@@ -56,7 +57,7 @@ class GptOss(Decoder):
         return PreNormLayer(builder, config, index, attention, experts)
 
 
-class StackedExperts(SparseMoE):
+class InterleavedExperts(SparseMoE):
     """gate_up_proj holds gate and up of every expert in turns, [num_experts, hidden_size, 2 * intermediate_size] where
     it is plain, and down_proj [num_experts, intermediate_size, hidden_size]."""
 
@@ -78,25 +79,12 @@ class StackedExperts(SparseMoE):
         halves = (("gate", 0), ("up", 1))
         wide_shape, tall_shape = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
 
-        def piece(part: str, rows: slice, shape: tuple[int, int], of: Span, columns: Span) -> StackPiece:
-            matrices = [
-                Matrix(
-                    name=f"{name}.{expert}.{part}",
-                    shape=shape,
-                    rows=of,
-                    columns=columns,
-                    scheme=self.spec.scheme,
-                    put=PutExpert(self, place, part),
-                )
-                for place, expert in enumerate(range(*self.held.bounds))
-            ]
-            return StackPiece(rows, matrices)
+        def half(part: str, first: int) -> StackPiece:
+            places = slice(own.start + first, own.start + own.count, 2)
+            return stack_piece(self, name, part, places, shape=wide_shape, cut=(span, hidden))
 
-        gate_up = tuple(
-            piece(part, slice(own.start + first, own.start + own.count, 2), wide_shape, span, hidden)
-            for part, first in halves
-        )
-        down = piece("down", slice(0, hidden_size), tall_shape, hidden, span)
+        gate_up = tuple(half(part, first) for part, first in halves)
+        down = stack_piece(self, name, "down", slice(0, hidden_size), shape=tall_shape, cut=(hidden, span))
         for module, shape, pieces in (
             ("gate_up_proj", (wide, hidden_size), gate_up),
             ("down_proj", tall_shape, (down,)),

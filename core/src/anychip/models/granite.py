@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import AttentionSpec, CacheSpec, ForwardContext, Rope, StepAdapters

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anychip.layers.attention import Attention
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.bamba import Bamba
 from anychip.models.granite_moe import granite_experts

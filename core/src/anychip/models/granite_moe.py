@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.stacked_experts import LayerOfExperts
 from anychip.models.decoder import Decoder
 from anychip.models.granite import Granite

@@ -10,7 +10,7 @@ from typing import Any
 
 from anychip.layers.build import Builder
 from anychip.layers.mamba import Mamba, MambaSizes
-from anychip.layers.mlp import SparseMoE
+from anychip.layers.moe import SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, FeedForward, Hybrid, Mixer, need_silu
 from anychip.plugin_api import Rope

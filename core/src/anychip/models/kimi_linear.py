@@ -10,7 +10,8 @@ from typing import Any
 from anychip.layers.build import Builder
 from anychip.layers.kimi_delta import KimiDeltaAttention, KimiDeltaSizes
 from anychip.layers.latent import LatentAttention
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.rotary import still_rope
 from anychip.model_config import ModelConfig
 from anychip.models.deepseek import LATENT_EPS, corrected_routing, experts, is_dense, latent_spec

@@ -9,7 +9,8 @@ from typing import Any
 
 from anychip.layers.build import Builder
 from anychip.layers.causal_conv import conv_spec
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.short_conv import ShortConv
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anychip.layers.build import Builder
 from anychip.layers.lightning import LightningAttention, slopes
-from anychip.layers.mlp import SparseMoE
+from anychip.layers.moe import SparseMoE
 from anychip.layers.norm import RMSNorm
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, Hybrid, Mixer, known_kinds, need_silu

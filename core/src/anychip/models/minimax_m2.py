@@ -4,7 +4,7 @@ are picked by corrected sigmoids (config.json: MiniMaxM2ForCausalLM)."""
 from __future__ import annotations
 
 from anychip.layers.build import Builder
-from anychip.layers.mlp import SparseMoE
+from anychip.layers.moe import SparseMoE
 from anychip.layers.rotary import make_rope
 from anychip.model_config import rope_parameters
 from anychip.models.decoder import Decoder, PreNormLayer

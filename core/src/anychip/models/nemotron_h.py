@@ -11,7 +11,7 @@ from typing import Any
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
 from anychip.layers.mamba2 import Mamba2, Mamba2Sizes
-from anychip.layers.mlp import SparseMoE
+from anychip.layers.moe import SparseMoE
 from anychip.layers.plain_mlp import PlainMLP, squared_relu
 from anychip.model_config import ModelConfig
 from anychip.models.deepseek import corrected_routing, num_experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
-from anychip.layers.mlp import SparseMoE
+from anychip.layers.moe import SparseMoE
 from anychip.models.decoder import Decoder, PreNormLayer
 from anychip.plugin_api import AttentionSpec, Rope
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from anychip.errors import Unsupported
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.layers.stacked_experts import experts_as_stored
 from anychip.model_config import ModelConfig
 from anychip.models.config_kinds import given_layer_types
@@ -58,7 +59,7 @@ def is_sparse(config: ModelConfig, index: int) -> bool:
 
 
 def experts(family: Decoder, builder: Builder, index: int, count: int, **differences: Any) -> SparseMoE:
-    """A Qwen's `count` experts, with a family's differences in layers.mlp.SparseMoE's arguments."""
+    """A Qwen's `count` experts, with a family's differences in layers.moe.SparseMoE's arguments."""
     config, size = family.config, int(family.config.need("moe_intermediate_size"))
     spec = family.experts_spec(
         builder,

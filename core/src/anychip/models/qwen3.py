@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.models.decoder import PreNormLayer
 from anychip.models.qwen2 import Qwen2
 from anychip.plugin_api import AttentionSpec, Rope

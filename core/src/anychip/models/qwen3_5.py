@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from anychip.layers.build import Builder
 from anychip.layers.gated_delta_net import GatedDeltaNet
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.models.qwen3_next import Qwen3Next
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from anychip.layers.build import Builder
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.qwen2_moe import experts, is_sparse
 from anychip.models.qwen3 import Qwen3

@@ -8,7 +8,8 @@ from typing import Any
 
 from anychip.layers.build import Builder
 from anychip.layers.gated_delta_net import DeltaNetByHead, DeltaSizes, GatedDeltaNet
-from anychip.layers.mlp import GatedMLP, SparseMoE
+from anychip.layers.mlp import GatedMLP
+from anychip.layers.moe import SparseMoE
 from anychip.model_config import ModelConfig
 from anychip.models.hybrid import ATTENTION, STATE, BlockLayer, Hybrid, Mixer, known_kinds, need_silu
 from anychip.models.qwen2_moe import feed_forward

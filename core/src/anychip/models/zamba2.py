@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -162,11 +163,6 @@ class Zamba2(Hybrid):
             adapts=bool(config.get("use_shared_attention_adapter", False)),
         )
 
-    def through_layers(self, hidden: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        embedded, residual = hidden, None
-        for index, layer in enumerate(self.layers):
-            hidden, residual = layer(hidden, residual, context, embedded)
-            if context.extras is not None:
-                context.extras.seen(index, hidden, residual)
-        assert residual is not None, "the model has a layer"
-        return hidden, residual
+    def layers_over(self, hidden: Tensor) -> Sequence[Any]:
+        """Every shared block reads the embeddings, which are the first layer's input."""
+        return [partial(layer, embedded=hidden) for layer in self.layers]

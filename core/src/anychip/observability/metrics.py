@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 import anychip
 from anychip.engine.outputs import RequestOutput
-from anychip.messages import EngineStats, SpeculationStats
+from anychip.engine_stats import EngineStats, SpeculationStats
 from anychip.observability.tracing import RequestTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

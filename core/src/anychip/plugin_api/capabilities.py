@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from anychip.messages import DeviceRules
 from anychip.plugin_api.quantization import SCHEMES
 from anychip.types import DType
+from anychip.worker_report import DeviceRules
 
 
 class GraphLevel(enum.IntEnum):

@@ -76,14 +76,17 @@ class ShapeKey:
 class ShapePolicy:
     """Which shapes a device runs. This one is `dynamic`: every step keeps its own sizes."""
 
+    _keys: Sequence[ShapeKey] = ()
+    _pieces: Sequence[int] = ()
+
     def keys(self) -> Sequence[ShapeKey]:
         """Shapes to prepare before the first request; empty: none."""
-        return ()
+        return self._keys
 
     def pieces(self) -> Sequence[int]:
         """Numbers of tokens for which what lies between attention calls may be captured: `bucket` gives them to steps
         that no key of `keys` holds. Empty: such steps run eagerly."""
-        return ()
+        return self._pieces
 
     def bucket(
         self,
@@ -118,12 +121,6 @@ class CapturedShapes(ShapePolicy):
 
     def __init__(self, keys: Sequence[ShapeKey], pieces: Sequence[int]) -> None:
         self._keys, self._pieces = keys, pieces
-
-    def keys(self) -> Sequence[ShapeKey]:
-        return self._keys
-
-    def pieces(self) -> Sequence[int]:
-        return self._pieces
 
     def bucket(
         self,

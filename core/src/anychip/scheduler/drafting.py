@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from anychip.engine_stats import SpeculationStats
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import SpeculationStats
 from anychip.request import Request
 from anychip.scheduler.proposing import Proposing
 from anychip.scheduler.step import ScheduledStep, StepDraft

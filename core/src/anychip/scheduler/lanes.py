@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from anychip.engine_stats import EngineStats, LaneStats
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import EngineStats, LaneStats, SequenceDelta
+from anychip.messages import SequenceDelta
 from anychip.request import Request
 from anychip.scheduler.scheduler import Scheduler
 from anychip.scheduler.step import ScheduledStep

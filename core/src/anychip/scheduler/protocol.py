@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from anychip.engine_stats import EngineStats
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import EngineStats, SequenceDelta
+from anychip.messages import SequenceDelta
 from anychip.request import Request
 from anychip.scheduler.drafting import Drafting
 from anychip.step_messages import AnyDecision, ExpertStats

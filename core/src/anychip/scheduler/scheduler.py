@@ -11,8 +11,9 @@ import time
 from bisect import insort
 from collections.abc import Iterator
 
+from anychip.engine_stats import EngineStats
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, EngineStats, SequenceDelta
+from anychip.messages import SequenceDelta
 from anychip.request import Request, RequestStatus
 from anychip.scheduler.adapters import AdapterSlots
 from anychip.scheduler.beams import Beams
@@ -26,6 +27,7 @@ from anychip.scheduler.waiting import WaitingQueue, remove
 from anychip.speculation.speculator import Speculator
 from anychip.step_messages import ExpertStats, StepResult, TokenLogprobs
 from anychip.types import FinishReason, RequestId, Slot
+from anychip.worker_report import DeviceRules
 
 assert sys.byteorder == "little", "messages carry little-endian arrays"
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from anychip.errors import ConfigError
-from anychip.messages import DeviceRules
+from anychip.worker_report import DeviceRules
 
 Rows = Literal["any", "one token", "more tokens"]
 

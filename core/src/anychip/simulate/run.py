@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from anychip.errors import ConfigError
 from anychip.kv_cache.manager import KVCacheManager
-from anychip.messages import DeviceRules, KVCacheConfig, KVGroup, SequenceDelta
+from anychip.messages import SequenceDelta
 from anychip.request import Request
 from anychip.sampling_params import SamplingParams
 from anychip.scheduler.policy import SchedulingPolicy
@@ -18,6 +18,7 @@ from anychip.simulate.costs import Costs, LaneWork, StepTime
 from anychip.simulate.traffic import Arrival, Traffic
 from anychip.step_messages import StepResult
 from anychip.types import RequestId
+from anychip.worker_report import DeviceRules, KVCacheConfig, KVGroup
 
 BLOCK_SIZE = 16
 _TOKEN = 7

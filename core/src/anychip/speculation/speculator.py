@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from anychip.drafts import Drafted, Drafts, Speculation
-from anychip.messages import SpeculationStats
+from anychip.engine_stats import SpeculationStats
 from anychip.request import Request
 from anychip.speculation.asking import SURE, Asking
 from anychip.speculation.draft_model import EVIDENCE

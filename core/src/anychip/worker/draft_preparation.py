@@ -42,7 +42,8 @@ from anychip.weights.gguf_checkpoint import open_checkpoint
 from anychip.worker.head_steps import HEAD_FEATURES, HeadShapes, num_feature_rows
 from anychip.worker.kv_plan import BackendFor
 from anychip.worker.model_source import CheckpointSource
-from anychip.worker.preparation import Preparation, affordable_graphs, prepare
+from anychip.worker.preparation import Preparation, prepare
+from anychip.worker.step_limits import affordable_graphs
 
 
 def prepare_all(

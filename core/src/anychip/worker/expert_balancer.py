@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anychip.config import EngineConfig
 from anychip.layers.expert_slots import ExpertSlots
-from anychip.layers.mlp import SparseMoE, travelling_layers
+from anychip.layers.moe import SparseMoE, travelling_layers
 from anychip.plugin_api import Communicator, StepModel
 from anychip.step_messages import ExpertStats
 from anychip.worker.expert_moves import EMPTY, Exchange, Move, aligned, exchanges

@@ -1,4 +1,5 @@
-"""The worker's memory of its requests, by slot, kept in step with the engine by deltas; builds each step's inputs.
+"""The worker's memory of its requests, by slot, kept in step with the engine by deltas; builds each step's inputs. How
+tokens are drawn is worker/row_sampling.py's, and what only some rows have is worker/row_extras.py's.
 
 Everything is numpy on the host. Ids that only the device knows are left as -1 in the inputs.
 """
@@ -6,31 +7,22 @@ Everything is numpy on the host. Ids that only the device knows are left as -1 i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from anychip.plugin_api import (
-    DRAFTS,
-    EDITS,
-    LOGPROBS,
-    MASKS,
     NO_ADAPTER,
     NULL_BLOCK,
     EmbeddingRows,
     EnteringRow,
     SamplingInputs,
-    ShapeKey,
     ShapePolicy,
     StepInputs,
     StepLimits,
 )
 from anychip.plugin_api.step_arrays import Layout
 from anychip.plugin_api.step_layout import (
-    arena_size,
     array_views,
-    mask_words,
-    sampling_inputs,
     sampling_layout,
     staged_size,
     step_inputs,
@@ -38,12 +30,9 @@ from anychip.plugin_api.step_layout import (
 )
 from anychip.step_messages import LateInputs, NewRow, StepDecision
 from anychip.worker.row_extras import RowExtras, Views
+from anychip.worker.row_sampling import RowSampling, fill
 from anychip.worker.staging import StagingRing
 from anychip.worker.step_rows import StepRows
-from anychip.worker.token_counter import TokenCounter
-
-_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_INTS = ("top_k", "seed_low", "seed_high", "sample_index", "num_biases")
 
 
 class InputBatch:
@@ -67,8 +56,6 @@ class InputBatch:
         self.ring = ring
         self._slot_dtype = slot_dtype
         self._dummy_padding = dummy_padding
-        self._mask_words = mask_words(vocab_size)
-        self._counter = TokenCounter(vocab_size)
         self._tokens = np.zeros((slots, limits.max_model_len + 1), dtype=np.int32)
         self._num_host = np.zeros(slots, dtype=np.int32)  # ids that the host has
         self._num_known = np.zeros(slots, dtype=np.int32)  # ids that the host or the device has
@@ -76,10 +63,7 @@ class InputBatch:
         self._token_tables = [np.zeros((slots, pages), dtype=np.int32) for pages in limits.max_pages]
         self._states = np.zeros((slots, 1), dtype=np.int32) if states else None
         self._tables = self._token_tables if self._states is None else [*self._token_tables, self._states]
-        self._floats = {name: np.zeros(slots, dtype=np.float32) for name in _FLOATS}
-        self._ints = {name: np.zeros(slots, dtype=np.int32) for name in _INTS}
-        self._edited = np.zeros(slots, dtype=bool)  # whether penalties or biases change the slot's logits
-        self.num_logprobs = np.full(slots, -1, dtype=np.int32)
+        self.sampling = RowSampling(slots, vocab_size)
         self._score_from = np.zeros(slots, dtype=np.int32)
         self._score_until = np.zeros(slots, dtype=np.int32)
         self.score_top = np.zeros(slots, dtype=np.int32)
@@ -162,32 +146,12 @@ class InputBatch:
         for table, blocks in zip(self._tables, row.block_ids, strict=True):
             table[slot, : len(blocks)] = blocks
             table[slot, len(blocks) :] = NULL_BLOCK
-        for name, floats in self._floats.items():
-            floats[slot] = getattr(row, name)
-        seed = row.seed & 0xFFFFFFFFFFFFFFFF
-        words = np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32).view(np.int32)
-        self._ints["seed_low"][slot], self._ints["seed_high"][slot] = words
-        self._ints["top_k"][slot] = min(row.top_k, 2**31 - 1)
-        self._ints["sample_index"][slot] = row.sample_index
-        self.num_logprobs[slot] = row.logprobs
         self._score_from[slot] = row.score_from
         self._score_until[slot] = row.num_prompt - 1  # the last token is followed by no prompt
         self.score_top[slot] = row.score_top
         if self._adapters is not None:
             self._adapters[slot] = row.adapter_slot
-        self._ints["num_biases"][slot] = len(row.logit_bias)
-        penalized = row.repetition_penalty != 1 or row.presence_penalty != 0 or row.frequency_penalty != 0
-        self._edited[slot] = penalized or bool(row.logit_bias)
-        if not self._edited[slot]:
-            return None
-        token_ids, counts = self._counter.count(ids, row.num_prompt)
-        return EnteringRow(
-            slot=slot,
-            token_ids=token_ids,
-            counts=counts,
-            bias_ids=np.fromiter(row.logit_bias.keys(), dtype=np.int32, count=len(row.logit_bias)),
-            biases=np.fromiter(row.logit_bias.values(), dtype=np.float32, count=len(row.logit_bias)),
-        )
+        return self.sampling.enter(row, ids)
 
     def learn(self, slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> None:
         """Tokens that another model drew, a slot's in order: they are known from now on, and nothing behind them."""
@@ -239,13 +203,13 @@ class InputBatch:
         self._fill_tokens(views, layout, rows, num_tokens)
         starts = np.concatenate(([0], np.cumsum(rows.counts)))
         sampled = (starts[1:] - 1)[rows.sample_rows] - rows.behind
-        _fill(views, layout, seq_lens=ends, logits_indices=sampled, sample_slots=rows.sample_slots)
+        fill(views, layout, seq_lens=ends, logits_indices=sampled, sample_slots=rows.sample_slots)
         if rows.has_drafts:
             views["input_ids"][sampled[rows.behind > 0] + 1] = rows.drafts
         views["query_start"][: num_rows + 1] = starts
         views["query_start"][num_rows + 1 :] = num_tokens
         if self._states is not None:
-            _fill(views, layout, state_blocks=self._states[rows.slots, 0])
+            fill(views, layout, state_blocks=self._states[rows.slots, 0])
         for group, table in enumerate(self._token_tables):
             target = views[f"block_table_{group}"]
             pages = min(target.shape[1], table.shape[1])
@@ -257,11 +221,10 @@ class InputBatch:
         if rows.extras is not None:
             rows.extras.fill(views, key.num_reqs)
         if rows.adapters is not None:
-            _fill(views, layout, adapter_slots=np.repeat(rows.adapters, rows.counts))
+            fill(views, layout, adapter_slots=np.repeat(rows.adapters, rows.counts))
         if self._dummy_padding and num_rows < key.num_reqs:
             self._dummy_rows(views, num_rows, num_tokens)
-        arena = staged[draws_at:]
-        rows.draws = self._draws(rows, key, arena, draws, staged_at=draws_at)
+        rows.draws = self.sampling.inputs(rows, key, staged[draws_at:], draws, staged_at=draws_at)
         return step_inputs(
             key,
             staged,
@@ -275,6 +238,12 @@ class InputBatch:
             num_tapped=0 if rows.extras is None else rows.extras.num_tapped,
         )
 
+    def sampling_inputs(self, rows: StepRows, step: StepInputs, late: LateInputs) -> SamplingInputs:
+        """What drawing this step's tokens needs, padded to the step's samples: what was staged with the step, or, with
+        masks, a buffer of its own."""
+        assert rows.draws is not None, "the step's inputs come first"
+        return self.sampling.masked(rows, step.key, self.ring, late) if late.masks else rows.draws
+
     def _fill_tokens(self, views: Views, layout: Layout, rows: StepRows, num_tokens: int) -> None:
         if num_tokens == len(rows.slots):  # one token a row
             token_slots, positions = rows.slots, rows.starts
@@ -283,10 +252,10 @@ class InputBatch:
             before = np.repeat(np.cumsum(rows.counts) - rows.counts - rows.starts, rows.counts)
             positions = np.arange(num_tokens, dtype=np.int32) - before
         ids = np.where(positions < self._num_host[token_slots], self._tokens[token_slots, positions], -1)
-        _fill(views, layout, input_ids=ids, positions=positions, token_slots=token_slots)
+        fill(views, layout, input_ids=ids, positions=positions, token_slots=token_slots)
         for group, (table, size) in enumerate(zip(self._token_tables, self.block_sizes, strict=True)):
             mapping = table[token_slots, positions // size].astype(self._slot_dtype) * size + positions % size
-            _fill(views, layout, **{f"slot_mapping_{group}": mapping})
+            fill(views, layout, **{f"slot_mapping_{group}": mapping})
 
     def _fill_targets(self, targets: np.ndarray, rows: StepRows) -> None:
         targets.fill(-1)
@@ -305,56 +274,6 @@ class InputBatch:
         starts[num_rows:] = np.minimum(num_tokens + np.arange(len(starts) - num_rows), total)
         views["seq_lens"][num_rows:] = np.diff(starts[num_rows:])
 
-    # -- sampling -----------------------------------------------------------------------------------------
-
-    def _fill_draws(self, views: Views, layout: Layout, rows: StepRows) -> None:
-        slots = rows.sample_slots
-        by_slot = {name: values[slots] for name, values in {**self._floats, **self._ints}.items()}
-        _fill(views, layout, position=(rows.starts + rows.counts)[rows.sample_rows] - rows.behind, **by_slot)
-        if rows.has_drafts:
-            draft_ids = np.full(len(slots), -1, dtype=np.int32)
-            draft_ids[rows.behind > 0] = rows.drafts
-            first_samples = np.searchsorted(rows.sample_rows, rows.sample_rows)
-            _fill(views, layout, draft_ids=draft_ids, first_samples=first_samples)
-
-    def sampling_inputs(self, rows: StepRows, step: StepInputs, late: LateInputs) -> SamplingInputs:
-        """What drawing this step's tokens needs, padded to the step's samples: what was staged with the step, or, with
-        masks, a buffer of its own."""
-        assert rows.draws is not None, "the step's inputs come first"
-        if not late.masks:
-            return rows.draws
-        layout = sampling_layout(step.key.num_samples, self._mask_words, drafts=rows.has_drafts)
-        inputs = self._draws(rows, step.key, self.ring.take(arena_size(layout)), layout)
-        masks = inputs.masks
-        assert masks is not None
-        masks.fill(layout["masks"].padding)
-        for position, mask in late.masks.items():
-            masks[position] = np.frombuffer(mask, dtype=np.int32)
-        return inputs
-
-    def _draws(
-        self, rows: StepRows, key: ShapeKey, arena: np.ndarray, layout: Layout, *, staged_at: int | None = None
-    ) -> SamplingInputs:
-        """Writes into an arena what drawing takes of the step's slots. `key` is the step's."""
-        slots, views = rows.sample_slots, array_views(arena, layout)
-        self._fill_draws(views, layout, rows)
-        asked = {
-            LOGPROBS: (self.num_logprobs[slots] >= 0).any(),
-            MASKS: "masks" in layout,
-            EDITS: self._edited[slots].any(),
-            DRAFTS: rows.has_drafts,
-        }
-        features = tuple(name for name, wanted in asked.items() if wanted)
-        return sampling_inputs(
-            key if features == key.features else replace(key, features=features),
-            arena,
-            layout,
-            views,
-            num_samples=len(slots),
-            all_greedy=not self._floats["temperature"][slots].any(),
-            staged_at=staged_at,
-        )
-
 
 def _any_adapters(slots: np.ndarray) -> np.ndarray | None:
     """The slots of a step's rows; None where no row has an adapter."""
@@ -366,10 +285,3 @@ def _samples_of(sampling: np.ndarray, num_drafts: np.ndarray) -> tuple[np.ndarra
     num_samples = num_drafts[sampling] + 1
     ends = np.repeat(np.cumsum(num_samples), num_samples)
     return np.repeat(sampling, num_samples), (ends - 1 - np.arange(len(ends))).astype(np.int32)
-
-
-def _fill(views: Views, layout: Layout, **values: np.ndarray) -> None:
-    """Arrays by name, and their padding behind what is given."""
-    for name, given in values.items():
-        views[name][: len(given)] = given
-        views[name][len(given) :] = layout[name].padding

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from anychip.errors import ConfigError, Unsupported
 from anychip.layers.context_parallel import contexts_of
-from anychip.messages import CacheGroup, KVCacheConfig, KVGroup, StateGroup
 from anychip.plugin_api import (
     CacheBackend,
     CacheSpec,
@@ -21,6 +20,7 @@ from anychip.plugin_api import (
 )
 from anychip.plugin_api.refusals import among
 from anychip.types import cdiv
+from anychip.worker_report import CacheGroup, KVCacheConfig, KVGroup, StateGroup
 
 _GROUP_COST = 15 / 900
 """What one more group costs: its tables, slot mappings and plans take about 15 microseconds of a step of 256 rows, of

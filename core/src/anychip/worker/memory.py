@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anychip.errors import ConfigError, KVCacheTooSmall
-from anychip.messages import MemoryPlan
 from anychip.plugin_api import NO_ADAPTER, AttentionSpec, KVPlan, LatentSpec, PagedSpec, PeakMemory, StepProgram
 from anychip.prompt_extras import Pooling, PromptExtras
 from anychip.types import cdiv
@@ -15,6 +14,7 @@ from anychip.worker.largest_steps import largest_drafts, largest_prompts
 from anychip.worker.made_up_step import blocks_taken, made_up_step, run_step
 from anychip.worker.model_runner import ModelRunner
 from anychip.worker.preparation import Preparation
+from anychip.worker_report import MemoryPlan
 
 
 def measure_largest_step(prepared: Preparation, program: StepProgram) -> PeakMemory:

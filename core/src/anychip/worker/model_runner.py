@@ -81,13 +81,13 @@ class ModelRunner:
         rows, step, hidden = self._launched
         self._launched = None
         if step is None:
-            return RunnerResult(rows, NothingDrawn(), self.batch.num_logprobs[:0], ())
+            return RunnerResult(rows, NothingDrawn(), self.batch.sampling.num_logprobs[:0], ())
         inputs = self.batch.sampling_inputs(rows, step, late)
         self._state, outputs = self.program.sample(self._state, hidden, inputs)
         self.batch.ring.used()
         if self.passes_on:
-            return PassedOn(rows, outputs, self.batch.num_logprobs[:0], ())
-        wanted = self.batch.num_logprobs[rows.sample_slots]
+            return PassedOn(rows, outputs, self.batch.sampling.num_logprobs[:0], ())
+        wanted = self.batch.sampling.num_logprobs[rows.sample_slots]
         scored = [
             (row, int(rows.scored[row]), int(self.batch.score_top[rows.slots[row]])) for row in _rows(rows.scored)
         ]

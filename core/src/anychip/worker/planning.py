@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anychip.layers.stage import Stage
-from anychip.messages import WorkerReady
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.ops.table import OpTable, resolve_platform_ops
 from anychip.plugin_api import (
@@ -40,6 +39,7 @@ from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation, prepare
 from anychip.worker.torch_program import TorchStepProgram
+from anychip.worker_report import WorkerReady
 
 _LEAST_LAYERS = 4
 

@@ -1,4 +1,4 @@
-"""What a worker works out before it loads anything: the model's source, the KV cache's layout, limits, shapes."""
+"""What a worker works out before it loads anything: the model's source, the mesh, the KV cache's layout, shapes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ from pathlib import Path
 import msgspec
 
 from anychip.config import EngineConfig
-from anychip.errors import ConfigError, Unsupported
+from anychip.errors import Unsupported
 from anychip.head_config import HeadConfig
 from anychip.layers.context_parallel import cache_backend
-from anychip.messages import DeviceRules
-from anychip.model_config import ModelConfig, rope_parameters
+from anychip.model_config import ModelConfig
 from anychip.ops.table import OpTable
 from anychip.plugin_api import (
-    ADAPTERS,
-    FINAL,
-    TAPS,
     CacheBackend,
     CacheSpec,
     Communicator,
     CompileReport,
-    GraphLevel,
     GroupSpec,
     KVPlan,
     Mesh,
@@ -48,15 +43,15 @@ from anychip.worker.kv_plan import plan_kv
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.returning_ids import ReturningIds
 from anychip.worker.staging import StagingRing
+from anychip.worker.step_limits import affordable_graphs, step_limits
 from anychip.worker.vector_head import VectorHead, load_head
+from anychip.worker_report import DeviceRules
 
 _SLOTS_PER_SPARE_STATE = 8
 """A sequence that ends keeps its state's block until the steps in flight are done, and who takes its slot needs another
 one meanwhile. Few end in one step; where all spares are taken, the next sequence enters a step later."""
 _SLOTS_PER_KEPT_STATE = 2
 """Of the states that the prefix cache offers beside those of running sequences."""
-_GRAPHS_SHARE = 0.1
-"""Of the memory that is free before weights are loaded, what graphs may take at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +229,7 @@ def prepare(
     absent = Mesh(shape, spec.rank, AbsentRanks)
     backend_for: Callable[[CacheSpec], CacheBackend] = cache(lambda each: cache_backend(platform, each, absent))
     kv = plan_kv(specs, backend_for, config.block_size, stages=stages, own=source.stage.index)
-    limits = _step_limits(config, model, platform, kv)
+    limits = step_limits(config, model, platform, kv)
     policy = platform.shape_policy(limits)
     check_shape_policy(platform.context.manifest.package, policy.bucket)
     # Graphs are of steps of one token a row, and of what lies between attention over a cache. Tokens that travel to
@@ -270,53 +265,3 @@ def _mesh_shape(spec: WorkerSpec, platform: Platform) -> MeshShape:
     )
     shape = devices if devices.size > 1 else of_processes
     return with_experts(shape, spec.config, platform) if spec.config.expert_parallel else shape
-
-
-def _step_limits(config: EngineConfig, model: ModelConfig, platform: Platform, kv: KVPlan) -> StepLimits:
-    """The configuration's limits within the device's. No step has more tokens than its rows may be long."""
-    rules = platform.step_rules
-    length = config.max_model_len or model.max_positions
-    rows = min(config.resolved_max_num_seqs, rules.max_rows or config.resolved_max_num_seqs)
-    bounds = (config.resolved_max_num_batched_tokens, rules.max_tokens, rules.max_padded_tokens, rows * length)
-    return StepLimits(
-        max_num_tokens=min(bound for bound in bounds if bound is not None),
-        max_num_reqs=rows,
-        max_model_len=length,
-        max_slots=config.resolved_max_num_seqs,
-        max_pages=tuple(cdiv(length, size) for size in kv.block_sizes),
-        # A state that took in a drafted token cannot give it back.
-        max_drafts=config.max_drafts if config.speculate is not None and rules.takes_drafts and not kv.states else 0,
-        taps=_checked_taps(config, model),
-        pools=config.pooling,
-        max_embeddings=config.max_embeddings,
-        mrope="mrope_section" in rope_parameters(model),
-        max_adapters=config.resolved_max_adapters,
-        max_adapter_rank=config.resolved_max_adapter_rank if config.resolved_max_adapters else 0,
-        segments=bool(kv.encoders) and int(model.get("type_vocab_size") or 0) > 1,
-    )
-
-
-def _checked_taps(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
-    for layer in config.taps:
-        if not FINAL <= layer < model.num_layers:
-            raise ConfigError(
-                f"taps names layer {layer}; the model has 0 to {model.num_layers - 1}, and {FINAL} for the final norm"
-            )
-    return config.taps
-
-
-def affordable_graphs(
-    platform: Platform, policy: ShapePolicy, limits: StepLimits, *, always: tuple[str, ...] = ()
-) -> list[ShapeKey]:
-    """The policy's shapes, as far as graphs of them fit into their share of the free memory. Steps `always` have some
-    features. Where there are taps or adapters beyond those, each shape has a graph with them and one without."""
-    free = platform.memory(platform.context.device_indexes[0]).free
-    graphs = platform.graph_capture()
-    keys = policy.keys()
-    if always:
-        keys = [replace(key, features=always) for key in keys]
-    asked = ((TAPS, bool(limits.taps) and TAPS not in always), (ADAPTERS, limits.max_adapters > 0))
-    also = [(*always, name) for name, is_asked in asked if is_asked]
-    if also and graphs.level >= GraphLevel.FULL:
-        keys = [replace(key, features=features) for key in keys for features in (key.features, *also)]
-    return list(keys if free is None else graphs.affordable(keys, int(free * _GRAPHS_SHARE)))

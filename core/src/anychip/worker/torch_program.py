@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anychip.layers.mlp import travelling_layers
+from anychip.layers.moe import travelling_layers
 from anychip.layers.stage import WHOLE
 from anychip.ops.reference import (
     Drawn,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, cast
-
-import msgspec
 
 from anychip.errors import InvalidOverride, Unsupported
 from anychip.layers.stage import WHOLE
-from anychip.messages import DropAdapter, KVCacheConfig, LoadAdapter, MemoryPlan, WorkerReady
+from anychip.messages import DropAdapter, LoadAdapter
 from anychip.model_config import ModelConfig, load_model_config
 from anychip.models.head_parts import FollowingHead, HeadFamily, TargetParts
 from anychip.models.medusa import MedusaHeads
@@ -28,7 +26,7 @@ from anychip.plugin_api import (
 from anychip.plugin_api.ops import COMPOSITE_OPS
 from anychip.process_specs import WorkerSpec
 from anychip.registry.plugins import Plugins, load_plugins
-from anychip.step_messages import ExpertStats, LateInputs, StepDecision, StepResult
+from anychip.step_messages import LateInputs, StepDecision
 from anychip.worker.adapters import AdapterStore, Report, slot_bytes
 from anychip.worker.draft_preparation import prepare_all
 from anychip.worker.draft_runner import DraftRunner
@@ -38,12 +36,14 @@ from anychip.worker.kv_plan import fresh_state, kv_cache_config
 from anychip.worker.largest_steps import step_memory
 from anychip.worker.medusa_runner import MedusaRunner
 from anychip.worker.memory import DeviceUse, count_blocks, measure_largest_step, memory_plan
-from anychip.worker.model_runner import ModelRunner, RunnerResult
+from anychip.worker.model_runner import ModelRunner
 from anychip.worker.model_source import CheckpointSource
 from anychip.worker.open_platform import explained, open_for
 from anychip.worker.preparation import Preparation
 from anychip.worker.step_costs import measure_steps
 from anychip.worker.torch_program import TorchStepProgram
+from anychip.worker.worker_result import WorkerResult
+from anychip.worker_report import KVCacheConfig, MemoryPlan, WorkerReady
 
 
 class Worker:
@@ -281,23 +281,6 @@ class Worker:
                 self.program.close()
             finally:
                 self.platform.close(reason)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerResult:
-    """executor.PendingResult of a device: its errors come in anychip's words. The others are StepResult's."""
-
-    explained: Callable[[], AbstractContextManager[None]]
-    result: RunnerResult
-    proposed: bytes = b""
-    experts: ExpertStats | None = None
-
-    def fetch(self) -> StepResult:
-        with self.explained():
-            result = self.result.fetch()
-        if self.proposed or self.experts is not None:
-            return msgspec.structs.replace(result, proposed=self.proposed, experts=self.experts)
-        return result
 
 
 def _lend(target: StepModel, heads: CheckpointSource) -> None:

@@ -33,12 +33,6 @@ class RecordedShapes(ShapePolicy):
             for size in pages
         ]
 
-    def keys(self) -> list[ShapeKey]:
-        return self._keys
-
-    def pieces(self) -> list[int]:
-        return self._pieces
-
     def bucket(
         self,
         *,

@@ -13,7 +13,7 @@ from anychip.entrypoints.cli.options import add_engine_options, engine_config
 from anychip.entrypoints.cli.serve import size
 from anychip.environment import Environment
 from anychip.launch.plan import EnginePlan, plan_engine
-from anychip.messages import MemoryPlan
+from anychip.worker_report import MemoryPlan
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:

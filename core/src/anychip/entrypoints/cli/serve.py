@@ -12,9 +12,9 @@ from anychip.entrypoints.http.server import serve
 from anychip.environment import Environment
 from anychip.first_model import first_model
 from anychip.launch.async_llm import AsyncLLM
-from anychip.messages import MemoryPlan, WorkerReady
 from anychip.server_config import ServerConfig
 from anychip.tasks.served import Task
+from anychip.worker_report import MemoryPlan, WorkerReady
 
 
 def add_options(parser: argparse.ArgumentParser, environment: Environment) -> None:

@@ -25,8 +25,8 @@ from anychip.entrypoints.http.app import make_app
 from anychip.entrypoints.http.connection import Connection
 from anychip.errors import ConfigError, PortInUse
 from anychip.launch.async_llm import AsyncLLM
-from anychip.messages import WorkerReady
 from anychip.server_config import ServerConfig
+from anychip.worker_report import WorkerReady
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048

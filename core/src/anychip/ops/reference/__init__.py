@@ -35,7 +35,7 @@ from anychip.ops.reference.linear import DenseWeights, ReferenceLinear, referenc
 from anychip.ops.reference.moe import ExpertWeights, ReferenceMoE
 from anychip.ops.reference.process_group import ProcessGroupCommunicator
 from anychip.ops.reference.scans import gated_sum_chunked, gated_sum_recurrent
-from anychip.ops.reference.sparse_latent import SparseLatent, dense_part
+from anychip.ops.reference.sparse_latent import SparseLatent, dense_part, greatest_scores
 from anychip.ops.reference.state import RULES, DenseStates, ReferenceStates, reference_state
 from anychip.ops.reference.step import (
     Drawn,
@@ -70,7 +70,7 @@ __all__ = [
     "ReferenceStates", "SparseLatent", "WidenedLinear", "WidenedMoE", "add_low_rank", "arena_views",
     "attend_gathered", "attend_row", "attend_row_with_lse", "attend_sequence", "blank_stacks", "can_widen",
     "dense_part", "dequantize", "draw_tokens", "forward_pass", "functional", "gated_sum_chunked",
-    "gated_sum_recurrent", "last_copies", "logits_of", "merge_attention", "pooled_sums", "quantized",
+    "gated_sum_recurrent", "greatest_scores", "last_copies", "logits_of", "merge_attention", "pooled_sums", "quantized",
     "reference_linear", "sampling", "score_offsets", "softmax_with_sinks", "token_scores", "with_wide_scales",
     "write_adapters", "write_embeddings",
 ]  # fmt: skip

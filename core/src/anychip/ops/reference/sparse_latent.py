@@ -117,8 +117,9 @@ class SparseLatent(LatentBackend):
                 mine = slice(begin, min(row.end, begin + at_once))
                 scores = torch.einsum("qhd,kd->qhk", queries[mine].float(), keys).relu_()
                 scores = torch.einsum("qhk,qh->qk", scores, weights[mine].float())
-                picked = _greatest(scores, row.start + begin - row.begin, self.spec.top_k)
-                chosen[mine, : picked.shape[1]] = picked.to(chosen.dtype)
+                last_seen = torch.arange(begin, begin + len(scores), device=scores.device) + row.start - row.begin
+                seen = torch.arange(length, device=scores.device) <= last_seen.unsqueeze(-1)
+                chosen[mine] = greatest_scores(scores, seen, self.spec.top_k)
         return chosen
 
     # -- attending ----------------------------------------------------------------------------------------
@@ -209,15 +210,14 @@ def _rows(view: BatchView) -> Iterator[_Row]:
             yield _Row(begin, end, length - (end - begin), blocks)
 
 
-def _greatest(scores: Tensor, first: int, top_k: int) -> Tensor:
-    """Of scores [queries, keys], the positions of each query's greatest, ascending, [queries, min(top_k, keys)]; -1
-    behind them. The queries stand at positions `first` and on."""
-    count = min(top_k, scores.shape[1])
-    ends = torch.arange(first, first + len(scores), device=scores.device).unsqueeze(-1)
-    places = torch.arange(scores.shape[1], device=scores.device)
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.nan_to_num(lowest, torch.finfo(scores.dtype).max, lowest).masked_fill(places > ends, -torch.inf)
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+def greatest_scores(scores: Tensor, seen: Tensor, top_k: int) -> Tensor:
+    """By query, the places of the greatest scores that it sees, ascending: [queries, top_k] int32, with -1 behind the
+    last. `scores` and `seen` are [queries, keys]. Of equal scores the first ones win, and NaN is the least."""
     past = scores.shape[1]
-    ordered = torch.where(best > ends, past, best).sort(dim=-1).values
-    return torch.where(ordered == past, -1, ordered)
+    lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+    scores = torch.nan_to_num(scores, lowest, highest, lowest).masked_fill(~seen, -torch.inf)
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    best = torch.where(seen.gather(1, best), best, past).sort(dim=-1).values
+    best = torch.where(best == past, -1, best).int()
+    missing = best.new_full((len(best), max(0, top_k - past)), -1)
+    return torch.cat((best, missing), dim=-1)
