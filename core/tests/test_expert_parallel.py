@@ -94,7 +94,7 @@ def test_experts_on_several_ranks_give_the_tokens_of_one_process_in_the_full_pro
 @pytest.mark.full
 def test_log_probabilities_are_the_same_to_the_bit_while_experts_move(oracles):
     """An engine whose experts stay, though they could move, and one whose experts move every few steps."""
-    checkpoint, _ = oracles("deepseek-v3")
+    checkpoint, _ = oracles.get("deepseek-v3")
     found = []
     for interval in (100_000, 3):
         case = Case("deepseek-v3", 64, True, False, True, "cpu")
@@ -159,7 +159,7 @@ class Watched:
 
 
 def test_a_rank_reads_whole_experts_and_its_own_alone(oracles, cpu):
-    checkpoint, _ = oracles("qwen3-moe")
+    checkpoint, _ = oracles.get("qwen3-moe")
     for rank, (model, read) in enumerate(built(checkpoint, cpu, 2)):
         layer = model.expert_layers[0]
         count = layer.spec.num_experts
@@ -170,7 +170,7 @@ def test_a_rank_reads_whole_experts_and_its_own_alone(oracles, cpu):
 
 
 def test_stacked_experts_are_read_where_a_ranks_own_lie(oracles, cpu):
-    checkpoint, _ = oracles("gpt-oss")
+    checkpoint, _ = oracles.get("gpt-oss")
     for rank, (model, read) in enumerate(built(checkpoint, cpu, 2)):
         half = model.expert_layers[0].spec.num_experts // 2
         bounds = [bounds[0] for name, bounds in read if "experts." in name]
@@ -214,7 +214,7 @@ def test_experts_that_do_not_divide_are_refused_with_what_would(tmp_path, cpu):
     ],
 )
 def test_meshes_without_a_place_for_experts_are_refused(oracles, settings, said):
-    checkpoint, _ = oracles("qwen3-moe")
+    checkpoint, _ = oracles.get("qwen3-moe")
     with pytest.raises((ConfigError, Unsupported), match=said):
         plan_engine(EngineConfig(**{"model": str(checkpoint), "device": "cpu", **settings}))
 
@@ -234,7 +234,7 @@ def test_options_that_need_one_another_say_so(settings, said):
 
 
 def test_a_plan_counts_the_experts_that_a_rank_holds(oracles):
-    checkpoint, _ = oracles("qwen3-moe")
+    checkpoint, _ = oracles.get("qwen3-moe")
     plans = {
         name: plan_engine(EngineConfig(model=str(checkpoint), device="cpu", dtype="float32", **settings))
         for name, settings in {"one": {}, **{name: SPREAD[name] for name in ("ep2", "ep2-moving")}}.items()

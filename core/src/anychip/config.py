@@ -17,7 +17,7 @@ from anychip.types import DTYPES, QUICKSTART
 _HOST_ROWS, _HOST_TOKENS = 128, 2048
 """Limits of a step where nobody gives any: what a host's cores are busy with for long enough."""
 
-_DRAFTS, _MOST_DRAFTS = 8, 64
+_MOST_DRAFTS = 64
 """Behind one sequence in one step: longer runs are hardly ever drawn, and each row's logits are set aside for them."""
 
 _DRAFT, _HEAD, _MEDUSA, _MTP = "draft:", "eagle:", "medusa:", "mtp"
@@ -84,7 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A file with the secret that all hosts have."""
     speculate: str | None = None
     """What drafts tokens: ngram, suffix, auto, draft:MODEL, eagle:HEAD, medusa:HEADS, mtp, a plugin's; None: none."""
-    max_drafts: int = _DRAFTS
+    max_drafts: int = 8
     """Most tokens that are drafted behind a sequence in one step."""
     task: Literal["auto", "generate", "embed", "classify", "score", "reward"] = "auto"
     """What the model serves; "auto": as its files say."""
@@ -192,7 +192,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         without = {
             "max_adapter_rank": (self.max_adapter_rank is not None and without_slots, "adapters, or max_adapters"),
             "adapter_targets": (self.adapter_targets is not None and without_slots, "adapters, or max_adapters"),
-            "max_drafts": (self.max_drafts != _DRAFTS and self.speculate is None, "speculate, such as ngram"),
             "cluster_key": (self.cluster_key is not None and not self.nodes, "nodes"),
         }
         for name, (useless, needed) in without.items():

@@ -66,7 +66,6 @@ def test_every_option_is_in_the_reference(module):
             "adapter_targets does nothing alone; give adapters, or max_adapters beside it",
         ),
         ({"max_adapter_rank": 8}, "max_adapter_rank does nothing alone; give adapters, or max_adapters"),
-        ({"max_drafts": 4}, "max_drafts does nothing alone; give speculate, such as ngram beside it"),
         ({"cluster_key": "file"}, "cluster_key does nothing alone; give nodes beside it, or leave it out"),
     ],
 )
