@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SAMPLING = (
     "sample.draw.001",
     "sample.distinct.001",
@@ -14,19 +16,25 @@ SAMPLING = (
     "sample.truncation.001",
     "sample.truncation.003",
 )
-SECTIONS = ("attn", "kv", "linear", "moe", "op", *SAMPLING)
+SECTIONS = ("attn", "linear", "op", *SAMPLING)
+SAMPLE = ("kv", "moe")
+"""Judged in every run of the tests: interpreted, the others take minutes."""
 
 
-def test_the_kernels_pass_the_suites_sections(tmp_path):
+@pytest.mark.parametrize(
+    ("sections", "least"),
+    [(SAMPLE, 60), pytest.param(SECTIONS, 100, marks=(pytest.mark.full, pytest.mark.timeout(1800)))],
+)
+def test_the_kernels_pass_the_suites_sections(tmp_path, sections, least):
     command = [sys.executable, "-m", "anychip.entrypoints.cli.main", "conformance", "--device", "triton-interpreter"]
     command += ["--profile", "quick", "--deadline-scale", "4", "--report", str(tmp_path)]
-    for section in SECTIONS:
+    for section in sections:
         command += ["--case", section]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     card = json.loads((tmp_path / "scorecard.json").read_text())
     passed = sum(counts.get("pass", 0) for counts in card["counts"].values())
-    assert passed > 120 and card["evidence"] == "simulated" and card["failures"] == []
+    assert passed > least and card["evidence"] == "simulated" and card["failures"] == []
 
 
 def test_pairs_are_sorted_by_expert_as_a_stable_sort_does():

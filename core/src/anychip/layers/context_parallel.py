@@ -54,7 +54,7 @@ def attention_backend(platform: Platform, spec: AttentionSpec, mesh: Mesh) -> At
 
 def cache_backend(platform: Platform, spec: CacheSpec, mesh: Mesh) -> CacheBackend:
     """As attention_backend, of any kind of layer."""
-    if isinstance(spec, AttentionSpec):
+    if mesh.shape.cp > 1 and isinstance(spec, AttentionSpec):
         return attention_backend(platform, spec, mesh)
     return platform.cache_backend(spec)
 

@@ -108,6 +108,7 @@ def for_one_host(config: EngineConfig, num_ranks: int = 1) -> EngineConfig:
     return msgspec.structs.replace(
         config,
         nodes=(),
+        cluster_key=None,
         tensor_parallel_size=num_ranks,
         pipeline_parallel_size=1,
         pipeline_layers=(),
