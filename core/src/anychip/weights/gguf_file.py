@@ -3,6 +3,7 @@ the blocks that the file holds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -84,15 +85,14 @@ class GGUFView:
         return rows - within + within % half * 2 + within // half
 
 
-class TurnsView:
-    """Two tensors [rows, features] whose features take turns: the checkpoint's has twice as many."""
+class _FloatsOfSeveral:
+    """What views have in common that make one tensor of the checkpoint's of several of the file's."""
 
     dtype = torch.float32
+    shape: tuple[int, ...]
 
-    def __init__(self, placed: PlacedTogether) -> None:
-        self._placed = placed
-        rows, features = placed.tensors[0].shape
-        self.shape = (rows, 2 * features)
+    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
+        self._tensors = tensors
 
     @property
     def nbytes(self) -> int:
@@ -100,39 +100,38 @@ class TurnsView:
 
     @property
     def source(self) -> str:
-        return " and ".join(tensor.source for tensor in self._placed.tensors)
+        return " and ".join(tensor.source for tensor in self._tensors)
+
+
+class TurnsView(_FloatsOfSeveral):
+    """Two tensors [rows, features] whose features take turns: the checkpoint's has twice as many."""
+
+    def __init__(self, placed: PlacedTogether) -> None:
+        super().__init__(placed.tensors)
+        rows, features = placed.tensors[0].shape
+        self.shape = (rows, 2 * features)
 
     def read(self, *bounds: tuple[int, int]) -> Tensor:
-        values = [floats_of(tensor, 0, tensor.shape[0]) for tensor in self._placed.tensors]
+        values = [floats_of(tensor, 0, tensor.shape[0]) for tensor in self._tensors]
         return torch.stack(values, dim=-1).flatten(1)[tuple(slice(*each) for each in bounds)]
 
 
-class HeadsView:
+class HeadsView(_FloatsOfSeveral):
     """Of every head its keys' rows above its values', [heads * features, latent]."""
 
-    dtype = torch.float32
-
     def __init__(self, placed: PlacedByHead) -> None:
-        self._placed = placed
+        super().__init__(placed.tensors)
         (heads, latent, keys), values = placed.tensors[0].shape, placed.tensors[1].shape
         if values[:1] + values[2:] != (heads, latent):
             raise CheckpointError(f"{self.source} have shapes {[heads, latent, keys]} and {list(values)}")
         self._head = keys + values[1]
         self.shape = (heads * self._head, latent)
 
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def source(self) -> str:
-        return " and ".join(tensor.source for tensor in self._placed.tensors)
-
     def read(self, *bounds: tuple[int, int]) -> Tensor:
         start, stop = bounds[0] if bounds else (0, self.shape[0])
         first, last = start // self._head, -(-stop // self._head)
         parts = []
-        for tensor in self._placed.tensors:
+        for tensor in self._tensors:
             each = tensor.shape[1]
             parts.append(floats_of(tensor, first * each, last * each).view(last - first, each, -1))
         whole = torch.cat((parts[0].transpose(1, 2), parts[1]), dim=1).flatten(0, 1)
