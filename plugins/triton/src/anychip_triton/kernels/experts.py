@@ -8,6 +8,7 @@ import triton.language as tl
 
 from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.matmul import features
+from anychip_triton.kernels.routing import owner_of_tile
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -53,14 +54,7 @@ def expert_matmul(
     DTYPE: tl.constexpr = out.dtype.element_ty
     lanes = tl.arange(0, BLOCK_M)
     if SORTED:
-        low, high = 0, num_experts
-        while low < high:
-            middle = (low + high) // 2
-            if tl.load(tile_ends + middle) <= tile:
-                low = middle + 1
-            else:
-                high = middle
-        expert = low
+        expert = owner_of_tile(tile, tile_ends, num_experts)
         if expert == num_experts:
             return
         before = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from anychip_triton.kernels.chain import after_earlier
 from anychip_triton.kernels.numbers import dot
+from anychip_triton.kernels.routing import owner_of_tile
 
 
 @triton.jit
@@ -17,20 +18,14 @@ def _tokens(tile, place_of, order, ends, tile_ends, places, SORTED: tl.constexpr
     negative. Not SORTED: a tile has one token."""
     lanes = tl.arange(0, BLOCK_M)
     if SORTED:
-        low, high = 0, places
-        while low < high:
-            middle = (low + high) // 2
-            if tl.load(tile_ends + middle) <= tile:
-                low = middle + 1
-            else:
-                high = middle
-        exists = low < places
-        before = tl.load(tile_ends + low - 1, mask=exists & (low > 0), other=0)
-        begins = tl.load(ends + low - 1, mask=exists & (low > 0), other=0)
+        owner = owner_of_tile(tile, tile_ends, places)
+        exists = owner < places
+        before = tl.load(tile_ends + owner - 1, mask=exists & (owner > 0), other=0)
+        begins = tl.load(ends + owner - 1, mask=exists & (owner > 0), other=0)
         at = begins + (tile - before) * BLOCK_M + lanes
-        live = exists & (at < tl.load(ends + low, mask=exists, other=0))
+        live = exists & (at < tl.load(ends + owner, mask=exists, other=0))
         token = tl.load(order + at, mask=live, other=0).to(tl.int64)
-        place = tl.where(exists, low, -1)
+        place = tl.where(exists, owner, -1)
     else:
         place = tl.load(place_of + tile)
         live = lanes == 0

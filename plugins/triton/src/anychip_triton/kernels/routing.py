@@ -88,3 +88,16 @@ def sort_pairs(
         mine = (tl.load(pair_experts + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
         tl.store(order + place + tl.cumsum(mine, 0) - 1, at, mask=mine == 1)
         place += tl.sum(mine, 0)
+
+
+@triton.jit
+def owner_of_tile(tile, tile_ends, count):
+    """Which of `count` a tile belongs to, by how many tiles all up to each have; `count` where it is none's."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(tile_ends + middle) <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low
