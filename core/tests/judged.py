@@ -8,7 +8,7 @@ from pathlib import Path
 from anychip import LLM
 from anychip_conformance.equality.oracle import Answer, Verdict, greedy, judge
 from anychip_conformance.equality.tiny_models import make_checkpoint
-from anychip_conformance.equality.workload import NUM_TOKENS, generate, prompts
+from anychip_conformance.equality.workload import NUM_TOKENS, Case, generate, open_llm, prompts
 
 
 class Oracles:
@@ -32,3 +32,14 @@ def as_expected(answers: Sequence[Answer], llm: LLM) -> list[Verdict]:
     wrong = {i: v.divergence for i, v in enumerate(verdicts) if v.divergence is not None and not v.excused}
     assert not wrong, f"requests diverge, by index of the first different token: {wrong}"
     return verdicts
+
+
+def check_engine(case: Case, oracles: Oracles, **settings: object) -> None:
+    """The family's engine of these settings answers as expected, preempts where the case says so, and leaves no block
+    taken."""
+    checkpoint, answers = oracles.get(case.family)
+    with open_llm(case, checkpoint, **settings) as llm:
+        as_expected(answers, llm)
+        scheduler = llm.engine.scheduler
+        assert not case.preemption or scheduler.num_preemptions > 0, "the case was to force preemption"
+        assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable

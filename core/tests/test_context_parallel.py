@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from judged import Oracles, as_expected
+from judged import Oracles, as_expected, check_engine
 from ranks_in_threads import on_ranks
 from test_pipeline import answers
 from test_plan import config_folder
@@ -101,13 +101,8 @@ def full_product() -> list[Way]:
 
 
 def check(way: Way, oracles: Oracles) -> None:
-    checkpoint, expected = oracles.get(way.family)
     case = Case(way.family, way.budget, way.prefix_caching, way.preemption, way.overlap, "cpu")
-    with open_llm(case, Path(checkpoint), **way.settings) as llm:
-        as_expected(expected, llm)
-        scheduler = llm.engine.scheduler
-        assert not way.preemption or scheduler.num_preemptions > 0
-        assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
+    check_engine(case, oracles, **way.settings)
 
 
 @pytest.mark.parametrize("way", covering(), ids=lambda way: "-".join(map(str, way)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from judged import Oracles, as_expected
+from judged import Oracles, check_engine
 from safetensors.torch import load_file
 from test_adapters import NAMES, Base, drawn
 from test_plan import config_folder
@@ -25,7 +25,7 @@ from anychip.worker.stages import StageCosts, balanced
 from anychip_conformance.device import open_device
 from anychip_conformance.equality.tiny_adapters import FIVE
 from anychip_conformance.equality.tiny_models import FAMILIES
-from anychip_conformance.equality.workload import Case, cover, open_llm
+from anychip_conformance.equality.workload import Case, cover
 from anychip_cpu.platform import CpuPlatform
 
 
@@ -83,13 +83,8 @@ def full_product() -> list[Way]:
 
 
 def check(way: Way, oracles: Oracles) -> None:
-    checkpoint, answers = oracles.get(way.family)
     case = Case(way.family, way.budget, way.prefix_caching, way.preemption, way.overlap, "cpu")
-    with open_llm(case, Path(checkpoint), **way.settings) as llm:
-        as_expected(answers, llm)
-        scheduler = llm.engine.scheduler
-        assert not way.preemption or scheduler.num_preemptions > 0
-        assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable
+    check_engine(case, oracles, **way.settings)
 
 
 @pytest.mark.parametrize("way", covering(), ids=lambda way: "-".join(map(str, way)))
